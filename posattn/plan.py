@@ -1,0 +1,162 @@
+"""Plans: the closed set of operands that every backend knows.
+
+An encoding lowers to a `Plan`; a `Call` is a plan together with the tensors and options of one attention call.
+Kernels see nothing else, so a new encoding never touches a kernel. Everything here is data: no computation, no checks.
+
+Distances. Query i of a sequence with Tq queries and Tk keys sits at key position i + (Tk - Tq), so the distance
+d = q_position - k_position runs over -(Tq - 1) .. Tk - 1 for implicit positions. With explicit positions,
+d = q_positions[i] - k_positions[j]. Operands indexed by a distance (or a position) carry `first`, the distance (or
+position) of their entry 0; an index outside the stored range is clamped to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Turn pair c of token t by the angle whose cosine and sine are given, before the dot product.
+
+    cos and sin are [B or 1, T, rotary_dim / 2] float32, with any attention factor already multiplied in. The first
+    rotary_dim dimensions turn, the others pass. Pairs are (2c, 2c + 1) if interleaved, else (c, c + rotary_dim / 2).
+    """
+
+    q_cos: Tensor
+    q_sin: Tensor
+    k_cos: Tensor
+    k_sin: Tensor
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Slope:
+    """bias = -slope * |d|, or -slope * d if signed. slope is [H] or [B, H] float32."""
+
+    slope: Tensor
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """bias = values[h, d - first]. values is [H, L] float32."""
+
+    values: Tensor
+    first: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """bias = A[h, s] * y + C[h, s], continuous and piecewise linear in y = psi[d - first] * row_scale[p - row_first].
+
+    p is the query's position; s counts the knots that are < y. psi is [L], row_scale [P], knots [W] ascending (+inf
+    pads), slope (A) and intercept (C) [H, W + 1], all float32. No gradient flows to the knots: the function is
+    continuous in them.
+    """
+
+    psi: Tensor
+    first: int
+    row_scale: Tensor
+    row_first: int
+    knots: Tensor
+    slope: Tensor
+    intercept: Tensor
+
+
+@dataclass(frozen=True)
+class Dense:
+    """bias[b, h, i, j], [B or 1, H or 1, Tq, Tk], any floating dtype, any strides; -inf forbids a key."""
+
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A sum of additive operands, at most one of each kind."""
+
+    slope: Slope | None = None
+    table: Table | None = None
+    profile: Profile | None = None
+    dense: Dense | None = None
+
+    def __bool__(self) -> bool:
+        return any(x is not None for x in (self.slope, self.table, self.profile, self.dense))
+
+
+@dataclass(frozen=True)
+class HeadMix:
+    """DAPE: an MLP over the heads of each (i, j), from the scaled logits x and the inner bias b.
+
+    form "concat-residual": x + b + f([x; b]); "concat": x + f([x; b]); "add": x + b + f(x + b), where
+    f(z) = w2 @ leaky_relu(w1 @ z + b1, 0.01) + b2. w1 is [W, 2H] for the concat forms with an inner bias and [W, H]
+    otherwise, b1 [W], w2 [H, W], b2 [H], all float32. Without an inner bias every form is x + f(x).
+    """
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    form: str = "concat-residual"
+    inner: Bias = field(default_factory=Bias)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """logits = mix(softcap(scale * <rotary q, rotary k>)) + bias; without `mix` the first term stands as it is."""
+
+    rotary: Rotary | None = None
+    mix: HeadMix | None = None
+    bias: Bias = field(default_factory=Bias)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query may see; all conditions hold together.
+
+    causal: j <= i + offset, with offset = Tk - Tq ("bottom-right", FlashAttention's) or 0 (top_left, torch's SDPA).
+    window: i + offset - left <= j <= i + offset + right, either None for unlimited; the offset is causal's.
+    boolean: [B or 1, H or 1, Tq, Tk] bool, True where allowed.
+    k_lengths: [B] int32; keys from k_lengths[b] on are hidden and Tk in every offset is k_lengths[b].
+    cu_seqlens_q, cu_seqlens_k: [documents + 1] int32 from 0 to the token count (B = 1); document n's queries see its
+    own keys alone, and indices, offsets and implicit positions count inside the document.
+    max_q, max_k: the longest document (or Tq and Tk), so that lowering and launching need no look at the device.
+    """
+
+    causal: bool = False
+    top_left: bool = False
+    left: int | None = None
+    right: int | None = None
+    boolean: Tensor | None = None
+    k_lengths: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_q: int = 0
+    max_k: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call, checked. q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv]; Hq % Hkv == 0.
+
+    q_positions [B or 1, Tq] and k_positions [B or 1, Tk] int64 are both given or both None (implicit positions).
+    softcap 0 means none: else x = softcap * tanh(x / softcap) right after the scale. sinks [Hq] float32 adds exp(sink)
+    to each row's denominator, and to the log-sum-exp. Dropout keeps element (b, h, i, j) where lane j & 3 of
+    Philox4x32-10(key = seed's two halves, counter = (j >> 2, i, b * Hq + h, 0)) is at least dropout_p * 2^32, and
+    divides kept weights by 1 - dropout_p; seed is an int64 [1] CPU tensor.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: Plan
+    mask: Mask
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    q_positions: Tensor | None = None
+    k_positions: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    deterministic: bool = False
