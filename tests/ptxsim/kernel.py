@@ -1,0 +1,127 @@
+"""A PTX kernel and its launch on CPU tensors: what a driver does with a cubin, done with PTX on the CPU."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .build import load
+
+_native = load()
+
+Argument = torch.Tensor | bool | int | float | bytes | None
+
+
+class Findings(AssertionError):
+    """The kernel did something that a GPU may punish; the message lists what and where."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a launch is run and what is checked.
+
+    race: check shared memory for races. late: asynchronous copies land at their wait (the latest moment the ISA
+    allows) instead of at once (the earliest). poison: fill shared memory with NaN patterns before each block.
+    stats: count bank conflicts and sectors. perturb: move approximate functions by up to 2 ulp.
+    seed: the order in which warps run.
+    """
+
+    race: bool = True
+    late: bool = True
+    poison: bool = True
+    stats: bool = True
+    perturb: bool = False
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a launch did. findings: kind -> count, only kinds that occurred; first: kind -> where it was first seen."""
+
+    findings: Mapping[str, int]
+    first: Mapping[str, str]
+    counters: Mapping[str, int]
+    opcodes: Mapping[str, int]
+    conflicts: Sequence[tuple[str, int, int]] = field(default=())
+
+    def check(self, ignore: Sequence[str] = ()) -> None:
+        """Raises Findings unless the launch was clean, leaving out the kinds in `ignore`."""
+        bad = {kind: count for kind, count in self.findings.items() if kind not in ignore}
+        if bad:
+            lines = [f"{kind}: {count} ({self.first.get(kind, 'no place kept')})" for kind, count in bad.items()]
+            raise Findings("the PTX machine found:\n  " + "\n  ".join(lines))
+
+
+def _triple(name: str, size: Sequence[int]) -> tuple[int, int, int]:
+    if not 1 <= len(size) <= 3 or any(n < 1 for n in size):
+        raise ValueError(f"{name}: expected one to three positive sizes, got {tuple(size)}")
+    x, y, z = (*size, 1, 1)[:3]
+    return int(x), int(y), int(z)
+
+
+def _pack(value: Argument, size: int, name: str) -> bytes:
+    if isinstance(value, torch.Tensor):
+        packed = struct.pack("<Q", value.data_ptr())
+    elif value is None:
+        packed = bytes(size)
+    elif isinstance(value, bytes | bytearray):
+        packed = bytes(value)
+    elif isinstance(value, float):
+        packed = struct.pack("<f" if size == 4 else "<d", value)
+    else:
+        packed = (int(value) & ((1 << (8 * size)) - 1)).to_bytes(size, "little")
+    if len(packed) != size:
+        raise ValueError(f"kernel parameter {name}: expected {size} bytes, got {len(packed)} from {type(value).__name__}")
+    return packed
+
+
+class Kernel:
+    """One entry point of a PTX module."""
+
+    def __init__(self, ptx: str, entry: str = "") -> None:
+        self._program = _native.Program(ptx, entry)
+        self.name: str = self._program.name
+        self.params: list[tuple[str, int, int]] = self._program.params
+
+    def launch(
+        self,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[Argument],
+        *,
+        shared: int = 0,
+        options: Options | None = None,
+        read_only: Sequence[int] = (),
+        buffers: Sequence[torch.Tensor] = (),
+        read_only_buffers: Sequence[torch.Tensor] = (),
+    ) -> Report:
+        """Runs every block of the grid to its end.
+
+        args: one per kernel parameter, trailing ones may be left out (they are zero). A tensor's whole storage may be
+        touched; its index in `read_only` forbids writes. shared: bytes of dynamic shared memory. buffers and
+        read_only_buffers: tensors that the kernel reaches through pointers inside a struct parameter.
+        """
+        if len(args) > len(self.params):
+            raise ValueError(f"args: {self.name} has {len(self.params)} parameters, got {len(args)} arguments")
+        image = bytearray(self._program.param_bytes)
+        ranges: list[tuple[int, int, bool]] = []
+
+        def allow(tensor: torch.Tensor, writable: bool) -> None:
+            storage = tensor.untyped_storage()
+            ranges.append((storage.data_ptr(), storage.nbytes(), writable))
+
+        for tensors, writable in ((buffers, True), (read_only_buffers, False)):
+            for tensor in tensors:
+                allow(tensor, writable)
+        for i, (value, (name, offset, size)) in enumerate(zip(args, self.params, strict=False)):
+            if isinstance(value, torch.Tensor):
+                allow(value, i not in read_only)
+            image[offset : offset + size] = _pack(value, size, name)
+        settings: dict[str, Any] = asdict(options or Options())
+        raw = self._program.launch(_triple("grid", grid), _triple("block", block), shared, bytes(image), ranges, settings)
+        raw["findings"] = {kind: count for kind, count in raw["findings"].items() if count}
+        return Report(**raw)

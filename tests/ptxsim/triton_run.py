@@ -1,0 +1,120 @@
+"""Runs a @triton.jit function on CPU tensors through the PTX that a GPU of the chosen architecture would get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .kernel import Argument, Kernel, Options, Report
+
+_TYPE_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled specialisation: the PTX front end, Triton's own object, and the shared memory it asks for."""
+
+    kernel: Kernel
+    triton: Any
+    shared: int
+    ptx: str
+
+
+_cache: dict[tuple[Any, ...], Compiled] = {}
+
+
+def _specialise(value: Argument) -> tuple[str, bool]:
+    """The signature type of an argument, and whether Triton may assume that it is a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPE_NAMES[value.dtype], value.data_ptr() % 16 == 0
+    if isinstance(value, bool):
+        return "i1", False
+    if isinstance(value, int):
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    raise TypeError(f"args: expected tensors, numbers or None, got {type(value).__name__}")
+
+
+def compile_triton(
+    fn: Any,
+    args: Sequence[Argument],
+    *,
+    arch: int = 80,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    constexprs: Mapping[str, Any] | None = None,
+) -> tuple[Compiled, list[Argument]]:
+    """Compiles `fn` as Triton's launcher would for these arguments; returns it with the arguments that are passed.
+
+    args follow the order of the function's non-constexpr parameters. As in Triton, None and the int 1 become
+    constants, and pointers or ints that are multiples of 16 are specialised as such.
+    """
+    given = dict(constexprs or {})
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    passed: list[Argument] = []
+    rest = iter(args)
+    for i, param in enumerate(fn.params):
+        if param.is_constexpr:
+            signature[param.name] = "constexpr"
+            constants[(i,)] = given.pop(param.name, param.default)
+            continue
+        value = given.pop(param.name) if param.name in given else next(rest, None)
+        unspecialised = getattr(param, "do_not_specialize", False)
+        if value is None or (type(value) is int and value == 1 and not unspecialised):
+            signature[param.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        signature[param.name], divisible = _specialise(value)
+        if divisible and not unspecialised:
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        passed.append(value)
+    if given:
+        raise ValueError(f"constexprs: {fn.__name__} has no parameter {sorted(given)}")
+    if next(rest, None) is not None:
+        raise ValueError(f"args: more arguments than {fn.__name__} has parameters")
+    key = (fn, repr(signature), repr(constants), repr(attrs), arch, num_warps, num_stages)
+    if key not in _cache:
+        source = ASTSource(fn, signature, constexprs=constants, attrs=attrs)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        ptx = built.asm["ptx"]
+        _cache[key] = Compiled(Kernel(ptx), built, built.metadata.shared, ptx)
+    return _cache[key], passed
+
+
+def run_triton(
+    fn: Any,
+    grid: Sequence[int],
+    args: Sequence[Argument],
+    arch: int = 80,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    constexprs: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+) -> Report:
+    """Compiles (once) and runs `fn` over `grid`; outputs are written into the tensors of `args`."""
+    compiled, passed = compile_triton(
+        fn, args, arch=arch, num_warps=num_warps, num_stages=num_stages, constexprs=constexprs
+    )
+    threads = 32 * compiled.triton.metadata.num_warps
+    return compiled.kernel.launch(grid, (threads,), passed, shared=compiled.shared, options=options)
