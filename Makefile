@@ -1,0 +1,61 @@
+# `make demo` and `make test`, each by itself, set up everything on a fresh machine: .venv, the pinned requirements,
+# the native module, and the job.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+TEST_ARGS ?= -n $(JOBS)
+
+NATIVE := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml
+CPP := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp tests/cpp/*.h tests/ptxsim/*.cpp tests/ptxsim/*.h)
+CUDA := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint format install clean
+
+help:
+	@echo "make demo    train and compare five encodings on real text (about 6 minutes); DEMO_ARGS for more"
+	@echo "make test    the whole test suite; TEST_ARGS replaces pytest's arguments"
+	@echo "make bench   posattn beside its peers on this machine (under 15 minutes); BENCH_ARGS, e.g. --full"
+	@echo "make lint    ruff, mypy and clang-format; make format applies the formats"
+	@echo "make clean   remove what was built; .venv stays"
+
+demo: install
+	$(BIN)/posattn demo $(DEMO_ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+bench: install
+	$(BIN)/posattn bench $(BENCH_ARGS)
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP) $(CUDA)
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP) $(CUDA)
+
+install: $(VENV)/.installed
+
+# Everything is pinned, so the build tools of the requirements serve in place of an isolated build.
+$(VENV)/.installed: $(VENV)/.requirements $(NATIVE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# torch first and by itself, so that nothing else can choose its version.
+$(VENV)/.requirements: requirements.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info demo-out bench-out posattn/_cpu*.so $(VENV)/.installed
