@@ -1,0 +1,118 @@
+"""RoPE: pair c of q and k turns by pos * theta_c, theta_c = base^(-2c/rotary_dim) (Su 2021, "RoFormer", 2104.09864)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from posattn import reference
+from posattn.encodings._checks import check_choice, check_positive, check_positive_int
+from posattn.encodings.base import Context, Encoding
+from posattn.encodings.scaling import Scaling, rotary_frequencies
+from posattn.plan import Bias, Plan, Rotary
+
+LAYOUTS = ("half", "interleaved")
+
+
+class RotaryEncoding(Encoding):
+    """What rotary encodings share. A subclass gives `angles`; cosines and sines follow, in float32 or float64.
+
+    Args:
+        head_dim: dimension D of a head.
+        base: the base of the frequencies.
+        layout: pairs are (c, c + rotary_dim / 2) for "half" (GPT-NeoX, Llama), (2c, 2c + 1) for "interleaved" (GPT-J).
+        rotary_dim: how many leading dimensions turn; all by default.
+    """
+
+    def __init__(self, head_dim: int, base: float, layout: str, rotary_dim: int | None) -> None:
+        super().__init__()
+        self.head_dim = check_positive_int("head_dim", head_dim)
+        self.base = check_positive("base", base)
+        self.layout = check_choice("layout", layout, LAYOUTS)
+        self.rotary_dim = check_positive_int("rotary_dim", head_dim if rotary_dim is None else rotary_dim)
+        if self.rotary_dim > head_dim or self.rotary_dim % 2:
+            raise ValueError(f"rotary_dim: expected an even number up to head_dim={head_dim}, got {self.rotary_dim}")
+
+    def frequencies(self, length: int, device: torch.device | str) -> tuple[Tensor, float]:
+        """theta [rotary_dim / 2], float64, radians per position, and the attention factor at this length."""
+        return rotary_frequencies(self.rotary_dim, self.base, device), 1.0
+
+    def angles(self, positions: Tensor, theta: Tensor) -> Tensor:
+        """The angle in radians, float64 [B or 1, T, rotary_dim / 2], of each pair at integer positions [B or 1, T]."""
+        return positions[..., None] * theta
+
+    def build(self, context: Context) -> Plan:
+        if context.head_dim is not None and context.head_dim != self.head_dim:
+            raise ValueError(
+                f"position: {type(self).__name__} was made for head_dim={self.head_dim}, got {context.head_dim}"
+            )
+        dtype = context.table_dtype()
+        q_positions, k_positions = context.token_positions()
+        theta, factor = self.frequencies(self._length(context), context.device)
+        k_cos, k_sin = self._turn(k_positions, theta, factor, dtype)
+        if q_positions is k_positions:
+            q_cos, q_sin = k_cos, k_sin
+        else:
+            q_cos, q_sin = self._turn(q_positions, theta, factor, dtype)
+        rotary = Rotary(q_cos, q_sin, k_cos, k_sin, self.layout == "interleaved")
+        # Spelled out because torch.compile cannot trace the default of a dataclass field that is itself a dataclass.
+        return Plan(rotary=rotary, bias=Bias())
+
+    def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Turn x [B, H, T, D] itself, at integer positions [B or 1, T], 0 .. T-1 if None: for caches of turned keys."""
+        if x.dim() != 4 or x.shape[-1] != self.head_dim:
+            raise ValueError(f"x: expected [B, H, T, {self.head_dim}], got {list(x.shape)}")
+        if positions is None:
+            positions = torch.arange(x.shape[2], device=x.device)[None]
+        context = Context(x.shape[2], x.shape[2], x.shape[1], x.shape[3], x.device, x.dtype, positions, positions)
+        turn = self.build(context).rotary
+        assert turn is not None
+        return reference.rotate(x, turn.k_cos, turn.k_sin, turn.interleaved)
+
+    def _length(self, context: Context) -> int:
+        return context.k_len
+
+    def _turn(self, positions: Tensor, theta: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # Angles of thousands of radians keep too few bits in float32, so they are float64 up to here.
+        angles = self.angles(positions, theta)
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+class RoPE(RotaryEncoding):
+    """Rotary embedding: the logit of q at position i and k at position j depends on i - j alone.
+
+    Args:
+        head_dim, base, layout, rotary_dim: as in `RotaryEncoding`.
+        scaling: a rule of `posattn.encodings.scaling` for lengths past the training length, or None.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        base: float = 10000.0,
+        layout: str = "half",
+        rotary_dim: int | None = None,
+        scaling: Scaling | None = None,
+    ) -> None:
+        super().__init__(head_dim, base, layout, rotary_dim)
+        if scaling is not None and not isinstance(scaling, Scaling):
+            raise TypeError(f"scaling: expected a Scaling or None, got {type(scaling).__name__}")
+        self.scaling = scaling
+
+    def frequencies(self, length: int, device: torch.device | str) -> tuple[Tensor, float]:
+        if self.scaling is None:
+            return super().frequencies(length, device)
+        return self.scaling.frequencies(self.rotary_dim, self.base, length, device)
+
+    def _length(self, context: Context) -> int:
+        # Only rules that look at the length pay for reading explicit positions back from the device.
+        if self.scaling is None or not self.scaling.dynamic or not context.explicit:
+            return context.k_len
+        _, q_last, _, k_last = context.position_bounds
+        return max(q_last, k_last) + 1
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.head_dim}, base={self.base}, layout={self.layout!r}, rotary_dim={self.rotary_dim}, "
+            f"scaling={self.scaling}"
+        )

@@ -1,0 +1,191 @@
+"""Rules that stretch RoPE past its training length: each gives new frequencies and an attention factor.
+
+theta_c = base^(-2c/rotary_dim) are RoPE's own frequencies; the attention factor multiplies every cosine and sine.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posattn.encodings._checks import check_positive, check_positive_int
+
+
+def rotary_frequencies(rotary_dim: int, base: float, device: torch.device | str) -> Tensor:
+    """theta_c = base^(-2c/rotary_dim), float64 [rotary_dim / 2], radians per position."""
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
+    return torch.exp(exponent * -math.log(base))
+
+
+class Scaling(ABC):
+    """A rule for the frequencies. `dynamic` says that they depend on the length of the sequence at hand."""
+
+    dynamic: bool = False
+
+    @abstractmethod
+    def frequencies(
+        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+    ) -> tuple[Tensor, float]:
+        """The frequencies, float64 [rotary_dim / 2], and the attention factor, for a sequence of `length` tokens."""
+
+
+@dataclass(frozen=True)
+class Linear(Scaling):
+    """Position interpolation (Chen 2023, arXiv 2306.15595): theta / factor."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        check_positive("factor", self.factor)
+
+    def frequencies(
+        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+    ) -> tuple[Tensor, float]:
+        return rotary_frequencies(rotary_dim, base, device) / self.factor, 1.0
+
+
+@dataclass(frozen=True)
+class DynamicNTK(Scaling):
+    """Dynamic NTK: base * (f * L / L0 - (f - 1))^(rot / (rot - 2)) past the length L0 (YaRN, section 3.3)."""
+
+    factor: float
+    original_length: int
+    dynamic = True
+
+    def __post_init__(self) -> None:
+        check_positive("factor", self.factor)
+        check_positive_int("original_length", self.original_length)
+
+    def frequencies(
+        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+    ) -> tuple[Tensor, float]:
+        if rotary_dim < 4:
+            raise ValueError(f"rotary_dim: DynamicNTK expects at least 4, got {rotary_dim}")
+        stretch = self.factor * max(length, self.original_length) / self.original_length - (self.factor - 1.0)
+        return rotary_frequencies(rotary_dim, base * stretch ** (rotary_dim / (rotary_dim - 2)), device), 1.0
+
+
+@dataclass(frozen=True)
+class YaRN(Scaling):
+    """YaRN (Peng 2023, arXiv 2309.00071): fast pairs keep theta, slow ones get theta / factor, with a ramp between.
+
+    A pair that turns beta_fast times or more within original_length is fast, beta_slow times or fewer slow. Attention
+    factor: attention_factor if given, else mscale(mscale) / mscale(mscale_all_dim) if both are given, else mscale(1),
+    where mscale(m) = 0.1 * m * ln(factor) + 1.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive("factor", self.factor)
+        check_positive_int("original_length", self.original_length)
+        check_positive("beta_fast", self.beta_fast)
+        check_positive("beta_slow", self.beta_slow)
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast: expected at least beta_slow={self.beta_slow}, got {self.beta_fast}")
+
+    def frequencies(
+        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+    ) -> tuple[Tensor, float]:
+        theta = rotary_frequencies(rotary_dim, base, device)
+        low, high = self._pair(self.beta_fast, rotary_dim, base), self._pair(self.beta_slow, rotary_dim, base)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rotary_dim - 1)
+        if low == high:
+            high += 0.001
+        pair = torch.arange(rotary_dim // 2, dtype=torch.float64, device=device)
+        ramp = ((pair - low) / (high - low)).clamp(0.0, 1.0)
+        return theta * (ramp / self.factor + (1.0 - ramp)), self._attention_factor()
+
+    def _pair(self, turns: float, rotary_dim: int, base: float) -> float:
+        """The (fractional) pair that turns so many times within the original length."""
+        return rotary_dim * math.log(self.original_length / (2.0 * math.pi * turns)) / (2.0 * math.log(base))
+
+    def _mscale(self, weight: float) -> float:
+        return 1.0 if self.factor <= 1.0 else 0.1 * weight * math.log(self.factor) + 1.0
+
+    def _attention_factor(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._mscale(self.mscale) / self._mscale(self.mscale_all_dim)
+        return self._mscale(1.0)
+
+
+@dataclass(frozen=True)
+class Llama3(Scaling):
+    """Llama 3.1's rule: long wavelengths are divided by factor, short ones kept, those between interpolated."""
+
+    factor: float
+    original_length: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_positive("factor", self.factor)
+        check_positive_int("original_length", self.original_length)
+        check_positive("low_freq_factor", self.low_freq_factor)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor: expected more than low_freq_factor={self.low_freq_factor}, "
+                f"got {self.high_freq_factor}"
+            )
+
+    def frequencies(
+        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+    ) -> tuple[Tensor, float]:
+        theta = rotary_frequencies(rotary_dim, base, device)
+        turns = self.original_length * theta / (2.0 * math.pi)
+        # Clamped to [0, 1], the interpolation weight is 0 for the long wavelengths and 1 for the short ones.
+        keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0.0, 1.0)
+        return theta * (keep + (1.0 - keep) / self.factor), 1.0
+
+
+@dataclass(frozen=True)
+class LongRoPE(Scaling):
+    """LongRoPE (Ding 2024, arXiv 2402.13753): theta_c / factor_c, from the long factors past original_length.
+
+    short_factor and long_factor hold rotary_dim / 2 numbers. factor is maximal length / original_length; the attention
+    factor is sqrt(1 + ln(factor) / ln(original_length)) unless given.
+    """
+
+    short_factor: Sequence[float]
+    long_factor: Sequence[float]
+    original_length: int
+    factor: float
+    attention_factor: float | None = None
+    dynamic = True
+
+    def __post_init__(self) -> None:
+        for name in ("short_factor", "long_factor"):
+            values = tuple(check_positive(f"{name}[{i}]", x) for i, x in enumerate(getattr(self, name)))
+            object.__setattr__(self, name, values)
+        check_positive("factor", self.factor)
+        if check_positive_int("original_length", self.original_length) < 2:
+            raise ValueError(f"original_length: expected at least 2, got {self.original_length}")
+
+    def frequencies(
+        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+    ) -> tuple[Tensor, float]:
+        name = "long_factor" if length > self.original_length else "short_factor"
+        factors = getattr(self, name)
+        if len(factors) != rotary_dim // 2:
+            raise ValueError(f"{name}: expected {rotary_dim // 2} numbers, one per pair, got {len(factors)}")
+        attention = self.attention_factor
+        if attention is None:
+            attention = math.sqrt(1.0 + max(math.log(self.factor), 0.0) / math.log(self.original_length))
+        divisor = torch.tensor(factors, dtype=torch.float64, device=device)
+        return rotary_frequencies(rotary_dim, base, device) / divisor, attention

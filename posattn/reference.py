@@ -1,0 +1,209 @@
+"""The naive oracle: attention with dense logits in plain PyTorch, for every plan and every option of a `Call`.
+
+It computes in the dtype of q, so float64 inputs give the value to compare with, and a narrower dtype gives the error
+that naive PyTorch makes there. Autograd differentiates it. No backend imports it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from posattn.plan import Bias, Call, HeadMix, Profile, Slope, Table
+from posattn.positions import document_index, token_indices
+
+NEG_INF = float("-inf")
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Out [B, Hq, Tq, Dv] in q.dtype and log-sum-exp [B, Hq, Tq] float32 (float64 if q is float64).
+
+    A query that sees no key gets zeros, zero gradients and a log-sum-exp of -inf (its sink, where there are sinks).
+    """
+    logits = _logits(call)
+    allowed = _allowed(call)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, NEG_INF)
+    if call.sinks is not None:
+        sink = call.sinks.to(logits.dtype)[None, :, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], dim=-1)
+
+    # Softmax of a row of -inf is NaN in value and in gradient, so such rows are set aside on both sides of it.
+    empty = (logits == NEG_INF).all(dim=-1)
+    finite = logits.masked_fill(empty[..., None], 0.0)
+    weights = torch.softmax(finite, dim=-1).masked_fill(empty[..., None], 0.0)
+    lse = torch.logsumexp(finite, dim=-1).masked_fill(empty, NEG_INF)
+    if call.sinks is not None:
+        weights = weights[..., :-1]
+    if call.dropout_p > 0.0:
+        weights = weights * _dropout_keep(call) / (1.0 - call.dropout_p)
+
+    value = _repeat_heads(_hide_padding(call, call.v), call.q.shape[1])
+    return weights @ value, lse.to(torch.promote_types(lse.dtype, torch.float32))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn the pairs of x [B, H, T, D] by the angles of cos and sin [B or 1, T, rotary_dim / 2]; the rest passes."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    turning, passing = x[..., : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+    else:
+        first, second = turning[..., :half], turning[..., half:]
+    turned = (first * cos - second * sin, first * sin + second * cos)
+    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat([joined, passing], dim=-1)
+
+
+def dense_bias(bias: Bias, q_positions: Tensor, k_positions: Tensor) -> Tensor:
+    """The sum of a Bias's operands, [B or 1, H or 1, Tq, Tk], for positions [B or 1, Tq] and [B or 1, Tk]."""
+    distance = q_positions[:, :, None] - k_positions[:, None, :]
+    terms = []
+    if bias.slope is not None:
+        terms.append(_slope_bias(bias.slope, distance))
+    if bias.table is not None:
+        terms.append(_table_bias(bias.table, distance))
+    if bias.profile is not None:
+        terms.append(_profile_bias(bias.profile, distance, q_positions))
+    if bias.dense is not None:
+        terms.append(bias.dense.bias)
+    if not terms:
+        raise ValueError("dense_bias: expected a Bias with at least one operand, got an empty one")
+    return sum(terms[1:], start=terms[0])
+
+
+def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Four random 32-bit words per counter, as int64 (Salmon et al. 2011, "Parallel random numbers", table 2)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap like unsigned ones, and the masks drop the sign that the shift drags in.
+        low, high = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (
+            (high >> 32 & 0xFFFFFFFF) ^ c1 ^ k0,
+            high & 0xFFFFFFFF,
+            (low >> 32 & 0xFFFFFFFF) ^ c3 ^ k1,
+            low & 0xFFFFFFFF,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def _positions(call: Call) -> tuple[Tensor, Tensor]:
+    if call.q_positions is not None and call.k_positions is not None:
+        return call.q_positions, call.k_positions
+    q_index, k_index, offset = _indices(call)
+    return q_index + offset, k_index
+
+
+def _indices(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    mask = call.mask
+    return token_indices(
+        call.q.shape[2], call.k.shape[2], call.q.device, mask.k_lengths, mask.cu_seqlens_q, mask.cu_seqlens_k
+    )
+
+
+def _logits(call: Call) -> Tensor:
+    plan = call.plan
+    q, k = call.q, _hide_padding(call, call.k)
+    if plan.rotary is not None:
+        turn = plan.rotary
+        q = rotate(q, turn.q_cos, turn.q_sin, turn.interleaved)
+        k = rotate(k, turn.k_cos, turn.k_sin, turn.interleaved)
+    logits = q @ _repeat_heads(k, q.shape[1]).transpose(-1, -2) * call.scale
+    if call.softcap:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    q_positions, k_positions = _positions(call)
+    if plan.mix is not None:
+        inner = dense_bias(plan.mix.inner, q_positions, k_positions).to(logits.dtype) if plan.mix.inner else None
+        logits = _mix_heads(plan.mix, logits, inner)
+    if plan.bias:
+        logits = logits + dense_bias(plan.bias, q_positions, k_positions).to(logits.dtype)
+    return logits
+
+
+def _mix_heads(mix: HeadMix, logits: Tensor, inner: Tensor | None) -> Tensor:
+    biased = logits if inner is None else logits + inner
+    features = biased if inner is None or mix.form == "add" else torch.cat([logits, inner.expand_as(logits)], dim=1)
+    w1, b1, w2, b2 = (t.to(logits.dtype) for t in (mix.w1, mix.b1, mix.w2, mix.b2))
+    hidden = F.leaky_relu(F.linear(features.movedim(1, -1), w1, b1), 0.01)
+    mixed = F.linear(hidden, w2, b2).movedim(-1, 1)
+    return (logits if mix.form == "concat" else biased) + mixed
+
+
+def _slope_bias(operand: Slope, distance: Tensor) -> Tensor:
+    slope = operand.slope if operand.slope.dim() == 2 else operand.slope[None]
+    return -slope[:, :, None, None] * (distance if operand.signed else distance.abs())[:, None]
+
+
+def _table_bias(operand: Table, distance: Tensor) -> Tensor:
+    index = (distance - operand.first).clamp(0, operand.values.shape[1] - 1)
+    return operand.values[:, index].movedim(0, 1)
+
+
+def _profile_bias(operand: Profile, distance: Tensor, q_positions: Tensor) -> Tensor:
+    psi = operand.psi[(distance - operand.first).clamp(0, operand.psi.shape[0] - 1)]
+    row_scale = operand.row_scale[(q_positions - operand.row_first).clamp(0, operand.row_scale.shape[0] - 1)]
+    y = psi * row_scale[:, :, None]
+    segment = torch.searchsorted(operand.knots, y.detach())
+    return (operand.slope[:, segment] * y + operand.intercept[:, segment]).movedim(0, 1)
+
+
+def _allowed(call: Call) -> Tensor | None:
+    """True where a query may see a key, [B or 1, H or 1, Tq, Tk]; None if it always may."""
+    mask = call.mask
+    q_index, k_index, offset = _indices(call)
+    row = q_index if mask.top_left else q_index + offset
+    i, j = row[:, :, None], k_index[:, None, :]
+    conditions = []
+    if mask.causal:
+        conditions.append(j <= i)
+    if mask.left is not None:
+        conditions.append(j >= i - mask.left)
+    if mask.right is not None:
+        conditions.append(j <= i + mask.right)
+    if mask.k_lengths is not None:
+        conditions.append(j < mask.k_lengths[:, None, None])
+    if mask.cu_seqlens_q is not None and mask.cu_seqlens_k is not None:
+        q_document = document_index(mask.cu_seqlens_q, call.q.shape[2])
+        k_document = document_index(mask.cu_seqlens_k, call.k.shape[2])
+        conditions.append((q_document[:, None] == k_document[None, :])[None])
+    allowed = [c[:, None] for c in conditions]
+    if mask.boolean is not None:
+        allowed.append(mask.boolean)
+    result = None
+    for condition in allowed:
+        result = condition if result is None else result & condition
+    return result
+
+
+def _hide_padding(call: Call, x: Tensor) -> Tensor:
+    """Zero the keys past k_lengths: a cache may hold anything there, and 0 * NaN would be NaN."""
+    if call.mask.k_lengths is None:
+        return x
+    index = torch.arange(x.shape[2], device=x.device)
+    return x.masked_fill((index >= call.mask.k_lengths[:, None])[:, None, :, None], 0.0)
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _dropout_keep(call: Call) -> Tensor:
+    if call.seed is None:
+        raise ValueError("seed: expected an int64 [1] tensor where dropout_p > 0, got None")
+    batch, heads, q_len, _ = call.q.shape
+    k_len = call.k.shape[2]
+    seed = int(call.seed)
+    device = call.q.device
+    group = torch.arange((k_len + 3) // 4, device=device)[None, None, :]
+    row = torch.arange(q_len, device=device)[None, :, None]
+    head = torch.arange(batch * heads, device=device)[:, None, None]
+    words = philox_4x32_10((group, row, head, torch.zeros_like(group)), (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    lanes = torch.stack(words, dim=-1).flatten(-2)[..., :k_len]
+    keep = lanes >= math.ceil(call.dropout_p * 2**32)
+    return keep.reshape(batch, heads, q_len, k_len).to(call.q.dtype)
