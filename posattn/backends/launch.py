@@ -1,0 +1,53 @@
+"""The launch seam: every Triton kernel of the package starts here, so a test can put another machine behind it.
+
+Where there is no GPU, tests replace `launch` with one that runs the kernel's PTX on a machine in software, and
+`has_device` with one that accepts CPU tensors. Both are looked up in this module at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    args: Sequence[Any],
+    constexprs: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int,
+) -> None:
+    """Run a @triton.jit function: `args` are its leading parameters in order (None for an absent tensor)."""
+    kernel[tuple(grid)](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+
+
+def has_device(device: torch.device) -> bool:
+    """True if kernels can run on tensors of this device ("cuda" is also HIP's name in torch)."""
+    return device.type == "cuda"
+
+
+@lru_cache(maxsize=None)
+def _properties(index: int) -> tuple[str, int]:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0], torch.cuda.get_device_properties(
+            index
+        ).multi_processor_count
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}", torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def architecture(device: torch.device) -> str:
+    """The name that launch configurations go by: "sm_90", "gfx942", ..."""
+    return _properties(device.index if device.index is not None else torch.cuda.current_device())[0]
+
+
+def processors(device: torch.device) -> int:
+    """How many streaming multiprocessors (compute units) the device has."""
+    return _properties(device.index if device.index is not None else torch.cuda.current_device())[1]
+
+
+Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, int], None]
