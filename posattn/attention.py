@@ -1,0 +1,217 @@
+"""The public functions: check the arguments, lower the encoding to a plan, and hand the call to a backend."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from posattn import checks, folding, ops
+from posattn.encodings.base import Context, Encoding
+from posattn.plan import Bias, Call, Dense, Mask, Plan
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Encoding | None = None,
+    *,
+    causal: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    k_lengths: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(logits) v, with logits = scale * q k^T as the encoding `position` changes them, in O(N) memory.
+
+    Query i of Tq sits at key position i + (Tk - Tq), so that with a cache the last query meets the last key
+    ("bottom-right" alignment, FlashAttention's). A row that may see no key gives zeros and zero gradients.
+
+    Args:
+        q: [B, Hq, Tq, D], float32, bfloat16 or float16; float64 runs on the reference, in O(N^2) memory. Any strides.
+        k: [B, Hkv, Tk, D]; Hkv divides Hq, and query head h reads key head h // (Hq / Hkv).
+        v: [B, Hkv, Tk, Dv].
+        position: an encoding, a sum of encodings, or None.
+        causal: key j is seen by query i if j <= i + Tk - Tq.
+        window: (left, right) or an int for both: keys from i + Tk - Tq - left to i + Tk - Tq + right, None for no limit.
+        scale: multiplies q k^T; 1 / sqrt(D) by default.
+        softcap: x becomes softcap * tanh(x / softcap) right after the scale; None or 0 for none.
+        sinks: [Hq], adds exp(sinks[h]) to the softmax's denominator (Xiao 2023, as GPT-OSS has it).
+        bias: added to the logits, broadcasts to [B, Hq, Tq, Tk]; differentiable; -inf forbids a key.
+        mask: bool, True where a key is seen, broadcasts to [B, Hq, Tq, Tk].
+        k_lengths: [B] integers from 0 to Tk; keys from k_lengths[b] on are hidden, and stand for Tk in alignment.
+        cu_seqlens_q, cu_seqlens_k: [documents + 1] integers, bounds of documents packed into B = 1. A document's
+            queries see its own keys alone, and alignment and positions count inside the document.
+        q_positions, k_positions: [T], [1, T] or [B, T] integers, where tokens sit for `position`; the masks keep
+            counting tokens.
+        dropout_p: share of the softmax weights dropped, 0 <= dropout_p < 1, seeded from torch.manual_seed.
+        return_lse: also return the logits' log-sum-exp, natural log, float32 [B, Hq, Tq]; differentiable.
+        deterministic: sum parameter gradients in a fixed order.
+        backend: "auto", or "cpu", "cuda", "triton" or "reference", which runs or raises its reason not to.
+
+    Returns:
+        [B, Hq, Tq, Dv] in q's dtype, or that and the log-sum-exp. Under autocast q, k and v are cast as torch casts
+        those of its own scaled_dot_product_attention.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument with the wrong shape, device or value, or no backend that can run the call.
+    """
+    if torch.is_autocast_enabled(_device_type(q)):
+        q, k, v = (_autocast(tensor) for tensor in (q, k, v))
+    checks.check_qkv(q, k, v, ("q", "k", "v"), 4)
+    checks.check_heads(q, k, v)
+    left, right = checks.check_window(window)
+    cu_q, cu_k, max_q, max_k = checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q, k)
+    lengths = checks.check_k_lengths(k_lengths, q, k)
+    if lengths is not None and cu_q is not None:
+        raise ValueError("k_lengths, cu_seqlens_k: expected one or the other, got both")
+    call_mask = Mask(
+        causal=bool(causal),
+        left=left,
+        right=None if causal else right,  # causal is the closer limit
+        boolean=checks.check_mask(mask, q, k),
+        k_lengths=lengths,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        max_q=max_q,
+        max_k=max_k,
+    )
+    call = Call(
+        q=q,
+        k=k,
+        v=v,
+        plan=_nothing(),
+        mask=call_mask,
+        scale=checks.check_scale(scale, q.shape[3]),
+        softcap=checks.check_softcap(softcap),
+        sinks=checks.check_sinks(sinks, q),
+        dropout_p=checks.check_dropout(dropout_p),
+        deterministic=deterministic,
+    )
+    positions = checks.check_positions(q_positions, k_positions, q, k)
+    checks.check_backend(backend)
+    out, lse = _attend(call, position, checks.check_bias(bias, q, k), positions, backend)
+    return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    position: Encoding | None = None,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention, with a positional encoding.
+
+    Shapes, broadcasting, masks and defaults are torch's. is_causal aligns top-left: key j is seen by query i if j <= i;
+    `position` still places query i at key position i + (S - L).
+
+    Args:
+        query: [..., Hq, L, E]; the leading dimensions broadcast, and the one before L is the heads.
+        key: [..., H, S, E]; H is Hq, or 1, or with enable_gqa a divisor of Hq.
+        value: [..., H, S, Ev].
+        attn_mask: broadcasts to [..., Hq, L, S]; bool, True where a key is seen, or float32 or query's dtype, added.
+        dropout_p: share of the softmax weights dropped, 0 <= dropout_p < 1, seeded from torch.manual_seed.
+        is_causal: as above; not together with attn_mask.
+        scale: multiplies the products of queries and keys; 1 / sqrt(E) by default.
+        enable_gqa: key and value heads are shared by groups of query heads.
+        position: an encoding, a sum of encodings, or None.
+
+    Returns:
+        [..., Hq, L, Ev] in query's dtype; zeros in rows that may see no key.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument with the wrong shape, device or value, or no backend that can run the call.
+    """
+    if torch.is_autocast_enabled(_device_type(query)):
+        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+        attn_mask = None if attn_mask is None else _autocast(attn_mask)
+    checks.check_qkv(query, key, value, ("query", "key", "value"), None)
+    checks.check_attn_mask(attn_mask, is_causal, query)
+    q, k, v, attn_mask, shape = folding.fold(query, key, value, attn_mask, enable_gqa)
+    boolean = bias = None
+    if attn_mask is not None:
+        attn_mask = checks.check_logit_shaped("attn_mask", attn_mask, q, k)
+        boolean, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    call = Call(
+        q=q,
+        k=k,
+        v=v,
+        plan=_nothing(),
+        mask=Mask(causal=bool(is_causal), top_left=True, boolean=boolean, max_q=q.shape[2], max_k=k.shape[2]),
+        scale=checks.check_scale(scale, q.shape[3]),
+        dropout_p=checks.check_dropout(dropout_p),
+    )
+    out, _ = _attend(call, position, bias, (None, None), "auto")
+    return out if out.shape == shape else out.reshape(shape)
+
+
+def _attend(
+    call: Call,
+    position: Encoding | None,
+    bias: Tensor | None,
+    positions: tuple[Tensor | None, Tensor | None],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Run `call` with the plan of `position` and a dense bias in it, and with a seed if it drops anything."""
+    checks.check_position(position)
+    plan = _nothing()
+    if position is not None:
+        plan = _lower(position, Context.of(call.q, call.k, call.mask, *positions))
+        call = replace(call, q_positions=positions[0], k_positions=positions[1])
+    if bias is not None:
+        inner = plan.bias.dense
+        dense = Dense(bias if inner is None else inner.bias + bias)
+        plan = replace(plan, bias=replace(plan.bias, dense=dense))
+    seed = None
+    if call.dropout_p:
+        seed = torch.randint(2**62, (1,), dtype=torch.int64)
+    return ops.attend(replace(call, plan=plan, seed=seed), backend)
+
+
+def _nothing() -> Plan:
+    return Plan(bias=Bias())  # spelled out, since torch.compile cannot trace a dataclass's default_factory
+
+
+def _lower(position: Encoding, context: Context) -> Plan:
+    """The plan, computed outside autocast: tables are float32 whatever the model's precision."""
+    device = context.device.type
+    off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with off:
+        plan = position.lower(context)
+    turn = plan.rotary
+    if turn is not None and (turn.q_cos.requires_grad or turn.k_cos.requires_grad):
+        raise ValueError("position: expected rotation tables that need no gradient, got ones with requires_grad")
+    return plan
+
+
+def _device_type(tensor: object) -> str:
+    return tensor.device.type if isinstance(tensor, Tensor) else "cpu"
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """Cast as torch's autocast casts an argument of its own scaled_dot_product_attention: float64 stays."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))

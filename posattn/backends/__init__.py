@@ -1,0 +1,82 @@
+"""Which backend runs a call: a named one or its reason not to, or the first that can with "auto".
+
+A fused backend is a module with `unsupported(call) -> reason | None`, `forward` and `backward` (see posattn/plan.py for
+what they are given). Each is imported when first asked for, and one that fails to import has that failure as its
+reason. The backend named "reference" is no such module: it is posattn.reference, plain PyTorch that autograd and
+torch.compile see through, so ops.py calls it by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from posattn.plan import Call
+
+FUSED = ("cpu", "cuda", "triton")
+NAMES = (*FUSED, "reference")
+
+# What "auto" tries on each device, in order.
+_AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
+class Backend(Protocol):
+    """What a backend module offers. `backward` returns the gradients named in `needs`, float32 for parameters."""
+
+    def unsupported(self, call: Call) -> str | None: ...
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        call: Call,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        needs: frozenset[str],
+    ) -> dict[str, Tensor]: ...
+
+
+@lru_cache(maxsize=None)
+def load(name: str) -> Backend | str:
+    """The backend of that name, or why it cannot be imported."""
+    try:
+        return cast(Backend, importlib.import_module(f"posattn.backends.{name}"))
+    except ImportError as error:
+        return f"it cannot be imported: {error}"
+
+
+def reason_against(name: str, call: Call) -> str | None:
+    """Why the backend of that name cannot run `call`; None if it can."""
+    backend = load(name)
+    return backend if isinstance(backend, str) else backend.unsupported(call)
+
+
+def goes_to_reference(call: Call, name: str) -> bool:
+    """The reference builds the N x N logits, so "auto" means it for float64 alone, where precision was asked for."""
+    return name == "reference" or (name == "auto" and call.q.dtype == torch.float64)
+
+
+def choose(call: Call, name: str) -> Backend:
+    """The fused backend that runs `call`. Raises ValueError with every reason if there is none."""
+    candidates = (name,) if name != "auto" else _AUTO.get(call.q.device.type, ())
+    reasons = []
+    for candidate in candidates:
+        backend = load(candidate)
+        reason = backend if isinstance(backend, str) else backend.unsupported(call)
+        if reason is None:
+            return cast(Backend, backend)
+        reasons.append(f"{candidate}: {reason}")
+    if name != "auto":
+        raise ValueError(f"backend {name!r} cannot run this call: {reasons[0].partition(': ')[2]}")
+    if not candidates:
+        reasons.append(f"no backend is written for {call.q.device.type} tensors")
+    raise ValueError(
+        f"no fused backend can run this call ({'; '.join(reasons)}); "
+        f'backend="reference" computes it in plain PyTorch, in memory that grows with Tq * Tk'
+    )

@@ -1,0 +1,274 @@
+"""Checks of the public functions' arguments, each done once and naming the argument, what was expected and what came.
+
+Looks at values (lengths, positions) cost a wait for the device, so they are done on CPU tensors alone, and not while
+torch.compile traces. They are the bounds that kernels on the CPU rely on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from posattn.backends import NAMES
+from posattn.encodings.base import Encoding
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+_POSITION_LIMIT = 2**31
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _readable(tensor: Tensor) -> bool:
+    """True if looking at values costs no device wait and they are real ones, not a trace's."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def check_same(name: str, tensor: Tensor, q: Tensor, q_name: str) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name}: expected device {q.device} like {q_name}, got {tensor.device}")
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str], rank: int | None) -> None:
+    """Types, dtypes, devices and ranks (`rank`, or at least 2 where it is None), and the lengths that must agree."""
+    for name, tensor in zip(names, (q, k, v)):
+        check_tensor(name, tensor)
+        if rank is None and tensor.dim() < 2:
+            raise ValueError(f"{name}: expected at least 2 dimensions [..., tokens, head_dim], got {_shape(tensor)}")
+        if rank is not None and tensor.dim() != rank:
+            raise ValueError(f"{name}: expected {rank} dimensions [batch, heads, tokens, head_dim], got {_shape(tensor)}")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"{names[0]}: expected float32, bfloat16, float16 or float64, got {q.dtype}")
+    for name, tensor in zip(names[1:], (k, v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: expected dtype {q.dtype} like {names[0]}, got {tensor.dtype}")
+        check_same(name, tensor, q, names[0])
+    if q.shape[-1] < 1 or v.shape[-1] < 1:
+        raise ValueError(
+            f"{names[0]}, {names[2]}: expected a head_dim of at least 1, got {_shape(q)} and {_shape(v)}"
+        )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{names[1]}: expected head_dim {q.shape[-1]} like {names[0]}, got {k.shape[-1]}")
+    if v.shape[-2] != k.shape[-2]:
+        raise ValueError(f"{names[2]}: expected {k.shape[-2]} tokens like {names[1]}, got {v.shape[-2]}")
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Batch sizes and head counts of attention()'s q, k and v; Hq must be a multiple of Hkv."""
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape[0] != q.shape[0]:
+            raise ValueError(f"{name}: expected batch size {q.shape[0]} like q, got {tensor.shape[0]}")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"v: expected {k.shape[1]} heads like k, got {v.shape[1]}")
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"k, v: expected a head count that divides q's {heads}, got {kv_heads}")
+
+
+def check_position(position: object) -> None:
+    if position is not None and not isinstance(position, Encoding):
+        raise TypeError(f"position: expected an encoding of posattn or None, got {type(position).__name__}")
+
+
+def check_backend(backend: object) -> None:
+    if backend != "auto" and backend not in NAMES:
+        raise ValueError(f'backend: expected "auto", {", ".join(map(repr, NAMES))}, got {backend!r}')
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The scale, 1 / sqrt(head_dim) for None."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    return float(scale)
+
+
+def check_softcap(softcap: float | None) -> float:
+    """The cap, 0 for none."""
+    if softcap is None:
+        return 0.0
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap: expected a finite number >= 0 (0 or None for no cap), got {softcap}")
+    return float(softcap)
+
+
+def check_dropout(dropout_p: float) -> float:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
+    return float(dropout_p)
+
+
+def check_window(window: int | tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """(left, right), None for unlimited; an int w means (w, w)."""
+    if window is None:
+        return None, None
+    sides: Sequence[int | None] = (window, window) if isinstance(window, int) else window
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+        raise TypeError(f"window: expected an int or (left, right), got {window!r}")
+    for side in sides:
+        if side is None or isinstance(side, torch.SymInt):
+            continue
+        if isinstance(side, bool) or not isinstance(side, int):
+            raise TypeError(f"window: expected ints or None, got {window!r}")
+        if side < 0:
+            raise ValueError(f"window: expected sides >= 0 (None for unlimited), got {window!r}")
+    return sides[0], sides[1]
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    if sinks is None:
+        return None
+    check_tensor("sinks", sinks)
+    check_same("sinks", sinks, q, "q")
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
+    if sinks.dim() != 1 or sinks.shape[0] != q.shape[1]:
+        raise ValueError(f"sinks: expected shape [{q.shape[1]}], one number per query head, got {_shape(sinks)}")
+    return sinks.float()
+
+
+def check_logit_shaped(name: str, tensor: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A bias or mask that broadcasts to [B, Hq, Tq, Tk], as a view [B or 1, Hq or 1, Tq, Tk]."""
+    target = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if tensor.device != q.device:
+        raise ValueError(f"{name}: expected device {q.device} like the queries, got {tensor.device}")
+    fits = 2 <= tensor.dim() <= 4 and all(
+        have == 1 or have == want for have, want in zip(reversed(tensor.shape), reversed(target))
+    )
+    if not fits:
+        raise ValueError(f"{name}: expected a shape that broadcasts to {list(target)}, got {_shape(tensor)}")
+    while tensor.dim() < 4:
+        tensor = tensor[None]
+    return tensor.expand(-1, -1, target[2], target[3])
+
+
+def check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    if bias is None:
+        return None
+    check_tensor("bias", bias)
+    if not bias.is_floating_point():
+        raise TypeError(f"bias: expected a floating dtype (a boolean one goes in mask), got {bias.dtype}")
+    return check_logit_shaped("bias", bias, q, k)
+
+
+def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected torch.bool, True where allowed (a float one goes in bias), got {mask.dtype}")
+    return check_logit_shaped("mask", mask, q, k)
+
+
+def check_attn_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor) -> None:
+    """The type and dtype of scaled_dot_product_attention's mask, which takes the place of is_causal."""
+    if attn_mask is None:
+        return
+    check_tensor("attn_mask", attn_mask)
+    if is_causal:
+        raise ValueError("attn_mask, is_causal: expected one or the other, got both")
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(f"attn_mask: expected torch.bool, torch.float32 or {query.dtype}, got {attn_mask.dtype}")
+    if attn_mask.dim() < 2:
+        raise ValueError(f"attn_mask: expected at least 2 dimensions, got {_shape(attn_mask)}")
+
+
+def check_k_lengths(k_lengths: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """int32 [B], each within 0 .. Tk."""
+    if k_lengths is None:
+        return None
+    _check_integers("k_lengths", k_lengths, q)
+    if k_lengths.dim() != 1 or k_lengths.shape[0] != q.shape[0]:
+        raise ValueError(f"k_lengths: expected shape [{q.shape[0]}], one length per sequence, got {_shape(k_lengths)}")
+    if _readable(k_lengths) and k_lengths.numel():
+        low, high = (int(bound) for bound in k_lengths.aminmax())
+        if low < 0 or high > k.shape[2]:
+            raise ValueError(f"k_lengths: expected lengths from 0 to {k.shape[2]}, got {low} to {high}")
+    return k_lengths.to(torch.int32)
+
+
+def check_cu_seqlens(
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """Both as int32, and the longest document's queries and keys (the token counts where looking would cost a wait)."""
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        return None, None, q.shape[2], k.shape[2]
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        raise ValueError("cu_seqlens_q, cu_seqlens_k: expected both or neither, got one")
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens_q: expected packed documents in a batch of 1, got a batch of {q.shape[0]}")
+    max_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[2])
+    max_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, k.shape[2])
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k: expected as many documents as cu_seqlens_q, {cu_seqlens_q.shape[0] - 1}, "
+            f"got {cu_seqlens_k.shape[0] - 1}"
+        )
+    return cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), max_q, max_k
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor, tokens: int) -> int:
+    _check_integers(name, cu_seqlens, q)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{name}: expected shape [documents + 1] with at least one document, got {_shape(cu_seqlens)}")
+    if not _readable(cu_seqlens):
+        return tokens
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
+        raise ValueError(f"{name}: expected non-decreasing bounds from 0 to {tokens}, got {_brief(bounds)}")
+    return max(lengths)
+
+
+def check_positions(
+    q_positions: Tensor | None, k_positions: Tensor | None, q: Tensor, k: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both as int64 [B or 1, T], from [T] or [B or 1, T]."""
+    if q_positions is None and k_positions is None:
+        return None, None
+    if q_positions is None or k_positions is None:
+        raise ValueError("q_positions, k_positions: expected both or neither, got one")
+    return (
+        _check_positions("q_positions", q_positions, q, q.shape[2]),
+        _check_positions("k_positions", k_positions, q, k.shape[2]),
+    )
+
+
+def _check_positions(name: str, positions: Tensor, q: Tensor, tokens: int) -> Tensor:
+    _check_integers(name, positions, q)
+    batch = q.shape[0]
+    fits = positions.dim() in (1, 2) and positions.shape[-1] == tokens
+    if not fits or (positions.dim() == 2 and positions.shape[0] not in (1, batch)):
+        raise ValueError(f"{name}: expected shape [{tokens}], [1, {tokens}] or [{batch}, {tokens}], got {_shape(positions)}")
+    if _readable(positions) and positions.numel():
+        low, high = (int(bound) for bound in positions.aminmax())
+        if low <= -_POSITION_LIMIT or high >= _POSITION_LIMIT:
+            raise ValueError(f"{name}: expected positions between -2^31 and 2^31, got {low} to {high}")
+    return (positions if positions.dim() == 2 else positions[None]).long()
+
+
+def _check_integers(name: str, tensor: Tensor, q: Tensor) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: expected int32 or int64, got {tensor.dtype}")
+    check_same(name, tensor, q, "q")
+
+
+def _brief(values: Sequence[int]) -> str:
+    return str(list(values)) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"

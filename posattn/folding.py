@@ -1,0 +1,74 @@
+"""torch's shapes for scaled_dot_product_attention, [..., heads, tokens, dim], folded to [batch, heads, tokens, dim].
+
+Leading dimensions broadcast, as they do in torch. A view where strides allow it, a copy where they do not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def fold(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """query, key, value and attn_mask with four dimensions, and the shape that the caller's result has."""
+    rank = max(query.dim(), key.dim(), value.dim())
+    q, k, v = (_pad(tensor, max(rank, 3)) for tensor in (query, key, value))
+    heads = q.shape[-3]
+    if enable_gqa:
+        k, v = _grouped("key", k, heads), _grouped("value", v, heads)
+        if k.shape[-3] != v.shape[-3]:
+            k, v = (tensor.repeat_interleave(heads // tensor.shape[-3], -3) for tensor in (k, v))
+    else:
+        heads = _broadcast((q.shape[-3:-2], k.shape[-3:-2], v.shape[-3:-2]), query, key, value)[0]
+        q, k, v = (tensor.expand(*tensor.shape[:-3], heads, -1, -1) for tensor in (q, k, v))
+    lead = _broadcast((q.shape[:-3], k.shape[:-3], v.shape[:-3]), query, key, value)
+    shape = (*lead, heads, q.shape[-2], v.shape[-1])
+    if attn_mask is not None and attn_mask.dim() > 3 and len(lead) != 1:
+        attn_mask = _fold_mask(attn_mask, lead)
+    q, k, v = (
+        tensor if len(lead) == 1 and tensor.shape[0] == lead[0] else _merge(tensor, lead) for tensor in (q, k, v)
+    )
+    return q, k, v, attn_mask, shape[-rank:] if rank < len(shape) else shape
+
+
+def _pad(tensor: Tensor, rank: int) -> Tensor:
+    return tensor if tensor.dim() == rank else tensor[(None,) * (rank - tensor.dim())]
+
+
+def _merge(tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
+    rest = tensor.shape[-3:]
+    return tensor.expand(*lead, *rest).reshape(math.prod(lead), *rest)
+
+
+def _fold_mask(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
+    if attn_mask.dim() < len(lead) + 3:
+        attn_mask = _pad(attn_mask, len(lead) + 3)
+    rest = attn_mask.shape[-3:]
+    mask_lead = attn_mask.shape[:-3]
+    if all(length == 1 for length in mask_lead):
+        return attn_mask.reshape(1, *rest)
+    if len(mask_lead) != len(lead) or any(have not in (1, want) for have, want in zip(mask_lead, lead)):
+        raise ValueError(f"attn_mask: expected leading dimensions that broadcast to {list(lead)}, got {list(mask_lead)}")
+    return _merge(attn_mask, lead)
+
+
+def _grouped(name: str, tensor: Tensor, heads: int) -> Tensor:
+    own = tensor.shape[-3]
+    if own == 0 or heads % own:
+        raise ValueError(f"{name}: expected a head count that divides query's {heads}, got {own}")
+    return tensor
+
+
+def _broadcast(shapes: tuple[tuple[int, ...], ...], query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError as error:
+        given = ", ".join(str(list(tensor.shape)) for tensor in (query, key, value))
+        raise ValueError(
+            "query, key, value: expected head counts and leading dimensions that broadcast "
+            f"(enable_gqa=True lets key heads divide query heads), got {given}"
+        ) from error

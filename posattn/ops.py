@@ -1,0 +1,311 @@
+"""The operators posattn::attention_forward and posattn::attention_backward, and the shorter way round them.
+
+torch.compile, torch.export, opcheck, functorch and dispatch modes see the operators. An eager call on plain tensors
+goes through a torch.autograd.Function over the same two functions instead, which spares the dispatcher's Python layers
+(about half of a small call's time). There are no second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from posattn import backends, reference
+from posattn.flat import DIFFERENTIABLE, flatten, parse, unflatten
+from posattn.plan import Call
+
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float scale, float softcap, float dropout_p, "
+    "str spec"
+)
+torch.library.define(
+    "posattn::attention_forward", f"({_CALL}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+torch.library.define(
+    "posattn::attention_backward",
+    f"({_CALL}, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, str needs) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_NO_SECOND_DERIVATIVE = 'posattn attention has no second derivative; backend="reference", plain PyTorch, has one'
+
+Numbers: TypeAlias = "tuple[float, float, float, str]"  # scale, softcap, dropout_p, spec
+
+
+def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] and the log-sum-exp [B, Hq, Tq] of a checked call; differentiable."""
+    if backends.goes_to_reference(call, backend):
+        return reference.forward(call)
+    flat = flatten(call, backend)
+    tensors = (call.q, call.k, call.v, *flat.operands)
+    numbers = (call.scale, call.softcap, call.dropout_p, flat.spec)
+    found: Any
+    if _needs_dispatcher(tensors):
+        found = torch.ops.posattn.attention_forward.default(*tensors[:3], flat.operands, flat.ints, *numbers)
+    elif torch._C._are_functorch_transforms_active() or (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    ):
+        found = _Attend.apply(flat.ints, numbers, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        found = _run_forward(call, backend)
+    out, lse = found
+    return out, lse
+
+
+def _needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
+    """True if a tracer, a mode or a tensor subclass has to see the operator."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or any(type(tensor) not in _PLAIN_TYPES for tensor in tensors)
+    ):
+        return True
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("posattn attention has no forward-mode derivative; use reverse mode")
+    return False
+
+
+def _run_forward(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    q, v = call.q, call.v
+    if q.numel() and v.numel():
+        return backends.choose(call, backend).forward(call)
+    lse = q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    if call.sinks is None:
+        lse.fill_(-torch.inf)
+    else:
+        lse.copy_(call.sinks[:, None])
+    return q.new_zeros(*q.shape[:3], v.shape[3]), lse
+
+
+def _run_backward(
+    call: Call,
+    backend: str,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    named: dict[str, Tensor],
+) -> list[Tensor]:
+    """The gradients of `named`, in its order, each in its operand's dtype."""
+    if call.q.numel() and call.v.numel():
+        chosen = backends.choose(call, backend)
+        grads = chosen.backward(call, out, lse, grad_out, grad_lse, frozenset(named))
+    else:
+        grads = {name: torch.zeros_like(operand) for name, operand in named.items()}
+        if grad_lse is not None and "sinks" in grads:
+            grads["sinks"] = grad_lse.sum((0, 2))
+    return [grads[name].to(operand.dtype) for name, operand in named.items()]
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _names(spec: str) -> tuple[str, ...]:
+    return ("q", "k", "v", *parse(spec).names)
+
+
+class _Attend(torch.autograd.Function):
+    """attention_forward without the dispatcher, and the way through functorch, which registered autograd lacks."""
+
+    @staticmethod
+    def forward(ints: list[int], numbers: Numbers, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v, *operands = tensors
+        return _run_forward(unflatten(q, k, v, operands, ints, *numbers), parse(numbers[3]).backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ints, numbers, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+        ctx.rest = ints, numbers
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        return (None, None, *_gradients(*ctx.rest, tensors, out, lse, grad_out, grad_lse, needed))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], ints: list[int], numbers: Numbers, *tensors: Tensor) -> Any:
+        return _loop(info.batch_size, in_dims[2:], tensors, lambda *rows: _Attend.apply(ints, numbers, *rows))
+
+
+class _AttendBackward(torch.autograd.Function):
+    """attention_backward without the dispatcher, where create_graph or functorch makes it part of a graph."""
+
+    @staticmethod
+    def forward(
+        ints: list[int], numbers: Numbers, needs: str, with_lse: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        *call_tensors, out, lse, grad_out, grad_lse = tensors
+        q, k, v, *operands = call_tensors
+        call = unflatten(q, k, v, operands, ints, *numbers)
+        named = _needed(needs, numbers[3], call_tensors)
+        backend = parse(numbers[3]).backend
+        return tuple(_run_backward(call, backend, out, lse, grad_out, grad_lse if with_lse else None, named))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        options, tensors = args[:4], args[4:]
+        return _loop(info.batch_size, in_dims[4:], tensors, lambda *rows: _AttendBackward.apply(*options, *rows))
+
+
+def _loop(batch_size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...], run: Any) -> Any:
+    """vmap one example after the other: each is a whole attention call, so there is little to win by merging them."""
+    results = [
+        run(*(tensor if dim is None else tensor.select(dim, i) for tensor, dim in zip(tensors, in_dims)))
+        for i in range(batch_size)
+    ]
+    stacked = tuple(torch.stack(parts) for parts in zip(*results))
+    return stacked, (0,) * len(stacked)
+
+
+def _gradients(
+    ints: list[int],
+    numbers: Numbers,
+    tensors: list[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """One gradient or None for each of `tensors`."""
+    if grad_out is None and grad_lse is None:
+        return [None] * len(tensors)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    q, k, v, *operands = tensors
+    spec = numbers[3]
+    names = _names(spec)
+    needs = [name for name, need in zip(names, needed) if need and name in DIFFERENTIABLE]
+    found: Any
+    if _needs_dispatcher((*tensors, grad_out)):
+        found = torch.ops.posattn.attention_backward.default(
+            q, k, v, operands, ints, *numbers, out, lse, grad_out, grad_lse, ",".join(needs)
+        )
+    else:
+        found = _AttendBackward.apply(  # type: ignore[no-untyped-call]
+            ints, numbers, ",".join(needs), grad_lse is not None, *tensors, out, lse, grad_out,
+            lse if grad_lse is None else grad_lse,
+        )
+    grads = dict(zip(needs, found))
+    return [grads.get(name) for name in names]
+
+
+@torch.library.impl("posattn::attention_forward", "default")
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    ints: list[int],
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    call = unflatten(q, k, v, operands, ints, scale, softcap, dropout_p, spec)
+    out, lse = _run_forward(call, parse(spec).backend)
+    return out.contiguous(), lse.contiguous()
+
+
+@torch.library.register_fake("posattn::attention_forward")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    ints: list[int],
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    rows = q.shape[:3]
+    return q.new_empty(*rows, v.shape[3]), q.new_empty(rows, dtype=_lse_dtype(q))
+
+
+@torch.library.impl("posattn::attention_backward", "default")
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    ints: list[int],
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    spec: str,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needs: str,
+) -> list[Tensor]:
+    call = unflatten(q, k, v, operands, ints, scale, softcap, dropout_p, spec)
+    named = _needed(needs, spec, (q, k, v, *operands))
+    grads = _run_backward(call, parse(spec).backend, out, lse, grad_out, grad_lse, named)
+    return [grad.contiguous() for grad in grads]
+
+
+@torch.library.register_fake("posattn::attention_backward")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: list[Tensor],
+    ints: list[int],
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    spec: str,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needs: str,
+) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in _needed(needs, spec, (q, k, v, *operands)).values()]
+
+
+def _needed(needs: str, spec: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    named = dict(zip(_names(spec), tensors))
+    return {name: named[name] for name in needs.split(",") if name}
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, operands, ints, *numbers = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *operands, *output)
+    ctx.rest = ints, tuple(numbers)
+
+
+def _backward_of_forward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3])
+    dq, dk, dv, *rest = _gradients(*ctx.rest, tensors, out, lse, grad_out, grad_lse, needed)
+    return dq, dk, dv, rest, None, None, None, None, None
+
+
+def _backward_of_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise NotImplementedError(_NO_SECOND_DERIVATIVE)
+
+
+torch.library.register_autograd("posattn::attention_forward", _backward_of_forward, setup_context=_setup_forward)
+torch.library.register_autograd("posattn::attention_backward", _backward_of_backward)
