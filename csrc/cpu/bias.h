@@ -1,0 +1,203 @@
+// The additive operands of one head over a rectangle of rows and keys, laid out so that along a row of logits every
+// read is a contiguous load: distances fall as keys rise, so tables are reversed, and slopes become tables too.
+#pragma once
+
+#include "pack.h"
+
+namespace posattn::POSATTN_ISA {
+
+// Keys that a row function may be asked for at once, padding included.
+constexpr int64_t TILE_KEYS = 256;
+constexpr int64_t ROW_MAX = TILE_KEYS + 2 * NR;
+
+// Carves aligned pieces from one block; with no block it only measures, so that the same code sizes and fills.
+struct Arena {
+  char* block = nullptr;
+  size_t used = 0;
+  float* floats(int64_t n) {
+    size_t at = used;
+    used += (static_cast<size_t>(imax(n, 1)) * 4 + 63) / 64 * 64;
+    return reinterpret_cast<float*>(block ? block + at : nullptr);
+  }
+};
+
+struct Rectangle {
+  int64_t i0, i1, j0, j1;  // rows and keys, counted inside the sequence
+};
+
+struct BiasTile {
+  const Problem* p = nullptr;
+  const Bias* bias = nullptr;
+  const Sequence* s = nullptr;
+  int64_t head = 0;
+  float unit = 1.0F;  // what the bias is multiplied with: log2(e) where the logits are in units of log2
+  Rectangle area{};
+  int64_t base = 0, length = 0;  // entry x of the arrays below belongs to j - i = base + x
+  int64_t offset = 0;            // implicit distance d = i + offset - j
+  float *relative = nullptr, *psi = nullptr, *psi_low = nullptr, *psi_high = nullptr, *row = nullptr;
+
+  static int64_t capacity(int64_t rows, int64_t keys) { return rows + keys + 2 * NR + MR; }
+
+  void layout(Arena& arena, const Bias& b, int64_t rows, int64_t keys) {
+    int64_t n = capacity(rows, keys);
+    if (b.relative()) relative = arena.floats(n);
+    if (b.psi) psi = arena.floats(n), psi_low = arena.floats(n), psi_high = arena.floats(n);
+    row = arena.floats(2 * ROW_MAX);
+  }
+
+  bool positions() const { return p->q_positions != nullptr; }
+  bool any() const { return bias->relative() || bias->psi || bias->dense; }
+
+  int64_t query_position(int64_t i) const {
+    return positions() ? p->q_positions[s->b * p->q_positions_batch + s->q0 + i] : i + offset;
+  }
+  const int64_t* key_positions(int64_t j) const { return p->k_positions + s->b * p->k_positions_batch + s->k0 + j; }
+  float slope() const { return bias->slope[s->b * bias->slope_batch + head * bias->slope_head]; }
+
+  float relative_at(int64_t d) const {
+    float value = 0.0F;
+    if (bias->table) value = bias->table[head * bias->table_len + iclamp(d - bias->table_first, 0, bias->table_len - 1)];
+    if (bias->slope) value -= slope() * static_cast<float>(bias->slope_signed || d >= 0 ? d : -d);
+    return value * unit;
+  }
+  int64_t psi_index(int64_t d) const { return iclamp(d - bias->psi_first, 0, bias->psi_len - 1); }
+
+  void prepare(const Problem& problem, const Bias& b, const Sequence& sequence, int64_t h, float in_unit,
+               const Rectangle& rectangle) {
+    p = &problem, bias = &b, s = &sequence, head = h, unit = in_unit, area = rectangle;
+    offset = s->k_len - s->q_len;
+    base = area.j0 - (area.i1 - 1);
+    length = area.j1 - area.j0 + area.i1 - area.i0 - 1;
+    if (positions()) return;
+    int64_t padded = length + 2 * NR;
+    if (b.relative()) {
+      for (int64_t x = 0; x < length; ++x) relative[x] = relative_at(offset - base - x);
+      fill(relative + length, 0.0F, 2 * NR);
+    }
+    if (b.psi) {
+      for (int64_t x = 0; x < padded; ++x) psi[x] = b.psi[psi_index(offset - base - imin(x, length - 1))];
+      // Running extremes over the NR entries from x on, by doubling.
+      for (int64_t x = 0; x < padded; ++x) psi_low[x] = psi_high[x] = psi[x];
+      for (int64_t span = 1; span < NR; span *= 2) {
+        for (int64_t x = 0; x + span < padded; ++x) {
+          psi_low[x] = psi_low[x + span] < psi_low[x] ? psi_low[x + span] : psi_low[x];
+          psi_high[x] = psi_high[x + span] > psi_high[x] ? psi_high[x + span] : psi_high[x];
+        }
+      }
+    }
+  }
+
+  // relative_at over keys j .. j + n of row i; valid until the next call.
+  const float* relative_row(int64_t i, int64_t j, int64_t n) const {
+    if (!positions()) return relative + (j - i - base);
+    int64_t q = query_position(i), last = s->k_len - 1 - j;
+    const int64_t* keys = key_positions(j);
+    for (int64_t c = 0; c < n; ++c) row[c] = relative_at(q - keys[imin(c, last)]);
+    return row;
+  }
+
+  const float* psi_row(int64_t i, int64_t j, int64_t n) const {
+    if (!positions()) return psi + (j - i - base);
+    int64_t q = query_position(i), last = s->k_len - 1 - j;
+    const int64_t* keys = key_positions(j);
+    for (int64_t c = 0; c < n; ++c) row[ROW_MAX + c] = bias->psi[psi_index(q - keys[imin(c, last)])];
+    return row + ROW_MAX;
+  }
+
+  float row_scale(int64_t i) const {
+    return bias->row_scale[iclamp(query_position(i) - bias->row_first, 0, bias->row_len - 1)];
+  }
+
+  // The segments [first, last] that y = psi * scale can reach over NR keys from j; `first` is a hint on entry.
+  void segments(const float* psi_values, int64_t i, int64_t j, float scale, int64_t& first, int64_t& last) const {
+    float low, high;
+    if (!positions()) {
+      low = psi_low[j - i - base], high = psi_high[j - i - base];
+    } else {
+      low = high = psi_values[0];
+      for (int64_t c = 1; c < NR; ++c) {
+        low = psi_values[c] < low ? psi_values[c] : low;
+        high = psi_values[c] > high ? psi_values[c] : high;
+      }
+    }
+    float a = low * scale, b = high * scale;
+    low = a < b ? a : b, high = a < b ? b : a;
+    while (first < bias->n_knots && bias->knots[first] < low) ++first;
+    while (first > 0 && !(bias->knots[first - 1] < low)) --first;
+    last = first;
+    while (last < bias->n_knots && bias->knots[last] < high) ++last;
+  }
+
+  const float* profile_slope() const { return bias->profile_slope + head * (bias->n_knots + 1); }
+  const float* profile_intercept() const { return bias->profile_intercept + head * (bias->n_knots + 1); }
+
+  // x = x * mul + profile over n keys (a multiple of VL) from j of row i; returns the running maximum.
+  vf add_profile(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
+    const float *slopes = profile_slope(), *intercepts = profile_intercept(), *knots = bias->knots;
+    const float* values = psi_row(i, j, round_up(n, NR));
+    float scale = row_scale(i);
+    int64_t first = 0, last = 0;
+    vf most = set1(NEG_INF), times = set1(mul), vscale = set1(scale);
+    for (int64_t c = 0; c < n; c += NR) {
+      segments(values + c, i, j + c, scale, first, last);
+      int64_t end = imin(n, c + NR);
+      vf steep = set1(slopes[first] * scale * unit), level = set1(intercepts[first] * unit);
+      for (int64_t v = c; v < end; v += VL) {
+        vf value = fma(load(values + v), steep, level);
+        if (__builtin_expect(last > first, 0)) {
+          vf y = load(values + v) * vscale;
+          for (int64_t m = first; m < last; ++m)
+            value = fma(set1((slopes[m + 1] - slopes[m]) * unit), max(y - set1(knots[m]), zero()), value);
+        }
+        value = fma(load(x + v), times, value);
+        store(x + v, value);
+        most = max(most, value);
+      }
+    }
+    return most;
+  }
+
+  vf add_relative(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
+    const float* values = relative_row(i, j, n);
+    vf most0 = set1(NEG_INF), most1 = most0, times = set1(mul);
+    int64_t c = 0;
+    for (; c + 2 * VL <= n; c += 2 * VL) {
+      vf a = fma(load(x + c), times, load(values + c));
+      vf b = fma(load(x + c + VL), times, load(values + c + VL));
+      store(x + c, a);
+      store(x + c + VL, b);
+      most0 = max(most0, a);
+      most1 = max(most1, b);
+    }
+    for (; c < n; c += VL) {
+      vf a = fma(load(x + c), times, load(values + c));
+      store(x + c, a);
+      most0 = max(most0, a);
+    }
+    return max(most0, most1);
+  }
+
+  void add_dense(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
+    const int64_t count = imin(n, s->k_len - j), key = bias->dense_key, bytes = bias->dense.dtype == DType::f32 ? 4 : 2;
+    const char* from = row_pointer(bias->dense, s->b, head, s->q0 + i) + (s->k0 + j) * key * bytes;
+    if (key == 1)
+      load_floats(row, from, bias->dense.dtype, count);
+    else
+      for (int64_t c = 0; c < count; ++c) load_floats(row + c, from + c * key * bytes, bias->dense.dtype, 1);
+    for (int64_t c = 0; c < count; ++c) x[c] = x[c] * mul + row[c] * unit;
+    for (int64_t c = count; c < n; ++c) x[c] = x[c] * mul;
+  }
+
+  // All operands; returns the maximum of what it wrote. mul applies once.
+  vf add(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
+    if (bias->dense) add_dense(x, i, j, n, mul), mul = 1.0F;
+    if (bias->psi && bias->relative()) add_profile(x, i, j, n, mul), mul = 1.0F;
+    if (bias->relative()) return add_relative(x, i, j, n, mul);
+    if (bias->psi) return add_profile(x, i, j, n, mul);
+    vf most = set1(NEG_INF);
+    for (int64_t c = 0; c < n; c += VL) most = max(most, load(x + c));
+    return mul == 1.0F ? most : most * set1(mul);
+  }
+};
+
+}  // namespace posattn::POSATTN_ISA

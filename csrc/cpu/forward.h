@@ -1,0 +1,181 @@
+// Flash attention forward. A task is one head and a run of its rows: keys pass in tiles that are packed once per task,
+// rows pass in groups of MR, and every group carries its running maximum and sum.
+#pragma once
+
+#include <cmath>
+
+#include "dropout.h"
+#include "tasks.h"
+
+namespace posattn::POSATTN_ISA {
+
+// Rows of a task: packing a key costs about a quarter of a multiply-add per element, a row two, so a few hundred rows
+// hide it; fewer when that would leave threads idle. The result does not depend on it.
+constexpr int64_t ROWS_PER_TASK = 384;
+
+// A vector step of softmax needs a whole number of elements of P.
+template <class M>
+constexpr int64_t P_STEP = M::pack * VL;
+
+template <class M>
+struct ForwardScratch {
+  float *q, *k, *v, *logits, *weights, *out, *most, *sum, *keep;
+  BiasTile bias;
+  int64_t q_stride, v_stride;
+
+  ForwardScratch(Arena& arena, const Problem& p, int64_t rows) {
+    q_stride = round_up(p.head_dim, 2 * VL) / M::pack;
+    v_stride = round_up(p.value_dim, VL);
+    q = arena.floats(rows * q_stride);
+    k = arena.floats(TILE_KEYS * panel_rows<M>(p.head_dim));
+    v = arena.floats(TILE_KEYS / M::pack * v_stride);
+    logits = arena.floats(MR * ROW_MAX);
+    weights = M::pack == 1 ? logits : arena.floats(MR * ROW_MAX);
+    out = arena.floats(rows * v_stride);
+    most = arena.floats(rows);
+    sum = arena.floats(rows);
+    keep = arena.floats(ROW_MAX);
+    bias.layout(arena, p.bias, rows, p.max_k_len);
+  }
+};
+
+// exp2(x * mul - m) in place of x, as elements of P; returns the sum.
+template <class M>
+inline float exponentiate(float* weights, const float* x, int64_t n, float mul, float m) {
+  vf sum0 = zero(), sum1 = zero(), times = set1(mul), less = set1(-m);
+  for (int64_t c = 0; c < n; c += 2 * VL) {
+    vf a = exp2<M::exp_degree>(fma(load(x + c), times, less));
+    vf b = exp2<M::exp_degree>(fma(load(x + c + VL), times, less));
+    sum0 += a;
+    sum1 += b;
+    if constexpr (M::pack == 1) {
+      store(weights + c, a);
+      store(weights + c + VL, b);
+    } else {
+      store(weights + c / 2, bf16_row(a, b));
+    }
+  }
+  return reduce_add(sum0 + sum1);
+}
+
+inline void scale_row(float* x, float by, int64_t n) {
+  for (int64_t c = 0; c < n; c += VL) store(x + c, load(x + c) * by);
+}
+
+// Divides by the row's sum, adds the sink to it, and writes one row and its log-sum-exp (m is in units of log2).
+inline void write_row(const Problem& p, const Sequence& s, int64_t h, int64_t i, float* out, float m, float sum) {
+  if (p.sinks) {
+    float sink = p.sinks[h] * LOG2E, top = fmax2(m, sink);
+    if (top > NEG_INF) {
+      float kept = exp2_scalar(m - top);
+      for (int64_t c = 0; c < p.value_dim; ++c) out[c] *= kept;
+      sum = sum * kept + exp2_scalar(sink - top);
+      m = top;
+    }
+  }
+  float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;  // a NaN sum must stay NaN
+  for (int64_t c = 0; c < p.value_dim; ++c) out[c] *= inverse;
+  store_floats(const_cast<char*>(row_pointer(p.out, s.b, h, s.q0 + i)), out, p.out.dtype, p.value_dim);
+  p.lse[(s.b * p.heads + h) * p.q_len + s.q0 + i] = sum == 0.0F ? NEG_INF : m * LN2 + ::logf(sum);
+}
+
+// Multiplies a row of P by its dropout factors.
+template <class M>
+inline void drop_row(const Problem& p, const Sequence& s, const Dropout& dropout, float* keep, float* weights,
+                     int64_t h, int64_t i, int64_t j, int64_t n) {
+  dropout.row(keep, s.b * p.heads + h, s.q0 + i, s.k0 + j, n);
+  if constexpr (M::pack == 1) {
+    for (int64_t c = 0; c < n; ++c) weights[c] *= keep[c];
+  } else {
+    auto* pairs = reinterpret_cast<uint16_t*>(weights);
+    for (int64_t c = 0; c < n; ++c) pairs[c] = float_to_bf16(bf16_to_float(pairs[c]) * keep[c]);
+  }
+}
+
+template <class M>
+void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, int64_t i1, ForwardScratch<M>& t) {
+  const int64_t kv_head = h / (p.heads / p.kv_heads), rows = i1 - i0;
+  const float unit = p.scale * LOG2E;
+  const float q_scale = M::pack == 1 ? unit : 1.0F, product_scale = M::pack == 1 ? 1.0F : unit;
+  const Source keys = key_source(p, s, kv_head), values = value_source(p, s, kv_head);
+  const int64_t depth = elements<M>(p.head_dim), panel = panel_rows<M>(p.head_dim) * NR, v_vectors = t.v_stride / VL;
+  const Dropout dropout(p);
+  const bool drop = p.dropout_p > 0.0F;
+
+  t.bias.prepare(p, p.bias, s, h, LOG2E, {i0, i1, 0, s.k_len});
+  pack_rows<M>(t.q, t.q_stride, query_source(p, s, h, q_scale), i0, rows, round_up(rows, MR));
+  fill(t.out, 0.0F, round_up(rows, MR) * t.v_stride);
+  fill(t.most, NEG_INF, round_up(rows, MR));
+  fill(t.sum, 0.0F, round_up(rows, MR));
+
+  const Interval all = allowed_by_any(p, s, i0, i1);
+  for (int64_t j0 = all.lo / TILE_KEYS * TILE_KEYS; j0 < all.hi; j0 += TILE_KEYS) {
+    const int64_t tile = imin(TILE_KEYS, s.k_len - j0);
+    pack_panels<M>(t.k, keys, j0, tile);
+    pack_depth<M>(t.v, t.v_stride, values, j0, tile, round_up(tile, P_STEP<M> * (3 - M::pack)));
+
+    for (int64_t g = 0; g < rows; g += MR) {
+      const int64_t count = imin(MR, rows - g);
+      const Interval any = allowed_by_any(p, s, i0 + g, i0 + g + count);
+      if (any.lo >= j0 + tile || any.hi <= j0) continue;
+      const int64_t begin = imax(any.lo - j0, 0) / NR * NR;
+      const int64_t end = round_up(imin(any.hi - j0, tile), 2 * VL), n = end - begin;
+
+      for (int64_t c = begin; c < end; c += NR)
+        gemm_rows<M, Init::zero>(t.q + g * t.q_stride, t.q_stride, 1, t.k + c / NR * panel, NR, t.logits + c, ROW_MAX,
+                                 depth, imin(NR, end - c) / VL);
+
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t i = i0 + g + r;
+        float *x = t.logits + r * ROW_MAX + begin, *w = t.weights + r * ROW_MAX + begin / M::pack;
+        float mul = product_scale;
+        vf row_most = finish_row(p, s, t.bias, x, i, allowed(p, s, i), j0 + begin, n, mul);
+        float &m = t.most[g + r], &sum = t.sum[g + r];
+        float next = fmax2(m, reduce_max(row_most) * mul);
+        float base = next == NEG_INF ? 0.0F : next;
+        float part = exponentiate<M>(w, x, n, mul, base);
+        if (next != m) {
+          float kept = exp2_scalar(m - base);
+          sum *= kept;
+          scale_row(t.out + (g + r) * t.v_stride, kept, t.v_stride);
+          m = next;
+        }
+        sum += part;
+        if (drop) drop_row<M>(p, s, dropout, t.keep, w, h, i, j0 + begin, n);
+      }
+      for (int64_t r = count; r < MR; ++r) fill(t.weights + r * ROW_MAX + begin / M::pack, 0.0F, n / M::pack);
+      gemm_rows<M, Init::load>(t.weights + begin / M::pack, ROW_MAX, 1, t.v + begin / M::pack * t.v_stride, t.v_stride,
+                               t.out + g * t.v_stride, t.v_stride, n / M::pack, v_vectors);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    write_row(p, s, h, i0 + r, t.out + r * t.v_stride, t.most[r], t.sum[r]);
+}
+
+inline int64_t rows_per_task(const Problem& p) {
+  int64_t rows = ROWS_PER_TASK;
+  auto tasks = [&](int64_t r) { return p.n_sequences * p.heads * ceil_div(p.q_len, r); };
+  while (rows > 96 && tasks(rows) < 4 * p.threads) rows /= 2;
+  return rows;
+}
+
+template <class M>
+void forward(const Problem& p) {
+  const int64_t step = rows_per_task(p);
+  int64_t longest = 0;
+  for (int64_t n = 0; n < p.n_sequences; ++n) longest = imax(longest, p.sequences[n].q_len);
+  const int64_t chunks = ceil_div(longest, step), rows = imin(step, round_up(longest, MR));
+  run_tasks(
+      p.threads, chunks * p.n_sequences * p.heads, [&](Arena& arena) { ForwardScratch<M>(arena, p, rows); },
+      [&](Arena& arena, int64_t task) {
+        // The last rows of a causal sequence see the most keys: they go first, so that the end of the work is even.
+        const int64_t h = task % p.heads, chunk = chunks - 1 - task / p.heads / p.n_sequences;
+        const Sequence& s = p.sequences[task / p.heads % p.n_sequences];
+        const int64_t i0 = chunk * step, i1 = imin(i0 + step, s.q_len);
+        if (i0 >= i1) return;
+        ForwardScratch<M> scratch(arena, p, rows);
+        forward_task<M>(p, s, h, i0, i1, scratch);
+      });
+}
+
+}  // namespace posattn::POSATTN_ISA

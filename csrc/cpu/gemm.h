@@ -1,0 +1,83 @@
+// The one inner loop: C[MR x NV vectors] (+)= A[MR x K] B[K x NV vectors], all of C in registers. A's elements are
+// broadcast one by one, at any two strides; B's rows are contiguous.
+// An element is 32 bits: a float, or in the bfloat16 mode a pair of bfloat16 that are neighbours along K.
+#pragma once
+
+#include "simd.h"
+
+namespace posattn::POSATTN_ISA {
+
+// 24 accumulators, four (two) vectors of B and one broadcast fill 32 (16) registers.
+constexpr int MR = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int NV_MAX = 4;
+#else
+constexpr int NV_MAX = 2;
+#endif
+constexpr int NR = NV_MAX * VL;
+
+struct F32 {
+  static constexpr int pack = 1;  // logical K steps an element holds
+  static constexpr int exp_degree = 5;
+  static inline vf dot(vf c, vf a, vf b) { return fma(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+struct BF16 {
+  static constexpr int pack = 2;
+  static constexpr int exp_degree = 4;
+  static inline vf dot(vf c, vf a, vf b) {
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
+  }
+};
+#endif
+
+enum class Init { zero, load };
+
+template <class M, int ROWS, int NV>
+inline void accumulate(vf (&c)[ROWS][NV], const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k,
+                       int64_t k_len) {
+  for (int64_t k = 0; k < k_len; ++k) {
+    vf row[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) row[j] = load(b + j * VL);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      vf x = set1(a[i * a_row]);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) c[i][j] = M::dot(c[i][j], x, row[j]);
+    }
+    a += a_k;
+    b += b_k;
+  }
+}
+
+template <class M, int ROWS, int NV, Init INIT>
+inline void micro(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row,
+                  int64_t k_len) {
+  vf acc[ROWS][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) acc[i][j] = INIT == Init::load ? load(c + i * c_row + j * VL) : zero();
+  accumulate<M>(acc, a, a_row, a_k, b, b_k, k_len);
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) store(c + i * c_row + j * VL, acc[i][j]);
+}
+
+// C[MR x vectors * VL], any number of vectors.
+template <class M, Init INIT>
+inline void gemm_rows(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row,
+                      int64_t k_len, int64_t vectors) {
+  for (; vectors >= NV_MAX; vectors -= NV_MAX, b += NR, c += NR)
+    micro<M, MR, NV_MAX, INIT>(a, a_row, a_k, b, b_k, c, c_row, k_len);
+  if constexpr (NV_MAX == 4) {
+    if (vectors == 3) return micro<M, MR, 3, INIT>(a, a_row, a_k, b, b_k, c, c_row, k_len);
+    if (vectors == 2) return micro<M, MR, 2, INIT>(a, a_row, a_k, b, b_k, c, c_row, k_len);
+  }
+  if (vectors == 1) micro<M, MR, 1, INIT>(a, a_row, a_k, b, b_k, c, c_row, k_len);
+}
+
+}  // namespace posattn::POSATTN_ISA

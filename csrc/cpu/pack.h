@@ -1,0 +1,211 @@
+// Tensors of any dtype become float32 (or bfloat16-pair) tiles in the layouts that gemm.h reads. Rotary turns a row
+// while it passes through.
+#pragma once
+
+#include "gemm.h"
+#include "problem.h"
+
+namespace posattn::POSATTN_ISA {
+
+inline const char* row_pointer(const View& v, int64_t b, int64_t h, int64_t t) {
+  int64_t bytes = v.dtype == DType::f32 ? 4 : 2;
+  return static_cast<const char*>(v.data) + (b * v.batch + h * v.head + t * v.row) * bytes;
+}
+
+inline void load_floats(float* dst, const void* src, DType dtype, int64_t n) {
+  if (dtype == DType::f32) {
+    std::memcpy(dst, src, static_cast<size_t>(n) * 4);
+  } else if (dtype == DType::bf16) {
+    const auto* p = static_cast<const uint16_t*>(src);
+    for (int64_t i = 0; i < n; ++i) dst[i] = bf16_to_float(p[i]);
+  } else {
+    const auto* p = static_cast<const uint16_t*>(src);
+    for (int64_t i = 0; i < n; ++i) dst[i] = f16_to_float(p[i]);
+  }
+}
+
+inline void store_floats(void* dst, const float* src, DType dtype, int64_t n) {
+  if (dtype == DType::f32) {
+    std::memcpy(dst, src, static_cast<size_t>(n) * 4);
+  } else if (dtype == DType::bf16) {
+    auto* p = static_cast<uint16_t*>(dst);
+    for (int64_t i = 0; i < n; ++i) p[i] = float_to_bf16(src[i]);
+  } else {
+    auto* p = static_cast<uint16_t*>(dst);
+    for (int64_t i = 0; i < n; ++i) p[i] = float_to_f16(src[i]);
+  }
+}
+
+// Turns one row by its angles; sign -1 is the inverse turn, which is also the gradient's.
+inline void rotate(float* x, const float* cos, const float* sin, int64_t half, bool interleaved, float sign) {
+  if (interleaved) {
+    for (int64_t c = 0; c < half; ++c) {
+      float a = x[2 * c], b = x[2 * c + 1], s = sign * sin[c];
+      x[2 * c] = a * cos[c] - b * s;
+      x[2 * c + 1] = b * cos[c] + a * s;
+    }
+  } else {
+    for (int64_t c = 0; c < half; ++c) {
+      float a = x[c], b = x[c + half], s = sign * sin[c];
+      x[c] = a * cos[c] - b * s;
+      x[c + half] = b * cos[c] + a * s;
+    }
+  }
+}
+
+// Where a tile's rows come from.
+struct Source {
+  View view;
+  int64_t b = 0, h = 0, t0 = 0;  // row r of the tile is token t0 + r
+  int64_t width = 0;
+  const float *cos = nullptr, *sin = nullptr;  // of token 0, or null
+  int64_t half = 0;
+  bool interleaved = false;
+  float scale = 1.0F;
+
+  void read(float* dst, int64_t r) const {
+    load_floats(dst, row_pointer(view, b, h, t0 + r), view.dtype, width);
+    if (cos) rotate(dst, cos + (t0 + r) * half, sin + (t0 + r) * half, half, interleaved, 1.0F);
+    if (scale != 1.0F)
+      for (int64_t c = 0; c < width; ++c) dst[c] *= scale;
+  }
+};
+
+inline Source query_source(const Problem& p, const Sequence& s, int64_t h, float scale) {
+  Source src{p.q, s.b, h, s.q0, p.head_dim};
+  if (p.rotary.q_cos) {
+    src.cos = p.rotary.q_cos + s.b * p.rotary.q_batch, src.sin = p.rotary.q_sin + s.b * p.rotary.q_batch;
+    src.half = p.rotary.half, src.interleaved = p.rotary.interleaved;
+  }
+  src.scale = scale;
+  return src;
+}
+
+inline Source key_source(const Problem& p, const Sequence& s, int64_t kv_head) {
+  Source src{p.k, s.b, kv_head, s.k0, p.head_dim};
+  if (p.rotary.k_cos) {
+    src.cos = p.rotary.k_cos + s.b * p.rotary.k_batch, src.sin = p.rotary.k_sin + s.b * p.rotary.k_batch;
+    src.half = p.rotary.half, src.interleaved = p.rotary.interleaved;
+  }
+  return src;
+}
+
+inline Source value_source(const Problem& p, const Sequence& s, int64_t kv_head) {
+  return Source{p.v, s.b, kv_head, s.k0, p.value_dim};
+}
+
+// Elements of a row of `width` numbers.
+template <class M>
+constexpr int64_t elements(int64_t width) {
+  return (width + M::pack - 1) / M::pack;
+}
+
+inline void fill(float* dst, float value, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = value;
+}
+
+// A row in elements: floats as they are, or neighbours along the row as bfloat16 pairs. dst has round_up(width, 2 VL).
+template <class M>
+inline void to_elements(float* dst, const float* row, int64_t padded) {
+  if constexpr (M::pack == 1) {
+    for (int64_t c = 0; c < padded; c += VL) store(dst + c, load(row + c));
+  } else {
+    for (int64_t c = 0; c < padded; c += 2 * VL) store(dst + c / 2, bf16_row(load(row + c), load(row + c + VL)));
+  }
+}
+
+// Largest head dimension, padded: what a row buffer on the stack must hold.
+constexpr int64_t MAX_WIDTH = 256 + 2 * VL;
+
+// Row-major elements [rows][stride]: the A operand of products over the width. Rows past `count` are zero.
+template <class M>
+inline void pack_rows(float* dst, int64_t stride, const Source& src, int64_t first, int64_t count, int64_t rows) {
+  alignas(64) float row[MAX_WIDTH];
+  int64_t padded = round_up(src.width, 2 * VL);
+  fill(row, 0.0F, padded);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (r < count) {
+      src.read(row, first + r);
+      to_elements<M>(dst + r * stride, row, padded);
+    } else {
+      fill(dst + r * stride, 0.0F, padded / M::pack);
+    }
+  }
+}
+
+// The B operand of products over the rows: [rows / pack][stride], zero beyond the width and past `count`.
+template <class M>
+inline void pack_depth(float* dst, int64_t stride, const Source& src, int64_t first, int64_t count, int64_t rows) {
+  alignas(64) float row[2][MAX_WIDTH];
+  fill(row[0], 0.0F, stride);
+  fill(row[1], 0.0F, stride);
+  for (int64_t r = 0; r < rows; r += M::pack) {
+    float* out = dst + r / M::pack * stride;
+    for (int i = 0; i < M::pack; ++i) {
+      if (r + i < count)
+        src.read(row[i], first + r + i);
+      else
+        fill(row[i], 0.0F, src.width);
+    }
+    for (int64_t c = 0; c < stride; c += VL)
+      store(out + c, M::pack == 1 ? load(row[0] + c) : bf16_pair(load(row[0] + c), load(row[1] + c)));
+  }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+// One butterfly step of a VL x VL transpose: exchanges lanes whose index differs in bit STEP.
+template <int STEP>
+inline void transpose_step(vf (&x)[VL]) {
+  vi low, high;
+  for (int l = 0; l < VL; ++l) {
+    low[l] = (l & STEP) == 0 ? l : VL + l - STEP;
+    high[l] = (l & STEP) == 0 ? l + STEP : VL + l;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) {
+    if (i & STEP) continue;
+    vf a = x[i], b = x[i + STEP];
+    x[i] = __builtin_shuffle(a, b, low);
+    x[i + STEP] = __builtin_shuffle(a, b, high);
+  }
+}
+
+inline void transpose(float* dst, int64_t dst_row, const float* src, int64_t src_row) {
+  vf x[VL];
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) x[i] = load(src + i * src_row);
+  transpose_step<1>(x);
+  transpose_step<2>(x);
+  if constexpr (VL > 4) transpose_step<(VL > 4 ? 4 : 1)>(x);
+  if constexpr (VL > 8) transpose_step<(VL > 8 ? 8 : 1)>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) store(dst + i * dst_row, x[i]);
+}
+#else
+inline void transpose(float* dst, int64_t dst_row, const float* src, int64_t src_row) {
+  for (int i = 0; i < VL; ++i)
+    for (int j = 0; j < VL; ++j) dst[j * dst_row + i] = src[i * src_row + j];
+}
+#endif
+
+// Elements of a panel row count: whole transposed blocks are written, so a panel holds this many element rows.
+template <class M>
+constexpr int64_t panel_rows(int64_t width) {
+  return (elements<M>(width) + VL - 1) / VL * VL;
+}
+
+// Columns: [panels][panel_rows][NR], the B operand of products over the width. Columns past `count` are zero.
+template <class M>
+inline void pack_panels(float* dst, const Source& src, int64_t first, int64_t count) {
+  alignas(64) float rows[VL * MAX_WIDTH];
+  int64_t depth = panel_rows<M>(src.width), panel = depth * NR;
+  for (int64_t c = 0; c < count; c += VL) {
+    pack_rows<M>(rows, MAX_WIDTH, src, first + c, imin(VL, count - c), VL);
+    float* out = dst + c / NR * panel + c % NR;
+    for (int64_t d = 0; d < depth; d += VL) transpose(out + d * NR, NR, rows + d, MAX_WIDTH);
+  }
+  for (int64_t c = round_up(count, VL); c < round_up(count, NR); c += VL)
+    for (int64_t d = 0; d < depth; ++d) store(dst + c / NR * panel + d * NR + c % NR, zero());
+}
+
+}  // namespace posattn::POSATTN_ISA

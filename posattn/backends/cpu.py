@@ -1,0 +1,158 @@
+"""The CPU backend: hands a `Call`'s tensors to the native kernels of csrc/cpu as addresses and strides.
+
+The native module knows no tensor type, so one build serves every torch. Everything that a kernel will read is proved
+in bounds by posattn/checks.py before it comes here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posattn.plan import Bias, Call, HeadMix
+
+try:
+    from posattn import _cpu as native
+except ImportError as error:  # a source tree that was never built: every other backend still works
+    native = None
+    _missing = str(error)
+
+MAX_HEAD_DIM = 256
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORMS = {"concat-residual": 0, "concat": 1, "add": 2}
+
+
+def unsupported(call: Call) -> str | None:
+    """Why this backend cannot run `call`, or None."""
+    if native is None:
+        return f"the native module posattn._cpu is not built ({_missing})"
+    q, v = call.q, call.v
+    if q.device.type != "cpu":
+        return f"it runs on CPU tensors, and query is on {q.device}"
+    if q.dtype not in _DTYPES:
+        return f"it computes float32, bfloat16 and float16, and query is {q.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        return f"head dimensions go up to {MAX_HEAD_DIM}, and these are {q.shape[-1]} and {v.shape[-1]}"
+    return None
+
+
+class _Binding:
+    """A native Problem together with the tensors whose memory it points at."""
+
+    def __init__(self, call: Call) -> None:
+        self.problem = native.Problem()
+        self.keep: list[Tensor] = []
+        self._call(call)
+
+    def address(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+        if tensor is None:
+            return 0
+        tensor = tensor.detach().to(dtype).contiguous()
+        self.keep.append(tensor)
+        return tensor.data_ptr()
+
+    def view(self, tensor: Tensor) -> Any:
+        """A [B, H, T, D] tensor with contiguous rows; dimensions of size one broadcast."""
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            tensor = tensor.contiguous()
+        self.keep.append(tensor)
+        batch, head, row, _ = tensor.stride()
+        return native.View(tensor.data_ptr(), batch, head, row, _DTYPES[tensor.dtype])
+
+    def broadcast_view(self, tensor: Tensor, dtype: int) -> tuple[Any, int]:
+        """A [B or 1, H or 1, Tq, Tk] tensor and its stride over keys."""
+        self.keep.append(tensor)
+        batch, head, row, key = tensor.stride()
+        batch = 0 if tensor.shape[0] == 1 else batch
+        head = 0 if tensor.shape[1] == 1 else head
+        return native.View(tensor.data_ptr(), batch, head, row, dtype), key
+
+    def _call(self, call: Call) -> None:
+        p, q, k, v, mask = self.problem, call.q, call.k, call.v, call.mask
+        p.batch, p.heads, p.q_len, p.head_dim = q.shape
+        p.kv_heads, p.k_len, p.value_dim = k.shape[1], k.shape[2], v.shape[3]
+        p.q, p.k, p.v = self.view(q), self.view(k), self.view(v)
+        p.scale, p.softcap = call.scale, call.softcap
+        p.threads = torch.get_num_threads()
+        if call.sinks is not None:
+            p.sinks = self.address(call.sinks)
+        p.causal, p.top_left = mask.causal, mask.top_left
+        p.left = -1 if mask.left is None else mask.left
+        p.right = -1 if mask.right is None else mask.right
+        if mask.boolean is not None:
+            p.boolean, p.boolean_key = self.broadcast_view(mask.boolean.view(torch.uint8), 0)
+        if mask.cu_seqlens_q is not None:
+            starts = [self.address(x, torch.int32) for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
+            p.set_packed(*starts, mask.cu_seqlens_q.shape[0] - 1)
+        elif mask.k_lengths is not None:
+            p.set_batched(self.address(mask.k_lengths, torch.int32))
+        else:
+            p.set_batched()
+        if call.q_positions is not None and call.k_positions is not None:
+            p.q_positions, p.q_positions_batch = self._batched(call.q_positions, torch.int64)
+            p.k_positions, p.k_positions_batch = self._batched(call.k_positions, torch.int64)
+        if call.dropout_p and call.seed is not None:
+            p.dropout_p, p.seed = call.dropout_p, int(call.seed.item()) & 0xFFFFFFFFFFFFFFFF
+        plan = call.plan
+        if plan.rotary is not None:
+            self._rotary(plan.rotary)
+        self.bias(p.bias, plan.bias)
+        if plan.mix is not None:
+            p.mix = True
+            self._mix(p.head_mix, plan.mix)
+
+    def _batched(self, tensor: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+        """The address of a [B or 1, ...] tensor and its batch stride, 0 where it broadcasts."""
+        return self.address(tensor, dtype), 0 if tensor.shape[0] == 1 else tensor[0].numel()
+
+    def _rotary(self, rotary: Any) -> None:
+        native_rotary = self.problem.rotary
+        native_rotary.q_cos, native_rotary.q_batch = self._batched(rotary.q_cos, torch.float32)
+        native_rotary.q_sin = self.address(rotary.q_sin)
+        native_rotary.k_cos, native_rotary.k_batch = self._batched(rotary.k_cos, torch.float32)
+        native_rotary.k_sin = self.address(rotary.k_sin)
+        native_rotary.half, native_rotary.interleaved = rotary.q_cos.shape[-1], rotary.interleaved
+
+    def bias(self, to: Any, bias: Bias) -> None:
+        if bias.slope is not None:
+            slope = bias.slope.slope
+            to.slope, to.slope_signed = self.address(slope), bias.slope.signed
+            to.slope_batch, to.slope_head = (0, 1) if slope.dim() == 1 else (slope.shape[1], 1)
+        if bias.table is not None:
+            to.table, to.table_first = self.address(bias.table.values), bias.table.first
+            to.table_len = bias.table.values.shape[1]
+        if bias.profile is not None:
+            f = bias.profile
+            to.psi, to.psi_len, to.psi_first = self.address(f.psi), f.psi.shape[0], f.first
+            to.row_scale, to.row_len, to.row_first = self.address(f.row_scale), f.row_scale.shape[0], f.row_first
+            to.knots, to.n_knots = self.address(f.knots), f.knots.shape[0]
+            to.profile_slope, to.profile_intercept = self.address(f.slope), self.address(f.intercept)
+        if bias.dense is not None:
+            dense = bias.dense.bias.detach()
+            dense = dense if dense.dtype in _DTYPES else dense.float()
+            to.dense, to.dense_key = self.broadcast_view(dense, _DTYPES[dense.dtype])
+
+    def _mix(self, to: Any, mix: HeadMix) -> None:
+        to.w1, to.b1, to.w2, to.b2 = (self.address(x) for x in (mix.w1, mix.b1, mix.w2, mix.b2))
+        to.width, to.inputs = mix.w1.shape
+        to.form, to.has_inner = _FORMS[mix.form], bool(mix.inner)
+        self.bias(to.inner, mix.inner)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory for a result; tests replace it to fill results with NaN beforehand."""
+    return torch.empty(tuple(shape), dtype=dtype)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] in the query's dtype and lse [B, Hq, Tq] float32."""
+    binding = _Binding(call)
+    batch, heads, q_len, _ = call.q.shape
+    out = empty((batch, heads, q_len, call.v.shape[-1]), call.q.dtype)
+    lse = empty((batch, heads, q_len), torch.float32)
+    binding.problem.out, binding.problem.lse = binding.view(out), lse.data_ptr()
+    native.forward(binding.problem)
+    return out, lse
