@@ -4,7 +4,37 @@ from posattn.encodings.alibi import ALiBi
 from posattn.encodings.base import Context as Context
 from posattn.encodings.base import Encoding as Encoding
 from posattn.encodings.base import Sum as Sum
+from posattn.encodings.bipe import BiPE
+from posattn.encodings.bipe import segment_positions as segment_positions
+from posattn.encodings.dape import DAPE
+from posattn.encodings.embeddings import LearnedEmbedding as LearnedEmbedding
+from posattn.encodings.embeddings import SinusoidalEmbedding as SinusoidalEmbedding
+from posattn.encodings.fire import FIRE
 from posattn.encodings.kerple import Kerple
+from posattn.encodings.relative import RelativeTable
+from posattn.encodings.relative_2d import RelativeTable2D
 from posattn.encodings.rope import RoPE
+from posattn.encodings.rope_axes import AxialRoPE, MRoPE
+from posattn.encodings.sandwich import Sandwich
+from posattn.encodings.scaling import DynamicNTK as DynamicNTK
+from posattn.encodings.scaling import Linear as Linear
+from posattn.encodings.scaling import Llama3 as Llama3
+from posattn.encodings.scaling import LongRoPE as LongRoPE
+from posattn.encodings.scaling import Scaling as Scaling
+from posattn.encodings.scaling import YaRN as YaRN
+from posattn.encodings.t5 import T5Bias
 
-__all__ = ["ALiBi", "Kerple", "RoPE"]
+__all__ = [
+    "DAPE",
+    "FIRE",
+    "ALiBi",
+    "AxialRoPE",
+    "BiPE",
+    "Kerple",
+    "MRoPE",
+    "RelativeTable",
+    "RelativeTable2D",
+    "RoPE",
+    "Sandwich",
+    "T5Bias",
+]

@@ -54,5 +54,13 @@ class ALiBi(Encoding):
     def build(self, context: Context) -> Plan:
         return Plan(bias=Bias(slope=Slope(self.slopes.to(context.table_dtype(self.slopes)), self.signed)))
 
+    @classmethod
+    def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
+        return {
+            "ALiBi": cls(num_heads),
+            "ALiBi learnable": cls(num_heads, learnable=True),
+            "ALiBi signed": cls(num_heads, learnable=True, signed=True),
+        }
+
     def extra_repr(self) -> str:
         return f"{self.num_heads}, learnable={isinstance(self.slopes, nn.Parameter)}, signed={self.signed}"

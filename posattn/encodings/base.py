@@ -82,11 +82,20 @@ class Context:
         plain = self.k_lengths is None and self.cu_seqlens_q is None
         return (k_index if plain and q_tokens == k_tokens else q_index + offset), k_index
 
-    @cached_property
+    @property
     def position_bounds(self) -> tuple[int, int, int, int]:
-        """First and last query position, first and last key position. Explicit positions cost one device sync."""
-        if self.q_positions is None or self.k_positions is None:
-            return 1 - self.q_len, self.k_len - 1, 0, self.k_len - 1
+        """First and last query position, first and last key position. Explicit positions cost one device sync.
+
+        For implicit ones the bounds hold for sequences of any length up to k_len.
+        """
+        if self.explicit:
+            return self._explicit_bounds
+        return 1 - self.q_len, self.k_len - 1, 0, self.k_len - 1
+
+    @cached_property
+    def _explicit_bounds(self) -> tuple[int, int, int, int]:
+        assert self.q_positions is not None
+        assert self.k_positions is not None
         if self.q_positions.numel() == 0 or self.k_positions.numel() == 0:
             return 0, 0, 0, 0
         bounds = [*self.q_positions.aminmax(), *self.k_positions.aminmax()]
@@ -124,6 +133,11 @@ class Encoding(nn.Module):
     """A positional encoding for attention. `lower` gives its plan; `bias` shows an additive one; `+` composes."""
 
     num_heads: int | None = None
+    """Query heads that it was made for; None if any number will do."""
+    has_bias: bool = True
+    """Whether the plan adds a bias to the logits; a rotary encoding's does not."""
+    needs_positions: bool = False
+    """Whether it makes sense only with explicit positions."""
 
     def build(self, context: Context) -> Plan:
         """The plan of this encoding, by differentiable PyTorch. Subclasses write this; callers use `lower`."""
@@ -175,6 +189,11 @@ class Encoding(nn.Module):
             )
         return reference.dense_bias(plan.bias, *context.token_positions()).expand(1, context.num_heads, -1, -1)[0]
 
+    @classmethod
+    def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
+        """An instance of each form, by name, for up to `tokens` queries and keys: what tests and benches run."""
+        raise NotImplementedError(f"{cls.__name__} must define examples(num_heads, head_dim, tokens)")
+
     def __add__(self, other: Encoding) -> Encoding:
         if not isinstance(other, Encoding):
             return NotImplemented
@@ -199,6 +218,8 @@ class Sum(Encoding):
             raise ValueError(f"+: expected encodings with equal num_heads, got {sorted(h for h in heads if h)}")
         self.parts = nn.ModuleList(flat)
         self.num_heads = heads.pop() if heads else None
+        self.has_bias = any(p.has_bias for p in flat)
+        self.needs_positions = any(p.needs_positions for p in flat)
 
     def build(self, context: Context) -> Plan:
         plan = Plan(bias=Bias())

@@ -45,6 +45,10 @@ class Kerple(Encoding):
         values = -p * torch.log1p(a * distance) if self.form == "log" else -a * distance.pow(p)
         return Plan(bias=Bias(table=Table(values, context.distance_range[0])))
 
+    @classmethod
+    def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
+        return {"Kerple": cls(num_heads), "Kerple power": cls(num_heads, form="power")}
+
     def extra_repr(self) -> str:
         return f"{self.num_heads}, form={self.form!r}"
 

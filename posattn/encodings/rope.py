@@ -8,7 +8,7 @@ from torch import Tensor
 from posattn import reference
 from posattn.encodings._checks import check_choice, check_positive, check_positive_int
 from posattn.encodings.base import Context, Encoding
-from posattn.encodings.scaling import Scaling, rotary_frequencies
+from posattn.encodings.scaling import Scaling, YaRN, rotary_frequencies
 from posattn.plan import Bias, Plan, Rotary
 
 LAYOUTS = ("half", "interleaved")
@@ -23,6 +23,8 @@ class RotaryEncoding(Encoding):
         layout: pairs are (c, c + rotary_dim / 2) for "half" (GPT-NeoX, Llama), (2c, 2c + 1) for "interleaved" (GPT-J).
         rotary_dim: how many leading dimensions turn; all by default.
     """
+
+    has_bias = False
 
     def __init__(self, head_dim: int, base: float, layout: str, rotary_dim: int | None) -> None:
         super().__init__()
@@ -41,13 +43,17 @@ class RotaryEncoding(Encoding):
         """The angle in radians, float64 [B or 1, T, rotary_dim / 2], of each pair at integer positions [B or 1, T]."""
         return positions[..., None] * theta
 
+    def token_positions(self, context: Context) -> tuple[Tensor, Tensor]:
+        """The positions of queries and keys that `angles` takes; the same tensor where they agree."""
+        return context.token_positions()
+
     def build(self, context: Context) -> Plan:
         if context.head_dim is not None and context.head_dim != self.head_dim:
             raise ValueError(
                 f"position: {type(self).__name__} was made for head_dim={self.head_dim}, got {context.head_dim}"
             )
         dtype = context.table_dtype()
-        q_positions, k_positions = context.token_positions()
+        q_positions, k_positions = self.token_positions(context)
         theta, factor = self.frequencies(self._length(context), context.device)
         k_cos, k_sin = self._turn(k_positions, theta, factor, dtype)
         if q_positions is k_positions:
@@ -110,6 +116,17 @@ class RoPE(RotaryEncoding):
             return context.k_len
         _, q_last, _, k_last = context.position_bounds
         return max(q_last, k_last) + 1
+
+    @classmethod
+    def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
+        if head_dim < 2:
+            return {}
+        even, part = head_dim // 2 * 2, (head_dim // 2 + 1) // 2 * 2
+        return {
+            "RoPE": cls(head_dim, rotary_dim=even),
+            "RoPE interleaved": cls(head_dim, layout="interleaved", rotary_dim=even),
+            "RoPE partial": cls(head_dim, rotary_dim=part, scaling=YaRN(4.0, max(tokens // 2, 1))),
+        }
 
     def extra_repr(self) -> str:
         return (

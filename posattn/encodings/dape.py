@@ -1,0 +1,78 @@
+"""DAPE: logits x + b + f([x; b]), f an MLP over the heads of each (i, j) (Zheng 2024, arXiv 2405.14722)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from posattn.encodings._checks import check_choice, check_positive_int
+from posattn.encodings.alibi import ALiBi
+from posattn.encodings.base import Context, Encoding
+from posattn.encodings.fire import FIRE
+from posattn.encodings.kerple import Kerple
+from posattn.encodings.rope import RoPE
+from posattn.plan import Bias, HeadMix, Plan
+
+FORMS = ("concat-residual", "concat", "add")
+
+
+class DAPE(Encoding):
+    """Data-adaptive: the logits of all heads and an inner bias go through an MLP that corrects the logits.
+
+    x are the scaled logits before the mask, b the inner bias, and f = Linear -> LeakyReLU(0.01) -> Linear is `mlp`.
+    A rotary part of the inner encoding turns q and k as it would alone. Without an inner bias every form is x + f(x).
+
+    Args:
+        inner: the encoding of b, or None.
+        num_heads: number of query heads H.
+        width: hidden units of the MLP.
+        form: "concat-residual" x + b + f([x; b]), the paper's best; "concat" x + f([x; b]); "add" x + b + f(x + b).
+    """
+
+    def __init__(self, inner: Encoding | None, num_heads: int, width: int = 32, form: str = "concat-residual") -> None:
+        super().__init__()
+        if inner is not None and not isinstance(inner, Encoding):
+            raise TypeError(f"inner: expected an Encoding or None, got {type(inner).__name__}")
+        self.num_heads = check_positive_int("num_heads", num_heads)
+        if inner is not None and inner.num_heads not in (None, num_heads):
+            raise ValueError(f"inner: expected an encoding with num_heads={num_heads}, got {inner.num_heads}")
+        if inner is not None and any(isinstance(m, DAPE) for m in inner.modules()):
+            raise ValueError("inner: expected an encoding without a DAPE in it, got one; the heads can be mixed once")
+        self.form = check_choice("form", form, FORMS)
+        self.width = check_positive_int("width", width)
+        self.inner = inner
+        self.needs_positions = inner is not None and inner.needs_positions
+        both = inner is not None and inner.has_bias and form != "add"
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * num_heads if both else num_heads, width), nn.LeakyReLU(0.01), nn.Linear(width, num_heads)
+        )
+
+    def build(self, context: Context) -> Plan:
+        inner = Plan(bias=Bias()) if self.inner is None else self.inner.lower(context)
+        first, second = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
+        dtype = context.table_dtype(first.weight)
+        mix = HeadMix(
+            first.weight.to(dtype),
+            first.bias.to(dtype),
+            second.weight.to(dtype),
+            second.bias.to(dtype),
+            self.form,
+            inner.bias,
+        )
+        return Plan(inner.rotary, mix, Bias())
+
+    @classmethod
+    def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
+        fire = FIRE(num_heads, initial_length=max(tokens / 2.0, 1.0))
+        return {
+            "DAPE": cls(None, num_heads),
+            "DAPE-RoPE": cls(RoPE(head_dim), num_heads),
+            "DAPE-ALiBi add": cls(ALiBi(num_heads, learnable=True), num_heads, form="add"),
+            "DAPE-Kerple": cls(Kerple(num_heads), num_heads),
+            "DAPE-Kerple concat": cls(Kerple(num_heads), num_heads, form="concat"),
+            "DAPE-RoPE-FIRE": cls(RoPE(head_dim) + fire, num_heads),
+        }
+
+    def extra_repr(self) -> str:
+        return f"{self.num_heads}, width={self.width}, form={self.form!r}"

@@ -1,0 +1,110 @@
+"""FIRE: b[h](i, j) = f_h(psi(i - j) / (psi(max(i, L)) + eps)), psi(y) = log(|c y| + 1) (Li 2023, arXiv 2310.04418)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from posattn.encodings._checks import check_positive, check_positive_int
+from posattn.encodings.base import Context, Encoding
+from posattn.plan import Bias, Plan, Profile
+
+
+class FIRE(Encoding):
+    """A small network of the distance, normalised by the query's position past a learned threshold L.
+
+    f = Linear(1, width) -> ReLU -> Linear(width, H) is `mlp`; the scalars `c` and `length_multiplier` are learned, and
+    L = |length_multiplier * initial_length|. f is a ReLU network of one number, hence piecewise linear, and lowers to
+    its exact pieces: kernels evaluate no network.
+
+    Args:
+        num_heads: number of query heads H.
+        width: hidden units of the network.
+        bidirectional: use sign(i - j) * psi(i - j), so that keys after the query differ from those before it.
+        initial_c, initial_length, eps: as in the paper.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        width: int = 32,
+        bidirectional: bool = False,
+        initial_c: float = 0.1,
+        initial_length: float = 512.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.num_heads = check_positive_int("num_heads", num_heads)
+        self.width = check_positive_int("width", width)
+        self.bidirectional = bidirectional
+        self.initial_length = check_positive("initial_length", initial_length)
+        self.eps = check_positive("eps", eps)
+        self.mlp = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, num_heads))
+        self.c = nn.Parameter(torch.tensor(check_positive("initial_c", initial_c)))
+        self.length_multiplier = nn.Parameter(torch.tensor(1.0))
+
+    def build(self, context: Context) -> Plan:
+        parameters = list(self.parameters())
+        dtype = context.table_dtype(*parameters)
+        c = self.c.to(dtype)
+        threshold = (self.length_multiplier.to(dtype) * self.initial_length).abs()
+
+        distance = context.distances().to(dtype)
+        psi = _psi(c, distance)
+        if self.bidirectional:
+            psi = psi * distance.sign()
+        row_first, rows = context.query_range
+        position = torch.arange(row_first, row_first + rows, device=context.device).to(dtype)
+        row_scale = 1.0 / (_psi(c, torch.maximum(position, threshold)) + self.eps)
+
+        hidden, output = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
+        knots, slope, intercept = piecewise_linear(hidden.weight[:, 0], hidden.bias, output.weight, output.bias, dtype)
+        profile = Profile(psi, context.distance_range[0], row_scale, row_first, knots, slope, intercept)
+        return Plan(bias=Bias(profile=profile))
+
+    @classmethod
+    def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
+        # Half of the queries past the threshold and half before it.
+        length = max(tokens / 2.0, 1.0)
+        return {
+            "FIRE": cls(num_heads, initial_length=length),
+            "FIRE bidirectional": cls(num_heads, bidirectional=True, initial_length=length),
+        }
+
+    def extra_repr(self) -> str:
+        return f"{self.num_heads}, width={self.width}, bidirectional={self.bidirectional}"
+
+
+def piecewise_linear(
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pieces of f(y) = weight @ relu(a * y + b) + bias, for a, b [W], weight [H, W], bias [H].
+
+    Gives knots [W], ascending and finite or +inf, slope and intercept [H, W + 1]: f(y) = slope[:, s] * y +
+    intercept[:, s], s the number of knots < y. Slope and intercept are differentiable; the knots need not be, since f
+    is continuous in them.
+    """
+    a, b, weight, bias = a.double(), b.double(), weight.double(), bias.double()
+    with torch.no_grad():
+        side = a.sign()
+        # A unit with a = 0 never switches: it is on for all y, or off.
+        on_at_start = ((a < 0) | ((a == 0) & (b > 0))).double()
+        info = torch.finfo(dtype)
+        knots = torch.where(a == 0, torch.inf, -b / a).clamp(min=info.min).to(dtype)
+        # ReLU is off at 0. A unit that switches off is to be off at its knot too, so its knot moves down by one ulp
+        # (a normal number, since hardware may flush others to 0); at d = 0 with b = 0 the gradient depends on it.
+        below = torch.where(knots == 0, -info.tiny, torch.nextafter(knots, torch.full_like(knots, info.min)))
+        knots, order = torch.where(a < 0, below, knots).sort()
+
+    def prefix(start: Tensor, step: Tensor) -> Tensor:
+        return torch.cat([start[:, None], step[:, order]], dim=1).cumsum(dim=1).to(dtype)
+
+    slope = prefix(weight @ (a * on_at_start), weight * (a * side))
+    intercept = prefix(weight @ (b * on_at_start) + bias, weight * (b * side))
+    return knots, slope, intercept
+
+
+def _psi(c: Tensor, y: Tensor) -> Tensor:
+    return torch.log1p((c * y).abs())

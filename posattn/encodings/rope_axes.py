@@ -1,0 +1,149 @@
+"""RoPE over several axes: pair c turns by (the token's position on the axis of c) * theta_c (2-D: Heo 2024, "Rotary
+Position Embedding for Vision Transformer", arXiv 2403.13298; M-RoPE: Wang 2024, "Qwen2-VL", arXiv 2409.12191)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from posattn.encodings._checks import check_choice, check_positive_int
+from posattn.encodings.base import Context, Encoding
+from posattn.encodings.rope import RotaryEncoding
+from posattn.encodings.scaling import rotary_frequencies
+
+ARRANGEMENTS = ("blocks", "interleaved")
+
+
+class AxialRoPE(RotaryEncoding):
+    """2-D: the first half of the pairs turns with the row of a token, the second half with its column.
+
+    Position p is the cell (p // width, p % width), so tokens in row-major order need no explicit positions. Each axis
+    has rotary_dim / 4 frequencies, theta_c = base^(-4c/rotary_dim).
+
+    Args:
+        head_dim, base, layout, rotary_dim: as in `RotaryEncoding`; rotary_dim is a multiple of 4.
+        width: cells in a row.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        width: int,
+        base: float = 10000.0,
+        layout: str = "half",
+        rotary_dim: int | None = None,
+    ) -> None:
+        super().__init__(head_dim, base, layout, rotary_dim)
+        self.width = check_positive_int("width", width)
+        if self.rotary_dim % 4:
+            raise ValueError(f"rotary_dim: expected a multiple of 4 for two axes, got {self.rotary_dim}")
+
+    def frequencies(self, length: int, device: torch.device | str) -> tuple[Tensor, float]:
+        return rotary_frequencies(self.rotary_dim // 2, self.base, device), 1.0
+
+    def angles(self, positions: Tensor, theta: Tensor) -> Tensor:
+        row = positions.div(self.width, rounding_mode="floor")
+        column = positions.remainder(self.width)
+        return torch.cat([row[..., None] * theta, column[..., None] * theta], dim=-1)
+
+    @classmethod
+    def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
+        rotary_dim = head_dim // 4 * 4
+        return {"AxialRoPE": cls(head_dim, width=8, rotary_dim=rotary_dim)} if rotary_dim else {}
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, width={self.width}, base={self.base}, layout={self.layout!r}"
+
+
+class MRoPE(RotaryEncoding):
+    """Multimodal: sections of the pairs turn with different axes (time, height, width) of one position per axis.
+
+        rope = MRoPE(128, sections=(16, 24, 24))
+        out = attention(q, k, v, rope.at(position_ids), causal=True)        # position_ids [3, B or 1, T]
+
+    Without `at`, all axes share the token's own position, which is plain RoPE: right for text alone.
+
+    Args:
+        head_dim, base, layout, rotary_dim: as in `RotaryEncoding`.
+        sections: pairs per axis, rotary_dim / 2 in all.
+        arrangement: "blocks" gives each axis a run of pairs (Qwen2-VL); "interleaved" gives pair c to axis c mod axes
+            until that axis has all its pairs, and the rest to axis 0 (Qwen3-VL).
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        sections: Sequence[int],
+        base: float = 10000.0,
+        layout: str = "half",
+        rotary_dim: int | None = None,
+        arrangement: str = "blocks",
+    ) -> None:
+        super().__init__(head_dim, base, layout, rotary_dim)
+        self.sections = tuple(check_positive_int(f"sections[{i}]", n) for i, n in enumerate(sections))
+        if sum(self.sections) != self.rotary_dim // 2:
+            raise ValueError(
+                f"sections: expected numbers that sum to rotary_dim / 2 = {self.rotary_dim // 2}, got {self.sections}"
+            )
+        self.arrangement = check_choice("arrangement", arrangement, ARRANGEMENTS)
+        self.axis_of_pair = self._axes()
+        self._q_ids: Tensor | None = None
+        self._k_ids: Tensor | None = None
+
+    def at(self, q_ids: Tensor, k_ids: Tensor | None = None) -> MRoPE:
+        """This encoding at given positions: integers [axes, B or 1, Tq] and [axes, B or 1, Tk] (those of q if None)."""
+        placed = copy.copy(self)
+        placed._q_ids = self._check_ids("q_ids", q_ids)
+        placed._k_ids = placed._q_ids if k_ids is None else self._check_ids("k_ids", k_ids)
+        return placed
+
+    def token_positions(self, context: Context) -> tuple[Tensor, Tensor]:
+        q_own, k_own = super().token_positions(context)
+        if self._q_ids is None or self._k_ids is None:
+            return q_own, k_own
+        for name, ids, own in (("q_ids", self._q_ids, q_own), ("k_ids", self._k_ids, k_own)):
+            if ids.shape[2] != own.shape[1] or ids.shape[1] not in (1, context.batch):
+                raise ValueError(
+                    f"{name}: expected [{len(self.sections)}, {context.batch} or 1, {own.shape[1]}], "
+                    f"got {list(ids.shape)}"
+                )
+        return self._q_ids, self._k_ids
+
+    def angles(self, positions: Tensor, theta: Tensor) -> Tensor:
+        if positions.dim() == 2:
+            return super().angles(positions, theta)
+        return positions[list(self.axis_of_pair)].movedim(0, -1) * theta
+
+    def _axes(self) -> tuple[int, ...]:
+        if self.arrangement == "blocks":
+            return tuple(axis for axis, count in enumerate(self.sections) for _ in range(count))
+        axes = len(self.sections)
+        owners = tuple(c % axes if c < self.sections[c % axes] * axes else 0 for c in range(self.rotary_dim // 2))
+        counts = tuple(owners.count(axis) for axis in range(axes))
+        if counts != self.sections:
+            raise ValueError(
+                f"sections: an interleaved arrangement needs the first to be the longest, got {self.sections}, "
+                f"which it would turn into {counts}"
+            )
+        return owners
+
+    def _check_ids(self, name: str, ids: Tensor) -> Tensor:
+        if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+            raise TypeError(f"{name}: expected a tensor of integers, got {ids.dtype}")
+        if ids.dim() != 3 or ids.shape[0] != len(self.sections):
+            raise ValueError(f"{name}: expected [{len(self.sections)}, B or 1, T], got {list(ids.shape)}")
+        return ids.long()
+
+    @classmethod
+    def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
+        pairs = head_dim // 2
+        if pairs < 3:
+            return {}
+        sections = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+        return {"MRoPE": cls(head_dim, sections, rotary_dim=2 * pairs)}
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, sections={self.sections}, base={self.base}, arrangement={self.arrangement!r}"
