@@ -47,7 +47,7 @@ def attention(
         v: [B, Hkv, Tk, Dv].
         position: an encoding, a sum of encodings, or None.
         causal: key j is seen by query i if j <= i + Tk - Tq.
-        window: (left, right) or an int for both: keys from i + Tk - Tq - left to i + Tk - Tq + right, None for no limit.
+        window: (left, right) or an int for both: keys from i + Tk - Tq - left to i + Tk - Tq + right; None: no limit.
         scale: multiplies q k^T; 1 / sqrt(D) by default.
         softcap: x becomes softcap * tanh(x / softcap) right after the scale; None or 0 for none.
         sinks: [Hq], adds exp(sinks[h]) to the softmax's denominator (Xiao 2023, as GPT-OSS has it).
@@ -80,32 +80,31 @@ def attention(
     lengths = checks.check_k_lengths(k_lengths, q, k)
     if lengths is not None and cu_q is not None:
         raise ValueError("k_lengths, cu_seqlens_k: expected one or the other, got both")
-    call_mask = Mask(
-        causal=bool(causal),
-        left=left,
-        right=None if causal else right,  # causal is the closer limit
-        boolean=checks.check_mask(mask, q, k),
-        k_lengths=lengths,
-        cu_seqlens_q=cu_q,
-        cu_seqlens_k=cu_k,
-        max_q=max_q,
-        max_k=max_k,
-    )
-    call = Call(
-        q=q,
-        k=k,
-        v=v,
-        plan=_nothing(),
-        mask=call_mask,
-        scale=checks.check_scale(scale, q.shape[3]),
+    out, lse = _attend(
+        q,
+        k,
+        v,
+        position,
+        Mask(
+            causal=bool(causal),
+            left=left,
+            right=None if causal else right,  # causal is the closer limit
+            boolean=checks.check_mask(mask, q, k),
+            k_lengths=lengths,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_q=max_q,
+            max_k=max_k,
+        ),
+        scale=scale,
         softcap=checks.check_softcap(softcap),
         sinks=checks.check_sinks(sinks, q),
-        dropout_p=checks.check_dropout(dropout_p),
+        bias=checks.check_bias(bias, q, k),
+        positions=checks.check_positions(q_positions, k_positions, q, k),
+        dropout_p=dropout_p,
         deterministic=deterministic,
+        backend=checks.check_backend(backend),
     )
-    positions = checks.check_positions(q_positions, k_positions, q, k)
-    checks.check_backend(backend)
-    out, lse = _attend(call, position, checks.check_bias(bias, q, k), positions, backend)
     return (out, lse) if return_lse else out
 
 
@@ -154,44 +153,55 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask = checks.check_logit_shaped("attn_mask", attn_mask, q, k)
         boolean, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    call = Call(
-        q=q,
-        k=k,
-        v=v,
-        plan=_nothing(),
-        mask=Mask(causal=bool(is_causal), top_left=True, boolean=boolean, max_q=q.shape[2], max_k=k.shape[2]),
-        scale=checks.check_scale(scale, q.shape[3]),
-        dropout_p=checks.check_dropout(dropout_p),
-    )
-    out, _ = _attend(call, position, bias, (None, None), "auto")
+    mask = Mask(causal=bool(is_causal), top_left=True, boolean=boolean, max_q=q.shape[2], max_k=k.shape[2])
+    out, _ = _attend(q, k, v, position, mask, scale=scale, bias=bias, dropout_p=dropout_p)
     return out if out.shape == shape else out.reshape(shape)
 
 
 def _attend(
-    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     position: Encoding | None,
+    mask: Mask,
+    *,
+    scale: float | None,
     bias: Tensor | None,
-    positions: tuple[Tensor | None, Tensor | None],
-    backend: str,
+    dropout_p: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    positions: tuple[Tensor | None, Tensor | None] = (None, None),
+    deterministic: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Run `call` with the plan of `position` and a dense bias in it, and with a seed if it drops anything."""
-    checks.check_position(position)
-    plan = _nothing()
-    if position is not None:
-        plan = _lower(position, Context.of(call.q, call.k, call.mask, *positions))
-        call = replace(call, q_positions=positions[0], k_positions=positions[1])
+    """Lower `position`, put the dense bias into its plan, draw a seed if anything is dropped, and run the call."""
+    scale = checks.check_scale(scale, q.shape[3])
+    dropout_p = checks.check_dropout(dropout_p)
+    if position is None:
+        plan, positions = Plan(bias=Bias()), (None, None)
+    else:
+        checks.check_position(position)
+        plan = _lower(position, Context.of(q, k, mask, *positions))
     if bias is not None:
         inner = plan.bias.dense
         dense = Dense(bias if inner is None else inner.bias + bias)
         plan = replace(plan, bias=replace(plan.bias, dense=dense))
-    seed = None
-    if call.dropout_p:
-        seed = torch.randint(2**62, (1,), dtype=torch.int64)
-    return ops.attend(replace(call, plan=plan, seed=seed), backend)
-
-
-def _nothing() -> Plan:
-    return Plan(bias=Bias())  # spelled out, since torch.compile cannot trace a dataclass's default_factory
+    call = Call(
+        q=q,
+        k=k,
+        v=v,
+        plan=plan,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        q_positions=positions[0],
+        k_positions=positions[1],
+        dropout_p=dropout_p,
+        seed=torch.randint(2**62, (1,), dtype=torch.int64) if dropout_p else None,
+        deterministic=deterministic,
+    )
+    return ops.attend(call, backend)
 
 
 def _lower(position: Encoding, context: Context) -> Plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -51,7 +52,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str], rank
         if rank is None and tensor.dim() < 2:
             raise ValueError(f"{name}: expected at least 2 dimensions [..., tokens, head_dim], got {_shape(tensor)}")
         if rank is not None and tensor.dim() != rank:
-            raise ValueError(f"{name}: expected {rank} dimensions [batch, heads, tokens, head_dim], got {_shape(tensor)}")
+            raise ValueError(
+                f"{name}: expected {rank} dimensions [batch, heads, tokens, head_dim], got {_shape(tensor)}"
+            )
     if q.dtype not in DTYPES:
         raise TypeError(f"{names[0]}: expected float32, bfloat16, float16 or float64, got {q.dtype}")
     for name, tensor in zip(names[1:], (k, v)):
@@ -59,9 +62,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str], rank
             raise TypeError(f"{name}: expected dtype {q.dtype} like {names[0]}, got {tensor.dtype}")
         check_same(name, tensor, q, names[0])
     if q.shape[-1] < 1 or v.shape[-1] < 1:
-        raise ValueError(
-            f"{names[0]}, {names[2]}: expected a head_dim of at least 1, got {_shape(q)} and {_shape(v)}"
-        )
+        raise ValueError(f"{names[0]}, {names[2]}: expected a head_dim of at least 1, got {_shape(q)} and {_shape(v)}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{names[1]}: expected head_dim {q.shape[-1]} like {names[0]}, got {k.shape[-1]}")
     if v.shape[-2] != k.shape[-2]:
@@ -81,13 +82,14 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_position(position: object) -> None:
-    if position is not None and not isinstance(position, Encoding):
+    if not isinstance(position, Encoding):
         raise TypeError(f"position: expected an encoding of posattn or None, got {type(position).__name__}")
 
 
-def check_backend(backend: object) -> None:
+def check_backend(backend: str) -> str:
     if backend != "auto" and backend not in NAMES:
         raise ValueError(f'backend: expected "auto", {", ".join(map(repr, NAMES))}, got {backend!r}')
+    return backend
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -229,8 +231,8 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor, tokens: int) -> 
         raise ValueError(f"{name}: expected shape [documents + 1] with at least one document, got {_shape(cu_seqlens)}")
     if not _readable(cu_seqlens):
         return tokens
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    bounds: list[int] = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
         raise ValueError(f"{name}: expected non-decreasing bounds from 0 to {tokens}, got {_brief(bounds)}")
     return max(lengths)
@@ -255,7 +257,9 @@ def _check_positions(name: str, positions: Tensor, q: Tensor, tokens: int) -> Te
     batch = q.shape[0]
     fits = positions.dim() in (1, 2) and positions.shape[-1] == tokens
     if not fits or (positions.dim() == 2 and positions.shape[0] not in (1, batch)):
-        raise ValueError(f"{name}: expected shape [{tokens}], [1, {tokens}] or [{batch}, {tokens}], got {_shape(positions)}")
+        raise ValueError(
+            f"{name}: expected shape [{tokens}], [1, {tokens}] or [{batch}, {tokens}], got {_shape(positions)}"
+        )
     if _readable(positions) and positions.numel():
         low, high = (int(bound) for bound in positions.aminmax())
         if low <= -_POSITION_LIMIT or high >= _POSITION_LIMIT:

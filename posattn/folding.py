@@ -15,6 +15,8 @@ def fold(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
     """query, key, value and attn_mask with four dimensions, and the shape that the caller's result has."""
+    if query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return query, key, value, attn_mask, (*query.shape[:3], value.shape[3])
     rank = max(query.dim(), key.dim(), value.dim())
     q, k, v = (_pad(tensor, max(rank, 3)) for tensor in (query, key, value))
     heads = q.shape[-3]
@@ -52,7 +54,9 @@ def _fold_mask(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
     if all(length == 1 for length in mask_lead):
         return attn_mask.reshape(1, *rest)
     if len(mask_lead) != len(lead) or any(have not in (1, want) for have, want in zip(mask_lead, lead)):
-        raise ValueError(f"attn_mask: expected leading dimensions that broadcast to {list(lead)}, got {list(mask_lead)}")
+        raise ValueError(
+            f"attn_mask: expected leading dimensions that broadcast to {list(lead)}, got {list(mask_lead)}"
+        )
     return _merge(attn_mask, lead)
 
 
@@ -65,7 +69,7 @@ def _grouped(name: str, tensor: Tensor, heads: int) -> Tensor:
 
 def _broadcast(shapes: tuple[tuple[int, ...], ...], query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
     try:
-        return tuple(torch.broadcast_shapes(*shapes))
+        return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         given = ", ".join(str(list(tensor.shape)) for tensor in (query, key, value))
         raise ValueError(

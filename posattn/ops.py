@@ -47,10 +47,10 @@ def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     found: Any
     if _needs_dispatcher(tensors):
         found = torch.ops.posattn.attention_forward.default(*tensors[:3], flat.operands, flat.ints, *numbers)
-    elif torch._C._are_functorch_transforms_active() or (
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    ):
+    elif torch._C._are_functorch_transforms_active():
         found = _Attend.apply(flat.ints, numbers, *tensors)  # type: ignore[no-untyped-call]
+    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        found = _EagerAttend.apply(call, flat.ints, numbers, *tensors)  # type: ignore[no-untyped-call]
     else:
         found = _run_forward(call, backend)
     out, lse = found
@@ -111,8 +111,25 @@ def _names(spec: str) -> tuple[str, ...]:
     return ("q", "k", "v", *parse(spec).names)
 
 
+class _EagerAttend(torch.autograd.Function):
+    """attention_forward without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, ints: list[int], numbers: Numbers, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        output = _run_forward(call, parse(numbers[3]).backend)
+        _save(ctx, ints, numbers, tensors, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *_gradients(ctx, grad_out, grad_lse, ctx.needs_input_grad[3:]))
+
+
 class _Attend(torch.autograd.Function):
-    """attention_forward without the dispatcher, and the way through functorch, which registered autograd lacks."""
+    """attention_forward as functorch can transform it, which a registered autograd formula is not.
+
+    Apart from _EagerAttend because a Function with setup_context binds its signature anew in each call: 30 us.
+    """
 
     @staticmethod
     def forward(ints: list[int], numbers: Numbers, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,28 +139,22 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ints, numbers, *tensors = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output)
-        ctx.rest = ints, numbers
+        _save(ctx, ints, numbers, tensors, output)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, out, lse = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
-        return (None, None, *_gradients(*ctx.rest, tensors, out, lse, grad_out, grad_lse, needed))
+        return (None, None, *_gradients(ctx, grad_out, grad_lse, ctx.needs_input_grad[2:]))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], ints: list[int], numbers: Numbers, *tensors: Tensor) -> Any:
-        return _loop(info.batch_size, in_dims[2:], tensors, lambda *rows: _Attend.apply(ints, numbers, *rows))
+        return _loop(info.batch_size, in_dims[2:], tensors, _Attend, (ints, numbers))
 
 
 class _AttendBackward(torch.autograd.Function):
     """attention_backward without the dispatcher, where create_graph or functorch makes it part of a graph."""
 
     @staticmethod
-    def forward(
-        ints: list[int], numbers: Numbers, needs: str, with_lse: bool, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ints: list[int], numbers: Numbers, needs: str, with_lse: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         *call_tensors, out, lse, grad_out, grad_lse = tensors
         q, k, v, *operands = call_tensors
         call = unflatten(q, k, v, operands, ints, *numbers)
@@ -162,30 +173,41 @@ class _AttendBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         options, tensors = args[:4], args[4:]
-        return _loop(info.batch_size, in_dims[4:], tensors, lambda *rows: _AttendBackward.apply(*options, *rows))
+        return _loop(info.batch_size, in_dims[4:], tensors, _AttendBackward, options)
 
 
-def _loop(batch_size: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor, ...], run: Any) -> Any:
+def _loop(
+    batch_size: int,
+    in_dims: tuple[int | None, ...],
+    tensors: tuple[Tensor, ...],
+    function: Any,
+    options: tuple[Any, ...],
+) -> Any:
     """vmap one example after the other: each is a whole attention call, so there is little to win by merging them."""
     results = [
-        run(*(tensor if dim is None else tensor.select(dim, i) for tensor, dim in zip(tensors, in_dims)))
+        function.apply(
+            *options, *(tensor if dim is None else tensor.select(dim, i) for tensor, dim in zip(tensors, in_dims))
+        )
         for i in range(batch_size)
     ]
     stacked = tuple(torch.stack(parts) for parts in zip(*results))
     return stacked, (0,) * len(stacked)
 
 
+def _save(
+    ctx: Any, ints: list[int], numbers: Numbers, tensors: Sequence[Tensor], output: tuple[Tensor, Tensor]
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+    ctx.rest = ints, numbers
+
+
 def _gradients(
-    ints: list[int],
-    numbers: Numbers,
-    tensors: list[Tensor],
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    needed: tuple[bool, ...],
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """One gradient or None for each of `tensors`."""
+    """One gradient or None for each tensor given to _save."""
+    *tensors, out, lse = ctx.saved_tensors
+    ints, numbers = ctx.rest
     if grad_out is None and grad_lse is None:
         return [None] * len(tensors)
     if grad_out is None:
@@ -199,11 +221,15 @@ def _gradients(
         found = torch.ops.posattn.attention_backward.default(
             q, k, v, operands, ints, *numbers, out, lse, grad_out, grad_lse, ",".join(needs)
         )
-    else:
+    elif torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        results = (out, lse, grad_out, lse if grad_lse is None else grad_lse)
         found = _AttendBackward.apply(  # type: ignore[no-untyped-call]
-            ints, numbers, ",".join(needs), grad_lse is not None, *tensors, out, lse, grad_out,
-            lse if grad_lse is None else grad_lse,
+            ints, numbers, ",".join(needs), grad_lse is not None, *tensors, *results
         )
+    else:
+        call = unflatten(q, k, v, operands, ints, *numbers)
+        named = {name: tensor for name, tensor in zip(names, tensors) if name in needs}
+        found = _run_backward(call, parse(spec).backend, out, lse, grad_out, grad_lse, named)
     grads = dict(zip(needs, found))
     return [grads.get(name) for name in names]
 
@@ -225,7 +251,7 @@ def _forward(
     return out.contiguous(), lse.contiguous()
 
 
-@torch.library.register_fake("posattn::attention_forward")
+@torch.library.register_fake("posattn::attention_forward")  # type: ignore[untyped-decorator]
 def _(
     q: Tensor,
     k: Tensor,
@@ -264,7 +290,7 @@ def _backward(
     return [grad.contiguous() for grad in grads]
 
 
-@torch.library.register_fake("posattn::attention_backward")
+@torch.library.register_fake("posattn::attention_backward")  # type: ignore[untyped-decorator]
 def _(
     q: Tensor,
     k: Tensor,
@@ -291,15 +317,12 @@ def _needed(needs: str, spec: str, tensors: Sequence[Tensor]) -> dict[str, Tenso
 
 def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, operands, ints, *numbers = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *operands, *output)
-    ctx.rest = ints, tuple(numbers)
+    _save(ctx, ints, tuple(numbers), (q, k, v, *operands), output)
 
 
 def _backward_of_forward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    *tensors, out, lse = ctx.saved_tensors
     needed = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3])
-    dq, dk, dv, *rest = _gradients(*ctx.rest, tensors, out, lse, grad_out, grad_lse, needed)
+    dq, dk, dv, *rest = _gradients(ctx, grad_out, grad_lse, needed)
     return dq, dk, dv, rest, None, None, None, None, None
 
 

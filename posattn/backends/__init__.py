@@ -9,7 +9,7 @@ torch.compile see through, so ops.py calls it by itself.
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache
 from typing import Protocol, cast
 
 import torch
@@ -42,7 +42,7 @@ class Backend(Protocol):
     ) -> dict[str, Tensor]: ...
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Backend | str:
     """The backend of that name, or why it cannot be imported."""
     try:
