@@ -1,0 +1,36 @@
+"""Dropout's keep mask: Philox4x32-10 (Salmon et al. 2011), one counter for four neighbouring keys.
+
+Element (b, h, i, j) is kept where lane j & 3 of the counter (j >> 2, i, b * Hq + h, 0) is at least the threshold, so
+every backend, tile shape and pass draws the same mask. i and j index the tensors' token axes.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _words(seed_lo, seed_hi, group, i, bh):
+    seed = (seed_hi.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_lo.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return tl.philox(seed, group, i, bh, 0, 10)
+
+
+@triton.jit
+def keep_tile(
+    seed_lo, seed_hi, threshold, i0, j0, bh, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """True where kept, [BLOCK_M, BLOCK_N], for queries i0 .. and keys j0 .. . ALIGNED says that j0 % 4 == 0: then a
+    counter is computed once and its four words interleaved; else each element computes its own and picks a word."""
+    i = (i0 + tl.arange(0, BLOCK_M))[:, None]
+    least = threshold.to(tl.uint32, bitcast=True)
+    if ALIGNED:
+        group = (j0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+        w0, w1, w2, w3 = _words(seed_lo, seed_hi, group, i, bh)
+        # [BLOCK_M, BLOCK_N / 4, 2 (high bit of the lane), 2 (low bit)]
+        words = tl.join(tl.join(w0 >= least, w2 >= least), tl.join(w1 >= least, w3 >= least))
+        return words.reshape(BLOCK_M, BLOCK_N)
+    else:
+        j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+        w0, w1, w2, w3 = _words(seed_lo, seed_hi, j >> 2, i, bh)
+        low = tl.where(j % 2 == 0, w0, w1)
+        high = tl.where(j % 2 == 0, w2, w3)
+        return tl.where(j % 4 < 2, low, high) >= least
