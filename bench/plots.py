@@ -1,0 +1,109 @@
+"""Pictures of a results.csv: speed over SDPA by case, time and memory against length, share of the peak."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+
+Record = dict[str, str]
+COLOURS = {"posattn": "tab:blue", "eager": "tab:red"}
+PEER_COLOUR = "0.65"
+
+
+def plot_all(results: Path, out: Path) -> list[Path]:
+    """The pictures that the rows of `results` allow, as PNG files in the folder `out`."""
+    with results.open(newline="") as file:
+        records = list(csv.DictReader(file))
+    by_case: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_case[record["case"]].append(record)
+    made = []
+    compared = {name: rows for name, rows in by_case.items() if any(row["variant"] == "sdpa" for row in rows)}
+    if compared:
+        made.append(_plot_speeds(compared, out / "speed.png"))
+    shares = [row for row in records if row["peer"] == "posattn" and float(row["share"]) > 0]
+    if shares:
+        made.append(_plot_shares(shares, out / "share.png"))
+    lengths = [rows for rows in by_case.values() if len({row["q_len"] for row in rows}) > 1]
+    if lengths:
+        made.append(_plot_lengths(lengths, out / "length.png"))
+    return made
+
+
+def _plot_speeds(by_case: dict[str, list[Record]], path: Path) -> Path:
+    """Speed over SDPA without a bias: longer is faster, the line is SDPA."""
+    columns = min(3, len(by_case))
+    rows = -(-len(by_case) // columns)
+    figure = Figure(figsize=(4.6 * columns, 2.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, records) in zip(grid, by_case.items()):
+        base = next(float(r["median"]) for r in records if r["variant"] == "sdpa")
+        shown = records[::-1]
+        speeds = [base / float(r["median"]) for r in shown]
+        # The spread is the variant's own: its 20th and 80th percentile over SDPA's median.
+        low = [speed - base / float(r["p80"]) for speed, r in zip(speeds, shown)]
+        high = [base / float(r["p20"]) - speed for speed, r in zip(speeds, shown)]
+        colours = [COLOURS.get(r["peer"], PEER_COLOUR) for r in shown]
+        labels = [r["variant"] for r in shown]
+        axes.barh(labels, speeds, xerr=[low, high], color=colours, error_kw={"lw": 0.8})
+        for place, speed in enumerate(speeds):
+            axes.text(speed, place, f"  {speed:.2f}", va="center", fontsize=7)
+        axes.axvline(1.0, color="k", lw=0.8)
+        axes.set_xlim(0, 1.2 * max(speeds))
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel("speed over SDPA with no bias", fontsize=7)
+    for axes in grid[len(by_case) :]:
+        axes.set_visible(False)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _plot_shares(records: list[Record], path: Path) -> Path:
+    """posattn's share of the peak that was measured in the same minutes."""
+    figure = Figure(figsize=(7.0, 1.0 + 0.2 * len(records)), layout="constrained")
+    axes = figure.subplots()
+    shown = records[::-1]
+    colours = {"fma": "tab:blue", "bf16dot": "tab:orange", "read": "tab:green"}
+    places = range(len(shown))
+    axes.barh(places, [100 * float(r["share"]) for r in shown], color=[colours[r["peak_kind"]] for r in shown])
+    axes.set_yticks(places, [f"{r['case']}  {r['variant']}" for r in shown], fontsize=7)
+    axes.margins(y=0.01)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("% of the measured peak (blue: FMA, orange: BF16 dot, green: read bandwidth)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _plot_lengths(cases: list[list[Record]], path: Path) -> Path:
+    """Time over the square of the length, and megabytes over the length: both flat where the growth is as it should."""
+    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    for records in cases:
+        label = f"{records[0]['case']} {records[0]['peer']}:{records[0]['encoding']}"
+        lengths = [int(r["q_len"]) for r in records]
+        timed = [(n, 1e9 * float(r["median"]) / n**2) for n, r in zip(lengths, records) if float(r["median"]) > 0]
+        weighed = [(n, 1e3 * float(r["memory"]) / n) for n, r in zip(lengths, records) if float(r["memory"]) > 0]
+        _line(time_axes, timed, label)
+        _line(memory_axes, weighed, label)
+    time_axes.set_ylabel("ns per query and key")
+    memory_axes.set_ylabel("extra kB per token")
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _line(axes: Axes, points: list[tuple[int, float]], label: str) -> None:
+    if points:
+        axes.plot([n for n, _ in points], [value for _, value in points], marker="o", label=label)
+        axes.legend(frameon=False, fontsize=7)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("length")
