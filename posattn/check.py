@@ -1,0 +1,236 @@
+"""`posattn check`, and the tolerance rule that it shares with the tests.
+
+The rule: a result's error against a float64 reference is at most twice that of naive PyTorch in the same dtype, plus a
+few roundings of its scale. It is never a bare tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posattn import backends, encodings
+from posattn.attention import attention
+from posattn.encodings.base import Encoding
+from posattn.plan import Bias, Call, Mask, Plan
+
+# Summing in another order moves a result by a few ulp even where naive PyTorch happens to be exact.
+ROUNDINGS = 4.0
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One result beside naive PyTorch's: largest errors against float64, the largest allowed, and the worst place."""
+
+    name: str
+    error: float
+    naive_error: float
+    allowed: float
+    worst: str
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # False for NaN too
+
+
+def compare(name: str, got: Tensor, naive: Tensor, exact: Tensor, sensitivity: Tensor, dtype: torch.dtype) -> Comparison:
+    """The rule on one tensor; `sensitivity` is how far one rounding of every softmax gradient would move it.
+
+    Infinities (the log-sum-exp of an empty row) must be in the same places, and NaN or a wrong shape is an error of
+    infinity.
+    """
+    if got.shape != exact.shape:
+        return Comparison(name, torch.inf, 0.0, 0.0, f"shape {list(got.shape)}, expected {list(exact.shape)}")
+    if not exact.numel():
+        return Comparison(name, 0.0, 0.0, 0.0, "empty")
+    errors = _errors(got, exact)
+    naive_error = _errors(naive, exact).nan_to_num(posinf=0.0).max().item()
+    scale = torch.where(exact.isfinite(), exact, 0.0).abs().max().item()
+    rounding = torch.finfo(got.dtype).eps * scale + torch.finfo(dtype).eps * sensitivity.abs().max().item()
+    place = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
+    allowed = 2.0 * naive_error + ROUNDINGS * rounding
+    worst = (
+        f"{name}{list(place)}: got {got[place].item():.9g}, expected {exact[place].item():.9g}, "
+        f"naive {naive[place].item():.9g}; {int((errors > allowed).sum())} of {errors.numel()} beyond the limit"
+    )
+    return Comparison(name, errors.max().item(), naive_error, allowed, worst)
+
+
+def _errors(got: Tensor, exact: Tensor) -> Tensor:
+    errors = (got.double() - exact).abs()
+    return torch.where(got.double() == exact, 0.0, errors).nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def measure(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Encoding | None = None,
+    options: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+) -> list[Comparison]:
+    """attention() on `backend` beside naive PyTorch: its output, its log-sum-exp, and all its gradients.
+
+    Gradients are those of q, k and v, of every parameter of `position`, and of a bias or sinks among `options`.
+    """
+    options = dict(options or {})
+    generator = torch.Generator().manual_seed(seed)
+    exact_run = _Run(q.double(), k.double(), v.double(), _double(position), _double_options(options), "reference", seed)
+    grad_out = torch.randn(exact_run.out.shape, generator=generator).to(q.device, q.dtype)
+    grad_lse = torch.randn(exact_run.lse.shape, generator=generator).to(q.device)
+    grad_lse.masked_fill_(exact_run.lse.isinf(), 0.0)
+
+    exact = exact_run.results(grad_out.double(), grad_lse.double())
+    sensitivity = exact_run.sensitivity(grad_out.double(), grad_lse.double())
+    naive = _Run(q, k, v, position, options, "reference", seed).results(grad_out, grad_lse)
+    got = _Run(q, k, v, position, options, backend, seed).results(grad_out, grad_lse)
+    return [
+        compare(name, got[name], naive[name], exact[name], sensitivity.get(name, torch.zeros(1)), q.dtype)
+        for name in exact
+    ]
+
+
+class _Run:
+    """One attention call on fresh leaves."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Encoding | None,
+        options: dict[str, Any],
+        backend: str,
+        seed: int,
+    ) -> None:
+        self.leaves = {name: _leaf(x) for name, x in (("q", q), ("k", k), ("v", v))}
+        options = dict(options)
+        for name in ("bias", "sinks"):
+            if options.get(name) is not None:
+                self.leaves[name] = options[name] = _leaf(options[name])
+        if position is not None:
+            self.leaves.update((n, p) for n, p in position.named_parameters() if p.requires_grad)
+        self.dropout_p = options.get("dropout_p", 0.0)
+        torch.manual_seed(seed)
+        self.out, self.lse = attention(
+            self.leaves["q"],
+            self.leaves["k"],
+            self.leaves["v"],
+            position,
+            **options,
+            backend=backend,
+            return_lse=True,
+        )
+
+    def results(self, grad_out: Tensor, grad_lse: Tensor) -> dict[str, Tensor]:
+        outputs, grads = (self.out, self.lse), (grad_out, grad_lse.to(self.lse.dtype))
+        return {"out": self.out.detach(), "lse": self.lse.detach(), **self._gradients(outputs, grads)}
+
+    def sensitivity(self, grad_out: Tensor, grad_lse: Tensor) -> dict[str, Tensor]:
+        """What a relative error of one in every row sum of the softmax's backward would do to each gradient.
+
+        Such an error e_i adds P_ij e_i to the logits' gradient, exactly as a gradient of the log-sum-exp does. It is
+        the rounding to expect where the gradient itself cancels, in a row with one key for instance.
+        """
+        v = self.leaves["v"].detach().repeat_interleave(self.out.shape[1] // self.leaves["v"].shape[1], 1)
+        v = v.nan_to_num(0.0).abs() / (1.0 - self.dropout_p)
+        reach = (grad_out.abs() * v.amax(2, keepdim=True)).sum(-1) if v.shape[2] else torch.zeros_like(grad_lse)
+        return self._gradients((self.lse,), ((reach + grad_lse.abs()).masked_fill(self.lse.isinf(), 0.0),))
+
+    def _gradients(self, outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        found = torch.autograd.grad(
+            outputs, tuple(self.leaves.values()), grads, allow_unused=True, retain_graph=True
+        )
+        return {
+            f"d{name}": torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(self.leaves.items(), found)
+        }
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _double(position: Encoding | None) -> Encoding | None:
+    return None if position is None else copy.deepcopy(position).double()
+
+
+def _double_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in options.items()
+    }
+
+
+def examples(num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
+    """Every exported encoding, in the variants that its class shows, for calls of at most `tokens` tokens."""
+    found: dict[str, Encoding] = {}
+    for name in encodings.__all__:
+        found.update(getattr(encodings, name).examples(num_heads, head_dim, tokens))
+    return found
+
+
+def positions_for(position: Encoding | None, q_len: int, k_len: int) -> dict[str, Tensor]:
+    """Explicit positions for an encoding that needs them: segments of three tokens."""
+    if position is None or not position.needs_positions:
+        return {}
+    k_positions = torch.arange(k_len) // 3
+    q_positions = (torch.arange(q_len) + max(k_len - q_len, 0)) // 3
+    return {"q_positions": q_positions, "k_positions": k_positions}
+
+
+def available(device: str = "cpu") -> list[str]:
+    """The fused backends that run a plain call on `device`."""
+    q = torch.zeros(1, 1, 1, 16, device=device)
+    call = Call(q, q, q, Plan(bias=Bias()), Mask(max_q=1, max_k=1), scale=1.0)
+    return [name for name in backends.FUSED if backends.reason_against(name, call) is None]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a table of errors beside naive PyTorch's; 0 if every encoding keeps the rule on every backend here."""
+    parser = argparse.ArgumentParser(prog="posattn check", description="Parity of every encoding on this machine.")
+    parser.add_argument("--tokens", type=int, default=75, help="tokens of the calls (default 75)")
+    parser.add_argument("--heads", type=int, default=4, help="query heads (default 4)")
+    parser.add_argument("--head-dim", type=int, default=32, help="head dimension (default 32)")
+    parser.add_argument("--dtype", choices=_DTYPES, action="append", help="repeat for several (default: all)")
+    options = parser.parse_args(argv)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    places = [(device, backend) for device in devices for backend in available(device)]
+    if not places:
+        print("no fused backend is available; `posattn info` says why")
+        return 1
+    print("Errors against a float64 reference, worst of output, log-sum-exp and gradients; naive is plain PyTorch.\n")
+    print(f"{'encoding':24}{'backend':10}{'dtype':10}{'result':26}{'error':>10}{'naive':>10}{'allowed':>10}")
+    failed = 0
+    for row in _rows(places, options):
+        print(row[1], flush=True)
+        failed += not row[0]
+    print(f"\n{failed} failed" if failed else "\nall within twice naive PyTorch's error plus rounding")
+    return 1 if failed else 0
+
+
+def _rows(places: list[tuple[str, str]], options: argparse.Namespace) -> Iterator[tuple[bool, str]]:
+    torch.manual_seed(0)
+    heads, tokens, dim = options.heads, options.tokens, options.head_dim
+    catalogue: dict[str, Encoding | None] = {"none": None, **examples(heads, dim, tokens)}
+    for device, backend in places:
+        for dtype_name in options.dtype or _DTYPES:
+            q, k, v = (torch.randn(1, heads, tokens, dim).to(device, _DTYPES[dtype_name]) for _ in range(3))
+            for name, position in catalogue.items():
+                placed = None if position is None else copy.deepcopy(position).to(device)
+                extra = {n: p.to(device) for n, p in positions_for(placed, tokens, tokens).items()}
+                found = measure(q, k, v, placed, {"causal": True, **extra}, backend)
+                worst = max(found, key=lambda c: c.error / max(c.allowed, 1e-30))
+                ok = all(c.ok for c in found)
+                numbers = f"{worst.error:10.1e}{worst.naive_error:10.1e}{worst.allowed:10.1e}"
+                verdict = "" if ok else f"  FAILED {worst.worst}"
+                yield ok, f"{name:24}{backend:10}{dtype_name:10}{worst.name:26}{numbers}{verdict}"

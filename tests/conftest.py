@@ -1,0 +1,46 @@
+"""What every test shares: the backends of this machine, one thread a worker, and memory that starts as NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from posattn.check import available
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [(device, name) for device in dict.fromkeys(("cpu", DEVICE)) for name in available(device)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `place` runs once for each fused backend of this machine, as (device, backend)."""
+    if "place" in metafunc.fixturenames:
+        metafunc.parametrize("place", BACKENDS, ids=lambda place: place[1])
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not BACKENDS:
+        raise pytest.UsageError("no fused backend runs here; `posattn info` says why")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded() -> Iterator[None]:
+    """Workers run side by side, so each takes one thread; a test that needs more sets them itself."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty and its like return NaN (the largest integer for integers), so a result left unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filling
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
