@@ -41,8 +41,10 @@ class Comparison:
         return self.error <= self.allowed  # False for NaN too
 
 
-def compare(name: str, got: Tensor, naive: Tensor, exact: Tensor, sensitivity: Tensor, dtype: torch.dtype) -> Comparison:
-    """The rule on one tensor; `sensitivity` is how far one rounding of every softmax gradient would move it.
+def compare(
+    name: str, got: Tensor, naive: Tensor, exact: Tensor, sensitivity: Tensor, dtype: torch.dtype
+) -> Comparison:
+    """The rule on one tensor; `sensitivity` is how far roundings inside the backward move it, in units of eps.
 
     Infinities (the log-sum-exp of an empty row) must be in the same places, and NaN or a wrong shape is an error of
     infinity.
@@ -54,7 +56,7 @@ def compare(name: str, got: Tensor, naive: Tensor, exact: Tensor, sensitivity: T
     errors = _errors(got, exact)
     naive_error = _errors(naive, exact).nan_to_num(posinf=0.0).max().item()
     scale = torch.where(exact.isfinite(), exact, 0.0).abs().max().item()
-    rounding = torch.finfo(got.dtype).eps * scale + torch.finfo(dtype).eps * sensitivity.abs().max().item()
+    rounding = torch.finfo(got.dtype).eps * scale + torch.finfo(dtype).eps * sensitivity.max().item()
     place = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
     allowed = 2.0 * naive_error + ROUNDINGS * rounding
     worst = (
@@ -90,7 +92,7 @@ def measure(
     grad_lse.masked_fill_(exact_run.lse.isinf(), 0.0)
 
     exact = exact_run.results(grad_out.double(), grad_lse.double())
-    sensitivity = exact_run.sensitivity(grad_out.double(), grad_lse.double())
+    sensitivity = exact_run.sensitivity(grad_out.double(), grad_lse.double(), q.dtype, generator)
     naive = _Run(q, k, v, position, options, "reference", seed).results(grad_out, grad_lse)
     got = _Run(q, k, v, position, options, backend, seed).results(grad_out, grad_lse)
     return [
@@ -121,6 +123,8 @@ class _Run:
             self.leaves.update((n, p) for n, p in position.named_parameters() if p.requires_grad)
         self.dropout_p = options.get("dropout_p", 0.0)
         torch.manual_seed(seed)
+        self.out: Tensor
+        self.lse: Tensor
         self.out, self.lse = attention(
             self.leaves["q"],
             self.leaves["k"],
@@ -135,21 +139,31 @@ class _Run:
         outputs, grads = (self.out, self.lse), (grad_out, grad_lse.to(self.lse.dtype))
         return {"out": self.out.detach(), "lse": self.lse.detach(), **self._gradients(outputs, grads)}
 
-    def sensitivity(self, grad_out: Tensor, grad_lse: Tensor) -> dict[str, Tensor]:
-        """What a relative error of one in every row sum of the softmax's backward would do to each gradient.
+    def sensitivity(
+        self, grad_out: Tensor, grad_lse: Tensor, dtype: torch.dtype, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """How far one rounding, in units of dtype's eps, of each row's intermediates in the backward would move each gradient.
 
-        Such an error e_i adds P_ij e_i to the logits' gradient, exactly as a gradient of the log-sum-exp does. It is
-        the rounding to expect where the gradient itself cancels, in a row with one key for instance.
+        A relative error e_i of the stored log-sum-exp scales row i of the softmax by 1 - e_i lse_i, as scaling the
+        row's output gradient does. A relative error e_i of the row sum dO . O adds P_ij e_i to the logits' gradient,
+        as a gradient of the log-sum-exp does. That is the rounding to expect where logits are in the hundreds, or
+        where the gradient itself cancels, in a row with one key for instance.
         """
         v = self.leaves["v"].detach().repeat_interleave(self.out.shape[1] // self.leaves["v"].shape[1], 1)
         v = v.nan_to_num(0.0).abs() / (1.0 - self.dropout_p)
         reach = (grad_out.abs() * v.amax(2, keepdim=True)).sum(-1) if v.shape[2] else torch.zeros_like(grad_lse)
-        return self._gradients((self.lse,), ((reach + grad_lse.abs()).masked_fill(self.lse.isinf(), 0.0),))
+        reach = (reach + grad_lse.abs()).masked_fill(self.lse.isinf(), 0.0)
+        # The log-sum-exp is float32 whatever q is.
+        relative = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+        rows = relative * grad_out * self.lse.detach().masked_fill(self.lse.isinf(), 0.0)[..., None]
+        draws = []
+        for _ in range(2):  # the signs of one draw may cancel by chance
+            signs = torch.randint(2, reach.shape, generator=generator).to(reach) * 2 - 1
+            draws.append(self._gradients((self.out, self.lse), (rows * signs[..., None], reach * signs)))
+        return {name: torch.maximum(draws[0][name].abs(), draws[1][name].abs()) for name in draws[0]}
 
     def _gradients(self, outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        found = torch.autograd.grad(
-            outputs, tuple(self.leaves.values()), grads, allow_unused=True, retain_graph=True
-        )
+        found = torch.autograd.grad(outputs, tuple(self.leaves.values()), grads, allow_unused=True, retain_graph=True)
         return {
             f"d{name}": torch.zeros_like(leaf) if grad is None else grad
             for (name, leaf), grad in zip(self.leaves.items(), found)

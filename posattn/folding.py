@@ -69,7 +69,7 @@ def _grouped(name: str, tensor: Tensor, heads: int) -> Tensor:
 
 def _broadcast(shapes: tuple[tuple[int, ...], ...], query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
     try:
-        return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+        return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError as error:
         given = ", ".join(str(list(tensor.shape)) for tensor in (query, key, value))
         raise ValueError(

@@ -92,7 +92,9 @@ def test_grouped_heads_with_every_option_at_once(place, name):
     assert_parity(*inputs(place, torch.float32, 45, 61, batch=2, kv_heads=2), position, options, place[1])
 
 
-@pytest.mark.parametrize("pair", [("RoPE", "ALiBi learnable"), ("Kerple", "FIRE"), ("DAPE-Kerple", "T5Bias")], ids="+".join)
+@pytest.mark.parametrize(
+    "pair", [("RoPE", "ALiBi learnable"), ("Kerple", "FIRE"), ("DAPE-Kerple", "T5Bias")], ids="+".join
+)
 def test_sums(place, pair):
     position = build(pair[0]) + build(pair[1])
     assert_parity(*inputs(place, torch.float32, 53, 53), position.to(place[0]), {"causal": True}, place[1])
