@@ -184,7 +184,9 @@ struct BiasTile {
       load_floats(row, from, bias->dense.dtype, count);
     else
       for (int64_t c = 0; c < count; ++c) load_floats(row + c, from + c * key * bytes, bias->dense.dtype, 1);
-    for (int64_t c = 0; c < count; ++c) x[c] = x[c] * mul + row[c] * unit;
+    // A finite bias stays finite whatever the unit: only -inf forbids a key.
+    for (int64_t c = 0; c < count; ++c)
+      x[c] = x[c] * mul + (row[c] == NEG_INF ? NEG_INF : fmax2(row[c] * unit, LOWEST));
     for (int64_t c = count; c < n; ++c) x[c] = x[c] * mul;
   }
 

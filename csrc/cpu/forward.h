@@ -13,10 +13,6 @@ namespace posattn::POSATTN_ISA {
 // hide it; fewer when that would leave threads idle. The result does not depend on it.
 constexpr int64_t ROWS_PER_TASK = 384;
 
-// A vector step of softmax needs a whole number of elements of P.
-template <class M>
-constexpr int64_t P_STEP = M::pack * VL;
-
 template <class M>
 struct ForwardScratch {
   float *q, *k, *v, *logits, *weights, *out, *most, *sum, *keep;
@@ -76,7 +72,8 @@ inline void write_row(const Problem& p, const Sequence& s, int64_t h, int64_t i,
   float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;  // a NaN sum must stay NaN
   for (int64_t c = 0; c < p.value_dim; ++c) out[c] *= inverse;
   store_floats(const_cast<char*>(row_pointer(p.out, s.b, h, s.q0 + i)), out, p.out.dtype, p.value_dim);
-  p.lse[(s.b * p.heads + h) * p.q_len + s.q0 + i] = sum == 0.0F ? NEG_INF : m * LN2 + ::logf(sum);
+  float lse = sum == 0.0F ? NEG_INF : (m == LOWEST ? LOWEST : m * LN2 + ::logf(sum));
+  p.lse[(s.b * p.heads + h) * p.q_len + s.q0 + i] = lse;
 }
 
 // Multiplies a row of P by its dropout factors.
@@ -112,7 +109,7 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
   for (int64_t j0 = all.lo / TILE_KEYS * TILE_KEYS; j0 < all.hi; j0 += TILE_KEYS) {
     const int64_t tile = imin(TILE_KEYS, s.k_len - j0);
     pack_panels<M>(t.k, keys, j0, tile);
-    pack_depth<M>(t.v, t.v_stride, values, j0, tile, round_up(tile, P_STEP<M> * (3 - M::pack)));
+    pack_depth<M>(t.v, t.v_stride, values, j0, tile, round_up(tile, 2 * VL));
 
     for (int64_t g = 0; g < rows; g += MR) {
       const int64_t count = imin(MR, rows - g);

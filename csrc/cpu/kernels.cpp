@@ -1,4 +1,5 @@
 // Everything that depends on the instruction set, compiled once for each with POSATTN_ISA naming it.
+#include "backward.h"
 #include "forward.h"
 #include "probe.h"
 
@@ -12,7 +13,12 @@ void run_forward(const Problem& p) {
   forward<F32>(p);
 }
 
-void run_backward(const Problem&) {}
+void run_backward(const Problem& p) {
+#if defined(__AVX512BF16__)
+  if (p.q.dtype == DType::bf16) return backward<BF16>(p);
+#endif
+  backward<F32>(p);
+}
 
 }  // namespace
 

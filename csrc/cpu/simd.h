@@ -51,6 +51,7 @@ inline float fmax2(float a, float b) { return a > b ? a : b; }
 constexpr float LOG2E = 1.4426950408889634F;
 constexpr float LN2 = 0.6931471805599453F;
 constexpr float NEG_INF = -__builtin_inff();
+constexpr float LOWEST = -3.4028234663852886e38F;
 
 inline vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)

@@ -3,6 +3,8 @@
 // result is the same for every number of threads.
 #pragma once
 
+#include <sched.h>
+
 #include "bias.h"
 #include "threads.h"
 
@@ -11,6 +13,27 @@ namespace posattn::POSATTN_ISA {
 struct Counter {
   alignas(64) int64_t value = 0;
   int64_t next() { return __atomic_fetch_add(&value, 1, __ATOMIC_RELAXED); }
+};
+
+// How far each task has come. A task waits for another's step by number; steps only rise.
+struct Progress {
+  int64_t* steps = nullptr;
+  static constexpr int64_t DONE = INT64_MAX;
+
+  explicit Progress(int64_t tasks) : steps(static_cast<int64_t*>(allocate(static_cast<size_t>(imax(tasks, 1)) * 8))) {
+    for (int64_t t = 0; t < tasks; ++t) steps[t] = 0;
+  }
+  ~Progress() { release(steps); }
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+
+  void publish(int64_t task, int64_t step) { __atomic_store_n(&steps[task], step, __ATOMIC_RELEASE); }
+  // Returns when `task` has published at least `step`; a negative task is one that does not exist.
+  void wait(int64_t task, int64_t step) const {
+    if (task < 0) return;
+    for (int spins = 0; __atomic_load_n(&steps[task], __ATOMIC_ACQUIRE) < step; ++spins)
+      if (spins > 64) sched_yield();  // the other task's thread may need this core
+  }
 };
 
 // Runs work(arena, task) for every task; `layout(arena)` says how much scratch a thread needs.

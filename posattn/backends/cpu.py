@@ -156,3 +156,75 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     binding.problem.out, binding.problem.lse = binding.view(out), lse.data_ptr()
     native.forward(binding.problem)
     return out, lse
+
+
+def backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """Gradients by operand name (posattn/plan.py). Every sum has one order, whatever the number of threads."""
+    binding = _Binding(call)
+    p, (batch, heads, q_len, head_dim) = binding.problem, call.q.shape
+    grads: dict[str, Tensor] = {}
+    p.out, p.lse = binding.view(out), binding.address(lse)
+    p.grad_out = binding.view(grad_out.to(call.q.dtype))
+    p.grad_lse = binding.address(grad_lse)
+    delta = empty((batch, heads, q_len), torch.float32)
+    p.delta = delta.data_ptr()
+    if "q" in needs:
+        grads["q"] = empty(call.q.shape, call.q.dtype)
+        # float32 gradients are summed in place; the others in a float32 copy that is rounded once at the end.
+        total = grads["q"].zero_() if call.q.dtype == torch.float32 else torch.zeros(call.q.shape)
+        binding.keep.append(total)
+        p.grad_q, p.grad_q_sum = binding.view(grads["q"]), total.data_ptr()
+    # Keys past a sequence's length, and those of a document without queries, are in no task.
+    covered = call.mask.k_lengths is None and call.mask.cu_seqlens_q is None and q_len > 0
+    for name, tensor in (("k", call.k), ("v", call.v)):
+        if name in needs:
+            grads[name] = empty(tensor.shape, tensor.dtype) if covered else torch.zeros(tensor.shape, dtype=tensor.dtype)
+            setattr(p, f"grad_{name}", binding.view(grads[name]))
+    _bias_grads(p.bias, call.plan.bias, "", call, needs, grads)
+    if call.plan.mix is not None:
+        _bias_grads(p.head_mix.inner, call.plan.mix.inner, "inner.", call, needs, grads)
+        for name in ("w1", "b1", "w2", "b2"):
+            if name in needs:
+                grads[name] = torch.zeros(getattr(call.plan.mix, name).shape)
+                setattr(p.head_mix, f"grad_{name}", grads[name].data_ptr())
+    native.backward(p)
+    if "sinks" in needs and call.sinks is not None:
+        weight = torch.exp(call.sinks.detach().float()[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+        grads["sinks"] = -(weight * delta).sum((0, 2))
+    for name, operand in (("slope", call.plan.bias.slope), ("inner.slope", _inner(call).slope)):
+        if name in grads and operand is not None and operand.slope.dim() == 1:
+            grads[name] = grads[name].sum(0)
+    return grads
+
+
+def _inner(call: Call) -> Bias:
+    return Bias() if call.plan.mix is None else call.plan.mix.inner
+
+
+def _bias_grads(to: Any, bias: Bias, prefix: str, call: Call, needs: frozenset[str], grads: dict[str, Tensor]) -> None:
+    """Zeroed sums for the wanted gradients of one `Bias`, in `grads` and in the native struct."""
+
+    def want(name: str, operand: Tensor | None, shape: Sequence[int], field: str) -> None:
+        if operand is not None and prefix + name in needs:
+            grads[prefix + name] = torch.zeros(tuple(shape))
+            setattr(to, field, grads[prefix + name].data_ptr())
+
+    if bias.slope is not None:
+        want("slope", bias.slope.slope, call.q.shape[:2], "grad_slope")
+    if bias.table is not None:
+        want("table", bias.table.values, bias.table.values.shape, "grad_table")
+    if bias.profile is not None:
+        f = bias.profile
+        want("psi", f.psi, f.psi.shape, "grad_psi")
+        want("row_scale", f.row_scale, f.row_scale.shape, "grad_row_scale")
+        want("profile_slope", f.slope, f.slope.shape, "grad_profile_slope")
+        want("profile_intercept", f.intercept, f.intercept.shape, "grad_profile_intercept")
+    if bias.dense is not None:
+        dense = bias.dense.bias
+        want("dense", dense, dense.shape, "grad_dense")
+        if prefix + "dense" in grads:
+            batch, head, to.grad_dense_row, _ = grads[prefix + "dense"].stride()
+            to.grad_dense_batch = 0 if dense.shape[0] == 1 else batch
+            to.grad_dense_head = 0 if dense.shape[1] == 1 else head
