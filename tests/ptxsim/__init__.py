@@ -1,6 +1,9 @@
-"""The PTX machine: runs the PTX of a GPU kernel on the CPU and reports what a GPU could punish. See docs/gpu-proof.md."""
+"""The PTX machine: runs the PTX of a GPU kernel on the CPU and reports what a GPU could punish.
 
-from .kernel import Findings, Kernel, Options, Report
+docs/gpu-proof.md says how it is used and what it cannot see.
+"""
+
+from .kernel import Fault, Findings, Kernel, Options, Report, Unsupported
 from .triton_run import compile_triton, run_triton
 
-__all__ = ["Findings", "Kernel", "Options", "Report", "compile_triton", "run_triton"]
+__all__ = ["Fault", "Findings", "Kernel", "Options", "Report", "Unsupported", "compile_triton", "run_triton"]

@@ -1,0 +1,73 @@
+// One thread block: its warps, shared memory and barriers, and the schedule that interleaves the warps.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "global_memory.h"
+#include "program.h"
+#include "report.h"
+#include "shared_memory.h"
+#include "warp.h"
+
+namespace ptxsim {
+
+struct Dim {
+  uint32_t x = 1, y = 1, z = 1;
+  uint32_t count() const { return x * y * z; }
+};
+
+class Block {
+ public:
+  Block(const Program& program, const Options& options, GlobalMemory& global, Report& report,
+        std::vector<uint8_t>& params, Dim grid, Dim threads, int dynamic_shared);
+
+  // Runs the block at `at` to its end.
+  void run(Dim at);
+
+  // The bytes of one lane's access in any space, after its checks.
+  uint8_t* memory(Warp& warp, const Instruction& in, uint64_t address, int bytes, bool write, int lane, bool atomic = false);
+  // The space and space-relative address that a generic address means.
+  Space resolve(const Instruction& in, uint64_t& address) const;
+
+  // Xorshift: a schedule is a function of the seed alone.
+  uint64_t random();
+  // An approximate function's result, moved by up to 2 ulp if the options ask for it.
+  float approximate(float value);
+
+  const Program& program;
+  const Options& options;
+  GlobalMemory& global;
+  Report& report;
+  SharedMemory shared;
+  std::vector<Warp> warps;
+
+ private:
+  struct Barrier {
+    uint32_t arrived = 0;            // warps
+    int needed = 0;                  // warps; 0: all that live
+    std::vector<uint32_t> clock;     // joined over the arrivals
+    std::vector<int> waiting;
+  };
+
+  void start(Dim at);
+  void start_warp(Warp& warp, int id, Dim at);
+  uint64_t special(Special name, int warp, int lane, Dim at) const;
+  // Runs one instruction; false when the warp should give way.
+  bool step(Warp& warp);
+  bool take_branch(Warp& warp, const Instruction& in, LaneMask active, LaneMask taken);
+  bool exit_lanes(Warp& warp, LaneMask active, LaneMask leaving);
+  bool arrive(Warp& warp, const Instruction& in);
+  bool release_barriers();
+  void set_pc(Warp& warp, LaneMask active, uint32_t pc);
+  void check_wgmma_registers(Warp& warp, const Instruction& in);
+
+  std::vector<uint8_t>& params_;
+  const Dim grid_, threads_;
+  const int dynamic_shared_;
+  std::map<int, Barrier> barriers_;
+  uint64_t random_state_;
+};
+
+}  // namespace ptxsim

@@ -1,0 +1,140 @@
+// ld, st, ldmatrix, stmatrix.
+#include "handlers.h"
+#include "traffic.h"
+
+namespace ptxsim {
+namespace {
+
+constexpr uint8_t kAcquire = 1, kRelease = 2, kVolatile = 4;  // Instruction::mode
+
+// Shared addresses are 32 bits wide and wrap.
+void gather_addresses(Warp& warp, const Instruction& in, const Operand& where, LaneMask mask, uint64_t* addresses) {
+  const uint64_t* base = warp.lanes(where.reg);
+  const auto offset = static_cast<uint64_t>(where.offset);
+  const bool shared = in.space == Space::Shared;
+  for_lanes(mask, [&](int lane) { addresses[lane] = shared ? (base[lane] + offset) & 0xffffffffu : base[lane] + offset; });
+}
+
+void count_traffic(Block& block, const Instruction& in, const uint64_t* addresses, LaneMask mask, int bytes) {
+  if (!block.options.stats) return;
+  if (in.space == Space::Shared) count_bank_conflicts(block.report, in, addresses, mask, bytes);
+  if (in.space == Space::Global || in.space == Space::Generic) count_sectors(block.report, addresses, mask, bytes);
+}
+
+void load(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
+  const int size = size_of(in.type), bytes = size * in.vector;
+  uint64_t addresses[kLanes];
+  gather_addresses(warp, in, in.operands[1], mask, addresses);
+  count_traffic(block, in, addresses, mask, bytes);
+  for_lanes(mask, [&](int lane) {
+    const uint8_t* from = block.memory(warp, in, addresses[lane], bytes, false, lane, in.mode != 0);
+    if (in.mode & kAcquire) block.global.acquire(addresses[lane]);
+    for (int i = 0; i < in.vector; ++i) {
+      uint64_t value = 0;
+      std::memcpy(&value, from + i * size, static_cast<size_t>(size));
+      // A register wider than the type holds the extended value.
+      if (is_signed(in.type)) value = static_cast<uint64_t>(sign_extend(value, size));
+      warp.lanes(in.operands[0].element(static_cast<size_t>(i)))[lane] = value;
+    }
+  });
+}
+
+void store(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
+  const int size = size_of(in.type), bytes = size * in.vector;
+  uint64_t addresses[kLanes];
+  gather_addresses(warp, in, in.operands[0], mask, addresses);
+  count_traffic(block, in, addresses, mask, bytes);
+  for_lanes(mask, [&](int lane) {
+    uint8_t* to = block.memory(warp, in, addresses[lane], bytes, true, lane, in.mode != 0);
+    if (in.mode & kRelease) block.global.release(addresses[lane]);
+    for (int i = 0; i < in.vector; ++i) {
+      std::memcpy(to + i * size, &warp.lanes(in.operands[1].element(static_cast<size_t>(i)))[lane], static_cast<size_t>(size));
+    }
+  });
+}
+
+template <bool is_load>
+Handler select_access(Instruction& in) {
+  require_operands(in, 2);
+  if (in.type == Type::B128) unsupported(in, "128-bit registers are not modelled");
+  if (in.has("L2::cache_hint")) in.operands.pop_back();
+  in.mode = (in.has("acquire") ? kAcquire : 0) | (in.has("release") ? kRelease : 0) |
+            (in.has("volatile") || in.has("relaxed") ? kVolatile : 0);
+  return is_load ? load : store;
+}
+
+// Where element (row, column) of an 8x8 matrix of 16-bit values lies: lane and half of its register.
+struct MatrixElement {
+  int row, column;
+};
+MatrixElement element_of(int lane, int half, bool transposed) {
+  const int row = lane / 4, column = lane % 4 * 2 + half;
+  return transposed ? MatrixElement{column, row} : MatrixElement{row, column};
+}
+
+template <bool is_load>
+void matrix_access(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
+  if (mask != kAllLanes) throw Fault("the warp is not converged at " + in.where());
+  const bool transposed = in.has("trans");
+  const uint64_t* rows = warp.lanes(in.operands[is_load ? 1 : 0].reg);
+  const auto offset = static_cast<uint64_t>(in.operands[is_load ? 1 : 0].offset);
+  const Operand& registers = in.operands[is_load ? 0 : 1];
+  // Every row is read before any register is written: the address register may be a destination.
+  uint64_t addresses[kLanes];
+  uint8_t* row_bytes[kLanes];
+  for (int matrix = 0; matrix < in.vector; ++matrix) {
+    LaneMask lanes = 0;
+    for (int row = 8 * matrix; row < 8 * matrix + 8; ++row) {
+      addresses[row] = (rows[row] + offset) & 0xffffffffu;
+      lanes |= LaneMask{1} << row;
+      using Access = SharedMemory::Access;
+      row_bytes[row] = block.shared.access(warp, in, addresses[row], 16, is_load ? Access::Read : Access::Write, -1, block.report);
+    }
+    if (block.options.stats) count_bank_conflicts(block.report, in, addresses, lanes, 16);
+  }
+  for (int matrix = 0; matrix < in.vector; ++matrix) {
+    uint64_t* values = warp.lanes(registers.element(static_cast<size_t>(matrix)));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      uint64_t packed = is_load ? 0 : values[lane];
+      for (int half = 0; half < 2; ++half) {
+        const MatrixElement at = element_of(lane, half, transposed);
+        uint8_t* bytes = row_bytes[8 * matrix + at.row] + 2 * at.column;
+        uint16_t value = static_cast<uint16_t>(packed >> (16 * half));
+        if constexpr (is_load) {
+          std::memcpy(&value, bytes, 2);
+          packed |= static_cast<uint64_t>(value) << (16 * half);
+        } else {
+          std::memcpy(bytes, &value, 2);
+        }
+      }
+      if constexpr (is_load) values[lane] = packed;
+    }
+  }
+}
+
+template <bool is_load>
+Handler select_matrix_access(Instruction& in) {
+  require_operands(in, 2);
+  if (in.type != Type::B16 || !in.has("m8n8")) unsupported(in, "matrix shape is not modelled");
+  in.vector = in.has("x4") ? 4 : in.has("x2") ? 2 : 1;
+  in.space = Space::Shared;
+  return matrix_access<is_load>;
+}
+
+}  // namespace
+
+const OpcodeRows& memory_opcodes() {
+  static const char* const access =
+      "global shared shared::cta param param::entry local const weak relaxed acquire release volatile cta gpu sys nc "
+      "ca cg cs lu cv wb wt v2 v4 v8 cache";
+  static const char* const matrix = "sync aligned m8n8 x1 x2 x4 trans shared shared::cta";
+  static const OpcodeRows rows = {
+      {"ld", access, select_access<true>},
+      {"st", access, select_access<false>, false},
+      {"ldmatrix", matrix, select_matrix_access<true>},
+      {"stmatrix", matrix, select_matrix_access<false>, false},
+  };
+  return rows;
+}
+
+}  // namespace ptxsim

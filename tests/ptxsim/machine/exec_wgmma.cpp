@@ -1,0 +1,207 @@
+// wgmma (sm_90): asynchronous products of a warpgroup, operands in shared memory by descriptor or A in registers.
+//
+// Each warp computes its own 16 rows of the 64, so the warpgroup needs no rendezvous here. With Options::late the
+// operands are read at wgmma.wait_group, the latest moment allowed, else at the issue.
+#include <algorithm>
+
+#include "handlers.h"
+#include "tensor_core.h"
+
+namespace ptxsim {
+namespace {
+
+constexpr int kDepth = 16;      // 16-bit elements along k
+constexpr int kUnit = 16;       // bytes that stay together under any swizzle
+constexpr int kUnitElements = 8;
+
+// The matrix descriptor: bits 0-13 start, 16-29 leading and 32-45 stride byte offsets (in units of 16), 62-63 swizzle.
+class Descriptor {
+ public:
+  Descriptor(uint64_t bits, bool transposed)
+      : start_(field(bits, 0)), leading_(field(bits, 16)), stride_(field(bits, 32)), transposed_(transposed) {
+    // 0: none, 1: 128 bytes, 2: 64, 3: 32. A swizzled row spans `units_` units.
+    const int log = (bits >> 62) == 0 ? 0 : 4 - static_cast<int>(bits >> 62);
+    units_ = uint64_t{1} << log;
+  }
+
+  // The address of the unit that holds element (mn, k); elements follow one another along k, or along mn if transposed.
+  uint64_t unit(int mn, int k) const {
+    const auto row = static_cast<uint64_t>(transposed_ ? k % 8 : mn % 8);
+    uint64_t address = start_ + row * kUnit * units_;
+    if (!transposed_) {
+      const auto along = static_cast<uint64_t>(k) * 2 / kUnit;
+      address += static_cast<uint64_t>(mn / 8) * stride_ + along * (units_ == 1 ? leading_ : kUnit);
+    } else {
+      const auto along = static_cast<uint64_t>(mn / 8), down = static_cast<uint64_t>(k / 8);
+      address += units_ == 1 ? along * stride_ + down * leading_
+                             : along % units_ * kUnit + along / units_ * leading_ + down * stride_;
+    }
+    // The swizzle exchanges units by address bits 7 and up.
+    return address ^ ((address >> 7 & (units_ - 1)) << 4);
+  }
+
+ private:
+  static uint64_t field(uint64_t bits, int shift) { return (bits >> shift & 0x3fff) << 4; }
+  uint64_t start_, leading_, stride_, units_;
+  bool transposed_;
+};
+
+struct Shape {
+  int immediates;  // index of scale-a among the operands
+  bool a_in_registers;
+  bool a_transposed, b_transposed;
+  float scale_a, scale_b;
+};
+
+Shape shape_of(Warp& warp, const Instruction& in) {
+  const auto immediate = [&](size_t i) { return static_cast<int32_t>(warp.lanes(in.operands[i].reg)[0]); };
+  const bool registers = in.operands[1].kind == Operand::Kind::Vector;
+  Shape shape{4, registers, false, false, static_cast<float>(immediate(4)), static_cast<float>(immediate(5))};
+  if (!registers) shape.a_transposed = immediate(6) != 0;
+  shape.b_transposed = immediate(registers ? 6 : 7) != 0;
+  return shape;
+}
+
+// Calls visit(unit address, first mn, first k, transposed) for every unit of a [size x 16] operand from `first` on.
+template <class Visit>
+void for_units(uint64_t bits, bool transposed, int first, int size, Visit visit) {
+  const Descriptor descriptor(bits, transposed);
+  const int mn_step = transposed ? kUnitElements : 1, k_step = transposed ? 1 : kUnitElements;
+  for (int mn = first; mn < first + size; mn += mn_step) {
+    for (int k = 0; k < kDepth; k += k_step) visit(descriptor.unit(mn, k), mn - first, k);
+  }
+}
+
+// rows[mn][k] of an operand in shared memory, times its sign.
+void load_shared(Block& block, Warp& warp, const Instruction& in, uint64_t bits, bool transposed, int first, int size,
+                 float scale, float (*rows)[kDepth]) {
+  for_units(bits, transposed, first, size, [&](uint64_t address, int mn, int k) {
+    block.shared.async_read(warp, in, address, kUnit, block.warps, block.report);
+    for (int i = 0; i < kUnitElements; ++i) {
+      uint16_t value;
+      std::memcpy(&value, block.shared.data() + address + 2 * i, 2);
+      float* to = transposed ? &rows[mn + i][k] : &rows[mn][k + i];
+      *to = scale * to_float(value, in.type);
+    }
+  });
+}
+
+// Register i of a lane holds these elements of D, and for A pairs along k.
+int row_of(int lane, int i) { return lane / 4 + 8 * (i >> 1 & 1); }
+int column_of(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + (i & 1); }
+
+void compute(Block& block, Warp& warp, const AsyncMatrix& op) {
+  const Instruction& in = *op.in;
+  const Shape shape = shape_of(warp, in);
+  static thread_local float b[256][kDepth];
+  float a[16][kDepth];
+  load_shared(block, warp, in, op.b_descriptor, shape.b_transposed, 0, in.n, shape.scale_b, b);
+  if (shape.a_in_registers) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const uint64_t bits = warp.lanes(in.operands[1].elements[static_cast<size_t>(i)])[lane];
+        for (int half = 0; half < 2; ++half) {
+          a[lane / 4 + 8 * (i & 1)][lane % 4 * 2 + half + 8 * (i >> 1)] = shape.scale_a * to_float(bits >> (16 * half) & 0xffff, in.type);
+        }
+      }
+    }
+  } else {
+    load_shared(block, warp, in, op.a_descriptor, shape.a_transposed, warp.id % 4 * 16, 16, shape.scale_a, a);
+  }
+  const TensorCore core = TensorCore::of(block.options.tensor_core, false, block.options.perturb);
+  const std::vector<int>& registers = in.operands[0].elements;
+  for (size_t i = 0; i < registers.size(); ++i) {
+    uint64_t* d = warp.lanes(registers[i]);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float acc = op.accumulate ? as_float(d[lane]) : 0.0f;
+      d[lane] = bits_of(core.dot(acc, a[row_of(lane, static_cast<int>(i))], b[column_of(lane, static_cast<int>(i))], kDepth, 1));
+    }
+  }
+}
+
+// Marks or frees the shared bytes that an operation reads while it is in flight.
+void hold(Block& block, Warp& warp, const AsyncMatrix& op, int change) {
+  const Shape shape = shape_of(warp, *op.in);
+  const auto mark = [&](uint64_t address, int, int) { block.shared.hold(address, kUnit, change); };
+  for_units(op.b_descriptor, shape.b_transposed, 0, op.in->n, mark);
+  if (!shape.a_in_registers) for_units(op.a_descriptor, shape.a_transposed, warp.id % 4 * 16, 16, mark);
+}
+
+void set_pending(Warp& warp, const AsyncMatrix& op) {
+  for (const int reg : op.in->operands[0].elements) {
+    uint8_t& pending = warp.pending[static_cast<size_t>(reg)];
+    warp.pending_count += !pending;
+    pending = 1;
+  }
+}
+
+void multiply_async(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
+  if (mask != kAllLanes) throw Fault("the warp is not converged at " + in.where());
+  const auto fenced = [&](const Operand& op) {
+    for (const int reg : op.elements) {
+      if (warp.written_epoch[static_cast<size_t>(reg)] != warp.fence_epoch) continue;
+      block.report.add(Finding::WgmmaFence, [&] { return "registers written since the last wgmma.fence, " + in.where(); });
+      return;
+    }
+  };
+  fenced(in.operands[0]);
+  const bool registers = in.operands[1].kind == Operand::Kind::Vector;
+  if (registers) fenced(in.operands[1]);
+  const AsyncMatrix op{&in, registers ? 0 : operand(warp, in, 1)[0], operand(warp, in, 2)[0], (operand(warp, in, 3)[0] & 1) != 0};
+  set_pending(warp, op);
+  hold(block, warp, op, +1);
+  if (!block.options.late) compute(block, warp, op);
+  warp.open_matrices.push_back(op);
+}
+
+void commit(Block&, Warp& warp, const Instruction&, LaneMask) {
+  warp.matrix_groups.push_back(std::move(warp.open_matrices));
+  warp.open_matrices.clear();
+}
+
+void wait(Block& block, Warp& warp, const Instruction& in, LaneMask) {
+  const auto keep = static_cast<size_t>(operand(warp, in, 0)[0]);
+  if (warp.matrix_groups.size() > keep) {
+    const auto end = warp.matrix_groups.end() - static_cast<std::ptrdiff_t>(keep);
+    for (auto group = warp.matrix_groups.begin(); group != end; ++group) {
+      for (const AsyncMatrix& op : *group) {
+        if (block.options.late) compute(block, warp, op);
+        hold(block, warp, op, -1);
+      }
+    }
+    warp.matrix_groups.erase(warp.matrix_groups.begin(), end);
+  }
+  std::fill(warp.pending.begin(), warp.pending.end(), 0);
+  warp.pending_count = 0;
+  for (const auto& group : warp.matrix_groups) {
+    for (const AsyncMatrix& op : group) set_pending(warp, op);
+  }
+  for (const AsyncMatrix& op : warp.open_matrices) set_pending(warp, op);
+}
+
+void fence(Block&, Warp& warp, const Instruction&, LaneMask) { ++warp.fence_epoch; }
+
+Handler select_wgmma(Instruction& in) {
+  const bool registers = in.operands.size() > 1 && in.operands[1].kind == Operand::Kind::Vector;
+  require_operands(in, registers ? 7 : 8);
+  if (in.first_type != Type::F32 || (in.type != Type::F16 && in.type != Type::BF16) || in.m != 64 || in.k != kDepth) {
+    unsupported(in, "wgmma form is not modelled");
+  }
+  return multiply_async;
+}
+template <Handler handler>
+Handler always(Instruction&) { return handler; }
+
+}  // namespace
+
+const OpcodeRows& wgmma_opcodes() {
+  static const OpcodeRows rows = {
+      {"wgmma.mma_async", "sync aligned shape", select_wgmma},
+      {"wgmma.commit_group", "sync aligned", always<commit>, false},
+      {"wgmma.wait_group", "sync aligned", always<wait>, false},
+      {"wgmma.fence", "sync aligned", always<fence>, false},
+  };
+  return rows;
+}
+
+}  // namespace ptxsim

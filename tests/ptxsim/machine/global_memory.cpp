@@ -1,0 +1,135 @@
+// Global memory: bounds, read-only tensors, alignment, races.
+#include "global_memory.h"
+
+#include <algorithm>
+
+#include "warp.h"
+
+namespace ptxsim {
+
+void GlobalMemory::start(const Program& program, const Options& options) {
+  program_ = &program;
+  checked_ = options.global_race;
+  shift_ = program.global_granule >= 4 ? 2 : program.global_granule - 1;
+  for (const auto& memory : program.module_memory) {
+    allow(reinterpret_cast<uint64_t>(memory->data()), memory->size(), true);
+  }
+  // Merging tensors that share bytes (views of one storage) gives each byte one cell.
+  std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  std::vector<Range> merged;
+  for (Range& range : ranges_) {
+    if (!merged.empty() && range.begin < merged.back().end && range.writable == merged.back().writable) {
+      merged.back().end = std::max(merged.back().end, range.end);
+    } else {
+      merged.push_back(std::move(range));
+    }
+  }
+  ranges_ = std::move(merged);
+  last_ = nullptr;
+  for (Range& range : ranges_) {
+    if (checked_ && range.writable) range.cells.resize(((range.end >> shift_) - (range.begin >> shift_)) + 1);
+  }
+}
+
+void GlobalMemory::start_block(int block, int) {
+  block_ = block;
+  time_ = 0;
+  acquired_.clear();
+}
+
+uint8_t* GlobalMemory::access(const Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind,
+                              int lane, Report& report) {
+  const auto length = static_cast<uint64_t>(bytes);
+  const auto where = [&] {
+    return std::to_string(bytes) + " bytes by lane " + std::to_string(lane) + " of warp " + std::to_string(warp.id) +
+           " of block " + std::to_string(block_) + ", " + in.where();
+  };
+  if (address % length) throw Fault("misaligned global access: " + where());
+  const auto holds = [&](const Range& range) {
+    return address >= range.begin && address + length <= range.end && (range.writable || kind == Access::Read);
+  };
+  if (!last_ || !holds(*last_)) {
+    const auto found = std::find_if(ranges_.begin(), ranges_.end(), holds);
+    if (found == ranges_.end()) {
+      const bool read_only = std::any_of(ranges_.begin(), ranges_.end(), [&](const Range& range) {
+        return address >= range.begin && address + length <= range.end;
+      });
+      throw Fault((read_only ? "write to a read-only tensor: " : "global memory out of bounds: ") + where());
+    }
+    last_ = &*found;
+  }
+  if (!last_->cells.empty()) {
+    const uint64_t base = last_->begin >> shift_;
+    const uint64_t final_cell = (address + length - 1) >> shift_;
+    for (uint64_t cell = address >> shift_; cell <= final_cell; ++cell) {
+      check(warp, in, last_->cells[cell - base], cell << shift_, kind, report);
+    }
+  }
+  return reinterpret_cast<uint8_t*>(address);
+}
+
+bool GlobalMemory::ordered(int block, uint32_t time) const {
+  const auto found = acquired_.find(block);
+  return found != acquired_.end() && found->second > time;
+}
+
+void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, uint64_t, Access kind, Report& report) {
+  const auto race = [&](const char* what, int block) {
+    report.add(Finding::GlobalRace, [&] {
+      return std::string(what) + " block " + std::to_string(block) + " by warp " + std::to_string(warp.id) + " of block " +
+             std::to_string(block_) + ", " + in.where();
+    });
+  };
+  const auto own = static_cast<size_t>(warp.id);
+  // Against the last write, unless both are atomic.
+  if (cell.writer_block != kNobody && !(kind == Access::Atomic && cell.atomic)) {
+    const bool other_block = cell.writer_block != block_ && !ordered(cell.writer_block, cell.writer_time);
+    const bool other_warp = cell.writer_block == block_ && cell.writer_warp != warp.id &&
+                            cell.writer_clock > warp.clock[static_cast<size_t>(cell.writer_warp)];
+    if (other_block || other_warp) {
+      race(kind == Access::Read ? "global read after write of" : "global write after write of", cell.writer_block);
+    }
+  }
+  if (kind == Access::Read) {
+    if (cell.reader_block != block_) {
+      cell.reader_block = cell.reader_block == kNobody || ordered(cell.reader_block, cell.reader_time) ? block_ : kSeveral;
+      cell.reader_warp = static_cast<int16_t>(warp.id);
+    } else if (cell.reader_warp != warp.id) {
+      const bool before = cell.reader_warp >= 0 && cell.reader_clock <= warp.clock[static_cast<size_t>(cell.reader_warp)];
+      cell.reader_warp = before ? static_cast<int16_t>(warp.id) : static_cast<int16_t>(kSeveral);
+    }
+    cell.reader_time = time_;
+    cell.reader_clock = warp.clock[own];
+    return;
+  }
+  if (cell.reader_block != kNobody) {
+    // Several readers in one block at unordered times are taken as ordered: only the last clock is kept.
+    const bool other_block = cell.reader_block == kSeveral ||
+                             (cell.reader_block != block_ && !ordered(cell.reader_block, cell.reader_time));
+    const bool other_warp = cell.reader_block == block_ && cell.reader_warp >= 0 && cell.reader_warp != warp.id &&
+                            cell.reader_clock > warp.clock[static_cast<size_t>(cell.reader_warp)];
+    if (other_block || other_warp) race("global write after read of", cell.reader_block);
+    cell.reader_block = kNobody;
+  }
+  cell.writer_block = block_;
+  cell.writer_warp = static_cast<int16_t>(warp.id);
+  cell.writer_time = time_;
+  cell.writer_clock = warp.clock[own];
+  cell.atomic = kind == Access::Atomic;
+}
+
+void GlobalMemory::release(uint64_t address) {
+  if (!checked_) return;
+  Times& times = released_[address];
+  for (const auto& [block, time] : acquired_) times[block] = std::max(times[block], time);
+  times[block_] = ++time_;
+}
+
+void GlobalMemory::acquire(uint64_t address) {
+  if (!checked_) return;
+  const auto found = released_.find(address);
+  if (found == released_.end()) return;
+  for (const auto& [block, time] : found->second) acquired_[block] = std::max(acquired_[block], time);
+}
+
+}  // namespace ptxsim

@@ -1,0 +1,415 @@
+// The structure of a PTX module: directives, variables, scopes of registers, labels, statements.
+#include "parser.h"
+
+#include <algorithm>
+#include <unordered_map>
+
+#include "lexer.h"
+#include "opcodes.h"
+
+namespace ptxsim {
+namespace {
+
+const std::unordered_map<std::string, Special>& specials() {
+  static const std::unordered_map<std::string, Special> names = {
+      {"tid.x", Special::TidX},         {"tid.y", Special::TidY},         {"tid.z", Special::TidZ},
+      {"ntid.x", Special::NtidX},       {"ntid.y", Special::NtidY},       {"ntid.z", Special::NtidZ},
+      {"ctaid.x", Special::CtaidX},     {"ctaid.y", Special::CtaidY},     {"ctaid.z", Special::CtaidZ},
+      {"nctaid.x", Special::NctaidX},   {"nctaid.y", Special::NctaidY},   {"nctaid.z", Special::NctaidZ},
+      {"laneid", Special::Lane},        {"warpid", Special::Warp},        {"nwarpid", Special::WarpCount},
+      {"lanemask_eq", Special::MaskEq}, {"lanemask_lt", Special::MaskLt}, {"lanemask_le", Special::MaskLe},
+      {"lanemask_gt", Special::MaskGt}, {"lanemask_ge", Special::MaskGe}, {"total_smem_size", Special::SharedBytes},
+      {"dynamic_smem_size", Special::SharedBytes},
+      // One multiprocessor, a stopped clock, clusters of one block.
+      {"smid", Special::Zero},          {"clock", Special::Zero},         {"clock64", Special::Zero},
+      {"globaltimer", Special::Zero},   {"cluster_ctarank", Special::Zero}, {"cluster_ctaid.x", Special::Zero},
+      {"cluster_nctarank", Special::One},
+  };
+  return names;
+}
+
+struct Symbol {
+  Space space;
+  uint64_t address;
+  bool after_statics;  // an extern shared array: starts where the static ones end
+};
+
+class Parser {
+ public:
+  Parser(const std::string& ptx, Program& program) : lex_(ptx), program_(program), scopes_(1) {}
+
+  bool module(const std::string& entry);
+
+ private:
+  void entry_header();
+  void body();
+  void statement();
+  void registers();
+  void variable(Space space, bool constant);
+  void parameter();
+  Operand operand(Type type);
+  Operand address();
+  int scalar(Type type);
+  int register_named(const std::string& name) const;
+  int symbol(const std::string& name, int64_t offset);
+  int special(const std::string& name);
+  int constant(uint64_t value, bool after_statics = false);
+  int new_register() { return program_.registers++; }
+  int statistic(const std::string& full);
+  void finish();
+
+  Lexer lex_;
+  Program& program_;
+  std::vector<std::unordered_map<std::string, int>> scopes_;
+  std::unordered_map<std::string, Symbol> symbols_;
+  std::unordered_map<std::string, int> labels_;
+  std::unordered_map<std::string, int> statistics_;
+  std::unordered_map<uint64_t, int> constants_;
+  std::vector<std::pair<size_t, std::string>> branches_;  // instruction, label
+  std::vector<size_t> after_statics_;                     // of Program::constants
+  std::vector<bool> is_predicate_;
+  int sink_ = -1;
+};
+
+bool Parser::module(const std::string& entry) {
+  bool found = false;
+  while (!lex_.at_end()) {
+    const std::string word = lex_.identifier();
+    if (word == ".version" || word == ".target" || word == ".address_size" || word == ".file") {
+      lex_.skip_line();
+    } else if (word == ".visible" || word == ".extern" || word == ".weak" || word == ".common") {
+      continue;
+    } else if (word == ".section") {
+      lex_.skip_braces();
+    } else if (word == ".shared") {
+      variable(Space::Shared, false);
+    } else if (word == ".global" || word == ".const") {
+      variable(Space::Global, word == ".const");
+    } else if (word == ".func") {
+      // A call is refused where it is met, so the body of a function is never needed.
+      if (lex_.find(';') < lex_.find('{')) {
+        lex_.skip_past(';');
+      } else {
+        lex_.skip_braces();
+      }
+    } else if (word == ".entry") {
+      const std::string name = lex_.identifier();
+      if (found || !(entry.empty() || entry == name)) {
+        lex_.skip_braces();
+        continue;
+      }
+      found = true;
+      program_.name = name;
+      entry_header();
+      body();
+    } else {
+      lex_.fail("unknown directive '" + word + "'");
+    }
+  }
+  if (found) finish();
+  return found;
+}
+
+void Parser::parameter() {
+  Type type = Type::B8;
+  int align = 1;
+  uint64_t count = 1;
+  Parameter param;
+  for (;;) {
+    const std::string word = lex_.identifier();
+    if (word == ".align") {
+      align = std::max(align, static_cast<int>(lex_.number(Type::B32)));
+    } else if (word.empty() || word[0] != '.') {
+      param.name = word;
+      break;
+    } else if (const Type named = type_named(word.substr(1)); named != Type::None) {
+      type = named;
+    }  // .param, .ptr and its state space say nothing that the machine needs
+  }
+  const bool array = lex_.eat('[');
+  if (array) {
+    count = lex_.number(Type::B32);
+    lex_.expect(']');
+  }
+  // A scalar lies at its natural alignment; .align of a scalar speaks of the memory that a pointer points to.
+  const int natural = array ? std::max(align, size_of(type)) : size_of(type);
+  param.size = static_cast<int>(count) * size_of(type);
+  param.offset = (program_.param_bytes + natural - 1) / natural * natural;
+  program_.param_bytes = param.offset + param.size;
+  symbols_[param.name] = {Space::Param, kParamWindow + static_cast<uint64_t>(param.offset), false};
+  program_.params.push_back(param);
+}
+
+void Parser::entry_header() {
+  if (lex_.eat('(') && !lex_.eat(')')) {
+    do parameter();
+    while (lex_.eat(','));
+    lex_.expect(')');
+  }
+  while (lex_.peek() != '{') {
+    const std::string word = lex_.identifier();
+    if (word == ".reqntid" || word == ".maxntid") {
+      program_.max_threads = static_cast<int>(lex_.number(Type::B32));
+      while (lex_.eat(',')) program_.max_threads *= static_cast<int>(lex_.number(Type::B32));
+    } else if (word == ".minnctapersm" || word == ".maxnreg") {
+      lex_.number(Type::B32);
+    } else if (word == ".pragma") {
+      lex_.skip_past(';');
+    } else {
+      lex_.fail("directive '" + word + "' of an entry is not modelled");
+    }
+  }
+}
+
+void Parser::body() {
+  lex_.expect('{');
+  scopes_.emplace_back();
+  for (int depth = 1; depth;) {
+    if (lex_.at_end()) lex_.fail("the body of " + program_.name + " has no end");
+    if (lex_.eat('{')) {
+      scopes_.emplace_back();
+      ++depth;
+    } else if (lex_.eat('}')) {
+      scopes_.pop_back();
+      --depth;
+    } else if (!lex_.eat(';')) {
+      statement();
+    }
+  }
+}
+
+void Parser::statement() {
+  Instruction in;
+  if (lex_.eat('@')) {
+    in.guard_negated = lex_.eat('!');
+    const std::string name = lex_.identifier();
+    in.guard = register_named(name);
+    if (in.guard < 0) lex_.fail("unknown predicate " + name);
+  }
+  lex_.skip_space();
+  in.line = lex_.line();
+  const size_t start = lex_.position();
+  const std::string full = lex_.opcode();
+  if (full.empty()) lex_.fail("expected a statement");
+  if (in.guard < 0 && full[0] != '.' && lex_.eat(':')) {
+    labels_[full] = static_cast<int>(program_.code.size());
+  } else if (full == ".reg") {
+    registers();
+  } else if (full == ".shared" || full == ".local" || full == ".global" || full == ".const") {
+    variable(full == ".shared" ? Space::Shared : full == ".local" ? Space::Local : Space::Global, full == ".const");
+  } else if (full == ".loc") {
+    lex_.skip_line();
+  } else if (full == ".pragma") {
+    lex_.skip_past(';');
+  } else {
+    const Opcode& opcode = decode_opcode(in, full);
+    in.statistic = statistic(full);
+    if (in.control == Control::Branch) {
+      branches_.emplace_back(program_.code.size(), lex_.identifier());
+      lex_.expect(';');
+    } else if (!lex_.eat(';')) {
+      do in.operands.push_back(operand(in.type));
+      while (lex_.eat(','));
+      lex_.expect(';');
+    }
+    in.text = lex_.since(start);
+    in.index = static_cast<int>(program_.code.size());
+    if (in.name == "cp.async" && in.operands.size() > 3) {
+      // The fourth operand is a byte count or, if it is a predicate, the order to read nothing.
+      in.mode = is_predicate_[static_cast<size_t>(in.operands[3].reg)];
+    }
+    finish_instruction(opcode, in, program_);
+    program_.code.push_back(std::move(in));
+  }
+}
+
+void Parser::registers() {
+  const bool predicate = lex_.identifier() == ".pred";
+  const auto declare = [&](const std::string& name) {
+    const int reg = new_register();
+    scopes_.back()[name] = reg;
+    is_predicate_.resize(static_cast<size_t>(reg) + 1);
+    is_predicate_[static_cast<size_t>(reg)] = predicate;
+  };
+  do {
+    const std::string name = lex_.identifier();
+    if (lex_.eat('<')) {
+      const uint64_t count = lex_.number(Type::B32);
+      lex_.expect('>');
+      for (uint64_t i = 0; i < count; ++i) declare(name + std::to_string(i));
+    } else {
+      declare(name);
+    }
+  } while (lex_.eat(','));
+  lex_.expect(';');
+}
+
+void Parser::variable(Space space, bool) {
+  Type type = Type::B8;
+  int align = 1;
+  uint64_t count = 1;
+  bool without_size = false;
+  std::string name;
+  for (;;) {
+    name = lex_.identifier();
+    if (name.empty() || name[0] != '.') break;
+    if (name == ".align") {
+      align = static_cast<int>(lex_.number(Type::B32));
+    } else if (const Type named = type_named(name.substr(1)); named != Type::None) {
+      type = named;
+    }
+  }
+  while (lex_.eat('[')) {
+    if (lex_.eat(']')) {
+      without_size = true;
+      continue;
+    }
+    count *= lex_.number(Type::B32);
+    lex_.expect(']');
+  }
+  std::vector<uint64_t> initial;
+  if (lex_.eat('=')) {
+    const bool braces = lex_.eat('{');
+    do initial.push_back(lex_.number(type));
+    while (lex_.eat(','));
+    if (braces) lex_.expect('}');
+  }
+  lex_.expect(';');
+  align = std::max(align, size_of(type));
+  const int bytes = static_cast<int>(count) * size_of(type);
+  const auto aligned = [align](int offset) { return (offset + align - 1) / align * align; };
+  if (space == Space::Shared && without_size) {
+    symbols_[name] = {space, 0, true};
+  } else if (space == Space::Shared) {
+    const int offset = aligned(program_.static_shared);
+    symbols_[name] = {space, static_cast<uint64_t>(offset), false};
+    program_.static_shared = offset + bytes;
+  } else if (space == Space::Local) {
+    const int offset = aligned(program_.local_bytes);
+    symbols_[name] = {space, kLocalWindow + static_cast<uint64_t>(offset), false};
+    program_.local_bytes = offset + bytes;
+  } else {
+    auto memory = std::make_unique<std::vector<uint8_t>>(std::max(bytes, 16));
+    for (size_t i = 0; i < initial.size(); ++i) {
+      std::memcpy(memory->data() + i * static_cast<size_t>(size_of(type)), &initial[i], static_cast<size_t>(size_of(type)));
+    }
+    symbols_[name] = {space, reinterpret_cast<uint64_t>(memory->data()), false};
+    program_.module_memory.push_back(std::move(memory));
+  }
+}
+
+int Parser::register_named(const std::string& name) const {
+  for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
+    const auto found = scope->find(name);
+    if (found != scope->end()) return found->second;
+  }
+  return -1;
+}
+
+int Parser::constant(uint64_t value, bool after_statics) {
+  if (!after_statics) {
+    const auto found = constants_.find(value);
+    if (found != constants_.end()) return found->second;
+  }
+  const int reg = new_register();
+  if (after_statics) {
+    after_statics_.push_back(program_.constants.size());
+  } else {
+    constants_[value] = reg;
+  }
+  program_.constants.emplace_back(reg, value);
+  return reg;
+}
+
+int Parser::symbol(const std::string& name, int64_t offset) {
+  const auto found = symbols_.find(name);
+  if (found == symbols_.end()) lex_.fail("unknown name '" + name + "'");
+  return constant(found->second.address + static_cast<uint64_t>(offset), found->second.after_statics);
+}
+
+int Parser::special(const std::string& name) {
+  const auto found = specials().find(name);
+  if (found == specials().end()) lex_.fail("special register %" + name + " is not modelled");
+  const auto [slot, added] = program_.specials.try_emplace(found->second, -1);
+  if (added) slot->second = new_register();
+  return slot->second;
+}
+
+int Parser::scalar(Type type) {
+  const char next = lex_.peek();
+  if (std::isdigit(static_cast<unsigned char>(next)) || next == '-' || next == '+') return constant(lex_.number(type));
+  if (lex_.sink()) {
+    if (sink_ < 0) sink_ = new_register();
+    return sink_;
+  }
+  const std::string name = lex_.identifier();
+  if (name.empty()) lex_.fail("expected an operand");
+  const int reg = register_named(name);
+  if (reg >= 0) return reg;
+  if (name[0] == '%') return special(name.substr(1));
+  const int64_t offset = lex_.eat('+') ? static_cast<int64_t>(lex_.number(Type::B64)) : 0;
+  return symbol(name, offset);
+}
+
+Operand Parser::address() {
+  Operand op;
+  op.kind = Operand::Kind::Address;
+  if (std::isdigit(static_cast<unsigned char>(lex_.peek()))) {
+    op.reg = constant(lex_.number(Type::B64));
+  } else {
+    const std::string name = lex_.identifier();
+    const int reg = register_named(name);
+    op.reg = reg >= 0 ? reg : symbol(name, 0);
+  }
+  while (lex_.peek() == '+' || lex_.peek() == '-') {
+    lex_.eat('+');  // number() takes a minus itself, also after the plus
+    op.offset += static_cast<int64_t>(lex_.number(Type::B64));
+  }
+  lex_.expect(']');
+  return op;
+}
+
+Operand Parser::operand(Type type) {
+  Operand op;
+  op.negated = lex_.eat('!');
+  if (lex_.eat('[')) return address();
+  if (lex_.eat('{')) {
+    op.kind = Operand::Kind::Vector;
+    do op.elements.push_back(scalar(type));
+    while (lex_.eat(','));
+    lex_.expect('}');
+    return op;
+  }
+  op.kind = Operand::Kind::Register;
+  op.reg = scalar(type);
+  if (lex_.eat('|')) op.second = scalar(Type::Pred);
+  return op;
+}
+
+int Parser::statistic(const std::string& full) {
+  const auto [slot, added] = statistics_.try_emplace(full, static_cast<int>(program_.statistic_names.size()));
+  if (added) program_.statistic_names.push_back(full);
+  return slot->second;
+}
+
+void Parser::finish() {
+  for (const auto& [index, label] : branches_) {
+    const auto found = labels_.find(label);
+    if (found == labels_.end()) lex_.fail("branch to unknown label " + label);
+    program_.code[index].target = found->second;
+  }
+  program_.static_shared = (program_.static_shared + 15) / 16 * 16;
+  for (const size_t i : after_statics_) program_.constants[i].second += static_cast<uint64_t>(program_.static_shared);
+}
+
+}  // namespace
+
+Program parse(const std::string& ptx, const std::string& entry) {
+  Program program;
+  if (!Parser(ptx, program).module(entry)) {
+    throw Unsupported(entry.empty() ? "the PTX has no entry" : "the PTX has no entry named " + entry);
+  }
+  return program;
+}
+
+}  // namespace ptxsim

@@ -1,0 +1,14 @@
+// The names under which findings reach Python.
+#include "report.h"
+
+namespace ptxsim {
+
+const char* name_of(Finding finding) {
+  static const char* const names[kFindings] = {
+      "shared_race", "intra_warp_race", "in_flight",   "uninitialised_shared",
+      "proxy_fence", "wgmma_pending",   "wgmma_fence", "global_race",
+  };
+  return names[static_cast<int>(finding)];
+}
+
+}  // namespace ptxsim

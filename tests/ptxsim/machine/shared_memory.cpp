@@ -1,0 +1,111 @@
+// Shared memory: bounds, alignment, races, bytes in flight, uninitialised reads.
+#include "shared_memory.h"
+
+#include "warp.h"
+
+namespace ptxsim {
+
+void SharedMemory::reset(size_t bytes, int warps, int granule, const Options& options) {
+  bytes_.assign(bytes, 0);
+  if (options.poison) {
+    // 0x7fff is NaN in both 16-bit formats, and the pair of them is NaN in float32.
+    for (size_t i = 0; i < bytes; ++i) bytes_[i] = i % 2 ? 0x7f : 0xff;
+  }
+  warps_ = warps;
+  shift_ = granule >= 4 ? 2 : granule - 1;
+  checked_ = options.race;
+  if (!checked_) return;
+  const size_t cells = (bytes >> shift_) + 1;
+  cells_.assign(cells, Cell{});
+  read_clocks_.assign(cells * static_cast<size_t>(warps), 0);
+}
+
+uint8_t* SharedMemory::access(Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind, int lane,
+                              Report& report) {
+  const auto length = static_cast<uint64_t>(bytes);
+  if (address + length > bytes_.size()) {
+    throw Fault("shared memory out of bounds: " + std::to_string(bytes) + " bytes at " + std::to_string(address) +
+                " of " + std::to_string(bytes_.size()) + ", " + in.where());
+  }
+  if (address % length) throw Fault("misaligned shared access at " + std::to_string(address) + ", " + in.where());
+  if (checked_) {
+    const size_t last = (address + length - 1) >> shift_;
+    for (size_t cell = address >> shift_; cell <= last; ++cell) check(warp, in, cell, kind, lane, report);
+  }
+  return bytes_.data() + address;
+}
+
+void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access kind, int lane, Report& report) {
+  Cell& cell = cells_[index];
+  uint32_t* read_clocks = &read_clocks_[index * static_cast<size_t>(warps_)];
+  const auto place = [&](const std::string& what) {
+    return what + " at shared+" + std::to_string(index << shift_) + " by warp " + std::to_string(warp.id) + ", " + in.where();
+  };
+  const bool reads_only = kind == Access::Read;
+  const bool both_atomic = kind == Access::Atomic && cell.atomic;
+  if (cell.in_flight && kind != Access::CopyLand) {
+    report.add(Finding::InFlight, [&] { return place("bytes of an unfinished cp.async touched"); });
+  }
+  if (cell.holds && !reads_only) {
+    report.add(Finding::InFlight, [&] { return place("operand of an unfinished wgmma overwritten"); });
+  }
+  if (cell.writer >= 0 && cell.writer != warp.id && cell.write_clock > warp.clock[static_cast<size_t>(cell.writer)] &&
+      !both_atomic) {
+    report.add(Finding::SharedRace, [&] {
+      return place((reads_only ? "read after write of warp " : "write after write of warp ") + std::to_string(cell.writer));
+    });
+  }
+  if (reads_only) {
+    if (cell.writer == warp.id && cell.warp_syncs == warp.warp_syncs && cell.lane != lane) {
+      report.add(Finding::IntraWarpRace, [&] {
+        return place("lane " + std::to_string(lane) + " reads what lane " + std::to_string(cell.lane) + " wrote");
+      });
+    }
+    if (!cell.written) report.add(Finding::UninitialisedShared, [&] { return place("read before any write"); });
+    read_clocks[warp.id] = warp.clock[static_cast<size_t>(warp.id)];
+    return;
+  }
+  for (int other = 0; other < warps_; ++other) {
+    if (other != warp.id && read_clocks[other] > warp.clock[static_cast<size_t>(other)]) {
+      report.add(Finding::SharedRace, [&] { return place("write after read of warp " + std::to_string(other)); });
+    }
+  }
+  cell.writer = static_cast<int16_t>(warp.id);
+  cell.write_clock = warp.clock[static_cast<size_t>(warp.id)];
+  cell.fences = warp.proxy_fences;
+  cell.warp_syncs = warp.warp_syncs;
+  cell.lane = static_cast<int8_t>(lane);
+  cell.written = true;
+  cell.atomic = kind == Access::Atomic;
+  if (kind == Access::CopyIssue) cell.in_flight = true;
+  if (kind == Access::CopyLand) cell.in_flight = false;
+}
+
+void SharedMemory::async_read(Warp& warp, const Instruction& in, uint64_t address, int bytes,
+                              const std::vector<Warp>& warps, Report& report) {
+  access(warp, in, address, bytes, Access::Read, -1, report);
+  if (!checked_) return;
+  const size_t last = (address + static_cast<uint64_t>(bytes) - 1) >> shift_;
+  for (size_t index = address >> shift_; index <= last; ++index) {
+    const Cell& cell = cells_[index];
+    if (cell.writer < 0) continue;
+    const auto writer = static_cast<size_t>(cell.writer);
+    const bool by_writer = warps[writer].proxy_fences > cell.fences;
+    const bool by_reader = cell.writer != warp.id && warp.fenced_clock[writer] >= cell.write_clock;
+    if (by_writer || by_reader) continue;
+    report.add(Finding::ProxyFence, [&] {
+      return "wgmma reads shared+" + std::to_string(index << shift_) + " written by warp " + std::to_string(cell.writer) +
+             " without a later fence.proxy.async, " + in.where();
+    });
+  }
+}
+
+void SharedMemory::hold(uint64_t address, int bytes, int change) {
+  if (!checked_ || address + static_cast<uint64_t>(bytes) > bytes_.size()) return;
+  const size_t last = (address + static_cast<uint64_t>(bytes) - 1) >> shift_;
+  for (size_t index = address >> shift_; index <= last; ++index) {
+    cells_[index].holds = static_cast<uint16_t>(cells_[index].holds + change);
+  }
+}
+
+}  // namespace ptxsim

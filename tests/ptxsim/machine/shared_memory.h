@@ -1,0 +1,63 @@
+// The shared memory of one block and the shadow that finds races on it.
+//
+// Each granule remembers its last writer (warp and vector-clock time) and when each warp last read it. An access is a
+// race when an earlier conflicting one is not ordered before it by the clocks, which only barriers join.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "program.h"
+#include "report.h"
+
+namespace ptxsim {
+
+class SharedMemory {
+ public:
+  enum class Access : uint8_t {
+    Read,
+    Write,
+    Atomic,
+    CopyIssue,  // cp.async: the bytes are in flight from here
+    CopyLand,   // and readable by their thread from here
+  };
+
+  // `granule` is the shadow's unit in bytes: 1, 2 or 4.
+  void reset(size_t bytes, int warps, int granule, const Options& options);
+
+  uint8_t* data() { return bytes_.data(); }
+  size_t size() const { return bytes_.size(); }
+
+  // Bounds, alignment and races of one lane's (or, with lane -1, the whole warp's) access; returns its bytes.
+  uint8_t* access(Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind, int lane, Report& report);
+
+  // wgmma reads through the async proxy: generic writes must have been published by fence.proxy.async, by the writer
+  // or by the reader after a barrier.
+  void async_read(Warp& warp, const Instruction& in, uint64_t address, int bytes, const std::vector<Warp>& warps,
+                  Report& report);
+  // Between the issue of a wgmma and its wait nobody may write its operands.
+  void hold(uint64_t address, int bytes, int change);
+
+ private:
+  struct Cell {
+    uint32_t write_clock = 0;
+    uint32_t fences = 0;      // the writer's proxy fences so far
+    uint32_t warp_syncs = 0;  // the writer's bar.warp.sync so far
+    uint16_t holds = 0;       // wgmmas in flight that read it
+    int16_t writer = -1;      // warp
+    int8_t lane = -1;
+    bool written = false;
+    bool in_flight = false;
+    bool atomic = false;  // the last write was one
+  };
+  void check(Warp& warp, const Instruction& in, size_t cell, Access kind, int lane, Report& report);
+
+  std::vector<uint8_t> bytes_;
+  std::vector<Cell> cells_;
+  std::vector<uint32_t> read_clocks_;  // [cell][warp]
+  int warps_ = 0;
+  int shift_ = 2;
+  bool checked_ = true;
+};
+
+}  // namespace ptxsim

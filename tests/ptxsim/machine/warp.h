@@ -1,0 +1,71 @@
+// The state of one warp: registers, where each lane is, clocks, and what it has in flight.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "program.h"
+
+namespace ptxsim {
+
+// One cp.async of one lane. Commit groups belong to a thread: `group` counts this lane's commits before it.
+struct AsyncCopy {
+  uint32_t destination;
+  uint32_t group;
+  uint8_t bytes;
+  int8_t lane;
+  uint8_t data[16];
+};
+
+// One wgmma.mma_async with its operands as they were at its issue.
+struct AsyncMatrix {
+  const Instruction* in;
+  uint64_t a_descriptor;
+  uint64_t b_descriptor;
+  bool accumulate;
+};
+
+struct Warp {
+  enum class State : uint8_t { Running, AtBarrier, Done };
+
+  int id = 0;
+  State state = State::Running;
+  LaneMask live = 0;
+
+  // While the live lanes agree, pc alone says where they are; after a divergent branch, lane_pc does.
+  bool converged = true;
+  uint32_t pc = 0;
+  uint32_t lane_pc[kLanes] = {};
+
+  std::vector<uint64_t> registers;  // [register][lane]
+  std::vector<uint8_t> local;       // [lane][byte]
+
+  std::vector<uint32_t> clock;         // vector clock over the block's warps
+  std::vector<uint32_t> fenced_clock;  // the same at the last fence.proxy.async
+  uint32_t proxy_fences = 0;
+  uint32_t warp_syncs = 0;
+
+  std::vector<AsyncCopy> copies;
+  uint32_t commits[kLanes] = {};
+
+  std::vector<AsyncMatrix> open_matrices;                 // issued, not committed
+  std::vector<std::vector<AsyncMatrix>> matrix_groups;    // committed, not waited for
+  std::vector<uint8_t> pending;                           // accumulator registers of the two above
+  int pending_count = 0;
+  std::vector<uint32_t> written_epoch;  // per register: the wgmma.fence epoch of its last ordinary write
+  uint32_t fence_epoch = 1;
+
+  uint64_t* lanes(int reg) { return &registers[static_cast<size_t>(reg) * kLanes]; }
+  const uint64_t* lanes(int reg) const { return &registers[static_cast<size_t>(reg) * kLanes]; }
+};
+
+template <class F>
+inline void for_lanes(LaneMask mask, F f) {
+  if (mask == kAllLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) f(lane);
+    return;
+  }
+  for (; mask; mask &= mask - 1) f(__builtin_ctz(mask));
+}
+
+}  // namespace ptxsim
