@@ -61,7 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
     print(", ".join(f"{key} {value}" for key, value in shared.items() if value))
     verdicts: list[Verdict] = []
     failures: list[str] = []
-    for case in tqdm(chosen, desc="cases", unit="case", leave=False):
+    bar = tqdm(chosen, unit="case", leave=False)
+    for case in bar:
+        bar.set_description(case.name)
         try:
             rows = run_case(case, device, arguments.threads, tqdm.write)
         except ParityError as error:
@@ -77,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         tqdm.write("\n".join([_heading(case), *map(_line, rows), *map(str, judged), ""]))
     plot_all(results.path, arguments.out)
     reached = sum(verdict.reached for verdict in verdicts)
-    print(f"{reached} of {len(verdicts)} targets reached, in {time.perf_counter() - start:.0f} s; see {arguments.out}/")
+    targets_reached = f"{reached} of {len(verdicts)} targets reached, " if verdicts else ""
+    print(f"{targets_reached}{time.perf_counter() - start:.0f} s in all; see {arguments.out}/")
     for failure in failures:
         print(f"PARITY {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -9,14 +9,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from . import footprint, parity
 from .cases import Case, Variant
 from .peers import Contender, Unavailable, contender
 from .report import Row
 from .timing import Timing, interleave
-from .work import peaks, work
+from .work import peak, work
 
 MAY_FAIL = (Unavailable, NotImplementedError, RuntimeError, ValueError)
 
@@ -45,9 +44,7 @@ def run_case(case: Case, device: str, threads: int, note: Callable[[str], None])
     if not kept:
         return []
     before = _peaks(case, kept, device, threads)
-    samples = tqdm(desc=case.name, unit="call", leave=False)
-    timings = interleave(calls, case.seconds, device, samples.update)
-    samples.close()
+    timings = interleave(calls, case.seconds, device)
     after = _peaks(case, kept, device, threads)
     # The better of two looks: a share of the peak must not gain from a probe that was disturbed.
     best = {key: max(value, after[key]) for key, value in before.items()}
@@ -121,8 +118,9 @@ def _with_threads(call: Callable[[], object], count: int, usual: int) -> Callabl
 
 
 def _peaks(case: Case, variants: list[Variant], device: str, threads: int) -> dict[tuple[str, int], float]:
-    counts = {variant.threads or threads for variant in variants}
-    return {(kind, n): value for n in counts for kind, value in peaks(device, n, case.dtype).items()}
+    """By kind and thread count, for the kinds and counts that the case's rows need."""
+    wanted = {(work(case, v.encoding).peak, v.threads or threads) for v in variants}
+    return {(kind, count): peak(kind, device, count, case.dtype) for kind, count in wanted}
 
 
 def _row(
@@ -135,7 +133,7 @@ def _row(
 ) -> Row:
     amount = work(case.shaped(variant), variant.encoding)
     rate = amount.amount / timing.median
-    peak = best.get((amount.peak, threads), 0.0) or float("nan")
+    limit = best[amount.peak, threads] or float("nan")
     return replace(
         _blank(case, variant, threads),
         median=timing.median,
@@ -144,8 +142,8 @@ def _row(
         rounds=timing.rounds,
         rate=rate,
         peak_kind=amount.peak,
-        peak=peak,
-        share=rate / peak,
+        peak=limit,
+        share=rate / limit,
         digest=digest,
     )
 

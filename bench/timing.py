@@ -31,13 +31,8 @@ class Timing:
         return Timing(statistics.median(ordered), at[0], at[1], len(ordered))
 
 
-def interleave(
-    calls: Mapping[str, Callable[[], object]], seconds: float, device: str, tick: Callable[[], object]
-) -> dict[str, Timing]:
-    """Time every call in turn for about `seconds` together. A slow one leaves after three rounds.
-
-    `tick` is called after every sample.
-    """
+def interleave(calls: Mapping[str, Callable[[], object]], seconds: float, device: str) -> dict[str, Timing]:
+    """Time every call in turn for about `seconds` together. A slow one leaves after three rounds."""
     repeats = {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for name, call in calls.items():
@@ -48,7 +43,6 @@ def interleave(
         for name, call in calls.items():
             if number < MIN_ROUNDS or sum(samples[name]) * repeats[name] < share:
                 samples[name].append(_sample(call, repeats[name], device))
-                tick()
         if number + 1 >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
     return {name: Timing.of(values) for name, values in samples.items()}

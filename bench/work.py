@@ -57,18 +57,17 @@ def _network(encoding: str, heads: int) -> float:
     return 2.0 * weights / heads
 
 
-def peaks(device: str, threads: int, dtype: str) -> dict[str, float]:
-    """What this machine does at best right now, by kind: FLOP/s of `fma` and `bf16dot`, bytes/s of `read`.
+def peak(kind: str, device: str, threads: int, dtype: str) -> float:
+    """What this machine does at best right now: FLOP/s for `fma` and `bf16dot`, bytes/s for `read`; 0 if unknown.
 
     On a CPU these are register-only loops and a read of a large array in posattn's own module. A GPU's `fma` and
     `bf16dot` are both torch's large square product in `dtype`, its `read` a large copy.
     """
-    if device == "cpu":
-        import posattn._cpu as native
+    if device != "cpu":
+        return _gpu_read() if kind == "read" else _gpu_product(getattr(torch, dtype))
+    import posattn._cpu as native
 
-        return {kind: 1e9 * native.probe_peak(kind, threads) for kind in ("fma", "bf16dot", "read")}
-    product = _gpu_product(getattr(torch, dtype))
-    return {"fma": product, "bf16dot": product, "read": _gpu_read()}
+    return 1e9 * float(native.probe_peak(kind, threads))
 
 
 def _gpu_product(dtype: torch.dtype, size: int = 8192) -> float:

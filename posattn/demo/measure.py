@@ -21,7 +21,8 @@ from posattn.bench.memory import extra_peak
 from posattn.demo.contestants import CONTESTANTS
 from posattn.demo.model import Shape
 
-REPEATS = 3
+REPEATS = 5
+PATIENCE = 2.0  # seconds after which no further repeat of a slow call begins
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def _run(request: Request) -> Cost:
 
 
 def _median_seconds(function: Callable[..., None], inputs: list[Tensor]) -> float:
-    seconds = []
-    for _ in range(REPEATS):
+    seconds: list[float] = []
+    while len(seconds) < REPEATS and sum(seconds) < PATIENCE:
         start = time.perf_counter()
         function(*inputs)
         seconds.append(time.perf_counter() - start)
