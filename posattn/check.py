@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,7 @@ class _Run:
     def sensitivity(
         self, grad_out: Tensor, grad_lse: Tensor, dtype: torch.dtype, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """How far one rounding, in units of dtype's eps, of each row's intermediates in the backward would move each gradient.
+        """How far a rounding of each row's intermediates in the backward moves each gradient, in units of dtype's eps.
 
         A relative error e_i of the stored log-sum-exp scales row i of the softmax by 1 - e_i lse_i, as scaling the
         row's output gradient does. A relative error e_i of the row sum dO . O adds P_ij e_i to the logits' gradient,
@@ -193,7 +193,7 @@ def examples(num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
     return found
 
 
-def positions_for(position: Encoding | None, q_len: int, k_len: int) -> dict[str, Tensor]:
+def positions_for(position: Encoding | None, q_len: int, k_len: int) -> dict[str, Any]:
     """Explicit positions for an encoding that needs them: segments of three tokens."""
     if position is None or not position.needs_positions:
         return {}
@@ -202,14 +202,19 @@ def positions_for(position: Encoding | None, q_len: int, k_len: int) -> dict[str
     return {"q_positions": q_positions, "k_positions": k_positions}
 
 
-def available(device: str = "cpu") -> list[str]:
-    """The fused backends that run a plain call on `device`."""
+def plain_call(device: str) -> Call:
+    """The smallest call without an encoding: what a backend that is there at all can run."""
     q = torch.zeros(1, 1, 1, 16, device=device)
-    call = Call(q, q, q, Plan(bias=Bias()), Mask(max_q=1, max_k=1), scale=1.0)
+    return Call(q, q, q, Plan(bias=Bias()), Mask(max_q=1, max_k=1), scale=1.0)
+
+
+def available(device: str = "cpu") -> list[str]:
+    """The fused backends that run on `device`."""
+    call = plain_call(device)
     return [name for name in backends.FUSED if backends.reason_against(name, call) is None]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print a table of errors beside naive PyTorch's; 0 if every encoding keeps the rule on every backend here."""
     parser = argparse.ArgumentParser(prog="posattn check", description="Parity of every encoding on this machine.")
     parser.add_argument("--tokens", type=int, default=75, help="tokens of the calls (default 75)")

@@ -47,6 +47,10 @@ def load(name: str) -> Backend | str:
     """The backend of that name, or why it cannot be imported."""
     try:
         return cast(Backend, importlib.import_module(f"posattn.backends.{name}"))
+    except ModuleNotFoundError as error:
+        if error.name == f"posattn.backends.{name}":
+            return "this version of posattn does not have it"
+        return f"it needs {error.name}, which is not installed"
     except ImportError as error:
         return f"it cannot be imported: {error}"
 

@@ -1,0 +1,95 @@
+"""`posattn plot`: a heat map per head of what an encoding adds to the logits."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from posattn.attention import attention
+from posattn.check import examples, positions_for
+from posattn.encodings.base import Encoding
+
+
+@torch.no_grad()
+def effective_bias(position: Encoding, num_heads: int, head_dim: int, tokens: int) -> Tensor:
+    """What `position` adds to the logits of identical tokens (q = k = 1), float64 [H, T, T].
+
+    For an additive encoding that is its bias; for a rotary one what turning does to <1, 1>; for DAPE the bias with its
+    correction. The logits are read back from attention over one-hot values: log(softmax) + log-sum-exp.
+    """
+    ones = torch.ones(1, num_heads, tokens, head_dim, dtype=torch.float64)
+    values = torch.eye(tokens, dtype=torch.float64).expand(1, num_heads, -1, -1)
+
+    def logits(encoding: Encoding | None) -> Tensor:
+        weights, lse = attention(
+            ones, ones, values, encoding, return_lse=True, **positions_for(encoding, tokens, tokens)
+        )
+        return (weights.log() + lse[..., None])[0]
+
+    return logits(position) - logits(None)
+
+
+def draw(bias: Tensor, title: str, path: Path) -> None:
+    """Write [H, T, T] as a picture, one panel a head, all on one colour scale. ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    heads = bias.shape[0]
+    columns = min(heads, 4)
+    rows = math.ceil(heads / columns)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(3 * columns, 2.8 * rows), squeeze=False, layout="constrained"
+    )
+    finite = bias[bias.isfinite()]
+    low, high = finite.min().item(), finite.max().item()
+    for head, axes in enumerate(grid.flat):
+        if head >= heads:
+            axes.axis("off")
+            continue
+        image = axes.imshow(bias[head].numpy(), vmin=low, vmax=high, cmap="viridis")
+        axes.set_title(f"head {head}", fontsize=9)
+    figure.suptitle(title)
+    figure.supxlabel("key position")
+    figure.supylabel("query position")
+    figure.colorbar(image, ax=grid, label="added to the logit")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw one encoding; 0 when written, 1 without matplotlib."""
+    parser = argparse.ArgumentParser(prog="posattn plot", description=__doc__)
+    parser.add_argument("encoding", metavar="ENCODING", help="a name that --list shows", nargs="?")
+    parser.add_argument("--list", action="store_true", help="list the encodings")
+    parser.add_argument("--out", type=Path, help="the picture (default: ENCODING.png)")
+    parser.add_argument("--heads", type=int, default=4, help="heads (%(default)s)")
+    parser.add_argument("--head-dim", type=int, default=64, help="head dimension (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens on each side (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters that start at random (%(default)s)")
+    options = parser.parse_args(argv)
+    torch.manual_seed(options.seed)
+    catalogue = examples(options.heads, options.head_dim, options.tokens)
+    if options.list:
+        print("\n".join(catalogue))
+        return 0
+    found = {name.lower(): name for name in catalogue}
+    name = found.get((options.encoding or "").lower())
+    if name is None:
+        parser.error(f"ENCODING: expected one of {', '.join(catalogue)}, got {options.encoding!r}")
+    path = options.out or Path(f"{name.replace(' ', '-')}.png")
+    bias = effective_bias(catalogue[name], options.heads, options.head_dim, options.tokens)
+    try:
+        draw(bias, f"{name}, as it is initialised", path)
+    except ModuleNotFoundError as error:
+        print(f"posattn plot needs {error.name}: pip install 'posattn[plot]'", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
