@@ -16,8 +16,14 @@ constexpr uint64_t kMaxTurns = 200'000'000;
 
 Block::Block(const Program& program_, const Options& options_, GlobalMemory& global_, Report& report_,
              std::vector<uint8_t>& params, Dim grid, Dim threads, int dynamic_shared)
-    : program(program_), options(options_), global(global_), report(report_), params_(params), grid_(grid),
-      threads_(threads), dynamic_shared_(dynamic_shared),
+    : program(program_),
+      options(options_),
+      global(global_),
+      report(report_),
+      params_(params),
+      grid_(grid),
+      threads_(threads),
+      dynamic_shared_(dynamic_shared),
       random_state_(options_.seed * 0x9E3779B97F4A7C15ull | 1) {}
 
 uint64_t Block::random() {
@@ -37,29 +43,52 @@ uint64_t Block::special(Special name, int warp, int lane, Dim at) const {
   const auto thread = static_cast<uint32_t>(warp * kLanes + lane);
   const uint64_t bit = uint64_t{1} << lane;
   switch (name) {
-    case Special::TidX: return thread % threads_.x;
-    case Special::TidY: return thread / threads_.x % threads_.y;
-    case Special::TidZ: return thread / threads_.x / threads_.y;
-    case Special::NtidX: return threads_.x;
-    case Special::NtidY: return threads_.y;
-    case Special::NtidZ: return threads_.z;
-    case Special::CtaidX: return at.x;
-    case Special::CtaidY: return at.y;
-    case Special::CtaidZ: return at.z;
-    case Special::NctaidX: return grid_.x;
-    case Special::NctaidY: return grid_.y;
-    case Special::NctaidZ: return grid_.z;
-    case Special::Lane: return static_cast<uint64_t>(lane);
-    case Special::Warp: return static_cast<uint64_t>(warp);
-    case Special::WarpCount: return warps.size();
-    case Special::MaskEq: return bit;
-    case Special::MaskLt: return bit - 1;
-    case Special::MaskLe: return bit * 2 - 1;
-    case Special::MaskGt: return ~(bit * 2 - 1) & kAllLanes;
-    case Special::MaskGe: return ~(bit - 1) & kAllLanes;
-    case Special::SharedBytes: return shared.size();
-    case Special::One: return 1;
-    case Special::Zero: return 0;
+    case Special::TidX:
+      return thread % threads_.x;
+    case Special::TidY:
+      return thread / threads_.x % threads_.y;
+    case Special::TidZ:
+      return thread / threads_.x / threads_.y;
+    case Special::NtidX:
+      return threads_.x;
+    case Special::NtidY:
+      return threads_.y;
+    case Special::NtidZ:
+      return threads_.z;
+    case Special::CtaidX:
+      return at.x;
+    case Special::CtaidY:
+      return at.y;
+    case Special::CtaidZ:
+      return at.z;
+    case Special::NctaidX:
+      return grid_.x;
+    case Special::NctaidY:
+      return grid_.y;
+    case Special::NctaidZ:
+      return grid_.z;
+    case Special::Lane:
+      return static_cast<uint64_t>(lane);
+    case Special::Warp:
+      return static_cast<uint64_t>(warp);
+    case Special::WarpCount:
+      return warps.size();
+    case Special::MaskEq:
+      return bit;
+    case Special::MaskLt:
+      return bit - 1;
+    case Special::MaskLe:
+      return bit * 2 - 1;
+    case Special::MaskGt:
+      return ~(bit * 2 - 1) & kAllLanes;
+    case Special::MaskGe:
+      return ~(bit - 1) & kAllLanes;
+    case Special::SharedBytes:
+      return shared.size();
+    case Special::One:
+      return 1;
+    case Special::Zero:
+      return 0;
   }
   return 0;
 }
@@ -105,7 +134,8 @@ void Block::run(Dim at) {
     }
     if (ready.empty()) {
       if (release_barriers()) continue;
-      const bool done = std::all_of(warps.begin(), warps.end(), [](const Warp& w) { return w.state == Warp::State::Done; });
+      const bool done =
+          std::all_of(warps.begin(), warps.end(), [](const Warp& w) { return w.state == Warp::State::Done; });
       if (done) break;
       throw Fault("deadlock: some warps wait at a barrier that the others never reach");
     }
@@ -198,7 +228,9 @@ bool Block::exit_lanes(Warp& warp, LaneMask active, LaneMask leaving) {
 }
 
 bool Block::arrive(Warp& warp, const Instruction& in) {
-  const auto operand = [&](size_t i) { return static_cast<int>(warp.lanes(in.operands[i].reg)[__builtin_ctz(warp.live)]); };
+  const auto operand = [&](size_t i) {
+    return static_cast<int>(warp.lanes(in.operands[i].reg)[__builtin_ctz(warp.live)]);
+  };
   const int id = in.operands.empty() ? 0 : operand(0);
   const int threads = in.operands.size() > 1 ? operand(1) : 0;
   if (threads % kLanes) throw Fault("barrier count is no multiple of the warp size, " + in.where());
@@ -269,15 +301,21 @@ Space Block::resolve(const Instruction& in, uint64_t& address) const {
   return space;
 }
 
-uint8_t* Block::memory(Warp& warp, const Instruction& in, uint64_t address, int bytes, bool write, int lane, bool atomic) {
+uint8_t* Block::memory(Warp& warp, const Instruction& in, uint64_t address, int bytes, bool write, int lane,
+                       bool atomic) {
   switch (resolve(in, address)) {
     case Space::Shared: {
       using Access = SharedMemory::Access;
-      return shared.access(warp, in, address, bytes, atomic ? Access::Atomic : write ? Access::Write : Access::Read, lane, report);
+      return shared.access(warp, in, address, bytes,
+                           atomic  ? Access::Atomic
+                           : write ? Access::Write
+                                   : Access::Read,
+                           lane, report);
     }
     case Space::Param: {
       const uint64_t offset = address - kParamWindow;
-      if (write || offset + static_cast<uint64_t>(bytes) > params_.size()) throw Fault("parameter space out of bounds, " + in.where());
+      if (write || offset + static_cast<uint64_t>(bytes) > params_.size())
+        throw Fault("parameter space out of bounds, " + in.where());
       return params_.data() + offset;
     }
     case Space::Local: {
@@ -288,7 +326,11 @@ uint8_t* Block::memory(Warp& warp, const Instruction& in, uint64_t address, int 
     }
     default: {
       using Access = GlobalMemory::Access;
-      return global.access(warp, in, address, bytes, atomic ? Access::Atomic : write ? Access::Write : Access::Read, lane, report);
+      return global.access(warp, in, address, bytes,
+                           atomic  ? Access::Atomic
+                           : write ? Access::Write
+                                   : Access::Read,
+                           lane, report);
     }
   }
 }

@@ -19,7 +19,7 @@ struct Dim {
 };
 
 class Block {
- public:
+public:
   Block(const Program& program, const Options& options, GlobalMemory& global, Report& report,
         std::vector<uint8_t>& params, Dim grid, Dim threads, int dynamic_shared);
 
@@ -27,7 +27,8 @@ class Block {
   void run(Dim at);
 
   // The bytes of one lane's access in any space, after its checks.
-  uint8_t* memory(Warp& warp, const Instruction& in, uint64_t address, int bytes, bool write, int lane, bool atomic = false);
+  uint8_t* memory(Warp& warp, const Instruction& in, uint64_t address, int bytes, bool write, int lane,
+                  bool atomic = false);
   // The space and space-relative address that a generic address means.
   Space resolve(const Instruction& in, uint64_t& address) const;
 
@@ -43,11 +44,11 @@ class Block {
   SharedMemory shared;
   std::vector<Warp> warps;
 
- private:
+private:
   struct Barrier {
-    uint32_t arrived = 0;            // warps
-    int needed = 0;                  // warps; 0: all that live
-    std::vector<uint32_t> clock;     // joined over the arrivals
+    uint32_t arrived = 0;         // warps
+    int needed = 0;               // warps; 0: all that live
+    std::vector<uint32_t> clock;  // joined over the arrivals
     std::vector<int> waiting;
   };
 

@@ -32,7 +32,9 @@ T apply(T a, T b) {
   if constexpr (op == Op::Max) return maximum(a, b);
 }
 
-inline float saturated(float value) { return value > 0 ? (value < 1 ? value : 1.0f) : 0.0f; }  // NaN gives 0
+inline float saturated(float value) {
+  return value > 0 ? (value < 1 ? value : 1.0f) : 0.0f;
+}  // NaN gives 0
 
 template <Op op, bool ftz, bool sat>
 uint64_t f32_binary(uint64_t a, uint64_t b) {
@@ -159,7 +161,9 @@ struct Negate {
 // Runs the instruction's inner handler under .rz, .rm or .rp.
 void directed_rounding(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
   const int before = std::fegetround();
-  std::fesetround(in.rounding == Rounding::Zero ? FE_TOWARDZERO : in.rounding == Rounding::Down ? FE_DOWNWARD : FE_UPWARD);
+  std::fesetround(in.rounding == Rounding::Zero   ? FE_TOWARDZERO
+                  : in.rounding == Rounding::Down ? FE_DOWNWARD
+                                                  : FE_UPWARD);
   in.inner(block, warp, in, mask);
   std::fesetround(before);
 }
@@ -179,18 +183,23 @@ Handler float_binary(Instruction& in) {
       if (nan) return in.flush ? binary<f32_nan<op, true>> : binary<f32_nan<op, false>>;
       if (in.saturate) return in.flush ? binary<f32_binary<op, true, true>> : binary<f32_binary<op, false, true>>;
       return in.flush ? binary<f32_binary<op, true, false>> : binary<f32_binary<op, false, false>>;
-    case Type::F64: return binary<f64_binary<op>>;
-    default: break;
+    case Type::F64:
+      return binary<f64_binary<op>>;
+    default:
+      break;
   }
   if (in.flush || in.saturate) unsupported(in, ".ftz and .sat of 16-bit floats are not modelled");
   switch (in.type) {
-    case Type::F16: return nan ? binary<f16_binary<op, Half, true>> : binary<f16_binary<op, Half, false>>;
-    case Type::BF16: return nan ? binary<f16_binary<op, Bfloat, true>> : binary<f16_binary<op, Bfloat, false>>;
+    case Type::F16:
+      return nan ? binary<f16_binary<op, Half, true>> : binary<f16_binary<op, Half, false>>;
+    case Type::BF16:
+      return nan ? binary<f16_binary<op, Bfloat, true>> : binary<f16_binary<op, Bfloat, false>>;
     case Type::F16x2:
       return nan ? binary<packed<f16_binary<op, Half, true>>> : binary<packed<f16_binary<op, Half, false>>>;
     case Type::BF16x2:
       return nan ? binary<packed<f16_binary<op, Bfloat, true>>> : binary<packed<f16_binary<op, Bfloat, false>>>;
-    default: unsupported(in, "type is not modelled");
+    default:
+      unsupported(in, "type is not modelled");
   }
 }
 
@@ -218,7 +227,9 @@ uint64_t fma_f32(uint64_t a, uint64_t b, uint64_t c) {
   if constexpr (sat) r = saturated(r);
   return bits_of(r);
 }
-uint64_t fma_f64(uint64_t a, uint64_t b, uint64_t c) { return bits_of(std::fma(as_double(a), as_double(b), as_double(c))); }
+uint64_t fma_f64(uint64_t a, uint64_t b, uint64_t c) {
+  return bits_of(std::fma(as_double(a), as_double(b), as_double(c)));
+}
 
 // A bf16 product has 16 significant bits but its sum with c may need more than a double's 53; rounding that sum to odd
 // first makes the second rounding exact.
@@ -247,16 +258,23 @@ Handler select_fma(Instruction& in) {
     case Type::F32:
       if (in.saturate) return rounded(in, in.flush ? ternary<fma_f32<true, true>> : ternary<fma_f32<false, true>>);
       return rounded(in, in.flush ? ternary<fma_f32<true, false>> : ternary<fma_f32<false, false>>);
-    case Type::F64: return rounded(in, ternary<fma_f64>);
-    default: break;
+    case Type::F64:
+      return rounded(in, ternary<fma_f64>);
+    default:
+      break;
   }
   if (in.flush || in.saturate) unsupported(in, ".ftz and .sat of 16-bit floats are not modelled");
   switch (in.type) {
-    case Type::F16: return relu ? ternary<fma_f16<Half, true>> : ternary<fma_f16<Half, false>>;
-    case Type::BF16: return relu ? ternary<fma_f16<Bfloat, true>> : ternary<fma_f16<Bfloat, false>>;
-    case Type::F16x2: return relu ? ternary<packed<fma_f16<Half, true>>> : ternary<packed<fma_f16<Half, false>>>;
-    case Type::BF16x2: return relu ? ternary<packed<fma_f16<Bfloat, true>>> : ternary<packed<fma_f16<Bfloat, false>>>;
-    default: unsupported(in, "type is not modelled");
+    case Type::F16:
+      return relu ? ternary<fma_f16<Half, true>> : ternary<fma_f16<Half, false>>;
+    case Type::BF16:
+      return relu ? ternary<fma_f16<Bfloat, true>> : ternary<fma_f16<Bfloat, false>>;
+    case Type::F16x2:
+      return relu ? ternary<packed<fma_f16<Half, true>>> : ternary<packed<fma_f16<Half, false>>>;
+    case Type::BF16x2:
+      return relu ? ternary<packed<fma_f16<Bfloat, true>>> : ternary<packed<fma_f16<Bfloat, false>>>;
+    default:
+      unsupported(in, "type is not modelled");
   }
 }
 
@@ -274,7 +292,9 @@ uint64_t div_f32(uint64_t a, uint64_t b) {
   const float r = ftz ? flushed(flushed(as_float(a)) / flushed(as_float(b))) : as_float(a) / as_float(b);
   return bits_of(r);
 }
-uint64_t div_f64(uint64_t a, uint64_t b) { return bits_of(as_double(a) / as_double(b)); }
+uint64_t div_f64(uint64_t a, uint64_t b) {
+  return bits_of(as_double(a) / as_double(b));
+}
 
 void div_approximate(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
   uint64_t* d = operand(warp, in, 0);
@@ -301,21 +321,34 @@ Handler select_rem(Instruction& in) {
 }
 
 template <uint64_t bits>
-uint64_t clear(uint64_t a) { return a & ~bits; }
+uint64_t clear(uint64_t a) {
+  return a & ~bits;
+}
 template <uint64_t bits>
-uint64_t flip(uint64_t a) { return a ^ bits; }
+uint64_t flip(uint64_t a) {
+  return a ^ bits;
+}
 template <Unary f>
-uint64_t on_flushed(uint64_t a) { return f(raw_bits(flushed(as_float(a)))); }
+uint64_t on_flushed(uint64_t a) {
+  return f(raw_bits(flushed(as_float(a))));
+}
 
 template <template <uint64_t> class F, template <class> class Integer>
 Handler select_sign(Instruction& in) {
   require_operands(in, 2);
   switch (in.type) {
-    case Type::F16: case Type::BF16: return F<0x8000>::handler();
-    case Type::F16x2: case Type::BF16x2: return F<0x80008000>::handler();
-    case Type::F32: return in.flush ? F<0x80000000>::flushed_handler() : F<0x80000000>::handler();
-    case Type::F64: return F<0x8000000000000000ull>::handler();
-    default: break;
+    case Type::F16:
+    case Type::BF16:
+      return F<0x8000>::handler();
+    case Type::F16x2:
+    case Type::BF16x2:
+      return F<0x80008000>::handler();
+    case Type::F32:
+      return in.flush ? F<0x80000000>::flushed_handler() : F<0x80000000>::handler();
+    case Type::F64:
+      return F<0x8000000000000000ull>::handler();
+    default:
+      break;
   }
   if (Handler handler = for_integer<Integer>(in.type)) return handler;
   unsupported(in, "type is not modelled");

@@ -10,7 +10,7 @@
 namespace ptxsim {
 namespace {
 
-enum SourceRule : uint8_t { Size, IgnorePredicate };  // Instruction::mode, set by the parser
+enum SourceRule : uint8_t { ByteCount, IgnorePredicate };  // Instruction::mode, set by the parser
 
 void copy_async(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
   using Access = SharedMemory::Access;
@@ -36,13 +36,19 @@ void copy_async(Block& block, Warp& warp, const Instruction& in, LaneMask mask) 
     } else if (limited) {
       present = static_cast<int>(std::min<uint64_t>(limit[lane] & 0xffffffffu, static_cast<uint64_t>(bytes)));
     }
-    AsyncCopy copy{static_cast<uint32_t>(destinations[lane]), warp.commits[lane], static_cast<uint8_t>(bytes),
-                   static_cast<int8_t>(lane), {}};
+    AsyncCopy copy{static_cast<uint32_t>(destinations[lane]),
+                   warp.commits[lane],
+                   static_cast<uint8_t>(bytes),
+                   static_cast<int8_t>(lane),
+                   {}};
     if (present == bytes) {
-      std::memcpy(copy.data, block.global.access(warp, in, sources[lane], bytes, GlobalMemory::Access::Read, lane, block.report), static_cast<size_t>(bytes));
+      std::memcpy(copy.data,
+                  block.global.access(warp, in, sources[lane], bytes, GlobalMemory::Access::Read, lane, block.report),
+                  static_cast<size_t>(bytes));
     } else {
       for (int i = 0; i < present; ++i) {
-        copy.data[i] = *block.global.access(warp, in, sources[lane] + static_cast<uint64_t>(i), 1, GlobalMemory::Access::Read, lane, block.report);
+        copy.data[i] = *block.global.access(warp, in, sources[lane] + static_cast<uint64_t>(i), 1,
+                                            GlobalMemory::Access::Read, lane, block.report);
       }
     }
     uint8_t* landing = block.shared.access(warp, in, destinations[lane], bytes, Access::CopyIssue, lane, block.report);
@@ -56,7 +62,8 @@ template <class Done>
 void land(Block& block, Warp& warp, const Instruction& in, Done done) {
   const auto keep = std::stable_partition(warp.copies.begin(), warp.copies.end(), done);
   for (auto copy = warp.copies.begin(); copy != keep; ++copy) {
-    uint8_t* landing = block.shared.access(warp, in, copy->destination, copy->bytes, SharedMemory::Access::CopyLand, copy->lane, block.report);
+    uint8_t* landing = block.shared.access(warp, in, copy->destination, copy->bytes, SharedMemory::Access::CopyLand,
+                                           copy->lane, block.report);
     if (block.options.late) std::memcpy(landing, copy->data, copy->bytes);
   }
   warp.copies.erase(warp.copies.begin(), keep);
@@ -68,9 +75,8 @@ void commit_group(Block&, Warp& warp, const Instruction&, LaneMask mask) {
 
 void wait_group(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
   const auto keep = static_cast<uint32_t>(operand(warp, in, 0)[0]);
-  land(block, warp, in, [&](const AsyncCopy& copy) {
-    return (mask >> copy.lane & 1) && copy.group + keep < warp.commits[copy.lane];
-  });
+  land(block, warp, in,
+       [&](const AsyncCopy& copy) { return (mask >> copy.lane & 1) && copy.group + keep < warp.commits[copy.lane]; });
 }
 
 void wait_all(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
@@ -83,7 +89,9 @@ Handler select_copy(Instruction& in) {
   return copy_async;
 }
 template <Handler handler>
-Handler always(Instruction&) { return handler; }
+Handler always(Instruction&) {
+  return handler;
+}
 
 // fence.proxy.async makes this thread's earlier writes, and those ordered before them, visible to wgmma.
 void fence_proxy(Block&, Warp& warp, const Instruction&, LaneMask) {

@@ -11,10 +11,14 @@ constexpr const char* kOperations[] = {"add", "min", "max", "and", "or", "xor", 
 
 double apply_float(uint8_t operation, double old, double value) {
   switch (operation) {
-    case Add: return old + value;
-    case Min: return std::fmin(old, value);
-    case Max: return std::fmax(old, value);
-    default: return value;
+    case Add:
+      return old + value;
+    case Min:
+      return std::fmin(old, value);
+    case Max:
+      return std::fmax(old, value);
+    default:
+      return value;
   }
 }
 
@@ -23,16 +27,26 @@ uint64_t apply_integer(const Instruction& in, uint64_t old, uint64_t value, uint
   value = truncate(value, bytes);
   const bool below = is_signed(in.type) ? sign_extend(value, bytes) < sign_extend(old, bytes) : value < old;
   switch (in.mode) {
-    case Add: return old + value;
-    case Min: return below ? value : old;
-    case Max: return below ? old : value;
-    case And: return old & value;
-    case Or: return old | value;
-    case Xor: return old ^ value;
-    case Exchange: return value;
-    case CompareSwap: return old == value ? swap : old;
-    case Increment: return old >= value ? 0 : old + 1;
-    default: return old == 0 || old > value ? value : old - 1;
+    case Add:
+      return old + value;
+    case Min:
+      return below ? value : old;
+    case Max:
+      return below ? old : value;
+    case And:
+      return old & value;
+    case Or:
+      return old | value;
+    case Xor:
+      return old ^ value;
+    case Exchange:
+      return value;
+    case CompareSwap:
+      return old == value ? swap : old;
+    case Increment:
+      return old >= value ? 0 : old + 1;
+    default:
+      return old == 0 || old > value ? value : old - 1;
   }
 }
 
@@ -82,7 +96,8 @@ void atomic(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
 template <bool returns>
 Handler select_atomic(Instruction& in) {
   require_operands(in, returns ? 3 : 2);
-  const auto found = std::find_if(std::begin(kOperations), std::end(kOperations), [&](const char* name) { return in.has(name); });
+  const auto found =
+      std::find_if(std::begin(kOperations), std::end(kOperations), [&](const char* name) { return in.has(name); });
   if (found == std::end(kOperations)) unsupported(in, "atomic operation is not modelled");
   in.mode = static_cast<uint8_t>(found - std::begin(kOperations));
   const bool real = is_float(in.type) || is_packed(in.type);

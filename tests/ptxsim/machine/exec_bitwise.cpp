@@ -13,8 +13,12 @@ uint64_t logic(uint64_t a, uint64_t b) {
   return truncate(op == Logic::And ? a & b : op == Logic::Or ? a | b : a ^ b, bytes);
 }
 template <int bytes>
-uint64_t bit_not(uint64_t a) { return truncate(~a, bytes); }
-uint64_t predicate_not(uint64_t a) { return ~a & 1; }
+uint64_t bit_not(uint64_t a) {
+  return truncate(~a, bytes);
+}
+uint64_t predicate_not(uint64_t a) {
+  return ~a & 1;
+}
 
 // A predicate operand may be written !%p, so predicates go through a handler that looks.
 template <Binary f>
@@ -30,10 +34,14 @@ Handler select_logic(Instruction& in) {
   require_operands(in, 3);
   if (in.type == Type::Pred) return predicates<logic<op, 8>>;
   switch (size_of(in.type)) {
-    case 2: return binary<logic<op, 2>>;
-    case 4: return binary<logic<op, 4>>;
-    case 8: return binary<logic<op, 8>>;
-    default: unsupported(in, "type is not modelled");
+    case 2:
+      return binary<logic<op, 2>>;
+    case 4:
+      return binary<logic<op, 4>>;
+    case 8:
+      return binary<logic<op, 8>>;
+    default:
+      unsupported(in, "type is not modelled");
   }
 }
 
@@ -41,10 +49,14 @@ Handler select_not(Instruction& in) {
   require_operands(in, 2);
   if (in.type == Type::Pred) return unary<predicate_not>;
   switch (size_of(in.type)) {
-    case 2: return unary<bit_not<2>>;
-    case 4: return unary<bit_not<4>>;
-    case 8: return unary<bit_not<8>>;
-    default: unsupported(in, "type is not modelled");
+    case 2:
+      return unary<bit_not<2>>;
+    case 4:
+      return unary<bit_not<4>>;
+    case 8:
+      return unary<bit_not<8>>;
+    default:
+      unsupported(in, "type is not modelled");
   }
 }
 
@@ -192,8 +204,12 @@ Handler select_integer(Instruction& in) {
 }
 
 template <int bytes>
-uint64_t copy(uint64_t a) { return truncate(a, bytes); }
-uint64_t copy_predicate(uint64_t a) { return a & 1; }
+uint64_t copy(uint64_t a) {
+  return truncate(a, bytes);
+}
+uint64_t copy_predicate(uint64_t a) {
+  return a & 1;
+}
 
 // mov between a register and a vector of narrower ones.
 void unpack(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
@@ -213,7 +229,8 @@ void pack(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
   uint64_t value[kLanes] = {};
   for (size_t i = 0; i < parts.size(); ++i) {
     const uint64_t* a = warp.lanes(parts[i]);
-    for (int lane = 0; lane < kLanes; ++lane) value[lane] |= truncate(a[lane], bytes) << (8 * bytes * static_cast<int>(i));
+    for (int lane = 0; lane < kLanes; ++lane)
+      value[lane] |= truncate(a[lane], bytes) << (8 * bytes * static_cast<int>(i));
   }
   uint64_t* d = operand(warp, in, 0);
   for_lanes(mask, [&](int lane) { d[lane] = value[lane]; });
@@ -225,15 +242,21 @@ Handler select_mov(Instruction& in) {
   if (in.operands[1].kind == Operand::Kind::Vector) return pack;
   if (in.type == Type::Pred) return unary<copy_predicate>;
   switch (size_of(in.type)) {
-    case 1: return unary<copy<1>>;
-    case 2: return unary<copy<2>>;
-    case 4: return unary<copy<4>>;
-    default: return unary<copy<8>>;
+    case 1:
+      return unary<copy<1>>;
+    case 2:
+      return unary<copy<2>>;
+    case 4:
+      return unary<copy<4>>;
+    default:
+      return unary<copy<8>>;
   }
 }
 
 template <int64_t shift>
-uint64_t move_window(uint64_t a) { return a + static_cast<uint64_t>(shift); }
+uint64_t move_window(uint64_t a) {
+  return a + static_cast<uint64_t>(shift);
+}
 Handler select_cvta(Instruction& in) {
   require_operands(in, 2);
   constexpr auto window = static_cast<int64_t>(kSharedWindow);

@@ -14,20 +14,41 @@ struct Comparison {
   uint8_t mode;
 };
 constexpr Comparison kComparisons[] = {
-    {"eq", Eq}, {"ne", Ne}, {"lt", Lt}, {"le", Le}, {"gt", Gt}, {"ge", Ge}, {"lo", Lt}, {"ls", Le}, {"hi", Gt}, {"hs", Ge},
-    {"equ", Eq | kUnordered}, {"neu", Ne | kUnordered}, {"ltu", Lt | kUnordered}, {"leu", Le | kUnordered},
-    {"gtu", Gt | kUnordered}, {"geu", Ge | kUnordered}, {"num", Num}, {"nan", Nan},
+    {"eq", Eq},
+    {"ne", Ne},
+    {"lt", Lt},
+    {"le", Le},
+    {"gt", Gt},
+    {"ge", Ge},
+    {"lo", Lt},
+    {"ls", Le},
+    {"hi", Gt},
+    {"hs", Ge},
+    {"equ", Eq | kUnordered},
+    {"neu", Ne | kUnordered},
+    {"ltu", Lt | kUnordered},
+    {"leu", Le | kUnordered},
+    {"gtu", Gt | kUnordered},
+    {"geu", Ge | kUnordered},
+    {"num", Num},
+    {"nan", Nan},
 };
 
 template <class T>
 bool relate(T x, T y, uint8_t mode) {
   switch (mode) {
-    case Eq: return x == y;
-    case Ne: return x != y;
-    case Lt: return x < y;
-    case Le: return x <= y;
-    case Gt: return x > y;
-    default: return x >= y;
+    case Eq:
+      return x == y;
+    case Ne:
+      return x != y;
+    case Lt:
+      return x < y;
+    case Le:
+      return x <= y;
+    case Gt:
+      return x > y;
+    default:
+      return x >= y;
   }
 }
 
@@ -66,7 +87,9 @@ void store_comparison(Warp& warp, const Instruction& in, LaneMask mask, Compare 
     const bool other = c && ((c[lane] & 1) != 0) != negated;
     const bool result = combined(holds, other, in.combine);
     if constexpr (set) {
-      d[lane] = in.first_type == Type::F32 ? raw_bits(result ? 1.0f : 0.0f) : result ? truncate(~uint64_t{0}, size_of(in.first_type)) : 0;
+      d[lane] = in.first_type == Type::F32 ? raw_bits(result ? 1.0f : 0.0f)
+                : result                   ? truncate(~uint64_t{0}, size_of(in.first_type))
+                                           : 0;
     } else {
       d[lane] = result;
       if (complement) complement[lane] = combined(!holds, other, in.combine);
@@ -90,9 +113,8 @@ void compare_signed(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
 template <bool set>
 void compare_unsigned(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
   const int bytes = size_of(in.type);
-  store_comparison<set>(warp, in, mask, [&](uint64_t a, uint64_t b) {
-    return relate(truncate(a, bytes), truncate(b, bytes), in.mode);
-  });
+  store_comparison<set>(
+      warp, in, mask, [&](uint64_t a, uint64_t b) { return relate(truncate(a, bytes), truncate(b, bytes), in.mode); });
 }
 
 template <bool set>
@@ -143,8 +165,12 @@ Handler select_testp(Instruction& in) {
   return test_property;
 }
 
-uint64_t copysign_f32(uint64_t a, uint64_t b) { return (b & 0x7fffffffu) | (a & 0x80000000u); }
-uint64_t copysign_f64(uint64_t a, uint64_t b) { return (b & ~(uint64_t{1} << 63)) | (a & uint64_t{1} << 63); }
+uint64_t copysign_f32(uint64_t a, uint64_t b) {
+  return (b & 0x7fffffffu) | (a & 0x80000000u);
+}
+uint64_t copysign_f64(uint64_t a, uint64_t b) {
+  return (b & ~(uint64_t{1} << 63)) | (a & uint64_t{1} << 63);
+}
 Handler select_copysign(Instruction& in) {  // copysign d, a, b: the sign of a on b
   require_operands(in, 3);
   return in.type == Type::F64 ? binary<copysign_f64> : binary<copysign_f32>;
@@ -153,8 +179,7 @@ Handler select_copysign(Instruction& in) {  // copysign d, a, b: the sign of a o
 }  // namespace
 
 const OpcodeRows& compare_opcodes() {
-  static const char* const comparisons =
-      "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor ftz";
+  static const char* const comparisons = "eq ne lt le gt ge lo ls hi hs equ neu ltu leu gtu geu num nan and or xor ftz";
   static const OpcodeRows rows = {
       {"setp", comparisons, select_setp<false>},
       {"set", comparisons, select_setp<true>},

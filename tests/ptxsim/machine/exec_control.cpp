@@ -11,10 +11,16 @@ Handler select_control(Instruction& in) {
 }
 
 // Memory fences order accesses, which one block at a time does by itself; caches and clocks do not exist.
-Handler select_nothing(Instruction&) { return nullptr; }
+Handler select_nothing(Instruction&) {
+  return nullptr;
+}
 
-void trap(Block&, Warp&, const Instruction& in, LaneMask) { throw Fault("trap, " + in.where()); }
-Handler select_trap(Instruction&) { return trap; }
+void trap(Block&, Warp&, const Instruction& in, LaneMask) {
+  throw Fault("trap, " + in.where());
+}
+Handler select_trap(Instruction&) {
+  return trap;
+}
 
 }  // namespace
 

@@ -12,11 +12,16 @@ enum class ToIntegral : uint8_t { None, Zero, Nearest, Down, Up };  // .rzi .rni
 
 double integral(double value, ToIntegral how) {
   switch (how) {
-    case ToIntegral::Zero: return std::trunc(value);
-    case ToIntegral::Nearest: return std::nearbyint(value);
-    case ToIntegral::Down: return std::floor(value);
-    case ToIntegral::Up: return std::ceil(value);
-    default: return value;
+    case ToIntegral::Zero:
+      return std::trunc(value);
+    case ToIntegral::Nearest:
+      return std::nearbyint(value);
+    case ToIntegral::Down:
+      return std::floor(value);
+    case ToIntegral::Up:
+      return std::ceil(value);
+    default:
+      return value;
   }
 }
 
@@ -47,9 +52,12 @@ uint64_t float_bits(double value, const Instruction& in) {
   if (in.saturate) value = value > 0 ? std::min(value, 1.0) : 0.0;
   if (in.has("relu") && value < 0) value = 0;
   switch (in.first_type) {
-    case Type::F64: return bits_of(value);
-    case Type::F16: return narrow<Half>(value, in.rounding);
-    case Type::BF16: return narrow<Bfloat>(value, in.rounding);
+    case Type::F64:
+      return bits_of(value);
+    case Type::F16:
+      return narrow<Half>(value, in.rounding);
+    case Type::BF16:
+      return narrow<Bfloat>(value, in.rounding);
     default: {
       const float result = to_f32(value, in.rounding);
       return bits_of(in.flush ? flushed(result) : result);
@@ -71,9 +79,13 @@ void float_to_float(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
 }
 
 template <class Format>
-uint64_t widen(uint64_t a) { return bits_of(Format::to_float(a)); }
+uint64_t widen(uint64_t a) {
+  return bits_of(Format::to_float(a));
+}
 template <class Format>
-uint64_t narrow_nearest(uint64_t a) { return Format::from_float(as_float(a)); }
+uint64_t narrow_nearest(uint64_t a) {
+  return Format::from_float(as_float(a));
+}
 template <class Format>
 uint64_t narrow_pair(uint64_t high, uint64_t low) {
   return static_cast<uint64_t>(Format::from_float(as_float(high))) << 16 | Format::from_float(as_float(low));
@@ -99,7 +111,8 @@ void float_to_integer(Block&, Warp& warp, const Instruction& in, LaneMask mask) 
     } else if (value < low) {
       result = static_cast<uint64_t>(static_cast<int64_t>(low));
     } else {
-      result = is_signed(in.first_type) ? static_cast<uint64_t>(static_cast<int64_t>(value)) : static_cast<uint64_t>(value);
+      result =
+          is_signed(in.first_type) ? static_cast<uint64_t>(static_cast<int64_t>(value)) : static_cast<uint64_t>(value);
     }
     d[lane] = truncate(result, bytes);
   });
@@ -110,7 +123,8 @@ double sticky_double(uint64_t bits, const Instruction& in) {
   const int bytes = size_of(in.type);
   const bool negative = is_signed(in.type) && sign_extend(bits, bytes) < 0;
   uint64_t magnitude = negative ? 0 - static_cast<uint64_t>(sign_extend(bits, bytes)) : truncate(bits, bytes);
-  if (in.first_type != Type::F64 && magnitude >> 53) magnitude = (magnitude & ~uint64_t{0x7ff}) | ((magnitude & 0x7ff) ? 0x800 : 0);
+  if (in.first_type != Type::F64 && magnitude >> 53)
+    magnitude = (magnitude & ~uint64_t{0x7ff}) | ((magnitude & 0x7ff) ? 0x800 : 0);
   const auto value = static_cast<double>(magnitude);
   return negative ? -value : value;
 }
@@ -129,7 +143,8 @@ void integer_to_integer(Block&, Warp& warp, const Instruction& in, LaneMask mask
   const auto greatest = static_cast<__int128>(truncate(~uint64_t{0}, to) >> (to_signed ? 1 : 0));
   const __int128 lowest = to_signed ? -greatest - 1 : 0;
   for_lanes(mask, [&](int lane) {
-    __int128 value = is_signed(in.type) ? static_cast<__int128>(sign_extend(a[lane], from)) : static_cast<__int128>(truncate(a[lane], from));
+    __int128 value = is_signed(in.type) ? static_cast<__int128>(sign_extend(a[lane], from))
+                                        : static_cast<__int128>(truncate(a[lane], from));
     if (in.saturate) value = std::clamp(value, lowest, greatest);
     const auto bits = static_cast<uint64_t>(value);
     // A register wider than the type holds the extended value.
@@ -138,11 +153,14 @@ void integer_to_integer(Block&, Warp& warp, const Instruction& in, LaneMask mask
 }
 
 // .rna: to 10 mantissa bits, ties away from zero.
-uint64_t to_tf32(uint64_t a) { return (a + 0x1000u) & 0xffffe000u; }
+uint64_t to_tf32(uint64_t a) {
+  return (a + 0x1000u) & 0xffffe000u;
+}
 
 Handler select_pair(Instruction& in) {
   require_operands(in, 3);
-  if (in.type != Type::F32 || in.rounding != Rounding::Nearest || in.saturate) unsupported(in, "form of cvt is not modelled");
+  if (in.type != Type::F32 || in.rounding != Rounding::Nearest || in.saturate)
+    unsupported(in, "form of cvt is not modelled");
   if (in.has("relu")) unsupported(in, ".relu of a pair is not modelled");
   return in.first_type == Type::F16x2 ? binary<narrow_pair<Half>> : binary<narrow_pair<Bfloat>>;
 }
@@ -163,7 +181,8 @@ Handler select_cvt(Instruction& in) {
     return unary<to_tf32>;
   }
   if (is_packed(in.type) || in.has("rna")) unsupported(in, "form of cvt is not modelled");
-  const bool plain = how == ToIntegral::None && in.rounding == Rounding::Nearest && !in.saturate && !in.flush && !in.has("relu");
+  const bool plain =
+      how == ToIntegral::None && in.rounding == Rounding::Nearest && !in.saturate && !in.flush && !in.has("relu");
   if (plain && in.first_type == Type::F32 && in.type == Type::F16) return unary<widen<Half>>;
   if (plain && in.first_type == Type::F32 && in.type == Type::BF16) return unary<widen<Bfloat>>;
   if (plain && in.first_type == Type::F16 && in.type == Type::F32) return unary<narrow_nearest<Half>>;

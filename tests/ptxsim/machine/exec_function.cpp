@@ -6,14 +6,30 @@ namespace ptxsim {
 namespace {
 
 using Function = double (*)(double);
-double ex2(double x) { return std::exp2(x); }
-double lg2(double x) { return std::log2(x); }
-double rcp(double x) { return 1 / x; }
-double root(double x) { return std::sqrt(x); }
-double rsqrt(double x) { return 1 / std::sqrt(x); }
-double sine(double x) { return std::sin(x); }
-double cosine(double x) { return std::cos(x); }
-double hyperbolic(double x) { return std::tanh(x); }
+double ex2(double x) {
+  return std::exp2(x);
+}
+double lg2(double x) {
+  return std::log2(x);
+}
+double rcp(double x) {
+  return 1 / x;
+}
+double root(double x) {
+  return std::sqrt(x);
+}
+double rsqrt(double x) {
+  return 1 / std::sqrt(x);
+}
+double sine(double x) {
+  return std::sin(x);
+}
+double cosine(double x) {
+  return std::cos(x);
+}
+double hyperbolic(double x) {
+  return std::tanh(x);
+}
 
 template <Function f>
 void f32_function(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
@@ -29,12 +45,18 @@ void f32_function(Block& block, Warp& warp, const Instruction& in, LaneMask mask
 }
 
 template <Function f>
-uint64_t f64_function(uint64_t a) { return bits_of(f(as_double(a))); }
+uint64_t f64_function(uint64_t a) {
+  return bits_of(f(as_double(a)));
+}
 
 template <Function f, class Format>
-uint64_t f16_function(uint64_t a) { return Format::from_float(to_odd_float(f(Format::to_float(a)))); }
+uint64_t f16_function(uint64_t a) {
+  return Format::from_float(to_odd_float(f(Format::to_float(a))));
+}
 template <Unary f>
-uint64_t packed(uint64_t a) { return f(a & 0xffff) | f(a >> 16 & 0xffff) << 16; }
+uint64_t packed(uint64_t a) {
+  return f(a & 0xffff) | f(a >> 16 & 0xffff) << 16;
+}
 
 template <Function f>
 Handler select_function(Instruction& in) {
@@ -42,13 +64,20 @@ Handler select_function(Instruction& in) {
   if (in.rounding != Rounding::Nearest) unsupported(in, "directed rounding is not modelled");
   in.mode = in.has("approx");
   switch (in.type) {
-    case Type::F32: return f32_function<f>;
-    case Type::F64: return unary<f64_function<f>>;
-    case Type::F16: return unary<f16_function<f, Half>>;
-    case Type::BF16: return unary<f16_function<f, Bfloat>>;
-    case Type::F16x2: return unary<packed<f16_function<f, Half>>>;
-    case Type::BF16x2: return unary<packed<f16_function<f, Bfloat>>>;
-    default: unsupported(in, "type is not modelled");
+    case Type::F32:
+      return f32_function<f>;
+    case Type::F64:
+      return unary<f64_function<f>>;
+    case Type::F16:
+      return unary<f16_function<f, Half>>;
+    case Type::BF16:
+      return unary<f16_function<f, Bfloat>>;
+    case Type::F16x2:
+      return unary<packed<f16_function<f, Half>>>;
+    case Type::BF16x2:
+      return unary<packed<f16_function<f, Bfloat>>>;
+    default:
+      unsupported(in, "type is not modelled");
   }
 }
 

@@ -12,7 +12,8 @@ void gather_addresses(Warp& warp, const Instruction& in, const Operand& where, L
   const uint64_t* base = warp.lanes(where.reg);
   const auto offset = static_cast<uint64_t>(where.offset);
   const bool shared = in.space == Space::Shared;
-  for_lanes(mask, [&](int lane) { addresses[lane] = shared ? (base[lane] + offset) & 0xffffffffu : base[lane] + offset; });
+  for_lanes(mask,
+            [&](int lane) { addresses[lane] = shared ? (base[lane] + offset) & 0xffffffffu : base[lane] + offset; });
 }
 
 void count_traffic(Block& block, const Instruction& in, const uint64_t* addresses, LaneMask mask, int bytes) {
@@ -23,7 +24,7 @@ void count_traffic(Block& block, const Instruction& in, const uint64_t* addresse
 
 void load(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
   const int size = size_of(in.type), bytes = size * in.vector;
-  uint64_t addresses[kLanes];
+  uint64_t addresses[kLanes] = {};
   gather_addresses(warp, in, in.operands[1], mask, addresses);
   count_traffic(block, in, addresses, mask, bytes);
   for_lanes(mask, [&](int lane) {
@@ -41,14 +42,15 @@ void load(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
 
 void store(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
   const int size = size_of(in.type), bytes = size * in.vector;
-  uint64_t addresses[kLanes];
+  uint64_t addresses[kLanes] = {};
   gather_addresses(warp, in, in.operands[0], mask, addresses);
   count_traffic(block, in, addresses, mask, bytes);
   for_lanes(mask, [&](int lane) {
     uint8_t* to = block.memory(warp, in, addresses[lane], bytes, true, lane, in.mode != 0);
     if (in.mode & kRelease) block.global.release(addresses[lane]);
     for (int i = 0; i < in.vector; ++i) {
-      std::memcpy(to + i * size, &warp.lanes(in.operands[1].element(static_cast<size_t>(i)))[lane], static_cast<size_t>(size));
+      std::memcpy(to + i * size, &warp.lanes(in.operands[1].element(static_cast<size_t>(i)))[lane],
+                  static_cast<size_t>(size));
     }
   });
 }
@@ -88,7 +90,8 @@ void matrix_access(Block& block, Warp& warp, const Instruction& in, LaneMask mas
       addresses[row] = (rows[row] + offset) & 0xffffffffu;
       lanes |= LaneMask{1} << row;
       using Access = SharedMemory::Access;
-      row_bytes[row] = block.shared.access(warp, in, addresses[row], 16, is_load ? Access::Read : Access::Write, -1, block.report);
+      row_bytes[row] =
+          block.shared.access(warp, in, addresses[row], 16, is_load ? Access::Read : Access::Write, -1, block.report);
     }
     if (block.options.stats) count_bank_conflicts(block.report, in, addresses, lanes, 16);
   }

@@ -12,7 +12,9 @@ void require_members(const Warp& warp, const Instruction& in, uint64_t members, 
     throw Fault("the active lanes differ from the member mask at " + in.where());
   }
 }
-uint64_t first_lane_value(Warp& warp, const Instruction& in, size_t i, LaneMask mask) { return operand(warp, in, i)[__builtin_ctz(mask)]; }
+uint64_t first_lane_value(Warp& warp, const Instruction& in, size_t i, LaneMask mask) {
+  return operand(warp, in, i)[__builtin_ctz(mask)];
+}
 
 enum Shuffle : uint8_t { Up, Down, Butterfly, Index };
 
@@ -30,10 +32,22 @@ void shuffle(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
     int from = lane;
     bool in_range = false;
     switch (in.mode) {
-      case Up: from = lane - offset; in_range = from >= last; break;
-      case Down: from = lane + offset; in_range = from <= last; break;
-      case Butterfly: from = lane ^ offset; in_range = from <= last; break;
-      default: from = first | (offset & ~segment); in_range = from <= last; break;
+      case Up:
+        from = lane - offset;
+        in_range = from >= last;
+        break;
+      case Down:
+        from = lane + offset;
+        in_range = from <= last;
+        break;
+      case Butterfly:
+        from = lane ^ offset;
+        in_range = from <= last;
+        break;
+      default:
+        from = first | (offset & ~segment);
+        in_range = from <= last;
+        break;
     }
     if (!in_range) from = lane;
     if (!(mask >> from & 1)) throw Fault("shuffle from a lane that takes no part, " + in.where());
@@ -100,12 +114,24 @@ void reduce(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
       return;
     }
     switch (in.mode) {
-      case Add: result = truncate(result + value, 4); break;
-      case Min: result = below ? value : result; break;
-      case Max: result = below ? result : value; break;
-      case And: result &= value; break;
-      case Or: result |= value; break;
-      default: result ^= value; break;
+      case Add:
+        result = truncate(result + value, 4);
+        break;
+      case Min:
+        result = below ? value : result;
+        break;
+      case Max:
+        result = below ? result : value;
+        break;
+      case And:
+        result &= value;
+        break;
+      case Or:
+        result |= value;
+        break;
+      default:
+        result ^= value;
+        break;
     }
   });
   uint64_t* d = operand(warp, in, 0);
@@ -114,7 +140,8 @@ void reduce(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
 Handler select_redux(Instruction& in) {
   require_operands(in, 3);
   if (is_float(in.type)) unsupported(in, "redux of floats is not modelled");
-  const auto found = std::find_if(std::begin(kReductions), std::end(kReductions), [&](const char* name) { return in.has(name); });
+  const auto found =
+      std::find_if(std::begin(kReductions), std::end(kReductions), [&](const char* name) { return in.has(name); });
   if (found == std::end(kReductions)) unsupported(in, "reduction is not modelled");
   in.mode = static_cast<uint8_t>(found - std::begin(kReductions));
   return reduce;
@@ -151,14 +178,10 @@ Handler plain(Instruction& in) {
 
 const OpcodeRows& warp_opcodes() {
   static const OpcodeRows rows = {
-      {"shfl.sync", "up down bfly idx", select_shuffle},
-      {"vote.sync", "all any uni ballot", select_vote},
-      {"match", "any all sync", select_match},
-      {"redux.sync", "add min max and or xor", select_redux},
-      {"activemask", "", plain<active_mask, 1>},
-      {"elect.sync", "", plain<elect, 2>},
-      {"bar.warp.sync", "", plain<warp_sync, 1>, false},
-      {"barrier.warp.sync", "", plain<warp_sync, 1>, false},
+      {"shfl.sync", "up down bfly idx", select_shuffle}, {"vote.sync", "all any uni ballot", select_vote},
+      {"match", "any all sync", select_match},           {"redux.sync", "add min max and or xor", select_redux},
+      {"activemask", "", plain<active_mask, 1>},         {"elect.sync", "", plain<elect, 2>},
+      {"bar.warp.sync", "", plain<warp_sync, 1>, false}, {"barrier.warp.sync", "", plain<warp_sync, 1>, false},
   };
   return rows;
 }

@@ -10,13 +10,15 @@
 namespace ptxsim {
 namespace {
 
-constexpr int kDepth = 16;      // 16-bit elements along k
-constexpr int kUnit = 16;       // bytes that stay together under any swizzle
+constexpr int kDepth = 16;  // 16-bit elements along k
+constexpr int kUnit = 16;   // bytes that stay together under any swizzle
 constexpr int kUnitElements = 8;
+constexpr int kWarpRows = 16;  // of the warpgroup's 64
+constexpr int kMaxColumns = 256;
 
 // The matrix descriptor: bits 0-13 start, 16-29 leading and 32-45 stride byte offsets (in units of 16), 62-63 swizzle.
 class Descriptor {
- public:
+public:
   Descriptor(uint64_t bits, bool transposed)
       : start_(field(bits, 0)), leading_(field(bits, 16)), stride_(field(bits, 32)), transposed_(transposed) {
     // 0: none, 1: 128 bytes, 2: 64, 3: 32. A swizzled row spans `units_` units.
@@ -40,14 +42,13 @@ class Descriptor {
     return address ^ ((address >> 7 & (units_ - 1)) << 4);
   }
 
- private:
+private:
   static uint64_t field(uint64_t bits, int shift) { return (bits >> shift & 0x3fff) << 4; }
   uint64_t start_, leading_, stride_, units_;
   bool transposed_;
 };
 
 struct Shape {
-  int immediates;  // index of scale-a among the operands
   bool a_in_registers;
   bool a_transposed, b_transposed;
   float scale_a, scale_b;
@@ -56,7 +57,7 @@ struct Shape {
 Shape shape_of(Warp& warp, const Instruction& in) {
   const auto immediate = [&](size_t i) { return static_cast<int32_t>(warp.lanes(in.operands[i].reg)[0]); };
   const bool registers = in.operands[1].kind == Operand::Kind::Vector;
-  Shape shape{4, registers, false, false, static_cast<float>(immediate(4)), static_cast<float>(immediate(5))};
+  Shape shape{registers, false, false, static_cast<float>(immediate(4)), static_cast<float>(immediate(5))};
   if (!registers) shape.a_transposed = immediate(6) != 0;
   shape.b_transposed = immediate(registers ? 6 : 7) != 0;
   return shape;
@@ -72,50 +73,60 @@ void for_units(uint64_t bits, bool transposed, int first, int size, Visit visit)
   }
 }
 
-// rows[mn][k] of an operand in shared memory, times its sign.
+// Calls put(mn, k, value) for every element of an operand in shared memory, times its sign.
+template <class Put>
 void load_shared(Block& block, Warp& warp, const Instruction& in, uint64_t bits, bool transposed, int first, int size,
-                 float scale, float (*rows)[kDepth]) {
+                 float scale, Put put) {
   for_units(bits, transposed, first, size, [&](uint64_t address, int mn, int k) {
     block.shared.async_read(warp, in, address, kUnit, block.warps, block.report);
     for (int i = 0; i < kUnitElements; ++i) {
       uint16_t value;
       std::memcpy(&value, block.shared.data() + address + 2 * i, 2);
-      float* to = transposed ? &rows[mn + i][k] : &rows[mn][k + i];
-      *to = scale * to_float(value, in.type);
+      put(transposed ? mn + i : mn, transposed ? k : k + i, scale * to_float(value, in.type));
     }
   });
 }
 
-// Register i of a lane holds these elements of D, and for A pairs along k.
-int row_of(int lane, int i) { return lane / 4 + 8 * (i >> 1 & 1); }
-int column_of(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + (i & 1); }
+// The register of D that holds (row, column) of the warp's 16 rows, and its lane.
+struct Place {
+  size_t reg;
+  int lane;
+};
+Place place_of(int row, int column) {
+  return {static_cast<size_t>(column / 8 * 4 + row / 8 * 2 + column % 2), row % 8 * 4 + column % 8 / 2};
+}
 
 void compute(Block& block, Warp& warp, const AsyncMatrix& op) {
   const Instruction& in = *op.in;
   const Shape shape = shape_of(warp, in);
-  static thread_local float b[256][kDepth];
-  float a[16][kDepth];
-  load_shared(block, warp, in, op.b_descriptor, shape.b_transposed, 0, in.n, shape.scale_b, b);
+  float a[kWarpRows][kDepth], b[kDepth][kMaxColumns];
+  load_shared(block, warp, in, op.b_descriptor, shape.b_transposed, 0, in.n, shape.scale_b,
+              [&](int n, int k, float value) { b[k][n] = value; });
   if (shape.a_in_registers) {
     for (int lane = 0; lane < kLanes; ++lane) {
       for (int i = 0; i < 4; ++i) {
         const uint64_t bits = warp.lanes(in.operands[1].elements[static_cast<size_t>(i)])[lane];
         for (int half = 0; half < 2; ++half) {
-          a[lane / 4 + 8 * (i & 1)][lane % 4 * 2 + half + 8 * (i >> 1)] = shape.scale_a * to_float(bits >> (16 * half) & 0xffff, in.type);
+          a[lane / 4 + 8 * (i & 1)][lane % 4 * 2 + half + 8 * (i >> 1)] =
+              shape.scale_a * to_float(bits >> (16 * half) & 0xffff, in.type);
         }
       }
     }
   } else {
-    load_shared(block, warp, in, op.a_descriptor, shape.a_transposed, warp.id % 4 * 16, 16, shape.scale_a, a);
+    load_shared(block, warp, in, op.a_descriptor, shape.a_transposed, warp.id % 4 * kWarpRows, kWarpRows, shape.scale_a,
+                [&](int m, int k, float value) { a[m][k] = value; });
   }
   const TensorCore core = TensorCore::of(block.options.tensor_core, false, block.options.perturb);
   const std::vector<int>& registers = in.operands[0].elements;
-  for (size_t i = 0; i < registers.size(); ++i) {
-    uint64_t* d = warp.lanes(registers[i]);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const float acc = op.accumulate ? as_float(d[lane]) : 0.0f;
-      d[lane] = bits_of(core.dot(acc, a[row_of(lane, static_cast<int>(i))], b[column_of(lane, static_cast<int>(i))], kDepth, 1));
-    }
+  float sums[kMaxColumns];
+  for (int row = 0; row < kWarpRows; ++row) {
+    const auto element = [&](int column) -> uint64_t& {
+      const Place place = place_of(row, column);
+      return warp.lanes(registers[place.reg])[place.lane];
+    };
+    for (int column = 0; column < in.n; ++column) sums[column] = op.accumulate ? as_float(element(column)) : 0.0f;
+    core.add_row(sums, in.n, a[row], b[0], kMaxColumns, kDepth);
+    for (int column = 0; column < in.n; ++column) element(column) = bits_of(sums[column]);
   }
 }
 
@@ -124,7 +135,7 @@ void hold(Block& block, Warp& warp, const AsyncMatrix& op, int change) {
   const Shape shape = shape_of(warp, *op.in);
   const auto mark = [&](uint64_t address, int, int) { block.shared.hold(address, kUnit, change); };
   for_units(op.b_descriptor, shape.b_transposed, 0, op.in->n, mark);
-  if (!shape.a_in_registers) for_units(op.a_descriptor, shape.a_transposed, warp.id % 4 * 16, 16, mark);
+  if (!shape.a_in_registers) for_units(op.a_descriptor, shape.a_transposed, warp.id % 4 * kWarpRows, kWarpRows, mark);
 }
 
 void set_pending(Warp& warp, const AsyncMatrix& op) {
@@ -140,14 +151,16 @@ void multiply_async(Block& block, Warp& warp, const Instruction& in, LaneMask ma
   const auto fenced = [&](const Operand& op) {
     for (const int reg : op.elements) {
       if (warp.written_epoch[static_cast<size_t>(reg)] != warp.fence_epoch) continue;
-      block.report.add(Finding::WgmmaFence, [&] { return "registers written since the last wgmma.fence, " + in.where(); });
+      block.report.add(Finding::WgmmaFence,
+                       [&] { return "registers written since the last wgmma.fence, " + in.where(); });
       return;
     }
   };
   fenced(in.operands[0]);
   const bool registers = in.operands[1].kind == Operand::Kind::Vector;
   if (registers) fenced(in.operands[1]);
-  const AsyncMatrix op{&in, registers ? 0 : operand(warp, in, 1)[0], operand(warp, in, 2)[0], (operand(warp, in, 3)[0] & 1) != 0};
+  const AsyncMatrix op{&in, registers ? 0 : operand(warp, in, 1)[0], operand(warp, in, 2)[0],
+                       (operand(warp, in, 3)[0] & 1) != 0};
   set_pending(warp, op);
   hold(block, warp, op, +1);
   if (!block.options.late) compute(block, warp, op);
@@ -179,7 +192,9 @@ void wait(Block& block, Warp& warp, const Instruction& in, LaneMask) {
   for (const AsyncMatrix& op : warp.open_matrices) set_pending(warp, op);
 }
 
-void fence(Block&, Warp& warp, const Instruction&, LaneMask) { ++warp.fence_epoch; }
+void fence(Block&, Warp& warp, const Instruction&, LaneMask) {
+  ++warp.fence_epoch;
+}
 
 Handler select_wgmma(Instruction& in) {
   const bool registers = in.operands.size() > 1 && in.operands[1].kind == Operand::Kind::Vector;
@@ -190,7 +205,9 @@ Handler select_wgmma(Instruction& in) {
   return multiply_async;
 }
 template <Handler handler>
-Handler always(Instruction&) { return handler; }
+Handler always(Instruction&) {
+  return handler;
+}
 
 }  // namespace
 

@@ -76,8 +76,8 @@ bool GlobalMemory::ordered(int block, uint32_t time) const {
 void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, uint64_t, Access kind, Report& report) {
   const auto race = [&](const char* what, int block) {
     report.add(Finding::GlobalRace, [&] {
-      return std::string(what) + " block " + std::to_string(block) + " by warp " + std::to_string(warp.id) + " of block " +
-             std::to_string(block_) + ", " + in.where();
+      return std::string(what) + " block " + std::to_string(block) + " by warp " + std::to_string(warp.id) +
+             " of block " + std::to_string(block_) + ", " + in.where();
     });
   };
   const auto own = static_cast<size_t>(warp.id);
@@ -92,10 +92,12 @@ void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, ui
   }
   if (kind == Access::Read) {
     if (cell.reader_block != block_) {
-      cell.reader_block = cell.reader_block == kNobody || ordered(cell.reader_block, cell.reader_time) ? block_ : kSeveral;
+      cell.reader_block =
+          cell.reader_block == kNobody || ordered(cell.reader_block, cell.reader_time) ? block_ : kSeveral;
       cell.reader_warp = static_cast<int16_t>(warp.id);
     } else if (cell.reader_warp != warp.id) {
-      const bool before = cell.reader_warp >= 0 && cell.reader_clock <= warp.clock[static_cast<size_t>(cell.reader_warp)];
+      const bool before =
+          cell.reader_warp >= 0 && cell.reader_clock <= warp.clock[static_cast<size_t>(cell.reader_warp)];
       cell.reader_warp = before ? static_cast<int16_t>(warp.id) : static_cast<int16_t>(kSeveral);
     }
     cell.reader_time = time_;
@@ -104,8 +106,8 @@ void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, ui
   }
   if (cell.reader_block != kNobody) {
     // Several readers in one block at unordered times are taken as ordered: only the last clock is kept.
-    const bool other_block = cell.reader_block == kSeveral ||
-                             (cell.reader_block != block_ && !ordered(cell.reader_block, cell.reader_time));
+    const bool other_block =
+        cell.reader_block == kSeveral || (cell.reader_block != block_ && !ordered(cell.reader_block, cell.reader_time));
     const bool other_warp = cell.reader_block == block_ && cell.reader_warp >= 0 && cell.reader_warp != warp.id &&
                             cell.reader_clock > warp.clock[static_cast<size_t>(cell.reader_warp)];
     if (other_block || other_warp) race("global write after read of", cell.reader_block);

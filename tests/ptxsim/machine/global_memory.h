@@ -15,19 +15,22 @@
 namespace ptxsim {
 
 class GlobalMemory {
- public:
+public:
   enum class Access : uint8_t { Read, Write, Atomic };
 
-  void allow(uint64_t address, uint64_t bytes, bool writable) { ranges_.push_back({address, address + bytes, writable, {}}); }
+  void allow(uint64_t address, uint64_t bytes, bool writable) {
+    ranges_.push_back({address, address + bytes, writable, {}});
+  }
   void start(const Program& program, const Options& options);
   void start_block(int block, int warps);
 
-  uint8_t* access(const Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind, int lane, Report& report);
+  uint8_t* access(const Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind, int lane,
+                  Report& report);
   // An atomic or a load or store with that meaning, or any atomic of a kernel that has fences.
   void release(uint64_t address);
   void acquire(uint64_t address);
 
- private:
+private:
   static constexpr int kNobody = -1;
   static constexpr int kSeveral = -2;
   struct Cell {

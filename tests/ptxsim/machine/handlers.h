@@ -10,7 +10,9 @@ using Unary = uint64_t (*)(uint64_t);
 using Binary = uint64_t (*)(uint64_t, uint64_t);
 using Ternary = uint64_t (*)(uint64_t, uint64_t, uint64_t);
 
-inline uint64_t* operand(Warp& warp, const Instruction& in, size_t i) { return warp.lanes(in.operands[i].reg); }
+inline uint64_t* operand(Warp& warp, const Instruction& in, size_t i) {
+  return warp.lanes(in.operands[i].reg);
+}
 
 template <Unary f>
 void unary(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
@@ -47,15 +49,28 @@ inline uint64_t int_bits(T value) {
 template <template <class> class Choice>
 Handler for_integer(Type type) {
   switch (type) {
-    case Type::U8: case Type::B8: return Choice<uint8_t>::handler();
-    case Type::U16: case Type::B16: return Choice<uint16_t>::handler();
-    case Type::U32: case Type::B32: return Choice<uint32_t>::handler();
-    case Type::U64: case Type::B64: return Choice<uint64_t>::handler();
-    case Type::S8: return Choice<int8_t>::handler();
-    case Type::S16: return Choice<int16_t>::handler();
-    case Type::S32: return Choice<int32_t>::handler();
-    case Type::S64: return Choice<int64_t>::handler();
-    default: return nullptr;
+    case Type::U8:
+    case Type::B8:
+      return Choice<uint8_t>::handler();
+    case Type::U16:
+    case Type::B16:
+      return Choice<uint16_t>::handler();
+    case Type::U32:
+    case Type::B32:
+      return Choice<uint32_t>::handler();
+    case Type::U64:
+    case Type::B64:
+      return Choice<uint64_t>::handler();
+    case Type::S8:
+      return Choice<int8_t>::handler();
+    case Type::S16:
+      return Choice<int16_t>::handler();
+    case Type::S32:
+      return Choice<int32_t>::handler();
+    case Type::S64:
+      return Choice<int64_t>::handler();
+    default:
+      return nullptr;
   }
 }
 

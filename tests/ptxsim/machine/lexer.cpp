@@ -15,7 +15,9 @@ void Lexer::advance() {
   ++at_;
 }
 
-bool Lexer::is_word(char c) const { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.'; }
+bool Lexer::is_word(char c) const {
+  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.';
+}
 
 void Lexer::skip_space() {
   while (at_ < text_.size()) {

@@ -8,7 +8,7 @@
 namespace ptxsim {
 
 class Lexer {
- public:
+public:
   explicit Lexer(std::string text) : text_(std::move(text)) {}
 
   [[noreturn]] void fail(const std::string& message) const;
@@ -29,7 +29,7 @@ class Lexer {
   int line() const { return line_; }
   size_t find(char wanted) const { return text_.find(wanted, at_); }
 
- private:
+private:
   char at(size_t i) const { return i < text_.size() ? text_[i] : '\0'; }
   void advance();
   bool is_word(char c) const;

@@ -17,16 +17,26 @@ Options options_from(const py::dict& given) {
   Options options;
   for (const auto& [key, value] : given) {
     const auto name = key.cast<std::string>();
-    if (name == "race") options.race = value.cast<bool>();
-    else if (name == "global_race") options.global_race = value.cast<bool>();
-    else if (name == "late") options.late = value.cast<bool>();
-    else if (name == "poison") options.poison = value.cast<bool>();
-    else if (name == "stats") options.stats = value.cast<bool>();
-    else if (name == "perturb") options.perturb = value.cast<bool>();
-    else if (name == "reverse") options.reverse = value.cast<bool>();
-    else if (name == "tensor_core") options.tensor_core = value.cast<int>();
-    else if (name == "seed") options.seed = value.cast<uint64_t>();
-    else throw py::value_error("unknown option " + name);
+    if (name == "race")
+      options.race = value.cast<bool>();
+    else if (name == "global_race")
+      options.global_race = value.cast<bool>();
+    else if (name == "late")
+      options.late = value.cast<bool>();
+    else if (name == "poison")
+      options.poison = value.cast<bool>();
+    else if (name == "stats")
+      options.stats = value.cast<bool>();
+    else if (name == "perturb")
+      options.perturb = value.cast<bool>();
+    else if (name == "reverse")
+      options.reverse = value.cast<bool>();
+    else if (name == "tensor_core")
+      options.tensor_core = value.cast<int>();
+    else if (name == "seed")
+      options.seed = value.cast<uint64_t>();
+    else
+      throw py::value_error("unknown option " + name);
   }
   return options;
 }
@@ -46,7 +56,8 @@ py::dict to_dict(const Program& program, const Report& report) {
   py::list conflicts;
   for (size_t i = 0; i < report.conflicts.size(); ++i) {
     const Report::Conflict& conflict = report.conflicts[i];
-    if (conflict.wavefronts > conflict.ideal) conflicts.append(py::make_tuple(program.code[i].where(), conflict.wavefronts, conflict.ideal));
+    if (conflict.wavefronts > conflict.ideal)
+      conflicts.append(py::make_tuple(program.code[i].where(), conflict.wavefronts, conflict.ideal));
   }
   counters["warp_instructions"] = report.warp_instructions;
   counters["diverged_steps"] = report.diverged_steps;
@@ -69,11 +80,12 @@ py::dict to_dict(const Program& program, const Report& report) {
 using Size = std::array<uint32_t, 3>;
 using Tensors = std::vector<std::tuple<uint64_t, uint64_t, bool>>;
 
-py::dict launch(const Program& program, Size grid, Size threads, int shared, const py::bytes& params, const Tensors& tensors,
-                const py::dict& given) {
+py::dict launch(const Program& program, Size grid, Size threads, int shared, const py::bytes& params,
+                const Tensors& tensors, const py::dict& given) {
   const Options options = options_from(given);
   const std::string image = params;
-  Launch request{{grid[0], grid[1], grid[2]}, {threads[0], threads[1], threads[2]}, shared, {image.begin(), image.end()}, {}};
+  Launch request{
+      {grid[0], grid[1], grid[2]}, {threads[0], threads[1], threads[2]}, shared, {image.begin(), image.end()}, {}};
   for (const auto& [address, bytes, writable] : tensors) request.tensors.push_back({address, bytes, writable});
   Report report;
   {
@@ -93,10 +105,12 @@ PYBIND11_MODULE(_ptxsim, module) {
       .def(py::init([](const std::string& ptx, const std::string& entry) { return parse(ptx, entry); }))
       .def_readonly("name", &Program::name)
       .def_readonly("param_bytes", &Program::param_bytes)
-      .def_property_readonly("params", [](const Program& program) {
-        std::vector<std::tuple<std::string, int, int>> params;
-        for (const Parameter& param : program.params) params.emplace_back(param.name, param.offset, param.size);
-        return params;
-      })
+      .def_property_readonly("params",
+                             [](const Program& program) {
+                               std::vector<std::tuple<std::string, int, int>> params;
+                               for (const Parameter& param : program.params)
+                                 params.emplace_back(param.name, param.offset, param.size);
+                               return params;
+                             })
       .def("launch", &launch);
 }

@@ -18,10 +18,9 @@ struct Row {
 const std::unordered_map<std::string, Row>& table() {
   static const auto rows = [] {
     std::unordered_map<std::string, Row> all;
-    for (const OpcodeRows* list :
-         {&arithmetic_opcodes(), &bitwise_opcodes(), &compare_opcodes(), &convert_opcodes(), &function_opcodes(),
-          &memory_opcodes(), &atomic_opcodes(), &async_opcodes(), &matrix_opcodes(), &wgmma_opcodes(), &warp_opcodes(),
-          &control_opcodes()}) {
+    for (const OpcodeRows* list : {&arithmetic_opcodes(), &bitwise_opcodes(), &compare_opcodes(), &convert_opcodes(),
+                                   &function_opcodes(), &memory_opcodes(), &atomic_opcodes(), &async_opcodes(),
+                                   &matrix_opcodes(), &wgmma_opcodes(), &warp_opcodes(), &control_opcodes()}) {
       for (const Opcode& opcode : *list) {
         Row row{opcode, {}};
         std::istringstream words(opcode.modifiers);
@@ -113,9 +112,8 @@ void finish_instruction(const Opcode& opcode, Instruction& in, Program& program)
     if (first.kind == Operand::Kind::Register) in.writes = {first.reg};
     if (first.second >= 0) in.writes.push_back(first.second);
   }
-  const bool touches_memory = std::any_of(in.operands.begin(), in.operands.end(), [](const Operand& op) {
-    return op.kind == Operand::Kind::Address;
-  });
+  const bool touches_memory = std::any_of(in.operands.begin(), in.operands.end(),
+                                          [](const Operand& op) { return op.kind == Operand::Kind::Address; });
   if (touches_memory && in.name != "ldmatrix" && in.name != "stmatrix" && in.name != "cp.async") {
     // The granule is the smallest access, so that neighbours written by two warps are no false race.
     const int bytes = size_of(in.type) * in.vector;

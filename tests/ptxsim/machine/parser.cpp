@@ -12,17 +12,35 @@ namespace {
 
 const std::unordered_map<std::string, Special>& specials() {
   static const std::unordered_map<std::string, Special> names = {
-      {"tid.x", Special::TidX},         {"tid.y", Special::TidY},         {"tid.z", Special::TidZ},
-      {"ntid.x", Special::NtidX},       {"ntid.y", Special::NtidY},       {"ntid.z", Special::NtidZ},
-      {"ctaid.x", Special::CtaidX},     {"ctaid.y", Special::CtaidY},     {"ctaid.z", Special::CtaidZ},
-      {"nctaid.x", Special::NctaidX},   {"nctaid.y", Special::NctaidY},   {"nctaid.z", Special::NctaidZ},
-      {"laneid", Special::Lane},        {"warpid", Special::Warp},        {"nwarpid", Special::WarpCount},
-      {"lanemask_eq", Special::MaskEq}, {"lanemask_lt", Special::MaskLt}, {"lanemask_le", Special::MaskLe},
-      {"lanemask_gt", Special::MaskGt}, {"lanemask_ge", Special::MaskGe}, {"total_smem_size", Special::SharedBytes},
+      {"tid.x", Special::TidX},
+      {"tid.y", Special::TidY},
+      {"tid.z", Special::TidZ},
+      {"ntid.x", Special::NtidX},
+      {"ntid.y", Special::NtidY},
+      {"ntid.z", Special::NtidZ},
+      {"ctaid.x", Special::CtaidX},
+      {"ctaid.y", Special::CtaidY},
+      {"ctaid.z", Special::CtaidZ},
+      {"nctaid.x", Special::NctaidX},
+      {"nctaid.y", Special::NctaidY},
+      {"nctaid.z", Special::NctaidZ},
+      {"laneid", Special::Lane},
+      {"warpid", Special::Warp},
+      {"nwarpid", Special::WarpCount},
+      {"lanemask_eq", Special::MaskEq},
+      {"lanemask_lt", Special::MaskLt},
+      {"lanemask_le", Special::MaskLe},
+      {"lanemask_gt", Special::MaskGt},
+      {"lanemask_ge", Special::MaskGe},
+      {"total_smem_size", Special::SharedBytes},
       {"dynamic_smem_size", Special::SharedBytes},
       // One multiprocessor, a stopped clock, clusters of one block.
-      {"smid", Special::Zero},          {"clock", Special::Zero},         {"clock64", Special::Zero},
-      {"globaltimer", Special::Zero},   {"cluster_ctarank", Special::Zero}, {"cluster_ctaid.x", Special::Zero},
+      {"smid", Special::Zero},
+      {"clock", Special::Zero},
+      {"clock64", Special::Zero},
+      {"globaltimer", Special::Zero},
+      {"cluster_ctarank", Special::Zero},
+      {"cluster_ctaid.x", Special::Zero},
       {"cluster_nctarank", Special::One},
   };
   return names;
@@ -35,12 +53,12 @@ struct Symbol {
 };
 
 class Parser {
- public:
+public:
   Parser(const std::string& ptx, Program& program) : lex_(ptx), program_(program), scopes_(1) {}
 
   bool module(const std::string& entry);
 
- private:
+private:
   void entry_header();
   void body();
   void statement();
@@ -291,7 +309,8 @@ void Parser::variable(Space space, bool) {
   } else {
     auto memory = std::make_unique<std::vector<uint8_t>>(std::max(bytes, 16));
     for (size_t i = 0; i < initial.size(); ++i) {
-      std::memcpy(memory->data() + i * static_cast<size_t>(size_of(type)), &initial[i], static_cast<size_t>(size_of(type)));
+      std::memcpy(memory->data() + i * static_cast<size_t>(size_of(type)), &initial[i],
+                  static_cast<size_t>(size_of(type)));
     }
     symbols_[name] = {space, reinterpret_cast<uint64_t>(memory->data()), false};
     program_.module_memory.push_back(std::move(memory));

@@ -38,10 +38,10 @@ inline constexpr uint64_t kWindowBytes = uint64_t{1} << 28;
 struct Operand {
   enum class Kind : uint8_t { None, Register, Vector, Address };
   Kind kind = Kind::None;
-  bool negated = false;      // !%p
-  int reg = -1;              // the register, or the base of an address
-  int second = -1;           // the register after '|', as in setp's %p|%q
-  int64_t offset = 0;        // of an address
+  bool negated = false;       // !%p
+  int reg = -1;               // the register, or the base of an address
+  int second = -1;            // the register after '|', as in setp's %p|%q
+  int64_t offset = 0;         // of an address
   std::vector<int> elements;  // of a vector
 
   // The register that holds element i, whether or not braces were written.
@@ -67,14 +67,14 @@ struct Instruction {
   bool flush = false;     // .ftz
   bool saturate = false;  // .sat
   bool is_wgmma = false;
-  uint8_t vector = 1;     // .v2, .v4, .v8; number of matrices of ldmatrix
-  uint8_t mode = 0;       // an opcode's own selector, set by its select function
-  uint8_t combine = 0;    // the boolean operator of setp
-  int guard = -1;         // predicate register
+  uint8_t vector = 1;   // .v2, .v4, .v8; number of matrices of ldmatrix
+  uint8_t mode = 0;     // an opcode's own selector, set by its select function
+  uint8_t combine = 0;  // the boolean operator of setp
+  int guard = -1;       // predicate register
   bool guard_negated = false;
   int target = -1;  // index of a branch's target
   int statistic = 0;
-  int index = 0;  // in Program::code
+  int index = 0;            // in Program::code
   int m = 0, n = 0, k = 0;  // matrix shape
   std::vector<Operand> operands;
   std::vector<int> writes;  // registers written, for wgmma's fence rule
@@ -90,8 +90,29 @@ struct Instruction {
 };
 
 enum class Special : uint8_t {
-  TidX, TidY, TidZ, NtidX, NtidY, NtidZ, CtaidX, CtaidY, CtaidZ, NctaidX, NctaidY, NctaidZ,
-  Lane, Warp, MaskEq, MaskLt, MaskLe, MaskGt, MaskGe, WarpCount, SharedBytes, Zero, One,
+  TidX,
+  TidY,
+  TidZ,
+  NtidX,
+  NtidY,
+  NtidZ,
+  CtaidX,
+  CtaidY,
+  CtaidZ,
+  NctaidX,
+  NctaidY,
+  NctaidZ,
+  Lane,
+  Warp,
+  MaskEq,
+  MaskLt,
+  MaskLe,
+  MaskGt,
+  MaskGe,
+  WarpCount,
+  SharedBytes,
+  Zero,
+  One,
 };
 
 struct Parameter {
@@ -108,15 +129,15 @@ struct Program {
   int registers = 0;
   int static_shared = 0;  // rounded up to 16, where dynamic shared memory starts
   int local_bytes = 0;
-  int max_threads = 0;       // 0: not declared
-  int shared_granule = 4;    // the smallest shared or global access, in bytes, 4 at most: what the
-  int global_granule = 4;    // race checks may take as one cell
+  int max_threads = 0;     // 0: not declared
+  int shared_granule = 4;  // the smallest shared or global access, in bytes, 4 at most: what the
+  int global_granule = 4;  // race checks may take as one cell
   bool uses_wgmma = false;
-  bool has_fence = false;    // some fence or membar: relaxed atomics may then order other accesses
-  std::vector<std::pair<int, uint64_t>> constants;  // register, value in every lane
-  std::map<Special, int> specials;                  // special register -> register
+  bool has_fence = false;  // some fence or membar: relaxed atomics may then order other accesses
+  std::vector<std::pair<int, uint64_t>> constants;                   // register, value in every lane
+  std::map<Special, int> specials;                                   // special register -> register
   std::vector<std::unique_ptr<std::vector<uint8_t>>> module_memory;  // .global and .const variables
-  std::vector<std::string> statistic_names;  // full opcodes
+  std::vector<std::string> statistic_names;                          // full opcodes
 };
 
 }  // namespace ptxsim

@@ -35,9 +35,9 @@ struct Report {
   uint64_t diverged_steps = 0;
   uint64_t shared_requests = 0, shared_wavefronts = 0, shared_ideal_wavefronts = 0;
   uint64_t global_requests = 0, global_sectors = 0, global_ideal_sectors = 0;
-  uint64_t unwaited_copies = 0;      // cp.async that no wait covered when their block ended
-  std::vector<uint64_t> opcodes;     // executed, by Program::statistic_names
-  std::vector<Conflict> conflicts;   // by instruction
+  uint64_t unwaited_copies = 0;     // cp.async that no wait covered when their block ended
+  std::vector<uint64_t> opcodes;    // executed, by Program::statistic_names
+  std::vector<Conflict> conflicts;  // by instruction
 
   // `place` is called for the first one only: making the text costs more than finding the fault.
   template <class Place>

@@ -9,8 +9,28 @@
 namespace ptxsim {
 
 enum class Type : uint8_t {
-  None, Pred, B8, B16, B32, B64, B128, U8, U16, U32, U64, S8, S16, S32, S64,
-  F16, BF16, F32, F64, F16x2, BF16x2, TF32,
+  None,
+  Pred,
+  B8,
+  B16,
+  B32,
+  B64,
+  B128,
+  U8,
+  U16,
+  U32,
+  U64,
+  S8,
+  S16,
+  S32,
+  S64,
+  F16,
+  BF16,
+  F32,
+  F64,
+  F16x2,
+  BF16x2,
+  TF32,
 };
 
 // Type::None when `name` (without its dot) is no type.
@@ -18,16 +38,37 @@ Type type_named(std::string_view name);
 
 constexpr int size_of(Type type) {
   switch (type) {
-    case Type::Pred: case Type::B8: case Type::U8: case Type::S8: return 1;
-    case Type::B16: case Type::U16: case Type::S16: case Type::F16: case Type::BF16: return 2;
-    case Type::B64: case Type::U64: case Type::S64: case Type::F64: return 8;
-    case Type::B128: return 16;
-    default: return 4;
+    case Type::Pred:
+    case Type::B8:
+    case Type::U8:
+    case Type::S8:
+      return 1;
+    case Type::B16:
+    case Type::U16:
+    case Type::S16:
+    case Type::F16:
+    case Type::BF16:
+      return 2;
+    case Type::B64:
+    case Type::U64:
+    case Type::S64:
+    case Type::F64:
+      return 8;
+    case Type::B128:
+      return 16;
+    default:
+      return 4;
   }
 }
-constexpr bool is_signed(Type type) { return type >= Type::S8 && type <= Type::S64; }
-constexpr bool is_packed(Type type) { return type == Type::F16x2 || type == Type::BF16x2; }
-constexpr bool is_float(Type type) { return type >= Type::F16 && type <= Type::F64; }
+constexpr bool is_signed(Type type) {
+  return type >= Type::S8 && type <= Type::S64;
+}
+constexpr bool is_packed(Type type) {
+  return type == Type::F16x2 || type == Type::BF16x2;
+}
+constexpr bool is_float(Type type) {
+  return type >= Type::F16 && type <= Type::F64;
+}
 
 template <class To, class From>
 inline To bits_as(From from) {
@@ -37,12 +78,22 @@ inline To bits_as(From from) {
   return to;
 }
 
-inline float as_float(uint64_t bits) { return bits_as<float>(static_cast<uint32_t>(bits)); }
-inline double as_double(uint64_t bits) { return bits_as<double>(bits); }
-inline uint64_t raw_bits(float value) { return bits_as<uint32_t>(value); }
+inline float as_float(uint64_t bits) {
+  return bits_as<float>(static_cast<uint32_t>(bits));
+}
+inline double as_double(uint64_t bits) {
+  return bits_as<double>(bits);
+}
+inline uint64_t raw_bits(float value) {
+  return bits_as<uint32_t>(value);
+}
 // Arithmetic gives the canonical NaN, as the ISA says of every f32 instruction.
-inline uint64_t bits_of(float value) { return value != value ? 0x7fffffffu : bits_as<uint32_t>(value); }
-inline uint64_t bits_of(double value) { return bits_as<uint64_t>(value); }
+inline uint64_t bits_of(float value) {
+  return value != value ? 0x7fffffffu : bits_as<uint32_t>(value);
+}
+inline uint64_t bits_of(double value) {
+  return bits_as<uint64_t>(value);
+}
 
 inline uint64_t truncate(uint64_t value, int bytes) {
   return bytes == 8 ? value : value & ((uint64_t{1} << (8 * bytes)) - 1);
@@ -94,9 +145,13 @@ inline uint64_t from_float(float value, Type type) {
   if (type == Type::BF16) return Bfloat::from_float(value);
   return bits_of(value);
 }
-constexpr Type packed_element(Type type) { return type == Type::F16x2 ? Type::F16 : Type::BF16; }
+constexpr Type packed_element(Type type) {
+  return type == Type::F16x2 ? Type::F16 : Type::BF16;
+}
 
 // Tensor cores ignore the 13 low bits of a tf32 operand.
-inline float tf32_operand(uint64_t bits) { return bits_as<float>(static_cast<uint32_t>(bits) & 0xffffe000u); }
+inline float tf32_operand(uint64_t bits) {
+  return bits_as<float>(static_cast<uint32_t>(bits) & 0xffffe000u);
+}
 
 }  // namespace ptxsim

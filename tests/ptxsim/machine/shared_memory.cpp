@@ -39,7 +39,8 @@ void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access
   Cell& cell = cells_[index];
   uint32_t* read_clocks = &read_clocks_[index * static_cast<size_t>(warps_)];
   const auto place = [&](const std::string& what) {
-    return what + " at shared+" + std::to_string(index << shift_) + " by warp " + std::to_string(warp.id) + ", " + in.where();
+    return what + " at shared+" + std::to_string(index << shift_) + " by warp " + std::to_string(warp.id) + ", " +
+           in.where();
   };
   const bool reads_only = kind == Access::Read;
   const bool both_atomic = kind == Access::Atomic && cell.atomic;
@@ -52,7 +53,8 @@ void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access
   if (cell.writer >= 0 && cell.writer != warp.id && cell.write_clock > warp.clock[static_cast<size_t>(cell.writer)] &&
       !both_atomic) {
     report.add(Finding::SharedRace, [&] {
-      return place((reads_only ? "read after write of warp " : "write after write of warp ") + std::to_string(cell.writer));
+      return place((reads_only ? "read after write of warp " : "write after write of warp ") +
+                   std::to_string(cell.writer));
     });
   }
   if (reads_only) {
@@ -94,8 +96,8 @@ void SharedMemory::async_read(Warp& warp, const Instruction& in, uint64_t addres
     const bool by_reader = cell.writer != warp.id && warp.fenced_clock[writer] >= cell.write_clock;
     if (by_writer || by_reader) continue;
     report.add(Finding::ProxyFence, [&] {
-      return "wgmma reads shared+" + std::to_string(index << shift_) + " written by warp " + std::to_string(cell.writer) +
-             " without a later fence.proxy.async, " + in.where();
+      return "wgmma reads shared+" + std::to_string(index << shift_) + " written by warp " +
+             std::to_string(cell.writer) + " without a later fence.proxy.async, " + in.where();
     });
   }
 }

@@ -13,7 +13,7 @@
 namespace ptxsim {
 
 class SharedMemory {
- public:
+public:
   enum class Access : uint8_t {
     Read,
     Write,
@@ -29,7 +29,8 @@ class SharedMemory {
   size_t size() const { return bytes_.size(); }
 
   // Bounds, alignment and races of one lane's (or, with lane -1, the whole warp's) access; returns its bytes.
-  uint8_t* access(Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind, int lane, Report& report);
+  uint8_t* access(Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind, int lane,
+                  Report& report);
 
   // wgmma reads through the async proxy: generic writes must have been published by fence.proxy.async, by the writer
   // or by the reader after a barrier.
@@ -38,7 +39,7 @@ class SharedMemory {
   // Between the issue of a wgmma and its wait nobody may write its operands.
   void hold(uint64_t address, int bytes, int change);
 
- private:
+private:
   struct Cell {
     uint32_t write_clock = 0;
     uint32_t fences = 0;      // the writer's proxy fences so far

@@ -1,4 +1,4 @@
-// How a tensor core adds: the dot product of one output element.
+// How a tensor core adds: one row of an output.
 //
 // Options::tensor_core 0 sums exact products in float64 and rounds once: a good tensor core for finding wrong code.
 // 80 and 90 follow what measurements of the hardware found (Fasi et al., PeerJ Computer Science 7:e330, 2021, for
@@ -25,22 +25,32 @@ struct TensorCore {
 
   static float cut(double value) {
     auto result = static_cast<float>(value);
-    if (std::isfinite(result) && std::fabs(static_cast<double>(result)) > std::fabs(value)) result = std::nextafter(result, 0.0f);
+    if (std::isfinite(result) && std::fabs(static_cast<double>(result)) > std::fabs(value))
+      result = std::nextafter(result, 0.0f);
     return result;
   }
 
-  // acc + sum over k of a[k] * b[k * stride].
-  float dot(float acc, const float* a, const float* b, int count, int stride) const {
+  // acc[n] += sum over k of a[k] * b[k][n], for one row of the output.
+  void add_row(float* acc, int columns, const float* a, const float* b, int b_stride, int depth) const {
     if (block == 0) {
-      double sum = acc;
-      for (int k = 0; k < count; ++k) sum += static_cast<double>(a[k]) * b[k * stride];
-      return truncate ? cut(sum) : static_cast<float>(sum);
+      constexpr int kMaxColumns = 256;
+      double sums[kMaxColumns];
+      for (int n = 0; n < columns; ++n) sums[n] = acc[n];
+      for (int k = 0; k < depth; ++k) {
+        for (int n = 0; n < columns; ++n)
+          sums[n] += static_cast<double>(a[k]) * static_cast<double>(b[k * b_stride + n]);
+      }
+      for (int n = 0; n < columns; ++n) acc[n] = truncate ? cut(sums[n]) : static_cast<float>(sums[n]);
+      return;
     }
-    for (int k = 0; k < count; k += block) acc = add_block(acc, a + k, b + k * stride, std::min(block, count - k), stride);
-    return acc;
+    for (int n = 0; n < columns; ++n) {
+      for (int k = 0; k < depth; k += block) {
+        acc[n] = add_block(acc[n], a + k, b + k * b_stride + n, std::min(block, depth - k), b_stride);
+      }
+    }
   }
 
- private:
+private:
   float add_block(float acc, const float* a, const float* b, int count, int stride) const {
     // The exponent of a product is the sum of its factors' exponents, before any carry.
     int top = acc == 0 ? -10000 : std::ilogb(acc);

@@ -48,9 +48,9 @@ struct Warp {
   std::vector<AsyncCopy> copies;
   uint32_t commits[kLanes] = {};
 
-  std::vector<AsyncMatrix> open_matrices;                 // issued, not committed
-  std::vector<std::vector<AsyncMatrix>> matrix_groups;    // committed, not waited for
-  std::vector<uint8_t> pending;                           // accumulator registers of the two above
+  std::vector<AsyncMatrix> open_matrices;               // issued, not committed
+  std::vector<std::vector<AsyncMatrix>> matrix_groups;  // committed, not waited for
+  std::vector<uint8_t> pending;                         // accumulator registers of the two above
   int pending_count = 0;
   std::vector<uint32_t> written_epoch;  // per register: the wgmma.fence epoch of its last ordinary write
   uint32_t fence_epoch = 1;
