@@ -9,31 +9,68 @@ import triton.language as tl
 
 
 @triton.jit
-def slope_tile(slope, i, j, shift, reference, LINEAR: tl.constexpr, SIGNED: tl.constexpr, EXPLICIT: tl.constexpr):
-    """-slope * |d| (or * d). LINEAR, for d >= 0 throughout: -slope * (reference - j), a vector, which leaves
-    -slope * (i + shift - reference) for the caller to add to the row's log-sum-exp: one FMA an element and no load."""
-    if LINEAR:
-        return slope * (j - reference).to(tl.float32)
-    elif EXPLICIT:
-        d = (i - j).to(tl.float32)
-        return -slope * (d if SIGNED else tl.abs(d))
-    else:
-        d = (i + (shift - reference)).to(tl.float32) - (j - reference).to(tl.float32)
-        return -slope * (d if SIGNED else tl.abs(d))
+def _plus_256(x):
+    """256 + x as float32, for 0 <= x < 256: from 256 to 512 the last bit of the mantissa's top eight counts ones."""
+    return (0x43800000 | (x << 15)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def lookup(Values, i, j, shift, first, last, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr):
+def slope_tile(
+    slope, i, j, i0, j0, shift, reference, LINEAR: tl.constexpr, SIGNED: tl.constexpr, EXPLICIT: tl.constexpr
+):
+    """-slope * |d| (or * d). LINEAR, for d >= 0 throughout: -slope * (reference - j), a vector, which leaves
+    -slope * (i + shift - reference) for the caller to add to the row's log-sum-exp: one FMA an element and no load.
+
+    Converting int to float is the MUFU pipe's work, like exp2, so only scalars are converted: i - i0 and j - j0 are
+    under 256 and become floats by their bits."""
+    if EXPLICIT:
+        d = (i - j).to(tl.float32)
+        return -slope * (d if SIGNED else tl.abs(d))
+    else:
+        column = (j0 - reference - 256).to(tl.float32) + _plus_256(j - j0)
+        if LINEAR:
+            return slope * column
+        else:
+            d = (i0 + shift - reference - 256).to(tl.float32) + _plus_256(i - i0) - column
+            return -slope * (d if SIGNED else tl.abs(d))
+
+
+@triton.jit
+def scalar(pointer):
+    """A load that the compiler does not stage through shared memory as it does the tiles of a pipelined loop."""
+    return tl.load(pointer, volatile=True)
+
+
+@triton.jit
+def gather(pointers, again, NVIDIA: tl.constexpr):
+    """Loads of one float32 an element, in the layout in which they are used.
+
+    tl.load would be coalesced in another layout and staged through shared memory by cp.async, four bytes at a time:
+    several times the cost of the load, which hits L1. `again`, a number the load does not use, keeps one load from
+    being merged with another or leaving a loop, which would hold a register for every element in between."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l,r", [pointers.to(tl.int64), again], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def lookup(
+    Values, i, j, i0, j0, shift, first, last, again,
+    CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
     """Values[clamp(d, first, last) - first]; CLAMP false says that the tile lies inside."""
     if EXPLICIT:
-        index = tl.minimum(tl.maximum(i - j, first), last) - first
-        return tl.load(Values + index)
+        pointers = Values + (tl.minimum(tl.maximum(i - j, first), last) - first)
     elif CLAMP:
-        index = tl.minimum(tl.maximum(i - j + shift, first), last) - first
-        return tl.load(Values + index)
+        pointers = Values + (tl.minimum(tl.maximum(i - j + shift, first), last) - first)
     else:
-        # 64-bit from the start, so that a thread's elements differ by constants that fold into the load's offset.
-        return tl.load(Values + (shift - first) + (i.to(tl.int64) - j.to(tl.int64)))
+        # A scalar pointer, one per row, then constants along the row, which fold into the load's immediate offset.
+        corner = Values + (shift - first + i0 - j0).to(tl.int64)
+        pointers = (corner + (i - i0)) - (j - j0)
+    return gather(pointers, again, NVIDIA)
 
 
 @triton.jit
@@ -41,8 +78,8 @@ def _bounds(Bounds, lo, hi, last, BLOCK: tl.constexpr):
     """Least and greatest entry of two blocks that hold entries lo .. hi, from [blocks, 2] made by the host."""
     first_block = tl.minimum(tl.maximum(lo, 0), last) // BLOCK
     last_block = tl.minimum(tl.maximum(hi, 0), last) // BLOCK
-    low = tl.minimum(tl.load(Bounds + 2 * first_block), tl.load(Bounds + 2 * last_block))
-    high = tl.maximum(tl.load(Bounds + 2 * first_block + 1), tl.load(Bounds + 2 * last_block + 1))
+    low = tl.minimum(scalar(Bounds + 2 * first_block), scalar(Bounds + 2 * last_block))
+    high = tl.maximum(scalar(Bounds + 2 * first_block + 1), scalar(Bounds + 2 * last_block + 1))
     return low, high
 
 
@@ -70,17 +107,8 @@ def profile_segments(
     )
     offs = tl.arange(0, KNOTS)
     knots = tl.load(Knots + offs, mask=offs < num_knots, other=float("inf"))
-    return tl.sum((knots < y_low).to(tl.int32)), tl.sum((knots < y_high).to(tl.int32))
+    # Both counts in one reduction, 16 bits each.
+    counts = tl.sum((knots < y_low).to(tl.int32) + ((knots < y_high).to(tl.int32) << 16))
+    return counts & 0xFFFF, counts >> 16
 
 
-@triton.jit
-def profile_tile(psi, row_scale, Knots, Slope, Intercept, low, high):
-    """A * y + C on segment `low`, and a hinge for each knot up to segment `high`; Slope and Intercept are a head's."""
-    slope = tl.load(Slope + low)
-    bias = psi * (row_scale * slope) + tl.load(Intercept + low)
-    if high > low:
-        for m in range(low, high):
-            steeper = tl.load(Slope + m + 1)
-            bias += (steeper - slope) * tl.maximum(psi * row_scale - tl.load(Knots + m), 0.0)
-            slope = steeper
-    return bias

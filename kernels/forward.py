@@ -11,7 +11,7 @@ import triton.language as tl
 from .dropout import keep_tile
 from .masks import allowed, key_spans, mask_offset, sequence
 from .rotary import load_turned
-from .scores import LN2, LOG2E, LOWEST, cap, load_rows, tile_bias
+from .scores import LN2, LOG2E, LOWEST, add_bias, cap, load_rows
 
 
 @triton.jit
@@ -33,6 +33,7 @@ def attention_forward(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     EXPLICIT: tl.constexpr = QPositions is not None
     PACKED: tl.constexpr = CuQ is not None
@@ -85,8 +86,8 @@ def attention_forward(
     segment_slope = None
     segment_intercept = None
     if Psi is not None:
-        p = (pi if EXPLICIT else pi + shift)
-        row_scale = tl.load(RowScale + (tl.minimum(tl.maximum(p, row_first), row_last) - row_first))
+        position = pi if EXPLICIT else pi + shift
+        row_scale = tl.load(RowScale + (tl.minimum(tl.maximum(position, row_first), row_last) - row_first))
         segment_slope = SegmentSlope + h * (num_knots + 1)
         segment_intercept = SegmentIntercept + h * (num_knots + 1)
     dense = None
@@ -146,12 +147,12 @@ def attention_forward(
                     pj = j_in
                     if EXPLICIT:
                         pj = tl.load(KPositions + b64 * stride_kpos + k_start + col0 + cols)[None, :]
-                    s += tile_bias(
-                        i_in, j_in, i0, j0, pi, pj, shift, reference, slope, row_scale,
-                        table, table_first, table_last, Psi, psi_first, psi_last, PsiBounds, RowBounds,
-                        row_first, row_last, Knots, num_knots, segment_slope, segment_intercept,
+                    s = add_bias(
+                        s, i_in, j_in, i0, j0, pi, pj, shift, reference, slope, row_scale,
+                        table, table_first, table_last, Psi, psi_first, psi_last, PsiBounds,
+                        row_first, row_last, RowBounds, Knots, num_knots, segment_slope, segment_intercept,
                         dense, stride_di, stride_dj,
-                        SIGNED, LINEAR, CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS,
+                        SIGNED, LINEAR, CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
                     )  # fmt: skip
                 if span != 1:
                     s = tl.where(allowed(i, j, k_len, offset, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))

@@ -243,6 +243,7 @@ def common_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
         "BLOCK_N": block_n,
         "HALF": 0 if call.plan.rotary is None else call.plan.rotary.q_cos.shape[-1],
         "INTERLEAVED": call.plan.rotary is not None and call.plan.rotary.interleaved,
+        "NVIDIA": torch.version.hip is None,
         "PRECISION": "tf32" if tf32 or q.dtype != torch.float32 else "ieee",
     }
     return Arguments(values, constants)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .bias import lookup, profile_segments, profile_tile, slope_tile
+from .bias import lookup, profile_segments, scalar, slope_tile
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -36,36 +36,58 @@ def cap(x, softcap):
 
 
 @triton.jit
-def tile_bias(
-    i, j, i0, j0, pi, pj, shift, reference, slope, row_scale,
-    Table, table_first, table_last, Psi, psi_first, psi_last, PsiBounds, RowBounds, row_first, row_last,
+def segments(
+    i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,
+    Knots, num_knots, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """The lowest and highest segment that a profile's y can meet on the tile."""
+    if EXPLICIT:
+        y = row_scale * lookup(Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 0, CLAMP, EXPLICIT, NVIDIA)
+        offs = tl.arange(0, KNOTS)
+        knots = tl.load(Knots + offs, mask=offs < num_knots, other=float("inf"))
+        return tl.sum((knots < tl.min(y)).to(tl.int32)), tl.sum((knots < tl.max(y)).to(tl.int32))
+    else:
+        return profile_segments(
+            PsiBounds, RowBounds, Knots, num_knots, i0, j0, shift, psi_first, psi_last, row_first, row_last,
+            BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS,
+        )  # fmt: skip
+
+
+@triton.jit
+def add_bias(
+    s, i, j, i0, j0, pi, pj, shift, reference, slope, row_scale,
+    Table, table_first, table_last, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,
     Knots, num_knots, SegmentSlope, SegmentIntercept, Dense, stride_di, stride_dj,
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr,
-):
-    """The sum of the operands that are not None, broadcastable to the tile. pi and pj are the positions (i and j
-    themselves if implicit); slope, Table, SegmentSlope and SegmentIntercept are the head's, Dense the batch and
-    head's."""
-    bias = tl.zeros([1, 1], tl.float32)
+    NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """The tile s with every operand that is not None added. pi and pj are the positions (i and j themselves if
+    implicit); slope, Table, SegmentSlope and SegmentIntercept are the head's, Dense the batch and head's."""
     if slope is not None:
-        bias += slope_tile(slope, pi, pj, shift, reference, LINEAR, SIGNED, EXPLICIT)
+        s += slope_tile(slope, pi, pj, i0, j0, shift, reference, LINEAR, SIGNED, EXPLICIT)
     if Table is not None:
-        bias += lookup(Table, pi, pj, shift, table_first, table_last, CLAMP, EXPLICIT)
+        s += lookup(Table, pi, pj, i0, j0, shift, table_first, table_last, 0, CLAMP, EXPLICIT, NVIDIA)
     if Psi is not None:
-        psi = lookup(Psi, pi, pj, shift, psi_first, psi_last, CLAMP, EXPLICIT)
-        if EXPLICIT:
-            y = psi * row_scale
-            offs = tl.arange(0, KNOTS)
-            knots = tl.load(Knots + offs, mask=offs < num_knots, other=float("inf"))
-            low = tl.sum((knots < tl.min(y)).to(tl.int32))
-            high = tl.sum((knots < tl.max(y)).to(tl.int32))
-        else:
-            low, high = profile_segments(
-                PsiBounds, RowBounds, Knots, num_knots, i0, j0, shift, psi_first, psi_last, row_first, row_last,
-                BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS,
-            )  # fmt: skip
-        bias += profile_tile(psi, row_scale, Knots, SegmentSlope, SegmentIntercept, low, high)
+        low, high = segments(
+            i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,
+            Knots, num_knots, CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+        )  # fmt: skip
+        segment_slope = scalar(SegmentSlope + low)
+        psi = lookup(Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 0, CLAMP, EXPLICIT, NVIDIA)
+        s += psi * (row_scale * segment_slope) + scalar(SegmentIntercept + low)
+        # Each knot inside the tile bends the line from it on: one max and one FMA an element. Their sum is kept apart
+        # from s, whose register layout the compiler would otherwise change for the loop.
+        if high > low:
+            bends = tl.zeros(s.shape, tl.float32)
+            for m in range(low, high):
+                psi = lookup(Psi, pi, pj, i0, j0, shift, psi_first, psi_last, m, CLAMP, EXPLICIT, NVIDIA)
+                steeper = tl.load(SegmentSlope + m + 1)
+                bends += (steeper - segment_slope) * tl.maximum(psi * row_scale - tl.load(Knots + m), 0.0)
+                segment_slope = steeper
+            s += bends
     if Dense is not None:
         tile = Dense + i0.to(tl.int64) * stride_di + j0.to(tl.int64) * stride_dj
-        bias += tl.load(tile + (i - i0) * stride_di + (j - j0) * stride_dj).to(tl.float32)
-    return bias
+        s += tl.load(tile + (i - i0) * stride_di + (j - j0) * stride_dj).to(tl.float32)
+    return s
