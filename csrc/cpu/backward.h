@@ -23,7 +23,7 @@ struct BackwardScratch {
   float *k_panels, *v_panels, *k_depth, *grad_k, *grad_v;
   float *q_rows, *q_depth, *o_rows, *o_depth;
   float *p, *ds, *ds_rows;  // P and dS as operands of products over rows; dS as operand over keys
-  float *p_float, *ds_float, *cap_slope, *keep, *dq, *lse, *delta;
+  float *p_float, *ds_float, *cap_slope, *keep, *dq, *lse, *lse_low, *delta;
   BiasTile bias;
   BiasGrad bias_grad;
 
@@ -49,6 +49,7 @@ struct BackwardScratch {
     keep = arena.floats(TILE_STRIDE);
     dq = arena.floats(MR * q_width);
     lse = arena.floats(ROWS_PER_STEP);
+    lse_low = arena.floats(ROWS_PER_STEP);
     delta = arena.floats(ROWS_PER_STEP);
     bias.layout(arena, c.bias, longest_q, KEYS_PER_TASK);
     bias_grad.layout(arena, c, c.bias, longest_q, KEYS_PER_TASK);
@@ -81,23 +82,23 @@ struct RowStep {
   const Sequence& s;
   const BiasTile& bias;
   const Dropout& dropout;
-  float lse, delta;  // lse in units of log2
+  float lse, lse_low, delta;  // lse in units of log2, and what float32 leaves of it
 
   template <int EXP_DEGREE>
   void run(float* x, float* dp, int64_t i, int64_t j, int64_t n, float mul, float* cap_slope, float* keep,
            BiasGrad& grad) const {
     finish_row(p, s, bias, x, i, allowed(p, s, i), j, n, mul, p.softcap > 0.0F ? cap_slope : nullptr);
-    const vf times = set1(mul), less = set1(-lse), minus_delta = set1(-delta);
+    const vf times = set1(mul), less = set1(-lse), low = set1(lse_low), minus_delta = set1(-delta);
     if (p.dropout_p > 0.0F) {
       dropout.row(keep, s.b * p.heads + bias.head, s.q0 + i, s.k0 + j, n);
       for (int64_t c = 0; c < n; c += VL) {
-        vf weight = exp2<EXP_DEGREE>(fma(load(x + c), times, less)), kept = load(keep + c);
+        vf weight = exp2<EXP_DEGREE>(fma(load(x + c), times, less) - low), kept = load(keep + c);
         store(x + c, weight * kept);
         store(dp + c, weight * fma(load(dp + c), kept, minus_delta));
       }
     } else {
       for (int64_t c = 0; c < n; c += VL) {
-        vf weight = exp2<EXP_DEGREE>(fma(load(x + c), times, less));
+        vf weight = exp2<EXP_DEGREE>(fma(load(x + c), times, less) - low);
         store(x + c, weight);
         store(dp + c, weight * (load(dp + c) + minus_delta));
       }
@@ -167,7 +168,9 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
       pack_depth<M>(t.o_depth, t.v_width, o_source, i0, rows, groups * MR);
       for (int64_t r = 0; r < rows; ++r) {
         const float lse = p.lse[first_row + i0 + r];
-        t.lse[r] = lse == NEG_INF ? 0.0F : lse * LOG2E;
+        const double lse2 = lse == NEG_INF ? 0.0 : static_cast<double>(lse) * 1.4426950408889634;
+        t.lse[r] = static_cast<float>(lse2);
+        t.lse_low[r] = static_cast<float>(lse2 - static_cast<double>(t.lse[r]));
         t.delta[r] = p.delta[first_row + i0 + r];
       }
       if (shared_dense) progress.wait(task % stride == 0 ? -1 : task - 1, (group - 1) * steps + step + 1);
@@ -193,7 +196,7 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
         for (int64_t r = 0; r < MR; ++r) {
           float *x = p_tile + r * TILE_STRIDE, *dp = ds_tile + r * TILE_STRIDE;
           if (r < count) {
-            const RowStep row{p, s, t.bias, dropout, t.lse[r0 + r], t.delta[r0 + r]};
+            const RowStep row{p, s, t.bias, dropout, t.lse[r0 + r], t.lse_low[r0 + r], t.delta[r0 + r]};
             row.template run<M::exp_degree>(x + from, dp + from, i0 + r0 + r, j0 + from, n, product_scale, t.cap_slope,
                                             t.keep, t.bias_grad);
           } else {

@@ -72,7 +72,7 @@ inline void write_row(const Problem& p, const Sequence& s, int64_t h, int64_t i,
   float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;  // a NaN sum must stay NaN
   for (int64_t c = 0; c < p.value_dim; ++c) out[c] *= inverse;
   store_floats(const_cast<char*>(row_pointer(p.out, s.b, h, s.q0 + i)), out, p.out.dtype, p.value_dim);
-  float lse = sum == 0.0F ? NEG_INF : (m == LOWEST ? LOWEST : m * LN2 + ::logf(sum));
+  float lse = sum == 0.0F ? NEG_INF : (m == LOWEST ? LOWEST : static_cast<float>(m * 0.6931471805599453 + ::log(sum)));
   p.lse[(s.b * p.heads + h) * p.q_len + s.q0 + i] = lse;
 }
 
