@@ -53,10 +53,10 @@ def _plot_speeds(by_case: dict[str, list[Record]], path: Path) -> Path:
         colours = [COLOURS.get(r["peer"], PEER_COLOUR) for r in shown]
         labels = [r["variant"] for r in shown]
         axes.barh(labels, speeds, xerr=[low, high], color=colours, error_kw={"lw": 0.8})
-        for place, speed in enumerate(speeds):
-            axes.text(speed, place, f"  {speed:.2f}", va="center", fontsize=7)
+        for place, (speed, above) in enumerate(zip(speeds, high)):
+            axes.text(speed + above, place, f" {speed:.2f}", va="center", fontsize=7)
         axes.axvline(1.0, color="k", lw=0.8)
-        axes.set_xlim(0, 1.2 * max(speeds))
+        axes.set_xlim(0, 1.15 * max(speed + above for speed, above in zip(speeds, high)))
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.set_xlabel("speed over SDPA with no bias", fontsize=7)
