@@ -1,0 +1,299 @@
+"""Bad input one by one: a ValueError or TypeError each, naming the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import posattn
+
+Q = torch.zeros(2, 4, 5, 8)
+K = torch.zeros(2, 2, 7, 8)
+NAN = float("nan")
+
+
+def ints(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+def with_nan_parameter(encoding):
+    with torch.no_grad():
+        next(encoding.parameters()).view(-1)[0] = NAN
+    return encoding
+
+
+ATTENTION = [
+    ("q not a tensor", {"q": [[1.0]]}, TypeError, "q: expected a torch.Tensor, got list"),
+    ("q rank", {"q": torch.zeros(4, 5, 8)}, ValueError, r"q: expected 4 dimensions .*, got \[4, 5, 8\]"),
+    ("k rank", {"k": torch.zeros(2, 7, 8)}, ValueError, "k: expected 4 dimensions"),
+    ("v rank", {"v": torch.zeros(8)}, ValueError, "v: expected 4 dimensions"),
+    ("q integers", {"q": Q.int()}, TypeError, "q: expected float32, bfloat16, float16 or float64, got torch.int32"),
+    ("q complex", {"q": Q.to(torch.complex64)}, TypeError, "q: expected float32"),
+    ("k dtype", {"k": K.half()}, TypeError, "k: expected dtype torch.float32 like q, got torch.float16"),
+    ("v dtype", {"v": K.double()}, TypeError, "v: expected dtype torch.float32 like q"),
+    ("k device", {"k": K.to("meta")}, ValueError, "k: expected device cpu like q, got meta"),
+    ("v device", {"v": K.to("meta")}, ValueError, "v: expected device cpu like q, got meta"),
+    ("k head_dim", {"k": torch.zeros(2, 2, 7, 9)}, ValueError, "k: expected head_dim 8 like q, got 9"),
+    ("head_dim of 0", {"q": Q[..., :0], "k": K[..., :0]}, ValueError, "head_dim of at least 1"),
+    ("v tokens", {"v": torch.zeros(2, 2, 6, 8)}, ValueError, "v: expected 7 tokens like k, got 6"),
+    ("k batch", {"k": K[:1]}, ValueError, "k: expected batch size 2 like q, got 1"),
+    ("v batch", {"v": K[:1]}, ValueError, "v: expected batch size 2 like q, got 1"),
+    ("v heads", {"v": torch.zeros(2, 4, 7, 8)}, ValueError, "v: expected 2 heads like k, got 4"),
+    (
+        "heads that do not divide",
+        {"k": torch.zeros(2, 3, 7, 8), "v": torch.zeros(2, 3, 7, 8)},
+        ValueError,
+        "divides q's 4, got 3",
+    ),
+    ("no kv heads", {"k": K[:, :0], "v": K[:, :0]}, ValueError, "divides q's 4, got 0"),
+    ("position not an encoding", {"position": "alibi"}, TypeError, "position: expected an encoding .*, got str"),
+    ("position's class", {"position": posattn.ALiBi}, TypeError, "position: expected an encoding"),
+    ("position's heads", {"position": posattn.ALiBi(8)}, ValueError, "num_heads=8, got queries with 4 heads"),
+    ("position's head_dim", {"position": posattn.RoPE(16)}, ValueError, "head_dim"),
+    ("NaN slopes", {"position": with_nan_parameter(posattn.ALiBi(4, learnable=True))}, ValueError, "slopes: .* NaN"),
+    ("NaN Kerple", {"position": with_nan_parameter(posattn.Kerple(4))}, ValueError, "NaN"),
+    ("NaN FIRE", {"position": with_nan_parameter(posattn.FIRE(4))}, ValueError, "NaN"),
+    ("NaN DAPE", {"position": with_nan_parameter(posattn.DAPE(None, 4))}, ValueError, "NaN"),
+    ("window negative", {"window": -1}, ValueError, "window: expected sides >= 0 .*, got -1"),
+    ("window side negative", {"window": (2, -3)}, ValueError, r"window: expected sides >= 0 .*, got \(2, -3\)"),
+    ("window of three", {"window": (1, 2, 3)}, TypeError, "window: expected an int or"),
+    ("window of floats", {"window": (1.5, 2)}, TypeError, "window: expected ints or None"),
+    ("window a bool", {"window": (True, 2)}, TypeError, "window: expected ints or None"),
+    ("window a string", {"window": "12"}, TypeError, "window: expected an int or"),
+    ("scale NaN", {"scale": NAN}, ValueError, "scale: expected a finite number, got nan"),
+    ("scale infinite", {"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
+    ("softcap negative", {"softcap": -1.0}, ValueError, "softcap: expected a finite number >= 0 .*, got -1.0"),
+    ("softcap NaN", {"softcap": NAN}, ValueError, "softcap: .*, got nan"),
+    ("dropout negative", {"dropout_p": -0.1}, ValueError, "dropout_p: expected 0 <= dropout_p < 1, got -0.1"),
+    ("dropout of 1", {"dropout_p": 1.0}, ValueError, "dropout_p: .*, got 1.0"),
+    ("dropout NaN", {"dropout_p": NAN}, ValueError, "dropout_p: .*, got nan"),
+    ("sinks not a tensor", {"sinks": [0.0] * 4}, TypeError, "sinks: expected a torch.Tensor"),
+    ("sinks shape", {"sinks": torch.zeros(2)}, ValueError, r"sinks: expected shape \[4\].*, got \[2\]"),
+    ("sinks rank", {"sinks": torch.zeros(1, 4)}, ValueError, r"sinks: expected shape \[4\]"),
+    ("sinks integers", {"sinks": torch.zeros(4).int()}, TypeError, "sinks: expected a floating dtype"),
+    (
+        "sinks device",
+        {"sinks": torch.zeros(4, device="meta")},
+        ValueError,
+        "sinks: expected device cpu like q, got meta",
+    ),
+    ("bias shape", {"bias": torch.zeros(5, 6)}, ValueError, r"bias: .*broadcasts to \[2, 4, 5, 7\], got \[5, 6\]"),
+    ("bias heads", {"bias": torch.zeros(3, 5, 7)}, ValueError, r"bias: .*, got \[3, 5, 7\]"),
+    ("bias rank 1", {"bias": torch.zeros(7)}, ValueError, r"bias: .*, got \[7\]"),
+    ("bias rank 5", {"bias": torch.zeros(1, 1, 1, 5, 7)}, ValueError, "bias: "),
+    ("bias bool", {"bias": torch.ones(5, 7).bool()}, TypeError, r"bias: expected a floating dtype .*mask"),
+    ("bias device", {"bias": torch.zeros(5, 7, device="meta")}, ValueError, "bias: expected device cpu"),
+    ("mask float", {"mask": torch.zeros(5, 7)}, TypeError, "mask: expected torch.bool, .*bias.*, got torch.float32"),
+    ("mask shape", {"mask": torch.ones(2, 5, 7).bool()}, ValueError, r"mask: .*, got \[2, 5, 7\]"),
+    ("mask not a tensor", {"mask": True}, TypeError, "mask: expected a torch.Tensor, got bool"),
+    (
+        "k_lengths negative",
+        {"k_lengths": ints(-1, 2)},
+        ValueError,
+        "k_lengths: expected lengths from 0 to 7, got -1 to 2",
+    ),
+    (
+        "k_lengths too long",
+        {"k_lengths": ints(1, 8)},
+        ValueError,
+        "k_lengths: expected lengths from 0 to 7, got 1 to 8",
+    ),
+    ("k_lengths shape", {"k_lengths": ints(1, 2, 3)}, ValueError, r"k_lengths: expected shape \[2\]"),
+    (
+        "k_lengths floats",
+        {"k_lengths": torch.ones(2)},
+        TypeError,
+        "k_lengths: expected int32 or int64, got torch.float32",
+    ),
+    ("k_lengths a list", {"k_lengths": [1, 2]}, TypeError, "k_lengths: expected a torch.Tensor, got list"),
+    ("q_positions alone", {"q_positions": ints(*range(5))}, ValueError, "q_positions, k_positions: expected both"),
+    (
+        "positions floats",
+        {"q_positions": torch.zeros(5), "k_positions": ints(*range(7))},
+        TypeError,
+        "q_positions: expected int32",
+    ),
+    (
+        "positions shape",
+        {"q_positions": ints(0), "k_positions": ints(*range(7))},
+        ValueError,
+        r"q_positions: expected shape \[5\]",
+    ),
+    (
+        "positions batch",
+        {"q_positions": ints(*range(5)), "k_positions": torch.zeros(3, 7).int()},
+        ValueError,
+        r"k_positions: .*, got \[3, 7\]",
+    ),
+    (
+        "positions too far",
+        {"q_positions": ints(*range(5)), "k_positions": ints(0, 1, 2, 3, 4, 5, 2**33, dtype=torch.int64)},
+        ValueError,
+        "k_positions: expected positions between",
+    ),
+    (
+        "positions of a table",
+        {"position": posattn.Kerple(4), "q_positions": ints(*range(5)), "k_positions": ints(0, 1, 2, 3, 4, 5, 2**30)},
+        ValueError,
+        "positions",
+    ),
+    ("BiPE without positions", {"position": posattn.BiPE.with_alibi(4, 32, 16)}, ValueError, "positions"),
+    (
+        "backend",
+        {"backend": "tpu"},
+        ValueError,
+        "backend: expected \"auto\", 'cpu', 'cuda', 'triton', 'reference', got 'tpu'",
+    ),
+    ("backend for another device", {"backend": "triton"}, ValueError, "backend 'triton' cannot run this call: "),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [c[1:] for c in ATTENTION], ids=[c[0] for c in ATTENTION])
+def test_attention(options, error, message):
+    arguments = {"q": Q, "k": K, "v": K, **options}
+    with pytest.raises(error, match=message):
+        posattn.attention(**arguments)
+
+
+PACKED = [
+    ("one of two", {"cu_seqlens_q": ints(0, 5)}, ValueError, "cu_seqlens_q, cu_seqlens_k: expected both or neither"),
+    (
+        "not from 0",
+        {"cu_seqlens_q": ints(1, 5), "cu_seqlens_k": ints(0, 7)},
+        ValueError,
+        r"cu_seqlens_q: .* from 0 to 5, got \[1, 5\]",
+    ),
+    (
+        "not to T",
+        {"cu_seqlens_q": ints(0, 5), "cu_seqlens_k": ints(0, 6)},
+        ValueError,
+        r"cu_seqlens_k: .* from 0 to 7, got \[0, 6\]",
+    ),
+    (
+        "past T",
+        {"cu_seqlens_q": ints(0, 9, 5), "cu_seqlens_k": ints(0, 2, 7)},
+        ValueError,
+        "cu_seqlens_q: expected non-decreasing",
+    ),
+    (
+        "decreasing",
+        {"cu_seqlens_q": ints(0, 3, 2, 5), "cu_seqlens_k": ints(0, 1, 2, 7)},
+        ValueError,
+        "cu_seqlens_q: expected non-decreasing",
+    ),
+    (
+        "negative",
+        {"cu_seqlens_q": ints(0, -1, 5), "cu_seqlens_k": ints(0, 1, 7)},
+        ValueError,
+        "cu_seqlens_q: expected non-decreasing",
+    ),
+    (
+        "document counts",
+        {"cu_seqlens_q": ints(0, 2, 5), "cu_seqlens_k": ints(0, 7)},
+        ValueError,
+        "as many documents as cu_seqlens_q, 2, got 1",
+    ),
+    ("too short", {"cu_seqlens_q": ints(0), "cu_seqlens_k": ints(0)}, ValueError, "at least one document"),
+    (
+        "rank",
+        {"cu_seqlens_q": ints(0, 5)[None], "cu_seqlens_k": ints(0, 7)},
+        ValueError,
+        "cu_seqlens_q: expected shape",
+    ),
+    (
+        "floats",
+        {"cu_seqlens_q": torch.tensor([0.0, 5.0]), "cu_seqlens_k": ints(0, 7)},
+        TypeError,
+        "cu_seqlens_q: expected int32",
+    ),
+    (
+        "with k_lengths",
+        {"cu_seqlens_q": ints(0, 5), "cu_seqlens_k": ints(0, 7), "k_lengths": ints(7)},
+        ValueError,
+        "got both",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [c[1:] for c in PACKED], ids=[c[0] for c in PACKED])
+def test_packed(options, error, message):
+    with pytest.raises(error, match=message):
+        posattn.attention(Q[:1], K[:1], K[:1], **options)
+
+
+def test_packed_in_a_batch():
+    with pytest.raises(ValueError, match="cu_seqlens_q: expected packed documents in a batch of 1, got a batch of 2"):
+        posattn.attention(Q, K, K, cu_seqlens_q=ints(0, 5), cu_seqlens_k=ints(0, 7))
+
+
+SDPA = [
+    ("query rank", {"query": torch.zeros(8)}, ValueError, "query: expected at least 2 dimensions"),
+    ("key dtype", {"key": Q.half()}, TypeError, "key: expected dtype torch.float32 like query"),
+    ("value device", {"value": Q.to("meta")}, ValueError, "value: expected device cpu like query"),
+    ("heads without enable_gqa", {"key": Q[:, :2], "value": Q[:, :2]}, ValueError, r"enable_gqa=True .*\[2, 4, 5, 8\]"),
+    ("batches", {"key": torch.zeros(3, 4, 5, 8)}, ValueError, "leading dimensions that broadcast"),
+    (
+        "grouped key heads",
+        {"key": torch.zeros(2, 3, 5, 8), "enable_gqa": True},
+        ValueError,
+        "key: .*divides query's 4, got 3",
+    ),
+    ("grouped value heads", {"value": torch.zeros(2, 3, 5, 8), "enable_gqa": True}, ValueError, "value: .*got 3"),
+    (
+        "mask and causal",
+        {"attn_mask": torch.ones(5, 5).bool(), "is_causal": True},
+        ValueError,
+        "attn_mask, is_causal: .*got both",
+    ),
+    (
+        "mask integers",
+        {"attn_mask": torch.ones(5, 5).int()},
+        TypeError,
+        "attn_mask: expected torch.bool, .*, got torch.int32",
+    ),
+    ("mask float64", {"attn_mask": torch.ones(5, 5).double()}, TypeError, "attn_mask: expected torch.bool"),
+    ("mask rank 1", {"attn_mask": torch.ones(5)}, ValueError, "attn_mask: expected at least 2 dimensions"),
+    (
+        "mask shape",
+        {"attn_mask": torch.ones(5, 6)},
+        ValueError,
+        r"attn_mask: .*broadcasts to \[2, 4, 5, 5\], got \[5, 6\]",
+    ),
+    ("mask batch", {"attn_mask": torch.ones(3, 1, 5, 5)}, ValueError, "attn_mask: "),
+    ("mask rank 5", {"attn_mask": torch.ones(2, 2, 1, 5, 5)}, ValueError, "attn_mask: "),
+    ("dropout", {"dropout_p": 1.5}, ValueError, "dropout_p: "),
+    ("scale", {"scale": NAN}, ValueError, "scale: "),
+    ("position", {"position": 3}, TypeError, "position: expected an encoding"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [c[1:] for c in SDPA], ids=[c[0] for c in SDPA])
+def test_scaled_dot_product_attention(options, error, message):
+    arguments = {"query": Q, "key": Q, "value": Q, **options}
+    with pytest.raises(error, match=message):
+        posattn.scaled_dot_product_attention(**arguments)
+
+
+def test_mask_of_folded_batches():
+    q = torch.zeros(2, 3, 4, 5, 8)
+    with pytest.raises(ValueError, match=r"attn_mask: .*broadcast to \[2, 3\], got \[1, 2\]"):
+        posattn.scaled_dot_product_attention(q, q, q, torch.ones(1, 2, 1, 5, 5))
+
+
+def test_rotation_tables_that_would_need_a_gradient():
+    class Learned(posattn.RoPE):
+        def build(self, context):
+            plan = super().build(context)
+            plan.rotary.q_cos.requires_grad_()
+            return plan
+
+    with pytest.raises(ValueError, match="position: expected rotation tables that need no gradient"):
+        posattn.attention(Q, Q, Q, Learned(8))
+
+
+def test_every_reason_is_given_when_no_backend_can(monkeypatch):
+    from posattn import backends
+
+    monkeypatch.setattr(backends, "load", lambda name: "it cannot be imported: broken")
+    with pytest.raises(ValueError, match=r"cpu: it cannot be imported: broken.*backend=\"reference\""):
+        posattn.attention(Q, K, K)
