@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("no fused backend is available; `posattn info` says why")
         return 1
     print("Errors against a float64 reference, worst of output, log-sum-exp and gradients; naive is plain PyTorch.\n")
-    print(f"{'encoding':24}{'backend':10}{'dtype':10}{'result':26}{'error':>10}{'naive':>10}{'allowed':>10}")
+    print(f"{'encoding':24}{'backend':10}{'dtype':10}{'result':34}{'error':>10}{'naive':>10}{'allowed':>10}")
     failed = 0
     for row in _rows(places, options):
         print(row[1], flush=True)
@@ -252,4 +252,4 @@ def _rows(places: list[tuple[str, str]], options: argparse.Namespace) -> Iterato
                 ok = all(c.ok for c in found)
                 numbers = f"{worst.error:10.1e}{worst.naive_error:10.1e}{worst.allowed:10.1e}"
                 verdict = "" if ok else f"  FAILED {worst.worst}"
-                yield ok, f"{name:24}{backend:10}{dtype_name:10}{worst.name:26}{numbers}{verdict}"
+                yield ok, f"{name:24}{backend:10}{dtype_name:10}{worst.name:34}{numbers}{verdict}"
