@@ -11,7 +11,10 @@ from posattn.encodings.scaling import rotary_frequencies
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Fixed sines and cosines. Call it with a length, or with integer positions of any shape; gives [..., dim]."""
+    """Fixed sines and cosines. Call it with a length, or with integer positions of any shape; gives [..., dim].
+
+    The result is on the device of the positions; a length may come with a `device`.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -19,8 +22,13 @@ class SinusoidalEmbedding(nn.Module):
             raise ValueError(f"dim: expected an even number, got {dim}")
         self.dim = dim
 
-    def forward(self, positions: int | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        positions = _as_positions(positions, torch.device("cpu"))
+    def forward(
+        self,
+        positions: int | Tensor,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        positions = _as_positions(positions, device)
         # float64 up to the sine: angles of thousands of radians keep too few bits in float32.
         angles = positions[..., None] * rotary_frequencies(self.dim, 10000.0, positions.device)
         return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2).to(dtype)
@@ -64,7 +72,7 @@ class LearnedEmbedding(nn.Module):
         return f"{self.max_positions}, {self.dim}"
 
 
-def _as_positions(positions: int | Tensor, device: torch.device) -> Tensor:
+def _as_positions(positions: int | Tensor, device: torch.device | str | None) -> Tensor:
     if isinstance(positions, int):
         return torch.arange(positions, device=device)
     if positions.dtype.is_floating_point or positions.dtype.is_complex or positions.dtype == torch.bool:
