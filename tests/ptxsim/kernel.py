@@ -5,11 +5,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 
 from .build import load
+from .tensors import Arena, extent
 
 _native = load()
 Unsupported = _native.Unsupported
@@ -26,11 +26,11 @@ class Findings(AssertionError):
 class Options:
     """How a launch is run and what is checked.
 
-    race, global_race: check shared and global memory for races. late: asynchronous copies land at their wait (the latest moment the ISA
-    allows) instead of at once (the earliest). poison: fill shared memory with NaN patterns before each block.
-    stats: count bank conflicts and sectors. perturb: move approximate functions by up to 2 ulp and let tensor cores
-    truncate. reverse: run the blocks from the last to the first. tensor_core: 0 lets mma sum in float64; 80 or 90
-    lets it align, cut and round as measured on A100 and H100. seed: the order in which warps run.
+    race, global_race: check shared and global memory for races. late: asynchronous copies land at their wait (the
+    latest moment the ISA allows) instead of at once (the earliest). poison: fill shared memory with NaN patterns before
+    each block. stats: count bank conflicts and sectors. perturb: move approximate functions by up to 2 ulp and let
+    tensor cores truncate. reverse: run the blocks from the last to the first. tensor_core: 0 lets mma sum in float64;
+    80 or 90 lets it align, cut and round as measured on A100 and H100. seed: the order in which warps run.
     """
 
     race: bool = True
@@ -69,10 +69,8 @@ def _triple(name: str, size: Sequence[int]) -> tuple[int, int, int]:
     return int(x), int(y), int(z)
 
 
-def _pack(value: Argument, size: int, name: str) -> bytes:
-    if isinstance(value, torch.Tensor):
-        packed = struct.pack("<Q", value.data_ptr())
-    elif value is None:
+def _pack(value: bool | int | float | bytes | None, size: int, name: str) -> bytes:
+    if value is None:
         packed = bytes(size)
     elif isinstance(value, bytes | bytearray):
         packed = bytes(value)
@@ -105,29 +103,32 @@ class Kernel:
         read_only: Sequence[int] = (),
         buffers: Sequence[torch.Tensor] = (),
         read_only_buffers: Sequence[torch.Tensor] = (),
+        isolate: bool = True,
     ) -> Report:
         """Runs every block of the grid to its end.
 
-        args: one per kernel parameter, trailing ones may be left out (they are zero). A tensor's whole storage may be
-        touched; its index in `read_only` forbids writes. shared: bytes of dynamic shared memory. buffers and
-        read_only_buffers: tensors that the kernel reaches through pointers inside a struct parameter.
+        args: one per kernel parameter, trailing ones may be left out (they are zero). Of a tensor, the bytes from its
+        first to its last element may be touched; its index in `read_only` forbids writes. shared: bytes of dynamic
+        shared memory. buffers and read_only_buffers: tensors that the kernel reaches through pointers inside a struct
+        parameter. isolate: run on copies that lie far apart, so that no overrun hits a neighbour; not with buffers.
         """
         if len(args) > len(self.params):
             raise ValueError(f"args: {self.name} has {len(self.params)} parameters, got {len(args)} arguments")
+        tensors = [(t, True) for t in buffers] + [(t, False) for t in read_only_buffers]
+        in_structs = bool(tensors)  # their addresses are already written down, so they cannot move
+        tensors += [(a, i not in read_only) for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+        arena = Arena([tensor for tensor, _ in tensors]) if isolate and not in_structs else None
+
+        def address(tensor: torch.Tensor) -> int:
+            return arena.address(tensor) if arena else tensor.data_ptr()
+
+        ranges = [(address(tensor), extent(tensor)[1], writable) for tensor, writable in tensors]
         image = bytearray(self._program.param_bytes)
-        ranges: list[tuple[int, int, bool]] = []
-
-        def allow(tensor: torch.Tensor, writable: bool) -> None:
-            storage = tensor.untyped_storage()
-            ranges.append((storage.data_ptr(), storage.nbytes(), writable))
-
-        for tensors, writable in ((buffers, True), (read_only_buffers, False)):
-            for tensor in tensors:
-                allow(tensor, writable)
-        for i, (value, (name, offset, size)) in enumerate(zip(args, self.params, strict=False)):
-            if isinstance(value, torch.Tensor):
-                allow(value, i not in read_only)
+        for arg, (name, offset, size) in zip(args, self.params, strict=False):
+            value = address(arg) if isinstance(arg, torch.Tensor) else arg
             image[offset : offset + size] = _pack(value, size, name)
-        settings: dict[str, Any] = asdict(options or Options())
         sizes = _triple("grid", grid), _triple("block", block)
-        return Report(**self._program.launch(*sizes, shared, bytes(image), ranges, settings))
+        raw = self._program.launch(*sizes, shared, bytes(image), ranges, asdict(options or Options()))
+        if arena:
+            arena.copy_back()
+        return Report(**raw)

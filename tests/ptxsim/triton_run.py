@@ -79,13 +79,15 @@ def compile_triton(
             constants[(i,)] = given.pop(param.name, param.default)
             continue
         value = given.pop(param.name) if param.name in given else next(rest, None)
-        unspecialised = getattr(param, "do_not_specialize", False)
+        unspecialised = param.do_not_specialize
         if value is None or (type(value) is int and value == 1 and not unspecialised):
             signature[param.name] = "constexpr"
             constants[(i,)] = value
             continue
         signature[param.name], divisible = _specialise(value)
-        if divisible and not unspecialised:
+        if param.annotation_type and not isinstance(value, torch.Tensor):
+            signature[param.name] = param.annotation_type
+        if divisible and not (unspecialised or param.do_not_specialize_on_alignment):
             attrs[(i,)] = [["tt.divisibility", 16]]
         passed.append(value)
     if given:

@@ -1,0 +1,93 @@
+"""The machine behind the package's launch seam: GPU backends run on CPU tensors, their wrappers unchanged.
+
+    with behind_launch(arch=80) as machine:
+        out = posattn.attention(q, k, v, position, backend="triton")
+    machine.launches  # one per kernel start, with its report
+
+Every launch compiles the kernel for the chosen architecture (once per specialisation and process) and runs the PTX that
+a GPU would get. A finding of the machine is an error at the launch that caused it, with the kernel's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from .kernel import Findings, Options, Report
+from .triton_run import run_triton
+
+# Multiprocessors of an A100 and of an H100 (SXM): what wrappers see when they choose how to split work.
+_PROCESSORS = {80: 108, 90: 132}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One kernel start and what it did."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    report: Report
+
+
+@dataclass
+class Machine:
+    """Stands in for a GPU of architecture `arch` (80 or 90). ignore: kinds of findings that are let through."""
+
+    arch: int
+    options: Options = field(default_factory=lambda: Options(stats=False))
+    ignore: Sequence[str] = ()
+    launches: list[Launched] = field(default_factory=list)
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        args: Sequence[Any],
+        constexprs: Mapping[str, Any],
+        num_warps: int,
+        num_stages: int,
+    ) -> None:
+        report = run_triton(kernel, grid, args, self.arch, num_warps, num_stages, constexprs, self.options)
+        self.launches.append(Launched(kernel.__name__, tuple(grid), dict(constexprs), num_warps, num_stages, report))
+        try:
+            report.check(self.ignore)
+        except Findings as error:
+            raise Findings(f"{kernel.__name__}{tuple(grid)} on sm_{self.arch}: {error}") from None
+
+    def has_device(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
+    def architecture(self, device: torch.device) -> str:
+        return f"sm_{self.arch}"
+
+    def processors(self, device: torch.device) -> int:
+        return _PROCESSORS[self.arch]
+
+
+@contextmanager
+def behind_launch(arch: int = 80, options: Options | None = None, ignore: Sequence[str] = ()) -> Iterator[Machine]:
+    """Puts the machine in the place of the GPU for everything that goes through posattn.backends.launch."""
+    from posattn.backends import launch as seam
+
+    if arch not in _PROCESSORS:
+        raise ValueError(f"arch: expected one of {sorted(_PROCESSORS)}, got {arch!r}")
+    machine = Machine(arch, options or Options(stats=False), tuple(ignore))
+    names = ("launch", "has_device", "architecture", "processors")
+    with mock.patch.multiple(seam, **{name: getattr(machine, name) for name in names}):
+        yield machine
+
+
+@pytest.fixture(params=(80, 90), ids=lambda arch: f"sm_{arch}")
+def ptx_machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """A test that asks for this runs its GPU launches on the machine, once for each architecture."""
+    with behind_launch(request.param) as machine:
+        yield machine

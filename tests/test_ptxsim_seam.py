@@ -1,0 +1,47 @@
+"""The launch seam: the package's own GPU wrapper runs on the machine, and a finding there is an error."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import posattn
+from posattn.backends import launch as seam
+from tests.ptxsim import Findings
+from tests.ptxsim.seam import Machine, behind_launch, ptx_machine  # noqa: F401
+
+
+def test_the_triton_backend_runs_behind_the_seam(ptx_machine: Machine) -> None:  # noqa: F811
+    q, k, v = (torch.randn(1, 2, 70, 64, dtype=torch.float16) for _ in range(3))
+    out = posattn.attention(q, k, v, posattn.ALiBi(2), causal=True, backend="triton")
+    want = posattn.attention(q.float(), k.float(), v.float(), posattn.ALiBi(2), causal=True, backend="cpu")
+    assert [launched.kernel for launched in ptx_machine.launches] == ["attention_forward"]
+    assert (out.float() - want).abs().max() < 2e-3
+
+
+def test_the_seam_closes() -> None:
+    before = seam.launch, seam.has_device, seam.architecture, seam.processors
+    with behind_launch(80) as machine:
+        assert seam.has_device(torch.device("cpu"))
+        assert seam.architecture(torch.device("cpu")) == "sm_80"
+        assert seam.launch == machine.launch
+    assert (seam.launch, seam.has_device, seam.architecture, seam.processors) == before
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(ValueError, match=r"expected one of \[80, 90\], got 75"), behind_launch(75):
+        pass
+
+
+@triton.jit
+def every_block_stores(out):
+    tl.store(out, tl.program_id(0))
+
+
+def test_a_finding_is_an_error_that_names_the_kernel() -> None:
+    out = torch.zeros(1, dtype=torch.int32)
+    with behind_launch(80) as machine:
+        with pytest.raises(Findings, match=r"every_block_stores\(2,\) on sm_80.*\n.*global_race"):
+            seam.launch(every_block_stores, (2,), (out,), {}, 1, 1)
+        machine.ignore = ("global_race",)
+        seam.launch(every_block_stores, (2,), (out,), {}, 1, 1)
