@@ -21,7 +21,8 @@ from .cases import Case
 from .report import Row, Table, Verdict, environment, judge
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="posattn bench", description=__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="all encodings, dtypes, modes and lengths up to 32768; hours")
     size.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
@@ -30,11 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="folder of the results (%(default)s)")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="posattn bench", description=__doc__)
-    add_arguments(parser)
     return run(parser.parse_args(argv))
 
 
@@ -50,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
 
     from .plots import plot_all  # matplotlib is asked for only here
-    from .run import ParityError, run_case
+    from .runner import ParityError, run_case
 
     start = time.perf_counter()
     torch.set_num_threads(arguments.threads)

@@ -30,18 +30,15 @@ STEPS = 300
 WINDOWS = 32
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="posattn demo", description=__doc__)
+    parser.add_argument("--encodings", type=_names, default=list(CONTESTANTS), help=f"of {','.join(CONTESTANTS)}")
     parser.add_argument("--text", type=Path, help="train on this file (default: the standard library's source)")
     parser.add_argument("--steps", type=_positive, default=STEPS, help="training steps an encoding (%(default)s)")
     parser.add_argument("--windows", type=_positive, default=WINDOWS, help="places to score (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     parser.add_argument("--backend", default="auto", help="posattn's backend (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the results (%(default)s)")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="posattn demo", description=__doc__)
-    add_arguments(parser)
     return run(parser.parse_args(argv))
 
 
@@ -56,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     models: dict[str, Decoder] = {}
     results: dict[str, dict[str, Any]] = {}
-    for name, make in CONTESTANTS.items():
+    for name in arguments.encodings:
         began = time.perf_counter()
-        model = Decoder(shape, partial(make, shape), arguments.seed, arguments.backend)
+        model = Decoder(shape, partial(CONTESTANTS[name], shape), arguments.seed, arguments.backend)
         losses = train.train(model, text.train, arguments.steps, arguments.seed, name)
         trained = time.perf_counter()
         perplexity = train.perplexities(model, text.held_out, arguments.windows, name)
@@ -74,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{name:12s} trained in {trained - began:.0f} s; perplexity at {shown}")
 
     threads = torch.get_num_threads()
-    for name in tqdm(CONTESTANTS, desc="measuring fused and naive calls", unit="encoding", leave=False):
+    for name in tqdm(arguments.encodings, desc="measuring fused and naive calls", unit="encoding", leave=False):
         for side, backend in (("fused", arguments.backend), ("naive", "reference")):
             results[name][side] = asdict(measure(Request(name, longest, threads, backend)))
 
@@ -112,6 +109,14 @@ def table(results: dict[str, dict[str, Any]], longest: int) -> str:
             row += f"{1e3 * cost.both:10.0f} ms{cost.memory:6.0f} MB"
         lines.append(row)
     return "\n".join(lines)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = set(names) - CONTESTANTS.keys()
+    if unknown:
+        raise argparse.ArgumentTypeError(f"expected names of {','.join(CONTESTANTS)}, got {','.join(sorted(unknown))}")
+    return names
 
 
 def _positive(text: str) -> int:

@@ -49,8 +49,9 @@ def plot_biases(models: dict[str, Decoder], text: Tensor, path: Path) -> None:
     grid = figure.subplots(len(models), COLUMNS, squeeze=False)
     future = torch.ones(MAP_LENGTH, MAP_LENGTH, dtype=torch.bool).triu(1)
     for row, (name, model) in zip(grid, models.items()):
-        titles, maps = effective_bias(model, text[:MAP_LENGTH].long())
-        for axes, title, values in zip(row, titles, maps):
+        what, maps = effective_bias(model, text[:MAP_LENGTH].long())
+        for axes, index in zip(row, torch.linspace(0, len(maps) - 1, COLUMNS).long().tolist()):
+            values = maps[index]
             seen = values[~future]
             image = axes.imshow(
                 values.masked_fill(future, torch.nan).numpy(),
@@ -58,7 +59,7 @@ def plot_biases(models: dict[str, Decoder], text: Tensor, path: Path) -> None:
                 vmax=seen.quantile(0.98).item(),
                 interpolation="nearest",
             )
-            axes.set_title(title, fontsize=8)
+            axes.set_title(f"{what} {index}", fontsize=8)
             axes.set_xticks([])
             axes.set_yticks([])
             figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
@@ -68,8 +69,8 @@ def plot_biases(models: dict[str, Decoder], text: Tensor, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def effective_bias(model: Decoder, tokens: Tensor) -> tuple[list[str], Tensor]:
-    """Titles and maps [COLUMNS, T, T] of what the first layer's encoding adds to the logits of `tokens` [T].
+def effective_bias(model: Decoder, tokens: Tensor) -> tuple[str, Tensor]:
+    """What the first layer's encoding adds to the logits of `tokens` [T], as maps [n, T, T], and what n counts.
 
     An additive encoding's is its bias by head; DAPE's is the bias and its correction, which the text decides; a rotary
     one adds nothing, so the cosine by which it turns a pair is shown, from the fastest pair to the slowest.
@@ -90,5 +91,4 @@ def effective_bias(model: Decoder, tokens: Tensor) -> tuple[list[str], Tensor]:
     else:
         maps = encoding.bias(*logits.shape[-2:])
         what = "head"
-    chosen = torch.linspace(0, len(maps) - 1, COLUMNS).long()
-    return [f"{what} {index}" for index in chosen.tolist()], maps[chosen]
+    return what, maps
