@@ -207,9 +207,13 @@ def test_positions_too_far_apart_for_a_table():
         assert attend(encoding, q, k, v, positions=(positions, positions)).isfinite().all()
 
 
-def test_one_of_two_positions():
+def test_positions_of_a_bias_are_checked():
+    two = torch.arange(2)
     with pytest.raises(ValueError, match="q_positions, k_positions: expected both or neither"):
-        ALiBi(2).bias(2, 2, q_positions=torch.arange(2))
+        ALiBi(2).bias(2, 2, q_positions=two)
+    for bad in (two.float(), two[None], torch.arange(3)):
+        with pytest.raises(ValueError, match=r"k_positions: expected integers \[2\], got torch"):
+            ALiBi(2).bias(2, 2, q_positions=two, k_positions=bad)
 
 
 def test_no_positions_at_all():

@@ -1,0 +1,131 @@
+"""What an encoding is told of a call: sizes, positions, device and dtype, and what follows from them for its tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from posattn.plan import Mask
+from posattn.positions import token_indices
+
+MAX_TABLE_ENTRIES = 2**27
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a lowering may know of a call: its sizes and positions, never the values of q, k and v.
+
+    q_len and k_len are the longest sequence's; q_tokens and k_tokens the length of the q and k tensors, which differ
+    from them for packed documents alone. Positions are None (implicit) or int64 [B or 1, tokens]. head_dim None means
+    that it does not matter.
+    """
+
+    q_len: int
+    k_len: int
+    num_heads: int
+    head_dim: int | None
+    device: torch.device
+    dtype: torch.dtype
+    q_positions: Tensor | None = None
+    k_positions: Tensor | None = None
+    batch: int = 1
+    q_tokens: int | None = None
+    k_tokens: int | None = None
+    k_lengths: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+    @staticmethod
+    def of(
+        q: Tensor, k: Tensor, mask: Mask, q_positions: Tensor | None = None, k_positions: Tensor | None = None
+    ) -> Context:
+        """The context of a checked call, q [B, Hq, Tq, D] and k [B, Hkv, Tk, D]."""
+        return Context(
+            q_len=mask.max_q or q.shape[2],
+            k_len=mask.max_k or k.shape[2],
+            num_heads=q.shape[1],
+            head_dim=q.shape[3],
+            device=q.device,
+            dtype=q.dtype,
+            q_positions=q_positions,
+            k_positions=k_positions,
+            batch=q.shape[0],
+            q_tokens=q.shape[2],
+            k_tokens=k.shape[2],
+            k_lengths=mask.k_lengths,
+            cu_seqlens_q=mask.cu_seqlens_q,
+            cu_seqlens_k=mask.cu_seqlens_k,
+        )
+
+    @property
+    def explicit(self) -> bool:
+        return self.q_positions is not None and self.k_positions is not None
+
+    def token_positions(self) -> tuple[Tensor, Tensor]:
+        """The position of every query and key, int64 [B or 1, tokens] each; the same tensor where they agree."""
+        if self.q_positions is not None and self.k_positions is not None:
+            return self.q_positions, self.k_positions
+        q_tokens = self.q_len if self.q_tokens is None else self.q_tokens
+        k_tokens = self.k_len if self.k_tokens is None else self.k_tokens
+        q_index, k_index, offset = token_indices(
+            q_tokens, k_tokens, self.device, self.k_lengths, self.cu_seqlens_q, self.cu_seqlens_k
+        )
+        plain = self.k_lengths is None and self.cu_seqlens_q is None
+        return (k_index if plain and q_tokens == k_tokens else q_index + offset), k_index
+
+    @property
+    def position_bounds(self) -> tuple[int, int, int, int]:
+        """First and last query position, first and last key position. Explicit positions cost one device sync.
+
+        For implicit ones the bounds hold for sequences of any length up to k_len.
+        """
+        if self.explicit:
+            return self._explicit_bounds
+        return 1 - self.q_len, self.k_len - 1, 0, self.k_len - 1
+
+    @cached_property
+    def _explicit_bounds(self) -> tuple[int, int, int, int]:
+        q_positions, k_positions = self.token_positions()
+        if q_positions.numel() == 0 or k_positions.numel() == 0:
+            return 0, 0, 0, 0
+        bounds = [*q_positions.aminmax(), *k_positions.aminmax()]
+        q_first, q_last, k_first, k_last = torch.stack(bounds).tolist()
+        return q_first, q_last, k_first, k_last
+
+    @property
+    def distance_range(self) -> tuple[int, int]:
+        """First distance and number of distances that a table has to cover."""
+        if not self.explicit:
+            return 1 - self.q_len, max(self.q_len + self.k_len - 1, 1)
+        q_first, q_last, k_first, k_last = self.position_bounds
+        return q_first - k_last, _check_range("distances", (q_last - q_first) + (k_last - k_first) + 1, self.num_heads)
+
+    @property
+    def query_range(self) -> tuple[int, int]:
+        """First query position and number of query positions that a row scale has to cover."""
+        if not self.explicit:
+            return self.distance_range
+        q_first, q_last, _, _ = self.position_bounds
+        return q_first, _check_range("query positions", q_last - q_first + 1, 1)
+
+    def distances(self) -> Tensor:
+        """The distances that a table has to cover, int64 [L], ascending by one."""
+        first, count = self.distance_range
+        return torch.arange(first, first + count, device=self.device)
+
+    def table_dtype(self, *parameters: Tensor) -> torch.dtype:
+        """float64 if q or a parameter is float64, else float32, whatever narrower type they have."""
+        wide = any(t.dtype == torch.float64 for t in parameters) or self.dtype == torch.float64
+        return torch.float64 if wide else torch.float32
+
+
+def _check_range(what: str, count: int, heads: int) -> int:
+    if count * heads > MAX_TABLE_ENTRIES:
+        raise ValueError(
+            f"q_positions, k_positions: expected at most {MAX_TABLE_ENTRIES} table entries (heads x {what}), "
+            f"got {heads} x {count}; are the positions what you meant?"
+        )
+    return count
