@@ -118,7 +118,7 @@ void Block::start(Dim at) {
   const auto count = static_cast<int>((threads_.count() + kLanes - 1) / kLanes);
   shared.reset(static_cast<size_t>(program.static_shared + dynamic_shared_), count, program.shared_granule, options);
   global.start_block(static_cast<int>(at.x + grid_.x * (at.y + grid_.y * at.z)), count);
-  barriers_.clear();
+  barriers_.reset(warps.size());
   warps.assign(static_cast<size_t>(count), Warp{});
   for (int id = 0; id < count; ++id) start_warp(warps[static_cast<size_t>(id)], id, at);
 }
@@ -133,7 +133,7 @@ void Block::run(Dim at) {
       if (warp.state == Warp::State::Running) ready.push_back(warp.id);
     }
     if (ready.empty()) {
-      if (release_barriers()) continue;
+      if (barriers_.release(warps)) continue;
       const bool done =
           std::all_of(warps.begin(), warps.end(), [](const Warp& w) { return w.state == Warp::State::Done; });
       if (done) break;
@@ -143,7 +143,7 @@ void Block::run(Dim at) {
     // Turns of random length: a race whose order matters then shows in the numbers for some seed.
     for (uint64_t steps = 1 + random() % 400; steps && step(warp); --steps) {
     }
-    release_barriers();
+    barriers_.release(warps);
   }
   for (const Warp& warp : warps) report.unwaited_copies += warp.copies.size();
 }
@@ -196,7 +196,8 @@ bool Block::step(Warp& warp) {
       set_pc(warp, active, pc + 1);
       if (!mask) return true;
       if (mask != warp.live) throw Fault("barrier that some live lanes of the warp do not reach, " + in.where());
-      return arrive(warp, in);
+      barriers_.arrive(warp, in);
+      return false;
     case Control::None:
       break;
   }
@@ -225,47 +226,6 @@ bool Block::exit_lanes(Warp& warp, LaneMask active, LaneMask leaving) {
   if (warp.live) return true;
   warp.state = Warp::State::Done;
   return false;
-}
-
-bool Block::arrive(Warp& warp, const Instruction& in) {
-  const auto operand = [&](size_t i) {
-    return static_cast<int>(warp.lanes(in.operands[i].reg)[__builtin_ctz(warp.live)]);
-  };
-  const int id = in.operands.empty() ? 0 : operand(0);
-  const int threads = in.operands.size() > 1 ? operand(1) : 0;
-  if (threads % kLanes) throw Fault("barrier count is no multiple of the warp size, " + in.where());
-  Barrier& barrier = barriers_[id];
-  barrier.needed = threads / kLanes;
-  barrier.clock.resize(warps.size());
-  for (size_t i = 0; i < warps.size(); ++i) barrier.clock[i] = std::max(barrier.clock[i], warp.clock[i]);
-  ++barrier.arrived;
-  ++warp.clock[static_cast<size_t>(warp.id)];
-  ++warp.warp_syncs;  // a block barrier orders the lanes of its warps too
-  if (in.control == Control::BarrierSync) {
-    barrier.waiting.push_back(warp.id);
-    warp.state = Warp::State::AtBarrier;
-  }
-  return false;
-}
-
-bool Block::release_barriers() {
-  int live = 0;
-  for (const Warp& warp : warps) live += warp.state != Warp::State::Done;
-  bool any = false;
-  for (auto& [id, barrier] : barriers_) {
-    const int needed = barrier.needed ? barrier.needed : live;
-    if (barrier.waiting.empty() || static_cast<int>(barrier.arrived) < needed) continue;
-    for (const int waiter : barrier.waiting) {
-      Warp& warp = warps[static_cast<size_t>(waiter)];
-      for (size_t i = 0; i < warps.size(); ++i) {
-        if (static_cast<int>(i) != waiter) warp.clock[i] = std::max(warp.clock[i], barrier.clock[i]);
-      }
-      warp.state = Warp::State::Running;
-    }
-    barrier = Barrier{};
-    any = true;
-  }
-  return any;
 }
 
 void Block::check_wgmma_registers(Warp& warp, const Instruction& in) {

@@ -1,10 +1,10 @@
 // One thread block: its warps, shared memory and barriers, and the schedule that interleaves the warps.
 #pragma once
 
-#include <map>
 #include <string>
 #include <vector>
 
+#include "barriers.h"
 #include "global_memory.h"
 #include "program.h"
 #include "report.h"
@@ -45,13 +45,6 @@ public:
   std::vector<Warp> warps;
 
 private:
-  struct Barrier {
-    uint32_t arrived = 0;         // warps
-    int needed = 0;               // warps; 0: all that live
-    std::vector<uint32_t> clock;  // joined over the arrivals
-    std::vector<int> waiting;
-  };
-
   void start(Dim at);
   void start_warp(Warp& warp, int id, Dim at);
   uint64_t special(Special name, int warp, int lane, Dim at) const;
@@ -59,15 +52,13 @@ private:
   bool step(Warp& warp);
   bool take_branch(Warp& warp, const Instruction& in, LaneMask active, LaneMask taken);
   bool exit_lanes(Warp& warp, LaneMask active, LaneMask leaving);
-  bool arrive(Warp& warp, const Instruction& in);
-  bool release_barriers();
   void set_pc(Warp& warp, LaneMask active, uint32_t pc);
   void check_wgmma_registers(Warp& warp, const Instruction& in);
 
   std::vector<uint8_t>& params_;
   const Dim grid_, threads_;
   const int dynamic_shared_;
-  std::map<int, Barrier> barriers_;
+  Barriers barriers_;
   uint64_t random_state_;
 };
 

@@ -1,89 +1,22 @@
-// add, sub, mul, mad, fma, div, rem, min, max, abs, neg.
-//
-// This file is compiled with -frounding-math: directed_rounding runs its handlers under another rounding mode.
-#include <cfenv>
-#include <limits>
+// add, sub, mul, mad, div, rem, min, max, abs, neg: integers here, floats in exec_float.cpp.
 #include <type_traits>
 
-#include "handlers.h"
+#include "arithmetic.h"
 
 namespace ptxsim {
 namespace {
 
-enum class Op { Add, Sub, Mul, Min, Max };
-
-template <class T>
-T minimum(T a, T b) {
-  if (a == 0 && b == 0) return std::signbit(a) ? a : b;  // -0 is below +0
-  return std::fmin(a, b);
-}
-template <class T>
-T maximum(T a, T b) {
-  if (a == 0 && b == 0) return std::signbit(a) ? b : a;
-  return std::fmax(a, b);
-}
-
-template <Op op, class T>
-T apply(T a, T b) {
-  if constexpr (op == Op::Add) return a + b;
-  if constexpr (op == Op::Sub) return a - b;
-  if constexpr (op == Op::Mul) return a * b;
-  if constexpr (op == Op::Min) return minimum(a, b);
-  if constexpr (op == Op::Max) return maximum(a, b);
-}
-
-inline float saturated(float value) {
-  return value > 0 ? (value < 1 ? value : 1.0f) : 0.0f;
-}  // NaN gives 0
-
-template <Op op, bool ftz, bool sat>
-uint64_t f32_binary(uint64_t a, uint64_t b) {
-  float x = as_float(a), y = as_float(b);
-  if constexpr (ftz) x = flushed(x), y = flushed(y);
-  float r = apply<op>(x, y);
-  if constexpr (ftz) r = flushed(r);
-  if constexpr (sat) r = saturated(r);
-  return bits_of(r);
-}
-
-template <Op op, bool ftz>
-uint64_t f32_nan(uint64_t a, uint64_t b) {  // min.NaN, max.NaN
-  return as_float(a) != as_float(a) || as_float(b) != as_float(b) ? 0x7fffffffu : f32_binary<op, ftz, false>(a, b);
-}
-
-template <Op op>
-uint64_t f64_binary(uint64_t a, uint64_t b) {
-  return bits_of(apply<op>(as_double(a), as_double(b)));
-}
-
-// A float32 holds the exact sum or product of two 16-bit floats closely enough that rounding twice is rounding once.
-template <Op op, class Format, bool nan>
-uint64_t f16_binary(uint64_t a, uint64_t b) {
-  const float x = Format::to_float(a), y = Format::to_float(b);
-  if (nan && (x != x || y != y)) return 0x7fff;
-  return Format::from_float(apply<op>(x, y));
-}
-
-template <Binary f>
-uint64_t packed(uint64_t a, uint64_t b) {
-  return f(a & 0xffff, b & 0xffff) | f(a >> 16 & 0xffff, b >> 16 & 0xffff) << 16;
-}
-template <Ternary f>
-uint64_t packed(uint64_t a, uint64_t b, uint64_t c) {
-  return f(a & 0xffff, b & 0xffff, c & 0xffff) | f(a >> 16 & 0xffff, b >> 16 & 0xffff, c >> 16 & 0xffff) << 16;
-}
-
-template <Op op>
+template <Arithmetic op>
 struct IntegerBinary {
   template <class T>
   struct Choice {
     static uint64_t value(uint64_t a, uint64_t b) {
       const T x = as_int<T>(a), y = as_int<T>(b);
-      if constexpr (op == Op::Add) return int_bits<T>(static_cast<T>(a + b));
-      if constexpr (op == Op::Sub) return int_bits<T>(static_cast<T>(a - b));
-      if constexpr (op == Op::Mul) return int_bits<T>(static_cast<T>(a * b));
-      if constexpr (op == Op::Min) return int_bits<T>(x < y ? x : y);
-      if constexpr (op == Op::Max) return int_bits<T>(x > y ? x : y);
+      if constexpr (op == Arithmetic::Add) return int_bits<T>(static_cast<T>(a + b));
+      if constexpr (op == Arithmetic::Sub) return int_bits<T>(static_cast<T>(a - b));
+      if constexpr (op == Arithmetic::Mul) return int_bits<T>(static_cast<T>(a * b));
+      if constexpr (op == Arithmetic::Min) return int_bits<T>(x < y ? x : y);
+      if constexpr (op == Arithmetic::Max) return int_bits<T>(x > y ? x : y);
     }
     static Handler handler() { return binary<&value>; }
   };
@@ -158,55 +91,10 @@ struct Negate {
   static Handler handler() { return unary<&value>; }
 };
 
-// Runs the instruction's inner handler under .rz, .rm or .rp.
-void directed_rounding(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
-  const int before = std::fegetround();
-  std::fesetround(in.rounding == Rounding::Zero   ? FE_TOWARDZERO
-                  : in.rounding == Rounding::Down ? FE_DOWNWARD
-                                                  : FE_UPWARD);
-  in.inner(block, warp, in, mask);
-  std::fesetround(before);
-}
-
-Handler rounded(Instruction& in, Handler handler) {
-  if (in.rounding == Rounding::Nearest) return handler;
-  if (in.type != Type::F32 && in.type != Type::F64) unsupported(in, "directed rounding of this type is not modelled");
-  in.inner = handler;
-  return directed_rounding;
-}
-
-template <Op op>
-Handler float_binary(Instruction& in) {
-  const bool nan = in.has("NaN");
-  switch (in.type) {
-    case Type::F32:
-      if (nan) return in.flush ? binary<f32_nan<op, true>> : binary<f32_nan<op, false>>;
-      if (in.saturate) return in.flush ? binary<f32_binary<op, true, true>> : binary<f32_binary<op, false, true>>;
-      return in.flush ? binary<f32_binary<op, true, false>> : binary<f32_binary<op, false, false>>;
-    case Type::F64:
-      return binary<f64_binary<op>>;
-    default:
-      break;
-  }
-  if (in.flush || in.saturate) unsupported(in, ".ftz and .sat of 16-bit floats are not modelled");
-  switch (in.type) {
-    case Type::F16:
-      return nan ? binary<f16_binary<op, Half, true>> : binary<f16_binary<op, Half, false>>;
-    case Type::BF16:
-      return nan ? binary<f16_binary<op, Bfloat, true>> : binary<f16_binary<op, Bfloat, false>>;
-    case Type::F16x2:
-      return nan ? binary<packed<f16_binary<op, Half, true>>> : binary<packed<f16_binary<op, Half, false>>>;
-    case Type::BF16x2:
-      return nan ? binary<packed<f16_binary<op, Bfloat, true>>> : binary<packed<f16_binary<op, Bfloat, false>>>;
-    default:
-      unsupported(in, "type is not modelled");
-  }
-}
-
-template <Op op>
+template <Arithmetic op>
 Handler select_binary(Instruction& in) {
   require_operands(in, 3);
-  if (is_float(in.type) || is_packed(in.type)) return rounded(in, float_binary<op>(in));
+  if (is_float(in.type) || is_packed(in.type)) return select_float_binary(in, op);
   if (in.saturate) unsupported(in, ".sat of integers is not modelled");
   if (Handler handler = for_integer<IntegerBinary<op>::template Choice>(in.type)) return handler;
   unsupported(in, "type is not modelled");
@@ -215,102 +103,21 @@ Handler select_binary(Instruction& in) {
 Handler select_mul(Instruction& in) {
   if (in.has("wide")) return for_integer<MulWide>(in.type);
   if (in.has("hi")) return for_integer<MulHigh>(in.type);
-  return select_binary<Op::Mul>(in);
-}
-
-template <bool ftz, bool sat>
-uint64_t fma_f32(uint64_t a, uint64_t b, uint64_t c) {
-  float x = as_float(a), y = as_float(b), z = as_float(c);
-  if constexpr (ftz) x = flushed(x), y = flushed(y), z = flushed(z);
-  float r = std::fma(x, y, z);
-  if constexpr (ftz) r = flushed(r);
-  if constexpr (sat) r = saturated(r);
-  return bits_of(r);
-}
-uint64_t fma_f64(uint64_t a, uint64_t b, uint64_t c) {
-  return bits_of(std::fma(as_double(a), as_double(b), as_double(c)));
-}
-
-// A bf16 product has 16 significant bits but its sum with c may need more than a double's 53; rounding that sum to odd
-// first makes the second rounding exact.
-double sum_to_odd(double a, double b) {
-  const double sum = a + b;
-  const double t = sum - a;
-  const double error = (a - (sum - t)) + (b - t);  // Knuth's two-sum
-  if (error == 0 || !std::isfinite(sum)) return sum;
-  const uint64_t bits = bits_of(sum);
-  if (bits & 1) return sum;
-  const bool away = (error > 0) == (sum > 0);
-  return as_double(away ? bits + 1 : bits - 1);
-}
-template <class Format, bool relu>
-uint64_t fma_f16(uint64_t a, uint64_t b, uint64_t c) {
-  const double product = static_cast<double>(Format::to_float(a)) * Format::to_float(b);
-  float r = to_odd_float(sum_to_odd(product, Format::to_float(c)));
-  if (relu && !(r > 0)) r = r != r ? r : 0.0f;
-  return Format::from_float(r);
-}
-
-Handler select_fma(Instruction& in) {
-  require_operands(in, 4);
-  const bool relu = in.has("relu");
-  switch (in.type) {
-    case Type::F32:
-      if (in.saturate) return rounded(in, in.flush ? ternary<fma_f32<true, true>> : ternary<fma_f32<false, true>>);
-      return rounded(in, in.flush ? ternary<fma_f32<true, false>> : ternary<fma_f32<false, false>>);
-    case Type::F64:
-      return rounded(in, ternary<fma_f64>);
-    default:
-      break;
-  }
-  if (in.flush || in.saturate) unsupported(in, ".ftz and .sat of 16-bit floats are not modelled");
-  switch (in.type) {
-    case Type::F16:
-      return relu ? ternary<fma_f16<Half, true>> : ternary<fma_f16<Half, false>>;
-    case Type::BF16:
-      return relu ? ternary<fma_f16<Bfloat, true>> : ternary<fma_f16<Bfloat, false>>;
-    case Type::F16x2:
-      return relu ? ternary<packed<fma_f16<Half, true>>> : ternary<packed<fma_f16<Half, false>>>;
-    case Type::BF16x2:
-      return relu ? ternary<packed<fma_f16<Bfloat, true>>> : ternary<packed<fma_f16<Bfloat, false>>>;
-    default:
-      unsupported(in, "type is not modelled");
-  }
+  return select_binary<Arithmetic::Mul>(in);
 }
 
 Handler select_mad(Instruction& in) {
   require_operands(in, 4);
-  if (is_float(in.type)) return select_fma(in);
+  if (is_float(in.type)) return select_float_fma(in);
   if (in.saturate) unsupported(in, ".sat of integers is not modelled");
   if (in.has("wide")) return for_integer<MadWide>(in.type);
   if (in.has("hi")) return for_integer<MadHigh>(in.type);
   return for_integer<MadLow>(in.type);
 }
 
-template <bool ftz>
-uint64_t div_f32(uint64_t a, uint64_t b) {
-  const float r = ftz ? flushed(flushed(as_float(a)) / flushed(as_float(b))) : as_float(a) / as_float(b);
-  return bits_of(r);
-}
-uint64_t div_f64(uint64_t a, uint64_t b) {
-  return bits_of(as_double(a) / as_double(b));
-}
-
-void div_approximate(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
-  uint64_t* d = operand(warp, in, 0);
-  const uint64_t *a = operand(warp, in, 1), *b = operand(warp, in, 2);
-  const auto input = [&](uint64_t bits) { return in.flush ? flushed(as_float(bits)) : as_float(bits); };
-  for_lanes(mask, [&](int lane) {
-    const float r = block.approximate(input(a[lane]) / input(b[lane]));
-    d[lane] = bits_of(in.flush ? flushed(r) : r);
-  });
-}
-
 Handler select_div(Instruction& in) {
   require_operands(in, 3);
-  if (in.type == Type::F32 && (in.has("full") || in.has("approx"))) return div_approximate;
-  if (in.type == Type::F32) return rounded(in, in.flush ? binary<div_f32<true>> : binary<div_f32<false>>);
-  if (in.type == Type::F64) return rounded(in, binary<div_f64>);
+  if (is_float(in.type)) return select_float_division(in);
   if (Handler handler = for_integer<Divide>(in.type)) return handler;
   unsupported(in, "type is not modelled");
 }
@@ -368,12 +175,12 @@ struct FlipSign {
 
 const OpcodeRows& arithmetic_opcodes() {
   static const OpcodeRows rows = {
-      {"add", "rn rz rm rp ftz sat", select_binary<Op::Add>},
-      {"sub", "rn rz rm rp ftz sat", select_binary<Op::Sub>},
+      {"add", "rn rz rm rp ftz sat", select_binary<Arithmetic::Add>},
+      {"sub", "rn rz rm rp ftz sat", select_binary<Arithmetic::Sub>},
       {"mul", "rn rz rm rp ftz sat lo hi wide", select_mul},
-      {"min", "ftz NaN", select_binary<Op::Min>},
-      {"max", "ftz NaN", select_binary<Op::Max>},
-      {"fma", "rn rz rm rp ftz sat relu", select_fma},
+      {"min", "ftz NaN", select_binary<Arithmetic::Min>},
+      {"max", "ftz NaN", select_binary<Arithmetic::Max>},
+      {"fma", "rn rz rm rp ftz sat relu", select_float_fma},
       {"mad", "rn rz rm rp ftz sat lo hi wide", select_mad},
       {"div", "rn rz rm rp ftz full approx", select_div},
       {"rem", "", select_rem},

@@ -5,56 +5,15 @@
 #include <unordered_map>
 
 #include "lexer.h"
+#include "names.h"
 #include "opcodes.h"
 
 namespace ptxsim {
 namespace {
 
-const std::unordered_map<std::string, Special>& specials() {
-  static const std::unordered_map<std::string, Special> names = {
-      {"tid.x", Special::TidX},
-      {"tid.y", Special::TidY},
-      {"tid.z", Special::TidZ},
-      {"ntid.x", Special::NtidX},
-      {"ntid.y", Special::NtidY},
-      {"ntid.z", Special::NtidZ},
-      {"ctaid.x", Special::CtaidX},
-      {"ctaid.y", Special::CtaidY},
-      {"ctaid.z", Special::CtaidZ},
-      {"nctaid.x", Special::NctaidX},
-      {"nctaid.y", Special::NctaidY},
-      {"nctaid.z", Special::NctaidZ},
-      {"laneid", Special::Lane},
-      {"warpid", Special::Warp},
-      {"nwarpid", Special::WarpCount},
-      {"lanemask_eq", Special::MaskEq},
-      {"lanemask_lt", Special::MaskLt},
-      {"lanemask_le", Special::MaskLe},
-      {"lanemask_gt", Special::MaskGt},
-      {"lanemask_ge", Special::MaskGe},
-      {"total_smem_size", Special::SharedBytes},
-      {"dynamic_smem_size", Special::SharedBytes},
-      // One multiprocessor, a stopped clock, clusters of one block.
-      {"smid", Special::Zero},
-      {"clock", Special::Zero},
-      {"clock64", Special::Zero},
-      {"globaltimer", Special::Zero},
-      {"cluster_ctarank", Special::Zero},
-      {"cluster_ctaid.x", Special::Zero},
-      {"cluster_nctarank", Special::One},
-  };
-  return names;
-}
-
-struct Symbol {
-  Space space;
-  uint64_t address;
-  bool after_statics;  // an extern shared array: starts where the static ones end
-};
-
 class Parser {
 public:
-  Parser(const std::string& ptx, Program& program) : lex_(ptx), program_(program), scopes_(1) {}
+  Parser(const std::string& ptx, Program& program) : lex_(ptx), program_(program), names_(program) {}
 
   bool module(const std::string& entry);
 
@@ -63,30 +22,21 @@ private:
   void body();
   void statement();
   void registers();
-  void variable(Space space, bool constant);
+  void variable(Space space);
   void parameter();
   Operand operand(Type type);
   Operand address();
   int scalar(Type type);
-  int register_named(const std::string& name) const;
-  int symbol(const std::string& name, int64_t offset);
-  int special(const std::string& name);
-  int constant(uint64_t value, bool after_statics = false);
-  int new_register() { return program_.registers++; }
+  int checked(int reg, const std::string& name) const;
   int statistic(const std::string& full);
   void finish();
 
   Lexer lex_;
   Program& program_;
-  std::vector<std::unordered_map<std::string, int>> scopes_;
-  std::unordered_map<std::string, Symbol> symbols_;
+  Names names_;
   std::unordered_map<std::string, int> labels_;
   std::unordered_map<std::string, int> statistics_;
-  std::unordered_map<uint64_t, int> constants_;
   std::vector<std::pair<size_t, std::string>> branches_;  // instruction, label
-  std::vector<size_t> after_statics_;                     // of Program::constants
-  std::vector<bool> is_predicate_;
-  int sink_ = -1;
 };
 
 bool Parser::module(const std::string& entry) {
@@ -100,9 +50,9 @@ bool Parser::module(const std::string& entry) {
     } else if (word == ".section") {
       lex_.skip_braces();
     } else if (word == ".shared") {
-      variable(Space::Shared, false);
+      variable(Space::Shared);
     } else if (word == ".global" || word == ".const") {
-      variable(Space::Global, word == ".const");
+      variable(Space::Global);
     } else if (word == ".func") {
       // A call is refused where it is met, so the body of a function is never needed.
       if (lex_.find(';') < lex_.find('{')) {
@@ -154,7 +104,7 @@ void Parser::parameter() {
   param.size = static_cast<int>(count) * size_of(type);
   param.offset = (program_.param_bytes + natural - 1) / natural * natural;
   program_.param_bytes = param.offset + param.size;
-  symbols_[param.name] = {Space::Param, kParamWindow + static_cast<uint64_t>(param.offset), false};
+  names_.define(param.name, {Space::Param, kParamWindow + static_cast<uint64_t>(param.offset), false});
   program_.params.push_back(param);
 }
 
@@ -181,14 +131,14 @@ void Parser::entry_header() {
 
 void Parser::body() {
   lex_.expect('{');
-  scopes_.emplace_back();
+  names_.open_scope();
   for (int depth = 1; depth;) {
     if (lex_.at_end()) lex_.fail("the body of " + program_.name + " has no end");
     if (lex_.eat('{')) {
-      scopes_.emplace_back();
+      names_.open_scope();
       ++depth;
     } else if (lex_.eat('}')) {
-      scopes_.pop_back();
+      names_.close_scope();
       --depth;
     } else if (!lex_.eat(';')) {
       statement();
@@ -201,7 +151,7 @@ void Parser::statement() {
   if (lex_.eat('@')) {
     in.guard_negated = lex_.eat('!');
     const std::string name = lex_.identifier();
-    in.guard = register_named(name);
+    in.guard = names_.find(name);
     if (in.guard < 0) lex_.fail("unknown predicate " + name);
   }
   lex_.skip_space();
@@ -214,7 +164,7 @@ void Parser::statement() {
   } else if (full == ".reg") {
     registers();
   } else if (full == ".shared" || full == ".local" || full == ".global" || full == ".const") {
-    variable(full == ".shared" ? Space::Shared : full == ".local" ? Space::Local : Space::Global, full == ".const");
+    variable(full == ".shared" ? Space::Shared : full == ".local" ? Space::Local : Space::Global);
   } else if (full == ".loc") {
     lex_.skip_line();
   } else if (full == ".pragma") {
@@ -234,7 +184,7 @@ void Parser::statement() {
     in.index = static_cast<int>(program_.code.size());
     if (in.name == "cp.async" && in.operands.size() > 3) {
       // The fourth operand is a byte count or, if it is a predicate, the order to read nothing.
-      in.mode = is_predicate_[static_cast<size_t>(in.operands[3].reg)];
+      in.mode = names_.is_predicate(in.operands[3].reg);
     }
     finish_instruction(opcode, in, program_);
     program_.code.push_back(std::move(in));
@@ -243,26 +193,20 @@ void Parser::statement() {
 
 void Parser::registers() {
   const bool predicate = lex_.identifier() == ".pred";
-  const auto declare = [&](const std::string& name) {
-    const int reg = new_register();
-    scopes_.back()[name] = reg;
-    is_predicate_.resize(static_cast<size_t>(reg) + 1);
-    is_predicate_[static_cast<size_t>(reg)] = predicate;
-  };
   do {
     const std::string name = lex_.identifier();
     if (lex_.eat('<')) {
       const uint64_t count = lex_.number(Type::B32);
       lex_.expect('>');
-      for (uint64_t i = 0; i < count; ++i) declare(name + std::to_string(i));
+      for (uint64_t i = 0; i < count; ++i) names_.declare(name + std::to_string(i), predicate);
     } else {
-      declare(name);
+      names_.declare(name, predicate);
     }
   } while (lex_.eat(','));
   lex_.expect(';');
 }
 
-void Parser::variable(Space space, bool) {
+void Parser::variable(Space space) {
   Type type = Type::B8;
   int align = 1;
   uint64_t count = 1;
@@ -297,14 +241,14 @@ void Parser::variable(Space space, bool) {
   const int bytes = static_cast<int>(count) * size_of(type);
   const auto aligned = [align](int offset) { return (offset + align - 1) / align * align; };
   if (space == Space::Shared && without_size) {
-    symbols_[name] = {space, 0, true};
+    names_.define(name, {space, 0, true});
   } else if (space == Space::Shared) {
     const int offset = aligned(program_.static_shared);
-    symbols_[name] = {space, static_cast<uint64_t>(offset), false};
+    names_.define(name, {space, static_cast<uint64_t>(offset), false});
     program_.static_shared = offset + bytes;
   } else if (space == Space::Local) {
     const int offset = aligned(program_.local_bytes);
-    symbols_[name] = {space, kLocalWindow + static_cast<uint64_t>(offset), false};
+    names_.define(name, {space, kLocalWindow + static_cast<uint64_t>(offset), false});
     program_.local_bytes = offset + bytes;
   } else {
     auto memory = std::make_unique<std::vector<uint8_t>>(std::max(bytes, 16));
@@ -312,73 +256,39 @@ void Parser::variable(Space space, bool) {
       std::memcpy(memory->data() + i * static_cast<size_t>(size_of(type)), &initial[i],
                   static_cast<size_t>(size_of(type)));
     }
-    symbols_[name] = {space, reinterpret_cast<uint64_t>(memory->data()), false};
+    names_.define(name, {space, reinterpret_cast<uint64_t>(memory->data()), false});
     program_.module_memory.push_back(std::move(memory));
   }
 }
 
-int Parser::register_named(const std::string& name) const {
-  for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
-    const auto found = scope->find(name);
-    if (found != scope->end()) return found->second;
-  }
-  return -1;
-}
-
-int Parser::constant(uint64_t value, bool after_statics) {
-  if (!after_statics) {
-    const auto found = constants_.find(value);
-    if (found != constants_.end()) return found->second;
-  }
-  const int reg = new_register();
-  if (after_statics) {
-    after_statics_.push_back(program_.constants.size());
-  } else {
-    constants_[value] = reg;
-  }
-  program_.constants.emplace_back(reg, value);
+int Parser::checked(int reg, const std::string& name) const {
+  if (reg < 0) lex_.fail("unknown name '" + name + "'");
   return reg;
-}
-
-int Parser::symbol(const std::string& name, int64_t offset) {
-  const auto found = symbols_.find(name);
-  if (found == symbols_.end()) lex_.fail("unknown name '" + name + "'");
-  return constant(found->second.address + static_cast<uint64_t>(offset), found->second.after_statics);
-}
-
-int Parser::special(const std::string& name) {
-  const auto found = specials().find(name);
-  if (found == specials().end()) lex_.fail("special register %" + name + " is not modelled");
-  const auto [slot, added] = program_.specials.try_emplace(found->second, -1);
-  if (added) slot->second = new_register();
-  return slot->second;
 }
 
 int Parser::scalar(Type type) {
   const char next = lex_.peek();
-  if (std::isdigit(static_cast<unsigned char>(next)) || next == '-' || next == '+') return constant(lex_.number(type));
-  if (lex_.sink()) {
-    if (sink_ < 0) sink_ = new_register();
-    return sink_;
-  }
+  if (std::isdigit(static_cast<unsigned char>(next)) || next == '-' || next == '+')
+    return names_.constant(lex_.number(type));
+  if (lex_.sink()) return names_.sink();
   const std::string name = lex_.identifier();
   if (name.empty()) lex_.fail("expected an operand");
-  const int reg = register_named(name);
+  const int reg = names_.find(name);
   if (reg >= 0) return reg;
-  if (name[0] == '%') return special(name.substr(1));
+  if (name[0] == '%') return checked(names_.special(name.substr(1)), name);
   const int64_t offset = lex_.eat('+') ? static_cast<int64_t>(lex_.number(Type::B64)) : 0;
-  return symbol(name, offset);
+  return checked(names_.symbol(name, offset), name);
 }
 
 Operand Parser::address() {
   Operand op;
   op.kind = Operand::Kind::Address;
   if (std::isdigit(static_cast<unsigned char>(lex_.peek()))) {
-    op.reg = constant(lex_.number(Type::B64));
+    op.reg = names_.constant(lex_.number(Type::B64));
   } else {
     const std::string name = lex_.identifier();
-    const int reg = register_named(name);
-    op.reg = reg >= 0 ? reg : symbol(name, 0);
+    const int reg = names_.find(name);
+    op.reg = reg >= 0 ? reg : checked(names_.symbol(name, 0), name);
   }
   while (lex_.peek() == '+' || lex_.peek() == '-') {
     lex_.eat('+');  // number() takes a minus itself, also after the plus
@@ -417,8 +327,7 @@ void Parser::finish() {
     if (found == labels_.end()) lex_.fail("branch to unknown label " + label);
     program_.code[index].target = found->second;
   }
-  program_.static_shared = (program_.static_shared + 15) / 16 * 16;
-  for (const size_t i : after_statics_) program_.constants[i].second += static_cast<uint64_t>(program_.static_shared);
+  names_.finish();
 }
 
 }  // namespace
