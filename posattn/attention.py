@@ -71,7 +71,7 @@ def attention(
         TypeError: an argument of the wrong type or dtype.
         ValueError: an argument with the wrong shape, device or value, or no backend that can run the call.
     """
-    if torch.is_autocast_enabled(_device_type(q)):
+    if _autocasts(q):
         q, k, v = (_autocast(tensor) for tensor in (q, k, v))
     checks.check_qkv(q, k, v, ("q", "k", "v"), 4)
     checks.check_heads(q, k, v)
@@ -143,7 +143,7 @@ def scaled_dot_product_attention(
         TypeError: an argument of the wrong type or dtype.
         ValueError: an argument with the wrong shape, device or value, or no backend that can run the call.
     """
-    if torch.is_autocast_enabled(_device_type(query)):
+    if _autocasts(query):
         query, key, value = (_autocast(tensor) for tensor in (query, key, value))
         attn_mask = None if attn_mask is None else _autocast(attn_mask)
     checks.check_qkv(query, key, value, ("query", "key", "value"), None)
@@ -181,7 +181,7 @@ def _attend(
         plan, positions = Plan(bias=Bias()), (None, None)
     else:
         checks.check_position(position)
-        plan = _lower(position, Context.of(q, k, mask, *positions))
+        plan = _lower(position, Context.of(q, k, mask, *positions), q)
     if bias is not None:
         inner = plan.bias.dense
         dense = Dense(bias if inner is None else inner.bias + bias)
@@ -204,10 +204,9 @@ def _attend(
     return ops.attend(call, backend)
 
 
-def _lower(position: Encoding, context: Context) -> Plan:
+def _lower(position: Encoding, context: Context, q: Tensor) -> Plan:
     """The plan, computed outside autocast: tables are float32 whatever the model's precision."""
-    device = context.device.type
-    off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    off = torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext()
     with off:
         plan = position.lower(context)
     turn = plan.rotary
@@ -216,8 +215,9 @@ def _lower(position: Encoding, context: Context) -> Plan:
     return plan
 
 
-def _device_type(tensor: object) -> str:
-    return tensor.device.type if isinstance(tensor, Tensor) else "cpu"
+def _autocasts(tensor: object) -> bool:
+    """True under an autocast for this tensor's device; the meta device has none."""
+    return isinstance(tensor, Tensor) and not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -58,14 +58,16 @@ def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
-    """True if a tracer, a mode or a tensor subclass has to see the operator."""
+    """True if a compiler, a mode, the meta device or a tensor subclass has to see the operator."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
+        or tensors[0].is_meta
         or any(type(tensor) not in _PLAIN_TYPES for tensor in tensors)
     ):
         return True
+    if torch._C._get_tracing_state() is not None:
+        raise NotImplementedError("posattn attention cannot be traced by torch.jit; use torch.compile or torch.export")
     if forward_ad._current_level >= 0:
         raise NotImplementedError("posattn attention has no forward-mode derivative; use reverse mode")
     return False

@@ -305,6 +305,22 @@ def test_fake_tensors_give_shapes_and_dtypes():
     assert (lse.shape, lse.dtype) == ((2, 4, 5), torch.float32)
 
 
+def test_meta_tensors_give_shapes_and_dtypes():
+    q = torch.empty(2, 4, 5, 8, dtype=torch.float16, device="meta")
+    out, lse = posattn.attention(q, q, q, posattn.RoPE(8) + posattn.ALiBi(4).to("meta"), causal=True, return_lse=True)
+    assert out.is_meta
+    assert lse.is_meta
+    assert (out.shape, out.dtype, lse.dtype) == (q.shape, torch.float16, torch.float32)
+
+
+def test_jit_trace_is_an_error_that_says_so():
+    with (
+        pytest.raises(NotImplementedError, match="cannot be traced by torch"),
+        pytest.warns(torch.jit.TracerWarning),
+    ):
+        torch.jit.trace(lambda q: posattn.attention(q, q, q), torch.randn(1, 2, 3, 8))
+
+
 def test_explicit_positions_compile_where_the_lowering_needs_no_bounds():
     torch._dynamo.reset()
     rope = posattn.RoPE(DIM)
