@@ -56,13 +56,20 @@ struct BackwardScratch {
   }
 };
 
-// dst = R^T src for one row, where R turned the forward operand.
+// Undoes the turn that the forward operand had.
 inline void turn_back(float* row, const float* cos, const float* sin, int64_t b, int64_t batch_stride, int64_t t,
                       const Rotary& r) {
   if (cos) rotate(row, cos + b * batch_stride + t * r.half, sin + b * batch_stride + t * r.half, r.half, r.interleaved, -1.0F);
 }
 
-// delta = <dO, O> - dlse for every row, and rows of lse in units of log2 where the kernels read them.
+// Reads a row's lse in units of log2, and what float32 leaves of it; 0 for a row without keys, whose logits are -inf.
+inline void split_lse(float lse, float& high, float& low) {
+  const double lse2 = lse == NEG_INF ? 0.0 : static_cast<double>(lse) * 1.4426950408889634;
+  high = static_cast<float>(lse2);
+  low = static_cast<float>(lse2 - static_cast<double>(high));
+}
+
+// delta = <dO, O> - dlse.
 inline void row_dots(const Problem& p, int64_t row) {
   alignas(64) float a[MAX_WIDTH], b[MAX_WIDTH];
   const int64_t i = row % p.q_len, h = row / p.q_len % p.heads, n = row / p.q_len / p.heads;
@@ -124,6 +131,23 @@ inline void add_over_rows(float* c, int64_t width, const float* t, const float* 
   }
 }
 
+// A task's dK (times `scale`, turned back) and dV.
+inline void write_key_grads(const Problem& p, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, float scale,
+                            float* grad_k, int64_t k_width, const float* grad_v, int64_t v_width) {
+  for (int64_t c = 0; c < keys; ++c) {
+    const int64_t token = s.k0 + j0 + c;
+    if (p.grad_k) {
+      float* row = grad_k + c * k_width;
+      for (int64_t d = 0; d < p.head_dim; ++d) row[d] *= scale;
+      turn_back(row, p.rotary.k_cos, p.rotary.k_sin, s.b, p.rotary.k_batch, token, p.rotary);
+      store_floats(const_cast<char*>(row_pointer(p.grad_k, s.b, kv_head, token)), row, p.grad_k.dtype, p.head_dim);
+    }
+    if (p.grad_v)
+      store_floats(const_cast<char*>(row_pointer(p.grad_v, s.b, kv_head, token)), grad_v + c * v_width, p.grad_v.dtype,
+                   p.value_dim);
+  }
+}
+
 template <class M>
 void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t j0, int64_t task, int64_t stride,
                    int64_t earlier, Progress& progress, Progress& flushed, BackwardScratch<M>& t) {
@@ -167,10 +191,7 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
       pack_depth<M>(t.q_depth, t.q_width, q_source, i0, rows, groups * MR);
       pack_depth<M>(t.o_depth, t.v_width, o_source, i0, rows, groups * MR);
       for (int64_t r = 0; r < rows; ++r) {
-        const float lse = p.lse[first_row + i0 + r];
-        const double lse2 = lse == NEG_INF ? 0.0 : static_cast<double>(lse) * 1.4426950408889634;
-        t.lse[r] = static_cast<float>(lse2);
-        t.lse_low[r] = static_cast<float>(lse2 - static_cast<double>(t.lse[r]));
+        split_lse(p.lse[first_row + i0 + r], t.lse[r], t.lse_low[r]);
         t.delta[r] = p.delta[first_row + i0 + r];
       }
       if (shared_dense) progress.wait(task % stride == 0 ? -1 : task - 1, (group - 1) * steps + step + 1);
@@ -242,18 +263,7 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
   }
 
   // dK = scale dS^T q, and the packed q carries scale * log2(e) already in float32.
-  const float k_scale = M::pack == 1 ? LN2 : p.scale;
-  for (int64_t c = 0; c < keys; ++c) {
-    if (p.grad_k) {
-      float* row = t.grad_k + c * t.q_width;
-      for (int64_t d = 0; d < p.head_dim; ++d) row[d] *= k_scale;
-      turn_back(row, p.rotary.k_cos, p.rotary.k_sin, s.b, p.rotary.k_batch, s.k0 + j0 + c, p.rotary);
-      store_floats(const_cast<char*>(row_pointer(p.grad_k, s.b, kv_head, s.k0 + j0 + c)), row, p.grad_k.dtype, p.head_dim);
-    }
-    if (p.grad_v)
-      store_floats(const_cast<char*>(row_pointer(p.grad_v, s.b, kv_head, s.k0 + j0 + c)), t.grad_v + c * t.v_width,
-                   p.grad_v.dtype, p.value_dim);
-  }
+  write_key_grads(p, s, kv_head, j0, keys, M::pack == 1 ? LN2 : p.scale, t.grad_k, t.q_width, t.grad_v, t.v_width);
 }
 
 // Rows of per-row passes that a task takes at once.

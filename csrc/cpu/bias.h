@@ -10,6 +10,9 @@ namespace posattn::POSATTN_ISA {
 constexpr int64_t TILE_KEYS = 256;
 constexpr int64_t ROW_MAX = TILE_KEYS + 2 * NR;
 
+// Entries that a row function may read past the last key: whole tiles are loaded.
+constexpr int64_t PAD = 2 * 64;
+
 // Carves aligned pieces from one block; with no block it only measures, so that the same code sizes and fills.
 struct Arena {
   char* block = nullptr;
@@ -36,7 +39,7 @@ struct BiasTile {
   int64_t offset = 0;            // implicit distance d = i + offset - j
   float *relative = nullptr, *psi = nullptr, *psi_low = nullptr, *psi_high = nullptr, *row = nullptr;
 
-  static int64_t capacity(int64_t rows, int64_t keys) { return rows + keys + 2 * NR + MR; }
+  static int64_t capacity(int64_t rows, int64_t keys) { return rows + keys + PAD + MR; }
 
   void layout(Arena& arena, const Bias& b, int64_t rows, int64_t keys) {
     int64_t n = capacity(rows, keys);
@@ -69,10 +72,10 @@ struct BiasTile {
     base = area.j0 - (area.i1 - 1);
     length = area.j1 - area.j0 + area.i1 - area.i0 - 1;
     if (positions()) return;
-    int64_t padded = length + 2 * NR;
+    int64_t padded = length + PAD;
     if (b.relative()) {
       for (int64_t x = 0; x < length; ++x) relative[x] = relative_at(offset - base - x);
-      fill(relative + length, 0.0F, 2 * NR);
+      fill(relative + length, 0.0F, PAD);
     }
     if (b.psi) {
       for (int64_t x = 0; x < padded; ++x) psi[x] = b.psi[psi_index(offset - base - imin(x, length - 1))];

@@ -33,7 +33,7 @@ struct BiasGrad {
   void clear(const BiasTile& of, bool first_head) {
     tile = &of;
     const Bias& b = *of.bias;
-    const int64_t padded = of.length + 2 * NR;
+    const int64_t padded = of.length + PAD;
     if (relative) fill(relative, 0.0F, padded);
     if (table) fill(table, 0.0F, b.table_len);
     if (first_head) {

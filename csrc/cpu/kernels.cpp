@@ -1,23 +1,33 @@
 // Everything that depends on the instruction set, compiled once for each with POSATTN_ISA naming it.
-#include "backward.h"
-#include "forward.h"
+#include "mix_backward.h"
 #include "probe.h"
 
 namespace posattn::POSATTN_ISA {
 namespace {
 
+template <class M>
+void forward_as(const Problem& p) {
+  p.mix ? mix_forward<M>(p) : forward<M>(p);
+}
+
+template <class M>
+void backward_as(const Problem& p) {
+  p.mix ? mix_backward<M>(p) : backward<M>(p);
+}
+
+// float16, and bfloat16 without the dot-product instruction, compute in float32: packing converts.
 void run_forward(const Problem& p) {
 #if defined(__AVX512BF16__)
-  if (p.q.dtype == DType::bf16) return forward<BF16>(p);
+  if (p.q.dtype == DType::bf16) return forward_as<BF16>(p);
 #endif
-  forward<F32>(p);
+  forward_as<F32>(p);
 }
 
 void run_backward(const Problem& p) {
 #if defined(__AVX512BF16__)
-  if (p.q.dtype == DType::bf16) return backward<BF16>(p);
+  if (p.q.dtype == DType::bf16) return backward_as<BF16>(p);
 #endif
-  backward<F32>(p);
+  backward_as<F32>(p);
 }
 
 }  // namespace

@@ -41,11 +41,11 @@ inline vf set1(float x) {
 }
 inline vf zero() { return vf{}; }
 
-inline int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t iclamp(int64_t x, int64_t low, int64_t high) { return imax(low, imin(x, high)); }
-inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-inline int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
+constexpr int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t iclamp(int64_t x, int64_t low, int64_t high) { return imax(low, imin(x, high)); }
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 inline float fmax2(float a, float b) { return a > b ? a : b; }
 
 constexpr float LOG2E = 1.4426950408889634F;
