@@ -7,6 +7,7 @@ packaging. torch is borrowed from the environment that runs the tests.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+ISA = "baseline" if platform.machine() in ("x86_64", "AMD64") else "neon"
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCES = (".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "demo-out", "bench-out")
 
@@ -52,7 +54,7 @@ def python(tmp_path: Path) -> Path:
 
 
 def pip_install(python: Path, *arguments: str | Path) -> None:
-    environment = {**os.environ, "CMAKE_ARGS": "-DPOSATTN_ISAS=baseline", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment = {**os.environ, "CMAKE_ARGS": f"-DPOSATTN_ISAS={ISA}", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", *arguments]
     done = subprocess.run(pip, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,130 @@
+// Runs every instruction set of this processor over every edge case, forward and backward, on one thread and on three.
+// Built with AddressSanitizer and UndefinedBehaviorSanitizer, which end it at the first fault; beside them, nothing may
+// be left unwritten or turn into NaN, the thread count may not change a bit, and the instruction sets must agree.
+#include <cstdio>
+#include <cstring>
+#include <map>
+
+#include "cases.h"
+
+#define DECLARE(isa)            \
+  namespace posattn::isa {      \
+  extern const Kernels kernels; \
+  }
+#if defined(POSATTN_HAVE_baseline)
+DECLARE(baseline)
+#endif
+#if defined(POSATTN_HAVE_neon)
+DECLARE(neon)
+#endif
+#if defined(POSATTN_HAVE_avx2)
+DECLARE(avx2)
+#endif
+#if defined(POSATTN_HAVE_avx512)
+DECLARE(avx512)
+#endif
+#if defined(POSATTN_HAVE_avx512bf16)
+DECLARE(avx512bf16)
+#endif
+
+namespace posattn::test {
+namespace {
+
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> found;
+#if defined(POSATTN_HAVE_baseline)
+  found.push_back(&baseline::kernels);
+#endif
+#if defined(POSATTN_HAVE_neon)
+  found.push_back(&neon::kernels);
+#endif
+#if defined(POSATTN_HAVE_avx2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
+#endif
+#if defined(POSATTN_HAVE_avx512)
+  if (__builtin_cpu_supports("avx512dq")) found.push_back(&avx512::kernels);
+#endif
+#if defined(POSATTN_HAVE_avx512bf16)
+  if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+#endif
+  return found;
+}
+
+// How far two instruction sets may differ, of the largest value: their sums have different orders, and bfloat16's dot
+// products round their inputs. A fault in a tail is far above it; accuracy is the Python suite's concern.
+float tolerance(DType dtype) {
+  return dtype == DType::f32 ? 1e-4F : dtype == DType::f16 ? 1e-2F : 6e-2F;
+}
+
+int failures = 0;
+
+void fail(const Case& c, const Kernels& kernels, const std::string& what) {
+  const Shape& s = c.shape;
+  static const char* const dtypes[] = {"float32", "bfloat16", "float16"};
+  std::printf("FAILED %s %s %s B=%lld H=%lld/%lld Tq=%lld Tk=%lld D=%lld/%lld: %s\n", kernels.name, c.option,
+              dtypes[static_cast<int>(c.dtype)], static_cast<long long>(s.batch), static_cast<long long>(s.heads),
+              static_cast<long long>(s.kv_heads), static_cast<long long>(s.q_len), static_cast<long long>(s.k_len),
+              static_cast<long long>(s.head_dim), static_cast<long long>(s.value_dim), what.c_str());
+  ++failures;
+}
+
+std::vector<Result> run(const Case& c, const Kernels& kernels, int threads) {
+  Bound bound(c, threads);
+  kernels.forward(bound.problem);
+  std::vector<Result> results = bound.forward_results();
+  kernels.backward(bound.problem);
+  for (Result& result : bound.backward_results()) results.push_back(std::move(result));
+  return results;
+}
+
+void compare(const Case& c, const Kernels& kernels, const Result& got, const Result& expected) {
+  float scale = 0.0F, worst = 0.0F;
+  for (size_t i = 0; i < expected.values.size(); ++i) {
+    const float a = got.values[i], b = expected.values[i];
+    if (a == b) continue;  // -inf in the log-sum-exp of a row without keys
+    scale = std::max(scale, std::abs(b));
+    worst = std::max(worst, std::abs(a - b));
+  }
+  if (!(worst <= tolerance(c.dtype) * (scale + 1.0F)))
+    fail(c, kernels, got.name + " differs from the first instruction set's by " + std::to_string(worst));
+}
+
+void check(const Case& c, const std::vector<const Kernels*>& every) {
+  std::vector<Result> first;
+  for (const Kernels* kernels : every) {
+    const std::vector<Result> one = run(c, *kernels, 1), three = run(c, *kernels, 3);
+    for (size_t n = 0; n < one.size(); ++n) {
+      for (float value : one[n].values)
+        if (std::isnan(value)) {
+          fail(c, *kernels, one[n].name + " holds NaN, or was not written");
+          break;
+        }
+      const size_t bytes = one[n].values.size() * sizeof(float);
+      if (bytes != 0 && std::memcmp(one[n].values.data(), three[n].values.data(), bytes) != 0)
+        fail(c, *kernels, one[n].name + " depends on the number of threads");
+      if (!first.empty()) compare(c, *kernels, one[n], first[n]);
+    }
+    if (first.empty()) first = one;
+  }
+}
+
+}  // namespace
+}  // namespace posattn::test
+
+int main() {
+  using namespace posattn;
+  using namespace posattn::test;
+  const std::vector<const Kernels*> every = supported();
+  int count = 0;
+  for (const Shape& shape : shapes())
+    for (const char* option : options())
+      for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+        if (!applies(option, shape)) continue;
+        check({shape, dtype, option}, every);
+        ++count;
+      }
+  std::printf("%d cases on", count);
+  for (const Kernels* kernels : every) std::printf(" %s", kernels->name);
+  std::printf(": %d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
