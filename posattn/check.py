@@ -95,10 +95,7 @@ def measure(
     sensitivity = exact_run.sensitivity(grad_out.double(), grad_lse.double(), q.dtype, generator)
     naive = _Run(q, k, v, position, options, "reference", seed).results(grad_out, grad_lse)
     got = _Run(q, k, v, position, options, backend, seed).results(grad_out, grad_lse)
-    return [
-        compare(name, got[name], naive[name], exact[name], sensitivity.get(name, torch.zeros(1)), q.dtype)
-        for name in exact
-    ]
+    return [compare(name, got[name], naive[name], exact[name], sensitivity[name], q.dtype) for name in exact]
 
 
 class _Run:
@@ -142,25 +139,27 @@ class _Run:
     def sensitivity(
         self, grad_out: Tensor, grad_lse: Tensor, dtype: torch.dtype, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """How far a rounding of each row's intermediates in the backward moves each gradient, in units of dtype's eps.
+        """How far roundings of each row's intermediates move each result, in units of dtype's eps over ROUNDINGS.
 
-        A relative error e_i of the stored log-sum-exp scales row i of the softmax by 1 - e_i lse_i, as scaling the
-        row's output gradient does. A relative error e_i of the row sum dO . O adds P_ij e_i to the logits' gradient,
-        as a gradient of the log-sum-exp does. That is the rounding to expect where logits are in the hundreds, or
-        where the gradient itself cancels, in a row with one key for instance.
+        A logit or log-sum-exp is off by its own size times eps, which scales row i of the softmax by 1 + eps lse_i: as
+        scaling the output does, and in the backward the gradients of output and log-sum-exp. The row sum dO . O is off
+        by its terms' size times eps, which adds P_ij e_i to the logits' gradient: as a gradient of the log-sum-exp
+        does. These are the errors to expect where logits are in the hundreds, and where the gradient itself cancels,
+        in a row with one key for instance.
         """
         v = self.leaves["v"].detach().repeat_interleave(self.out.shape[1] // self.leaves["v"].shape[1], 1)
         v = v.nan_to_num(0.0).abs() / (1.0 - self.dropout_p)
         reach = (grad_out.abs() * v.amax(2, keepdim=True)).sum(-1) if v.shape[2] else torch.zeros_like(grad_lse)
-        reach = (reach + grad_lse.abs()).masked_fill(self.lse.isinf(), 0.0)
-        # The log-sum-exp is float32 whatever q is.
-        relative = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
-        rows = relative * grad_out * self.lse.detach().masked_fill(self.lse.isinf(), 0.0)[..., None]
+        # Logits are float32 whatever q is, and one eps of their size is two roundings.
+        relative = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps / ROUNDINGS
+        size = relative * self.lse.detach().masked_fill(self.lse.isinf(), 0.0).abs()
+        rows, reach = size[..., None] * grad_out, reach + (1.0 + size) * grad_lse.abs()
         draws = []
         for _ in range(2):  # the signs of one draw may cancel by chance
             signs = torch.randint(2, reach.shape, generator=generator).to(reach) * 2 - 1
             draws.append(self._gradients((self.out, self.lse), (rows * signs[..., None], reach * signs)))
-        return {name: torch.maximum(draws[0][name].abs(), draws[1][name].abs()) for name in draws[0]}
+        moved = {name: torch.maximum(draws[0][name].abs(), draws[1][name].abs()) for name in draws[0]}
+        return {"out": size[..., None] * self.out.detach().abs(), "lse": torch.zeros(1), **moved}
 
     def _gradients(self, outputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
         found = torch.autograd.grad(outputs, tuple(self.leaves.values()), grads, allow_unused=True, retain_graph=True)
