@@ -64,7 +64,7 @@ inline void turn_back(float* row, const float* cos, const float* sin, int64_t b,
 
 // Reads a row's lse in units of log2, and what float32 leaves of it; 0 for a row without keys, whose logits are -inf.
 inline void split_lse(float lse, float& high, float& low) {
-  const double lse2 = lse == NEG_INF ? 0.0 : static_cast<double>(lse) * 1.4426950408889634;
+  const double lse2 = lse == NEG_INF ? 0.0 : static_cast<double>(lse) * static_cast<double>(LOG2E);
   high = static_cast<float>(lse2);
   low = static_cast<float>(lse2 - static_cast<double>(high));
 }
@@ -95,8 +95,8 @@ struct RowStep {
   void run(float* x, float* dp, int64_t i, int64_t j, int64_t n, float mul, float* cap_slope, float* keep,
            BiasGrad& grad) const {
     finish_row(p, s, bias, x, i, allowed(p, s, i), j, n, mul, p.softcap > 0.0F ? cap_slope : nullptr);
-    const vf times = set1(mul), less = set1(-lse), low = set1(lse_low), minus_delta = set1(-delta);
-    if (p.dropout_p > 0.0F) {
+    const vf times = set1(mul * LOG2E), less = set1(-lse), low = set1(lse_low), minus_delta = set1(-delta);
+    if (p.dropout_p > 0.0) {
       dropout.row(keep, s.b * p.heads + bias.head, s.q0 + i, s.k0 + j, n);
       for (int64_t c = 0; c < n; c += VL) {
         vf weight = exp2<EXP_DEGREE>(fma(load(x + c), times, less) - low), kept = load(keep + c);
@@ -153,8 +153,7 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
                    int64_t earlier, Progress& progress, Progress& flushed, BackwardScratch<M>& t) {
   const int64_t group = p.heads / p.kv_heads, keys = imin(KEYS_PER_TASK, s.k_len - j0);
   const int64_t steps = ceil_div(s.q_len, ROWS_PER_STEP);
-  const float unit = p.scale * LOG2E;
-  const float q_scale = M::pack == 1 ? unit : 1.0F, product_scale = M::pack == 1 ? 1.0F : unit;
+  const float q_scale = M::pack == 1 ? p.scale : 1.0F, product_scale = M::pack == 1 ? 1.0F : p.scale;
   const int64_t q_depth = elements<M>(p.head_dim), v_depth = elements<M>(p.value_dim);
   const int64_t k_panel = panel_rows<M>(p.head_dim) * NR, v_panel = panel_rows<M>(p.value_dim) * NR;
   const Source key_rows = key_source(p, s, kv_head), value_rows = value_source(p, s, kv_head);
@@ -174,7 +173,7 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
     const Source q_source = query_source(p, s, h, q_scale);
     const Source o_source{p.grad_out, s.b, h, s.q0, p.value_dim};
     const int64_t first_row = (s.b * p.heads + h) * p.q_len + s.q0;
-    t.bias.prepare(p, p.bias, s, h, LOG2E, {0, s.q_len, j0, j0 + keys});
+    t.bias.prepare(p, p.bias, s, h, {0, s.q_len, j0, j0 + keys});
     t.bias_grad.clear(t.bias, member == 0);
 
     for (int64_t step = 0; step < steps; ++step) {
@@ -262,8 +261,8 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
     }
   }
 
-  // dK = scale dS^T q, and the packed q carries scale * log2(e) already in float32.
-  write_key_grads(p, s, kv_head, j0, keys, M::pack == 1 ? LN2 : p.scale, t.grad_k, t.q_width, t.grad_v, t.v_width);
+  // dK = scale dS^T q, and in float32 the packed q carries the scale already.
+  write_key_grads(p, s, kv_head, j0, keys, M::pack == 1 ? 1.0F : p.scale, t.grad_k, t.q_width, t.grad_v, t.v_width);
 }
 
 // Rows of per-row passes that a task takes at once.

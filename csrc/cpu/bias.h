@@ -33,7 +33,6 @@ struct BiasTile {
   const Bias* bias = nullptr;
   const Sequence* s = nullptr;
   int64_t head = 0;
-  float unit = 1.0F;  // what the bias is multiplied with: log2(e) where the logits are in units of log2
   Rectangle area{};
   int64_t base = 0, length = 0;  // entry x of the arrays below belongs to j - i = base + x
   int64_t offset = 0;            // implicit distance d = i + offset - j
@@ -61,13 +60,13 @@ struct BiasTile {
     float value = 0.0F;
     if (bias->table) value = bias->table[head * bias->table_len + iclamp(d - bias->table_first, 0, bias->table_len - 1)];
     if (bias->slope) value -= slope() * static_cast<float>(bias->slope_signed || d >= 0 ? d : -d);
-    return value * unit;
+    return value;
   }
   int64_t psi_index(int64_t d) const { return iclamp(d - bias->psi_first, 0, bias->psi_len - 1); }
 
-  void prepare(const Problem& problem, const Bias& b, const Sequence& sequence, int64_t h, float in_unit,
+  void prepare(const Problem& problem, const Bias& b, const Sequence& sequence, int64_t h,
                const Rectangle& rectangle) {
-    p = &problem, bias = &b, s = &sequence, head = h, unit = in_unit, area = rectangle;
+    p = &problem, bias = &b, s = &sequence, head = h, area = rectangle;
     offset = s->k_len - s->q_len;
     base = area.j0 - (area.i1 - 1);
     length = area.j1 - area.j0 + area.i1 - area.i0 - 1;
@@ -144,13 +143,13 @@ struct BiasTile {
     for (int64_t c = 0; c < n; c += NR) {
       segments(values + c, i, j + c, scale, first, last);
       int64_t end = imin(n, c + NR);
-      vf steep = set1(slopes[first] * scale * unit), level = set1(intercepts[first] * unit);
+      vf steep = set1(slopes[first] * scale), level = set1(intercepts[first]);
       for (int64_t v = c; v < end; v += VL) {
         vf value = fma(load(values + v), steep, level);
         if (__builtin_expect(last > first, 0)) {
           vf y = load(values + v) * vscale;
           for (int64_t m = first; m < last; ++m)
-            value = fma(set1((slopes[m + 1] - slopes[m]) * unit), max(y - set1(knots[m]), zero()), value);
+            value = fma(set1(slopes[m + 1] - slopes[m]), max(y - set1(knots[m]), zero()), value);
         }
         value = fma(load(x + v), times, value);
         store(x + v, value);
@@ -187,13 +186,11 @@ struct BiasTile {
       load_floats(row, from, bias->dense.dtype, count);
     else
       for (int64_t c = 0; c < count; ++c) load_floats(row + c, from + c * key * bytes, bias->dense.dtype, 1);
-    // A finite bias stays finite whatever the unit: only -inf forbids a key.
-    for (int64_t c = 0; c < count; ++c)
-      x[c] = x[c] * mul + (row[c] == NEG_INF ? NEG_INF : fmax2(row[c] * unit, LOWEST));
+    for (int64_t c = 0; c < count; ++c) x[c] = x[c] * mul + row[c];
     for (int64_t c = count; c < n; ++c) x[c] = x[c] * mul;
   }
 
-  // All operands; returns the maximum of what it wrote. mul applies once.
+  // x * mul + all operands, and the maximum of that; without an operand x stays as it is and so does its maximum.
   vf add(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
     if (bias->dense) add_dense(x, i, j, n, mul), mul = 1.0F;
     if (bias->psi && bias->relative()) add_profile(x, i, j, n, mul), mul = 1.0F;
@@ -201,7 +198,7 @@ struct BiasTile {
     if (bias->psi) return add_profile(x, i, j, n, mul);
     vf most = set1(NEG_INF);
     for (int64_t c = 0; c < n; c += VL) most = max(most, load(x + c));
-    return mul == 1.0F ? most : most * set1(mul);
+    return most;
   }
 };
 

@@ -7,17 +7,23 @@
 namespace posattn::POSATTN_ISA {
 
 struct Dropout {
-  uint32_t key0 = 0, key1 = 0, threshold = 0;
+  uint32_t key0 = 0, key1 = 0;
+  uint64_t threshold = 0;  // kept words are at least this
   float keep_scale = 1.0F;
 
   explicit Dropout(const Problem& p)
       : key0(static_cast<uint32_t>(p.seed)),
         key1(static_cast<uint32_t>(p.seed >> 32)),
-        threshold(static_cast<uint32_t>(static_cast<double>(p.dropout_p) * 4294967296.0)),
-        keep_scale(static_cast<float>(1.0 / (1.0 - static_cast<double>(p.dropout_p)))) {}
+        threshold(least_at(p.dropout_p * 4294967296.0)),
+        keep_scale(static_cast<float>(1.0 / (1.0 - p.dropout_p))) {}
 
-  // factor[c] = 0 where key j + c of row i is dropped, else 1 / (1 - p). j is a multiple of 4 or counts are in global
-  // keys: lanes of one Philox block belong to four neighbouring keys.
+  static uint64_t least_at(double bound) {
+    const auto whole = static_cast<uint64_t>(bound);
+    return static_cast<double>(whole) < bound ? whole + 1 : whole;
+  }
+
+  // factor[c] = 0 where key j + c of row i is dropped, else 1 / (1 - p); i and j count in the tensors, not in a sequence.
+  // A Philox block's four words belong to four neighbouring keys.
   void row(float* factor, int64_t bh, int64_t i, int64_t j, int64_t n) const {
     for (int64_t block = j / 4; block * 4 < j + n; ++block) {
       uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(i), c2 = static_cast<uint32_t>(bh), c3 = 0;

@@ -35,10 +35,11 @@ struct ForwardScratch {
   }
 };
 
-// exp2(x * mul - m) in place of x, as elements of P; returns the sum.
+// exp(x * mul - m) as elements of P; returns the sum. The product with log2(e) is exact inside the multiply-add, so
+// logits far from zero lose nothing by the change of base.
 template <class M>
 inline float exponentiate(float* weights, const float* x, int64_t n, float mul, float m) {
-  vf sum0 = zero(), sum1 = zero(), times = set1(mul), less = set1(-m);
+  vf sum0 = zero(), sum1 = zero(), times = set1(mul * LOG2E), less = set1(-m * LOG2E);
   for (int64_t c = 0; c < n; c += 2 * VL) {
     vf a = exp2<M::exp_degree>(fma(load(x + c), times, less));
     vf b = exp2<M::exp_degree>(fma(load(x + c + VL), times, less));
@@ -58,21 +59,21 @@ inline void scale_row(float* x, float by, int64_t n) {
   for (int64_t c = 0; c < n; c += VL) store(x + c, load(x + c) * by);
 }
 
-// Divides by the row's sum, adds the sink to it, and writes one row and its log-sum-exp (m is in units of log2).
+// Divides by the row's sum, adds the sink to it, and writes one row and its log-sum-exp.
 inline void write_row(const Problem& p, const Sequence& s, int64_t h, int64_t i, float* out, float m, float sum) {
   if (p.sinks) {
-    float sink = p.sinks[h] * LOG2E, top = fmax2(m, sink);
+    float sink = p.sinks[h], top = fmax2(m, sink);
     if (top > NEG_INF) {
-      float kept = exp2_scalar(m - top);
+      const float kept = ::expf(m - top);
       for (int64_t c = 0; c < p.value_dim; ++c) out[c] *= kept;
-      sum = sum * kept + exp2_scalar(sink - top);
+      sum = sum * kept + ::expf(sink - top);
       m = top;
     }
   }
   float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;  // a NaN sum must stay NaN
   for (int64_t c = 0; c < p.value_dim; ++c) out[c] *= inverse;
   store_floats(const_cast<char*>(row_pointer(p.out, s.b, h, s.q0 + i)), out, p.out.dtype, p.value_dim);
-  float lse = sum == 0.0F ? NEG_INF : (m == LOWEST ? LOWEST : static_cast<float>(m * 0.6931471805599453 + ::log(sum)));
+  float lse = sum == 0.0F ? NEG_INF : static_cast<float>(m + ::log(sum));
   p.lse[(s.b * p.heads + h) * p.q_len + s.q0 + i] = lse;
 }
 
@@ -92,14 +93,13 @@ inline void drop_row(const Problem& p, const Sequence& s, const Dropout& dropout
 template <class M>
 void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, int64_t i1, ForwardScratch<M>& t) {
   const int64_t kv_head = h / (p.heads / p.kv_heads), rows = i1 - i0;
-  const float unit = p.scale * LOG2E;
-  const float q_scale = M::pack == 1 ? unit : 1.0F, product_scale = M::pack == 1 ? 1.0F : unit;
+  const float q_scale = M::pack == 1 ? p.scale : 1.0F, product_scale = M::pack == 1 ? 1.0F : p.scale;
   const Source keys = key_source(p, s, kv_head), values = value_source(p, s, kv_head);
   const int64_t depth = elements<M>(p.head_dim), panel = panel_rows<M>(p.head_dim) * NR, v_vectors = t.v_stride / VL;
   const Dropout dropout(p);
-  const bool drop = p.dropout_p > 0.0F;
+  const bool drop = p.dropout_p > 0.0;
 
-  t.bias.prepare(p, p.bias, s, h, LOG2E, {i0, i1, 0, s.k_len});
+  t.bias.prepare(p, p.bias, s, h, {i0, i1, 0, s.k_len});
   pack_rows<M>(t.q, t.q_stride, query_source(p, s, h, q_scale), i0, rows, round_up(rows, MR));
   fill(t.out, 0.0F, round_up(rows, MR) * t.v_stride);
   fill(t.most, NEG_INF, round_up(rows, MR));
@@ -132,7 +132,7 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
         float base = next == NEG_INF ? 0.0F : next;
         float part = exponentiate<M>(w, x, n, mul, base);
         if (next != m) {
-          float kept = exp2_scalar(m - base);
+          float kept = exp_scalar(m - base);
           sum *= kept;
           scale_row(t.out + (g + r) * t.v_stride, kept, t.v_stride);
           m = next;

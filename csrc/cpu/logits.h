@@ -1,4 +1,4 @@
-// Raw products become logits: softcap, masks, biases, in units of log2 so that softmax is a power of two.
+// Raw products become logits: softcap, masks, biases.
 #pragma once
 
 #include "bias.h"
@@ -39,10 +39,9 @@ inline vf tanh(vf x) {
   return size < 0.625F ? near : (x < 0.0F ? -far : far);
 }
 
-// x in units of `unit` becomes softcap * tanh(x / softcap) in the same units. If slope is given it gets the
-// derivative, 1 - tanh^2.
-inline void apply_softcap(float* x, int64_t n, float softcap, float mul, float unit, float* slope) {
-  vf inward = set1(mul / (softcap * unit)), outward = set1(softcap * unit);
+// x becomes softcap * tanh(x * mul / softcap). If slope is given it gets the derivative by x * mul, 1 - tanh^2.
+inline void apply_softcap(float* x, int64_t n, float softcap, float mul, float* slope) {
+  vf inward = set1(mul / softcap), outward = set1(softcap);
   for (int64_t c = 0; c < n; c += VL) {
     vf t = tanh(load(x + c) * inward);
     store(x + c, t * outward);
@@ -71,7 +70,7 @@ inline void mask_boolean(const Problem& p, const Sequence& s, int64_t h, float* 
 inline vf finish_row(const Problem& p, const Sequence& s, const BiasTile& bias, float* x, int64_t i, Interval keys,
                      int64_t j, int64_t n, float& mul, float* softcap_slope = nullptr) {
   if (p.softcap > 0.0F) {
-    apply_softcap(x, n, p.softcap, mul, bias.unit, softcap_slope);
+    apply_softcap(x, n, p.softcap, mul, softcap_slope);
     mul = 1.0F;
   } else if (!(mul > 0.0F)) {  // -inf times a mul of 0 or below is not -inf
     for (int64_t c = 0; c < n; c += VL) store(x + c, load(x + c) * mul);

@@ -101,8 +101,8 @@ struct HeadTiles {
       if (arena.block) tiles[h] = tile;
     }
   }
-  void prepare(const Problem& p, const Bias& bias, const Sequence& s, float unit, const Rectangle& area) {
-    for (int64_t h = 0; h < p.heads; ++h) tiles[h].prepare(p, bias, s, h, unit, area);
+  void prepare(const Problem& p, const Bias& bias, const Sequence& s, const Rectangle& area) {
+    for (int64_t h = 0; h < p.heads; ++h) tiles[h].prepare(p, bias, s, h, area);
   }
   BiasTile& operator[](int64_t h) const { return tiles[h]; }
 };
@@ -126,7 +126,7 @@ struct MixBias {
 
   void prepare(const Problem& p, const MixWeights& w, const Sequence& s, const Rectangle& area) {
     if (!w.inner) return;
-    tiles.prepare(p, p.head_mix.inner, s, 1.0F, area);
+    tiles.prepare(p, p.head_mix.inner, s, area);
     if (!w.folded) return;
     const int64_t n = round_up(tiles[0].length + MIX_KEYS, VL);
     for (int64_t o = 0; o < w.w_pad; ++o) {
@@ -171,9 +171,9 @@ inline void mix_hidden(const MixWeights& w, const MixBias& bias, const float* x,
               [&](int64_t r, int64_t c) { return load(hidden + r * MIX_KEYS + c); }, leaky);
 }
 
-// out[h] = (x[h] (+ b[h]) + w2 hidden + b2) * unit; out may be x.
+// out[h] = x[h] (+ b[h]) + w2 hidden + b2; out may be x.
 inline void mix_output(const MixWeights& w, const MixBias& bias, const float* x, int64_t x_head, int64_t i, int64_t j,
-                       const float* hidden, float unit, float* out) {
+                       const float* hidden, float* out) {
   const int64_t heads = w.heads;
   // The MLP's share is summed by itself: x and b can be far larger.
   mix_product(
@@ -182,7 +182,7 @@ inline void mix_output(const MixWeights& w, const MixBias& bias, const float* x,
         if (h >= heads) return;
         vf whole = load(x + h * x_head + c);
         if (w.residual) whole += load(bias.row(h, i, j) + c);
-        store(out + h * x_head + c, (whole + v) * unit);
+        store(out + h * x_head + c, whole + v);
       });
 }
 

@@ -188,7 +188,7 @@ void mix_flush(const Problem& p, MixBackwardScratch<M>& t) {
   const MixWeights& w = t.weights;
   MixGrad& g = t.grad;
   const HeadMix& m = p.head_mix;
-  if (w.folded) {  // the bias is in natural units here: MixBias prepares it so
+  if (w.folded) {
     const int64_t n = t.inner.tiles[0].length;
     for (int64_t h = 0; h < w.heads; ++h) {
       for (int64_t o = 0; o < w.width; ++o) {
@@ -243,7 +243,7 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
 
   t.weights.load(p.head_mix);
   t.inner.prepare(p, t.weights, s, area);
-  t.bias.prepare(p, p.bias, s, LOG2E, area);
+  t.bias.prepare(p, p.bias, s, area);
   t.grad.clear(t.weights, t.inner, t.bias);
   for (int64_t kv = 0; kv < p.kv_heads; ++kv) {
     const Source k = key_source(p, s, kv), v = value_source(p, s, kv);
@@ -296,7 +296,7 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
       const float* x = t.x + r * MIX_KEYS;
       t.inner.fetch(t.weights, i0 + r, j0);
       mix_hidden(t.weights, t.inner, x, head_tile, i0 + r, j0, t.hidden + r * t.hidden_row);
-      mix_output(t.weights, t.inner, x, head_tile, i0 + r, j0, t.hidden + r * t.hidden_row, LOG2E, t.y + r * MIX_KEYS);
+      mix_output(t.weights, t.inner, x, head_tile, i0 + r, j0, t.hidden + r * t.hidden_row, t.y + r * MIX_KEYS);
     }
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t r = 0; r < padded; ++r) {

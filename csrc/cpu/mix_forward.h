@@ -36,7 +36,7 @@ struct MixForwardScratch {
 // Raw products of one head, [rows x MIX_KEYS], become x: scaled and softcapped.
 inline void scale_products(const Problem& p, float* x, int64_t n, float mul, float* cap_slope) {
   if (p.softcap > 0.0F)
-    apply_softcap(x, n, p.softcap, mul, 1.0F, cap_slope);
+    apply_softcap(x, n, p.softcap, mul, cap_slope);
   else if (mul != 1.0F)
     for (int64_t c = 0; c < n; c += VL) store(x + c, load(x + c) * mul);
 }
@@ -53,7 +53,7 @@ void mix_forward_task(const Problem& p, const Sequence& s, int64_t i0, int64_t i
 
   t.weights.load(p.head_mix);
   t.inner.prepare(p, w, s, {i0, i1, 0, s.k_len});
-  t.bias.prepare(p, p.bias, s, LOG2E, {i0, i1, 0, s.k_len});
+  t.bias.prepare(p, p.bias, s, {i0, i1, 0, s.k_len});
   for (int64_t h = 0; h < heads; ++h)
     pack_rows<M>(t.q + h * task_rows * t.q_stride, t.q_stride, query_source(p, s, h, q_scale), i0, i1 - i0, task_rows);
   fill(t.out, 0.0F, heads * task_rows * t.v_stride);
@@ -85,7 +85,7 @@ void mix_forward_task(const Problem& p, const Sequence& s, int64_t i0, int64_t i
         float* x = t.logits + r * MIX_KEYS;
         t.inner.fetch(w, i0 + b0 + r, j);
         mix_hidden(w, t.inner, x, head_logits, i0 + b0 + r, j, t.hidden);
-        mix_output(w, t.inner, x, head_logits, i0 + b0 + r, j, t.hidden, LOG2E, x);
+        mix_output(w, t.inner, x, head_logits, i0 + b0 + r, j, t.hidden, x);
       }
       for (int64_t h = 0; h < heads; ++h) {
         for (int64_t g = 0; g < count; g += MR) {
@@ -103,13 +103,13 @@ void mix_forward_task(const Problem& p, const Sequence& s, int64_t i0, int64_t i
             float base = next == NEG_INF ? 0.0F : next;
             float part = exponentiate<M>(weights, x, MIX_KEYS, 1.0F, base);
             if (next != t.most[row]) {
-              float kept = exp2_scalar(t.most[row] - base);
+              float kept = exp_scalar(t.most[row] - base);
               t.sum[row] *= kept;
               scale_row(t.out + row * t.v_stride, kept, t.v_stride);
               t.most[row] = next;
             }
             t.sum[row] += part;
-            if (p.dropout_p > 0.0F) drop_row<M>(p, s, dropout, t.keep, weights, h, i, j, MIX_KEYS);
+            if (p.dropout_p > 0.0) drop_row<M>(p, s, dropout, t.keep, weights, h, i, j, MIX_KEYS);
           }
           gemm_rows<M, Init::load>(t.p, MIX_KEYS / M::pack, 1, t.v + h / group * values, t.v_stride,
                                    t.out + (h * task_rows + b0 + g) * t.v_stride, t.v_stride, MIX_KEYS / M::pack,

@@ -93,7 +93,7 @@ struct Problem {
   bool mix = false;
   HeadMix head_mix;
 
-  float dropout_p = 0.0F;
+  double dropout_p = 0.0;
   uint64_t seed = 0;
 
   // Backward only. grad_q [B, H, Tq, D] float32 is the accumulator as well; delta [B, H, Tq] is written first.

@@ -49,9 +49,7 @@ constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 inline float fmax2(float a, float b) { return a > b ? a : b; }
 
 constexpr float LOG2E = 1.4426950408889634F;
-constexpr float LN2 = 0.6931471805599453F;
 constexpr float NEG_INF = -__builtin_inff();
-constexpr float LOWEST = -3.4028234663852886e38F;
 
 inline vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
@@ -132,7 +130,7 @@ inline vf exp2(vf x) {
 #endif
 }
 
-inline float exp2_scalar(float x) { return exp2<5>(set1(x))[0]; }
+inline float exp_scalar(float x) { return exp2<5>(set1(x * LOG2E))[0]; }
 
 inline float bits_to_float(uint32_t u) {
   float f;
