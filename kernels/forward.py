@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_tile
-from .masks import allowed, key_spans, mask_offset, sequence
+from .masks import key_spans, mask_offset, sequence
 from .rotary import load_turned
-from .scores import LN2, LOG2E, LOWEST, add_bias, cap, load_rows
+from .scores import LN2, LOG2E, LOWEST, load_rows, logits_tile
 
 
 @triton.jit
@@ -76,30 +76,13 @@ def attention_forward(
     slope = None
     if Slope is not None:
         slope = tl.load(Slope + b * stride_slope_b + h)
-    table = None
-    if Table is not None:
-        table = Table + h64 * stride_table_h
     pi = i_in
     if EXPLICIT:
         pi = tl.load(QPositions + b64 * stride_qpos + row0 + rows)[:, None]
     row_scale = None
-    segment_slope = None
-    segment_intercept = None
     if Psi is not None:
         position = pi if EXPLICIT else pi + shift
         row_scale = tl.load(RowScale + (tl.minimum(tl.maximum(position, row_first), row_last) - row_first))
-        segment_slope = SegmentSlope + h * (num_knots + 1)
-        segment_intercept = SegmentIntercept + h * (num_knots + 1)
-    dense = None
-    if Dense is not None:
-        dense = Dense + b64 * stride_db + h64 * stride_dh
-        if PACKED:
-            dense += q_start.to(tl.int64) * stride_di + k_start.to(tl.int64) * stride_dj
-    boolean = None
-    if Boolean is not None:
-        boolean = Boolean + b64 * stride_bb + h64 * stride_bh + row0 * stride_bi
-        if PACKED:
-            boolean += k_start.to(tl.int64) * stride_bj
 
     m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -140,25 +123,18 @@ def attention_forward(
                 else:
                     k = load_rows(k_tile, cols, stride_kn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-                if NATURAL:
-                    s = s * scale
-                    if softcap is not None:
-                        s, _ = cap(s, softcap)
-                    pj = j_in
-                    if EXPLICIT:
-                        pj = tl.load(KPositions + b64 * stride_kpos + k_start + col0 + cols)[None, :]
-                    s = add_bias(
-                        s, i_in, j_in, i0, j0, pi, pj, shift, reference, slope, row_scale,
-                        table, table_first, table_last, Psi, psi_first, psi_last, PsiBounds,
-                        row_first, row_last, RowBounds, Knots, num_knots, segment_slope, segment_intercept,
-                        dense, stride_di, stride_dj,
-                        SIGNED, LINEAR, CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
-                    )  # fmt: skip
-                if span != 1:
-                    s = tl.where(allowed(i, j, k_len, offset, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
-                if Boolean is not None:
-                    sees = tl.load(boolean + col0 * stride_bj + rows[:, None] * stride_bi + cols[None, :] * stride_bj)
-                    s = tl.where(sees, s, float("-inf"))
+                pj = j_in
+                if EXPLICIT:
+                    pj = tl.load(KPositions + b64 * stride_kpos + k_start + col0 + cols)[None, :]
+                s, _ = logits_tile(
+                    s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, reference, slope, row_scale,
+                    b, h, q_start, k_start, scale, softcap, Table, stride_table_h, table_first, table_last,
+                    Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds, Knots, num_knots,
+                    SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
+                    Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right, span != 1,
+                    HAS_LEFT, HAS_RIGHT, SIGNED, LINEAR, CLAMP, EXPLICIT, NATURAL,
+                    BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+                )  # fmt: skip
                 m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
                 p = tl.exp2(s * factor - m_new[:, None])
                 alpha = tl.exp2(m_i - m_new)

@@ -13,8 +13,8 @@ import triton.language as tl
 @triton.jit
 def sequence(KLengths, CuQ, CuK, index, q_len, k_len):
     """The first token and the length of sequence `index`'s queries and keys, in the tensors' token axis."""
-    q_start = 0
-    k_start = 0
+    q_start = index * 0
+    k_start = index * 0
     if CuQ is not None:
         q_start = tl.load(CuQ + index)
         k_start = tl.load(CuK + index)
@@ -49,8 +49,8 @@ def key_spans(
     if HAS_RIGHT:
         hi = tl.minimum(tl.maximum(last + offset + right + 1, 0), k_len)
         full_hi = tl.minimum(tl.maximum(first + offset + right + 1, 0), k_len)
-    full_hi = full_hi // BLOCK_N * BLOCK_N
-    return lo, tl.minimum(full_lo, tl.cdiv(hi, BLOCK_N) * BLOCK_N), tl.maximum(full_lo, full_hi), hi
+    full_lo = tl.minimum(full_lo, tl.cdiv(hi, BLOCK_N) * BLOCK_N)
+    return lo, full_lo, tl.maximum(full_lo, full_hi // BLOCK_N * BLOCK_N), hi
 
 
 @triton.jit
@@ -68,7 +68,8 @@ def query_spans(
     if HAS_LEFT:
         hi = tl.minimum(tl.maximum(last - offset + left + 1, 0), q_len)
         full_hi = tl.minimum(tl.maximum(first - offset + left + 1, 0), full_hi) // BLOCK_M * BLOCK_M
-    return lo, tl.minimum(full_lo, tl.cdiv(hi, BLOCK_M) * BLOCK_M), tl.maximum(full_lo, full_hi), hi
+    full_lo = tl.minimum(full_lo, tl.cdiv(hi, BLOCK_M) * BLOCK_M)
+    return lo, full_lo, tl.maximum(full_lo, full_hi), hi
 
 
 @triton.jit

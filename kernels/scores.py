@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .bias import lookup, profile_segments, scalar, slope_tile
+from .masks import allowed
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -57,37 +58,80 @@ def segments(
 @triton.jit
 def add_bias(
     s, i, j, i0, j0, pi, pj, shift, reference, slope, row_scale,
-    Table, table_first, table_last, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,
-    Knots, num_knots, SegmentSlope, SegmentIntercept, Dense, stride_di, stride_dj,
+    Table, stride_table_h, table_first, table_last, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,
+    Knots, num_knots, SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
+    b, h, i_first, j_first,
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """The tile s with every operand that is not None added. pi and pj are the positions (i and j themselves if
-    implicit); slope, Table, SegmentSlope and SegmentIntercept are the head's, Dense the batch and head's."""
+    """The tile s with every operand that is not None added.
+
+    slope is head h's; the others are given whole. pi and pj are positions, or i and j themselves if implicit; i_first
+    and j_first are the tensors' rows at which the sequence begins."""
+    b64 = b.to(tl.int64)
+    h64 = h.to(tl.int64)
     if slope is not None:
         s += slope_tile(slope, pi, pj, i0, j0, shift, reference, LINEAR, SIGNED, EXPLICIT)
     if Table is not None:
-        s += lookup(Table, pi, pj, i0, j0, shift, table_first, table_last, 0, CLAMP, EXPLICIT, NVIDIA)
+        s += lookup(Table + h64 * stride_table_h, pi, pj, i0, j0, shift, table_first, table_last, 0, CLAMP, EXPLICIT, NVIDIA)
     if Psi is not None:
         low, high = segments(
             i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,
             Knots, num_knots, CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
         )  # fmt: skip
-        segment_slope = scalar(SegmentSlope + low)
+        segment_slopes = SegmentSlope + h * (num_knots + 1)
+        segment_slope = scalar(segment_slopes + low)
         psi = lookup(Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 0, CLAMP, EXPLICIT, NVIDIA)
-        s += psi * (row_scale * segment_slope) + scalar(SegmentIntercept + low)
+        s += psi * (row_scale * segment_slope) + scalar(SegmentIntercept + h * (num_knots + 1) + low)
         # Each knot inside the tile bends the line from it on: one max and one FMA an element. Their sum is kept apart
         # from s, whose register layout the compiler would otherwise change for the loop.
         if high > low:
             bends = tl.zeros(s.shape, tl.float32)
             for m in range(low, high):
                 psi = lookup(Psi, pi, pj, i0, j0, shift, psi_first, psi_last, m, CLAMP, EXPLICIT, NVIDIA)
-                steeper = tl.load(SegmentSlope + m + 1)
+                steeper = tl.load(segment_slopes + m + 1)
                 bends += (steeper - segment_slope) * tl.maximum(psi * row_scale - tl.load(Knots + m), 0.0)
                 segment_slope = steeper
             s += bends
     if Dense is not None:
-        tile = Dense + i0.to(tl.int64) * stride_di + j0.to(tl.int64) * stride_dj
+        tile = Dense + b64 * stride_db + h64 * stride_dh
+        tile += (i_first + i0).to(tl.int64) * stride_di + (j_first + j0).to(tl.int64) * stride_dj
         s += tl.load(tile + (i - i0) * stride_di + (j - j0) * stride_dj).to(tl.float32)
     return s
+
+
+@triton.jit
+def logits_tile(
+    s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, reference, slope, row_scale, b, h, i_first, j_first,
+    scale, softcap, Table, stride_table_h, table_first, table_last,
+    Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds, Knots, num_knots,
+    SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
+    Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right, MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SIGNED: tl.constexpr, LINEAR: tl.constexpr,
+    CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NATURAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """From dot products to logits (times 1 / scale unless NATURAL), -inf where masked, and softcap's derivative.
+
+    i and j are true indices; i_in and j_in are clamped to the sequence, so that no operand is read outside it."""
+    slack = 1.0
+    if NATURAL:
+        s = s * scale
+        if softcap is not None:
+            s, slack = cap(s, softcap)
+        s = add_bias(
+            s, i_in, j_in, i0, j0, pi, pj, shift, reference, slope, row_scale,
+            Table, stride_table_h, table_first, table_last, Psi, psi_first, psi_last, PsiBounds,
+            row_first, row_last, RowBounds, Knots, num_knots, SegmentSlope, SegmentIntercept,
+            Dense, stride_db, stride_dh, stride_di, stride_dj, b, h, i_first, j_first,
+            SIGNED, LINEAR, CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+        )  # fmt: skip
+    if MASKED:
+        s = tl.where(allowed(i, j, k_len, offset, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
+    if Boolean is not None:
+        tile = Boolean + b.to(tl.int64) * stride_bb + h.to(tl.int64) * stride_bh
+        tile += (i_first + i0).to(tl.int64) * stride_bi + (j_first + j0).to(tl.int64) * stride_bj
+        s = tl.where(tl.load(tile + (i_in - i0) * stride_bi + (j_in - j0) * stride_bj), s, float("-inf"))
+    return s, slack

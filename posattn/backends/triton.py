@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from posattn.backends import launch as seam
-from posattn.kernels import attention
+from posattn.kernels import attention, gradients
 from posattn.plan import Call
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,3 +28,16 @@ def unsupported(call: Call) -> str | None:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     device = call.q.device
     return attention.forward(call, seam.launch, seam.architecture(device), seam.processors(device))
+
+
+def backward(
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    return gradients.backward(
+        call, out, lse, grad_out, grad_lse, needs, seam.launch, seam.architecture(call.q.device)
+    )

@@ -1,0 +1,138 @@
+"""Gradients of the keys and values.
+
+One program owns BLOCK_N keys of one key-value head and walks the queries that see them, of every query head in the
+group, so that no two programs add to the same element. Tiles are held transposed, [BLOCK_N, BLOCK_M]: the weights then
+go from one product to the next in registers.
+"""
+
+import triton
+import triton.language as tl
+
+from .dropout import keep_tile
+from .masks import mask_offset, query_spans, sequence
+from .scores import LOG2E, load_rows, logits_tile
+
+
+@triton.jit
+def attention_backward_kv(
+    Q, K, V, GradOut, Lse2, Delta, DK, DV_,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gm,
+    scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
+    Slope, stride_slope_b, Table, stride_table_h, table_first, table_last,
+    Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
+    Knots, num_knots, SegmentSlope, SegmentIntercept,
+    Dense, stride_db, stride_dh, stride_di, stride_dj,
+    QPositions, stride_qpos, KPositions, stride_kpos,
+    Boolean, stride_bb, stride_bh, stride_bi, stride_bj,
+    KLengths, CuQ, CuK, left, right, threshold, keep_scale, seed_lo, seed_hi,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
+    SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
+    KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """DK [B, Hkv, Tk, D] and DV_ [B, Hkv, Tk, DV] contiguous; keys of no sequence are not written."""
+    EXPLICIT: tl.constexpr = QPositions is not None
+    PACKED: tl.constexpr = CuQ is not None
+    blocks = tl.cdiv(k_max, BLOCK_N)
+    pid = tl.program_id(0)
+    j0 = (pid % blocks) * BLOCK_N  # the keys that most queries of a causal head see come first
+    kv_heads = num_heads // group
+    kv = (pid // blocks) % kv_heads
+    b = pid // blocks // kv_heads
+    q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, b, q_tokens, k_tokens)
+    if j0 >= k_len:
+        return
+    if PACKED:
+        b = b * 0
+    b64 = b.to(tl.int64)
+    kv64 = kv.to(tl.int64)
+    shift = k_len - q_len
+    offset = mask_offset(q_len, k_len, TOP_LEFT)
+    last = tl.minimum(j0 + BLOCK_N, k_len) - 1
+    reference = j0
+
+    cols = tl.minimum(tl.arange(0, BLOCK_N), k_len - 1 - j0)
+    j = (j0 + tl.arange(0, BLOCK_N))[:, None]  # [BLOCK_N, 1]
+    j_in = (j0 + cols)[:, None]
+    col0 = (k_start + j0).to(tl.int64)
+    k = load_rows(K + b64 * stride_kb + kv64 * stride_kh + col0 * stride_kn, cols, stride_kn, D, BLOCK_D)
+    v = load_rows(V + b64 * stride_vb + kv64 * stride_vh + col0 * stride_vn, cols, stride_vn, DV, BLOCK_DV)
+    pj = j_in
+    if EXPLICIT:
+        pj = tl.load(KPositions + b64 * stride_kpos + col0 + cols)[:, None]
+    factor = LOG2E if NATURAL else scale * LOG2E
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    lo, full_lo, full_hi, hi = query_spans(j0, last, q_len, offset, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    for h in range(kv * group, (kv + 1) * group):
+        h64 = h.to(tl.int64)
+        q_base = Q + b64 * stride_qb + h64 * stride_qh + q_start.to(tl.int64) * stride_qm
+        do_base = GradOut + b64 * stride_gb + h64 * stride_gh + q_start.to(tl.int64) * stride_gm
+        stat_base = (b64 * num_heads + h64) * q_tokens + q_start
+        slope = None
+        if Slope is not None:
+            slope = tl.load(Slope + b * stride_slope_b + h)
+        for span in tl.static_range(0, 3):
+            # Span 0 is the border on the side of causal masking, span 2 the window's left border.
+            if span == 1 or (span == 0 and HAS_RIGHT) or (span == 2 and HAS_LEFT):
+                if span == 0:
+                    span_lo, span_hi = lo, full_lo
+                elif span == 1:
+                    span_lo, span_hi = full_lo, full_hi
+                else:
+                    span_lo, span_hi = full_hi, hi
+                for i0 in tl.range(span_lo, span_hi, BLOCK_M):
+                    rows = tl.minimum(tl.arange(0, BLOCK_M), q_len - 1 - i0)
+                    i = (i0 + tl.arange(0, BLOCK_M))[None, :]  # [1, BLOCK_M]
+                    i_in = (i0 + rows)[None, :]
+                    row0 = i0.to(tl.int64)
+                    q = load_rows(q_base + row0 * stride_qm, rows, stride_qm, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+                    do = load_rows(do_base + row0 * stride_gm, rows, stride_gm, DV, BLOCK_DV)
+                    inside = tl.arange(0, BLOCK_M) < q_len - i0
+                    lse2 = tl.load(Lse2 + stat_base + row0 + tl.arange(0, BLOCK_M), mask=inside, other=float("inf"))
+                    delta = tl.load(Delta + stat_base + row0 + tl.arange(0, BLOCK_M), mask=inside, other=0.0)
+                    if LINEAR:
+                        lse2 += slope * (i0 + shift - reference + tl.arange(0, BLOCK_M)).to(tl.float32) * LOG2E
+                    pi = i_in
+                    if EXPLICIT:
+                        pi = tl.load(QPositions + b64 * stride_qpos + q_start + row0 + rows)[None, :]
+                    row_scale = None
+                    if Psi is not None:
+                        position = pi if EXPLICIT else pi + shift
+                        row_scale = tl.load(RowScale + (tl.minimum(tl.maximum(position, row_first), row_last) - row_first))
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+                    s, slack = logits_tile(
+                        s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, reference, slope, row_scale,
+                        b, h, q_start, k_start, scale, softcap, Table, stride_table_h, table_first, table_last,
+                        Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds, Knots, num_knots,
+                        SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
+                        Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right, span != 1,
+                        HAS_LEFT, HAS_RIGHT, SIGNED, LINEAR, CLAMP, EXPLICIT, NATURAL,
+                        BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+                    )  # fmt: skip
+                    p = tl.exp2(s * factor - lse2[None, :])
+                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                    kept = p
+                    if threshold is not None:
+                        keep = tl.trans(
+                            keep_tile(
+                                seed_lo, seed_hi, threshold, q_start + i0, k_start + j0, b * num_heads + h,
+                                BLOCK_M, BLOCK_N, not PACKED,
+                            )  # fmt: skip
+                        )
+                        kept = tl.where(keep, p * keep_scale, 0.0)
+                        dp = tl.where(keep, dp * keep_scale, 0.0)
+                    dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+                    ds = p * (dp - delta[None, :]) * slack
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    inside = (tl.arange(0, BLOCK_N) < k_len - j0)[:, None]
+    out0 = (b64 * kv_heads + kv64) * k_tokens + col0
+    offs_n = tl.arange(0, BLOCK_N)[:, None]
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(DK + out0 * D + offs_n * D + offs_d, (dk * scale).to(DK.dtype.element_ty), mask=inside & (offs_d < D))
+    offs_d = tl.arange(0, BLOCK_DV)[None, :]
+    tl.store(DV_ + out0 * DV + offs_n * DV + offs_d, dv.to(DV_.dtype.element_ty), mask=inside & (offs_d < DV))

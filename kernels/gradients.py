@@ -1,0 +1,253 @@
+"""Host side of the plain family's backward pass: which kernels run for a call, and how their sums become gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posattn.plan import Call
+from posattn.positions import token_indices
+
+from .attention import turned
+from .backward_bias import gradient_by_distance, gradient_by_tile
+from .backward_kv import attention_backward_kv
+from .backward_q import attention_backward_q
+from .configs_backward import bias_tile, key_tile, query_tile
+from .operands import Arguments, Launch, common_arguments, k_max, padded, q_max, sequences, strides, unit_stride
+from .prepare import prepare
+from .tiles import Tile
+
+_PROFILE = frozenset(("psi", "row_scale", "profile_slope", "profile_intercept"))
+
+
+def row_statistics(
+    launch: Launch, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+) -> dict[str, Any]:
+    """The arguments GradOut, Lse2 and Delta of the backward kernels."""
+    out, grad_out = unit_stride(out), unit_stride(grad_out)
+    batch, heads, tokens, dim = out.shape
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=out.device)
+    lse2 = torch.empty_like(delta)
+    block = 32
+    values: dict[str, Any] = {
+        "Out": out,
+        "GradOut": grad_out,
+        "Lse": lse.contiguous(),
+        "GradLse": None if grad_lse is None else grad_lse.float().contiguous(),
+        "Delta": delta,
+        "Lse2": lse2,
+        "tokens": tokens,
+        "num_heads": heads,
+        **dict(zip(("stride_ob", "stride_oh", "stride_om"), out.stride())),
+        **dict(zip(("stride_gb", "stride_gh", "stride_gm"), grad_out.stride())),
+    }
+    constants = {"DV": dim, "BLOCK_DV": padded(dim), "BLOCK_M": block}
+    grid = (-(-tokens // block) * batch * heads,)
+    Arguments(values, constants).launch_with(launch, prepare, grid, num_warps=4, num_stages=1)
+    return {key: values[key] for key in ("GradOut", "Lse2", "Delta", "stride_gb", "stride_gh", "stride_gm")}
+
+
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """[Hq]: a sink is a logit without a value, so its gradient is -weight * delta summed over rows."""
+    return -(torch.exp(sinks.float()[:, None] - lse) * delta).sum((0, 2))
+
+
+def backward(
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needs: frozenset[str],
+    launch: Launch,
+    arch: str,
+) -> dict[str, Tensor]:
+    """The gradients named in `needs`, of a call without HeadMix."""
+    rotary = call.plan.rotary
+    q, k, v = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v)
+    if rotary is not None:
+        q = turned(launch, q, rotary.q_cos, rotary.q_sin, rotary.interleaved, q.dtype)
+        k = turned(launch, k, rotary.k_cos, rotary.k_sin, rotary.interleaved, k.dtype)
+    shared = {"Q": q, "K": k, "V": v, **strides("q", q), **strides("k", k), **strides("v", v)}
+    shared.update(row_statistics(launch, out, lse, grad_out, grad_lse))
+
+    grads: dict[str, Tensor] = {}
+    if "sinks" in needs and call.sinks is not None:
+        grads["sinks"] = sink_gradient(call.sinks, lse, shared["Delta"])
+    along_rows = needs & {"q", "slope", "row_scale", "profile_slope", "profile_intercept"}
+    if along_rows:
+        grads.update(_query_gradients(call, shared, needs, launch, query_tile(arch, call)))
+    if needs & {"k", "v"}:
+        grads.update(_key_gradients(call, shared, launch, key_tile(arch, call)))
+    if needs & {"table", "psi", "dense"}:
+        grads.update(_bias_gradients(call, shared, needs, launch, bias_tile(arch, call)))
+    if rotary is not None:
+        for name, cos, sin in (("q", rotary.q_cos, rotary.q_sin), ("k", rotary.k_cos, rotary.k_sin)):
+            if name in needs:
+                grads[name] = turned(launch, grads[name], cos, sin, rotary.interleaved, call.q.dtype, sign=-1)
+    return {name: grads[name] for name in needs}
+
+
+def _grad_like(call: Call, x: Tensor) -> Tensor:
+    """Where a gradient of q or k goes; float32 if it is still to be turned back, so that it is rounded once.
+
+    Zeroed where tokens may belong to no sequence, which no program writes."""
+    partial = call.mask.cu_seqlens_q is not None or call.mask.k_lengths is not None
+    create = torch.zeros if partial else torch.empty
+    dtype = x.dtype if call.plan.rotary is None else torch.float32
+    return create(x.shape, dtype=dtype, device=x.device)
+
+
+def _query_gradients(
+    call: Call, shared: dict[str, Any], needs: frozenset[str], launch: Launch, tile: Tile
+) -> dict[str, Tensor]:
+    q, bias = call.q, call.plan.bias
+    batch, heads, q_tokens, _ = q.shape
+    blocks = -(-q_max(call) // tile.block_m)
+    programs = blocks * sequences(call) * heads
+    zeros = {"dtype": torch.float32, "device": q.device}
+    dq = _grad_like(call, q)
+    dslope = torch.zeros(programs, **zeros) if "slope" in needs else None
+    lines = bias.profile is not None and bool(needs & {"row_scale", "profile_slope", "profile_intercept"})
+    drow_scale = torch.zeros((batch, heads, q_tokens), **zeros) if lines else None
+    width = 0 if bias.profile is None else bias.profile.knots.shape[0] + 1
+    dsegments = torch.zeros((programs, 2, width), **zeros) if lines else None
+    values = {**shared, "DQ": dq, "DSlope": dslope, "DRowScale": drow_scale, "DSegments": dsegments}
+    arguments = common_arguments(call, tile.block_m, tile.block_n).with_(values, {})
+    arguments.launch_with(launch, attention_backward_q, (programs,), tile.num_warps, tile.num_stages)
+
+    grads = {"q": dq}
+    if dslope is not None and bias.slope is not None:
+        by_sequence = dslope.view(-1, heads, blocks).sum(-1)
+        packed = call.mask.cu_seqlens_q is not None
+        grads["slope"] = by_sequence.sum(0) if bias.slope.slope.dim() == 1 else by_sequence
+        if packed and bias.slope.slope.dim() == 2:
+            grads["slope"] = by_sequence.sum(0, keepdim=True)
+    if dsegments is not None and drow_scale is not None and bias.profile is not None:
+        sums = dsegments.view(-1, heads, blocks, 2, width).sum((0, 2))
+        grads["profile_intercept"], grads["profile_slope"] = sums[:, 0], sums[:, 1]
+        profile = bias.profile
+        if call.q_positions is not None:
+            position = call.q_positions
+        else:
+            mask = call.mask
+            index, _, shift = token_indices(
+                q_tokens, call.k.shape[2], q.device, mask.k_lengths, mask.cu_seqlens_q, mask.cu_seqlens_k
+            )
+            position = index + shift
+        entry = (position - profile.row_first).clamp(0, profile.row_scale.shape[0] - 1)
+        rows = drow_scale.sum(1)
+        if entry.shape[0] == 1:
+            rows = rows.sum(0, keepdim=True)
+        # index_put_ sorts before it adds: the result does not depend on the order of threads.
+        grads["row_scale"] = torch.zeros_like(profile.row_scale, dtype=torch.float32).index_put_(
+            (entry,), rows, accumulate=True
+        )
+    return grads
+
+
+def _key_gradients(call: Call, shared: dict[str, Any], launch: Launch, tile: Tile) -> dict[str, Tensor]:
+    k, v = call.k, call.v
+    dk = _grad_like(call, k)
+    dv = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+    programs = -(-k_max(call) // tile.block_n) * sequences(call) * k.shape[1]
+    arguments = common_arguments(call, tile.block_m, tile.block_n).with_({**shared, "DK": dk, "DV_": dv}, {})
+    arguments.launch_with(launch, attention_backward_kv, (programs,), tile.num_warps, tile.num_stages)
+    return {"k": dk, "v": dv}
+
+
+def _fold_bands(bands: Tensor, block: int) -> Tensor:
+    """[H, bands, 2 * block] of overlapping bands to [H, (bands + 1) * block] sums; entry 0 is one block below the
+    first corner."""
+    heads, count, _ = bands.shape
+    total = bands.new_zeros((heads, count + 1, block))
+    total[:, :-1] += bands[:, :, :block]
+    total[:, 1:] += bands[:, :, block:]
+    return total.view(heads, -1)
+
+
+def _clamped(full: Tensor, start: int, first: int, length: int) -> Tensor:
+    """Sums by distance, entry 0 at `start`, as sums by table entry: distances outside count at the table's ends."""
+    begin, end = max(first - start, 0), min(first + length - start, full.shape[1])
+    if begin >= end:  # no distance inside: all fall on one end
+        result = full.new_zeros((full.shape[0], length))
+        result[:, 0 if first > start else -1] = full.sum(1)
+        return result
+    left = start + begin - first
+    result = torch.nn.functional.pad(full[:, begin:end], (left, length - left - (end - begin)))
+    result[:, 0] += full[:, :begin].sum(1)
+    result[:, -1] += full[:, end:].sum(1)
+    return result
+
+
+def _bias_gradients(
+    call: Call, shared: dict[str, Any], needs: frozenset[str], launch: Launch, tile: Tile
+) -> dict[str, Tensor]:
+    q, k, bias = call.q, call.k, call.plan.bias
+    heads, q_tokens, k_tokens = q.shape[1], q.shape[2], k.shape[2]
+    device = q.device
+    arguments = common_arguments(call, tile.block_m, tile.block_n)
+    arguments = arguments.with_({**shared, "num_sequences": sequences(call)}, {})
+    grads: dict[str, Tensor] = {}
+    explicit = call.q_positions is not None
+    by_distance = needs & {"table", "psi"}
+    if by_distance and not explicit:
+        block = tile.block_n
+        first_corner = -(q_max(call) - 1) - (block - 1)
+        bands = -(-(k_max(call) + block - 1 - first_corner) // block)
+        shape = (heads, bands, 2 * block)
+        table = torch.empty(shape, dtype=torch.float32, device=device) if "table" in needs else None
+        psi = torch.empty(shape, dtype=torch.float32, device=device) if "psi" in needs else None
+        values = {"DTable": table, "DPsi": psi, "first_corner": first_corner}
+        arguments.with_(values, {}).launch_with(
+            launch, gradient_by_distance, (bands, heads), tile.num_warps, tile.num_stages
+        )
+        start = first_corner - block
+        if table is not None and bias.table is not None:
+            grads["table"] = _clamped(_fold_bands(table, block), start, bias.table.first, bias.table.values.shape[1])
+        if psi is not None and bias.profile is not None:
+            folded = _fold_bands(psi, block).sum(0, keepdim=True)
+            grads["psi"] = _clamped(folded, start, bias.profile.first, bias.profile.psi.shape[0])[0]
+    scatter = explicit and bool(by_distance)
+    if scatter or "dense" in needs:
+        dense = bias.dense.bias if bias.dense is not None and "dense" in needs else None
+        out_batches = sequences(call) if scatter or dense is None else dense.shape[0]
+        out_heads = heads if scatter or dense is None else dense.shape[1]
+        if call.mask.cu_seqlens_q is not None:
+            out_batches = sequences(call)
+        target = None
+        if dense is not None:
+            target_batches = 1 if call.mask.cu_seqlens_q is not None else out_batches
+            create = torch.zeros if call.mask.cu_seqlens_q is not None else torch.empty
+            target = create((target_batches, out_heads, q_tokens, k_tokens), dtype=torch.float32, device=device)
+        values = {
+            "DDense": target,
+            "stride_gdb": 0 if target is None else target.stride(0),
+            "stride_gdh": 0 if target is None else target.stride(1),
+            "out_heads": out_heads,
+            "batches_each": sequences(call) // out_batches,
+            "heads_each": heads // out_heads,
+            "DTable": torch.zeros((heads, bias.table.values.shape[1]), dtype=torch.float32, device=device)
+            if scatter and "table" in needs and bias.table is not None
+            else None,
+            "DPsi": torch.zeros(bias.profile.psi.shape, dtype=torch.float32, device=device)
+            if scatter and "psi" in needs and bias.profile is not None
+            else None,
+        }
+        if values["DTable"] is not None:
+            # The table is read through the same stride as its gradient is written.
+            values["Table"] = arguments.values["Table"].contiguous()
+            values["stride_table_h"] = values["DTable"].stride(0)
+        tiles = -(-q_max(call) // tile.block_m) * -(-k_max(call) // tile.block_n)
+        arguments.with_(values, {}).launch_with(
+            launch, gradient_by_tile, (tiles * out_heads * out_batches,), tile.num_warps, tile.num_stages
+        )
+        if target is not None and dense is not None:
+            grads["dense"] = target.sum_to_size(dense.shape)
+        if values["DTable"] is not None:
+            grads["table"] = values["DTable"]
+        if values["DPsi"] is not None:
+            grads["psi"] = values["DPsi"]
+    return grads
