@@ -54,9 +54,7 @@ def run_case(case: Case, device: str, threads: int, note: Callable[[str], None])
 def _checked(variant: Variant, case: Case, device: str) -> tuple[Callable[[], object], str]:
     """The call to time, after parity, and a digest of its results."""
     try:
-        wrong = None
-        if case.mode != "forward" or variant.peer == "posattn":
-            wrong = parity.short_differs(variant, case, device)
+        wrong = parity.posattn_differs(variant, case, device) if variant.peer == "posattn" else None
         ready = contender(variant, case, device)
         out, results = _first_call(ready, case)
         wrong = wrong or parity.outputs_differ(variant, case, device, out)
