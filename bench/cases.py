@@ -13,7 +13,9 @@ Measure = Literal["speed", "cost", "share", "overhead", "growth", "bits", "memor
 
 HEADLINE = ("none", "RoPE", "ALiBi", "Kerple", "T5Bias", "FIRE")
 LENGTHS = tuple(128 << n for n in range(9))  # 128 to 32768: a sweep's
-ADDITIVE = ("ALiBi", "Kerple", "T5Bias", "FIRE")
+# The same, with parameters to train where gradients are wanted.
+TRAINED = ("none", "RoPE", "ALiBi learnable", "Kerple", "T5Bias", "FIRE")
+BIASES = 2  # where the additive ones of either begin
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _forward(dtype: str, speed: float | None = None, flex: float | None = None, 
     )
     targets = [Target("speed", _name(name), speed, "sdpa") for name in HEADLINE] if speed else []
     targets += [Target("cost", _name(name), 1.05, _name("none")) for name in HEADLINE[1:]]
-    targets += [Target("speed", _name(name), 1.0, "sdpa-mask:Kerple") for name in ADDITIVE]
+    targets += [Target("speed", _name(name), 1.0, "sdpa-mask:Kerple") for name in HEADLINE[BIASES:]]
     if flex:
         targets.append(Target("speed", _name("ALiBi"), flex, "flex:ALiBi"))
     if share:
@@ -171,25 +173,25 @@ def _full(dtype: str, share: float) -> Case:
 
 def _both(dtype: str, speed: float, mask: float) -> Case:
     peers = (Variant("sdpa"), Variant("sdpa-mask-grad", "Kerple"))
-    targets = [Target("speed", _name(name), speed, "sdpa") for name in HEADLINE]
-    targets += [Target("speed", _name(name), mask, "sdpa-mask-grad:Kerple") for name in ADDITIVE]
-    return Case(f"both-{dtype}", (*_posattn(*HEADLINE), *peers), tuple(targets), mode="both", dtype=dtype, seconds=70.0)
+    targets = [Target("speed", _name(name), speed, "sdpa") for name in TRAINED]
+    targets += [Target("speed", _name(name), mask, "sdpa-mask-grad:Kerple") for name in TRAINED[BIASES:]]
+    return Case(f"both-{dtype}", (*_posattn(*TRAINED), *peers), tuple(targets), mode="both", dtype=dtype, seconds=70.0)
 
 
 def _backward(dtype: str, share: float) -> Case:
     target = Target("share", _name("none"), share)
-    variants = (*_posattn("none", "ALiBi"), Variant("sdpa"))
+    variants = (*_posattn("none", "ALiBi learnable"), Variant("sdpa"))
     return Case(f"backward-{dtype}", variants, (target,), mode="backward", dtype=dtype, seconds=20.0)
 
 
 def _head_mixing() -> tuple[Case, ...]:
-    variants = (*_posattn("none", "DAPE"), Variant("eager", "DAPE"))
+    variants = (*_posattn("none", "DAPE-Kerple"), Variant("eager", "DAPE-Kerple"))
     forward = (
-        Target("speed", _name("DAPE"), 14.0, "eager:DAPE"),
-        Target("cost", _name("DAPE"), 2.1, _name("none")),
-        Target("share", _name("DAPE"), 0.65),
+        Target("speed", _name("DAPE-Kerple"), 14.0, "eager:DAPE-Kerple"),
+        Target("cost", _name("DAPE-Kerple"), 2.1, _name("none")),
+        Target("share", _name("DAPE-Kerple"), 0.65),
     )
-    both = (Target("speed", _name("DAPE"), 11.0, "eager:DAPE"),)
+    both = (Target("speed", _name("DAPE-Kerple"), 11.0, "eager:DAPE-Kerple"),)
     return (
         Case("dape-forward-float32", variants, forward, seconds=30.0),
         Case("dape-forward-bfloat16", variants, forward[:2], dtype="bfloat16", seconds=30.0),
@@ -204,7 +206,7 @@ def _decoding(dtype: str) -> Case:
 
 
 def _threads() -> tuple[Case, ...]:
-    one, two = (Variant("posattn", "ALiBi", threads=count) for count in (1, 2))
+    one, two = (Variant("posattn", "ALiBi learnable", threads=count) for count in (1, 2))
     targets = (Target("speed", two.name, 1.85, one.name), Target("bits", two.name, 1.0, one.name))
     return (
         Case("threads-forward", (one, two), targets, seconds=10.0),
@@ -220,7 +222,7 @@ def _growth() -> Case:
 
 def _memory() -> tuple[Case, ...]:
     fire = tuple(Variant("posattn", "FIRE", length=length) for length in (8192, 16384, 32768))
-    dape = Variant("posattn", "DAPE", length=8192)
+    dape = Variant("posattn", "DAPE-Kerple", length=8192)
     linear = Target("growth", fire[2].name, 0.15, fire[1].name)
     return (
         Case("memory-forward", fire, (Target("memory", fire[2].name, 200.0), linear), memory=True),

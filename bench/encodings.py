@@ -1,44 +1,30 @@
-"""The encodings to time, found in posattn.encodings and built from the names of their constructors' parameters."""
+"""The encodings to time: every form that the exported classes show as examples, by name."""
 
 from __future__ import annotations
 
-import inspect
+import torch
 
-import posattn
-from posattn.encodings import __all__ as exported
-from posattn.encodings.base import Encoding
-
-# What a constructor may ask for, beside the sizes of the call. Learnable where there is a choice: the gradients of an
-# encoding's parameters belong to the work that is timed.
-FIXED = {"max_distance": 128, "learnable": True}
+from posattn.check import examples
+from posattn.encodings.base import Context, Encoding
 
 
 def names() -> tuple[str, ...]:
-    """ "none", and every exported encoding that `build` can make."""
-    return ("none", *(name for name in exported if _arguments(name, 1, 1) is not None))
+    """ "none", and every example that runs in O(N) memory on positions 0 .. T-1."""
+    return ("none", *(name for name, encoding in examples(2, 8, 16).items() if _is_linear(encoding)))
 
 
-def build(name: str, heads: int, head_dim: int) -> Encoding | None:
-    """The encoding of that name for q [B, heads, T, head_dim], or None for "none". DAPE's inner bias is Kerple."""
+def build(name: str, heads: int, head_dim: int, tokens: int) -> Encoding | None:
+    """The encoding of that name for q [B, heads, T <= tokens, head_dim], or None for "none"."""
     if name == "none":
         return None
-    arguments = _arguments(name, heads, head_dim)
-    if arguments is None:
-        raise ValueError(f"encoding: expected one of {', '.join(names())}, got {name!r}")
-    encoding = getattr(posattn, name)(**arguments)
-    assert isinstance(encoding, Encoding)
-    return encoding
+    found = examples(heads, head_dim, tokens)
+    if name not in found:
+        raise ValueError(f"encoding: expected one of none, {', '.join(found)}, got {name!r}")
+    return found[name]
 
 
-def _arguments(name: str, heads: int, head_dim: int) -> dict[str, object] | None:
-    """Arguments for the constructor, or None if it asks for something that only a caller can know."""
-    kind = getattr(posattn, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, Encoding)):
-        return None
-    known: dict[str, object] = {"num_heads": heads, "head_dim": head_dim, **FIXED}
-    if name == "DAPE":
-        known["inner"] = posattn.Kerple(heads)
-    parameters = inspect.signature(kind).parameters
-    arguments = {key: known[key] for key in parameters if key in known}
-    required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
-    return arguments if required <= arguments.keys() else None
+def _is_linear(encoding: Encoding) -> bool:
+    if encoding.needs_positions:
+        return False
+    context = Context(q_len=16, k_len=16, num_heads=2, head_dim=8, device=torch.device("cpu"), dtype=torch.float32)
+    return encoding.lower(context).bias.dense is None

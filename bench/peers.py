@@ -54,7 +54,7 @@ def make_inputs(case: Case, encoding: str, device: str) -> Inputs:
         return torch.randn(case.batch, case.heads, length, case.head_dim, device=device).to(dtype)
 
     q, k, v = (draw(n).requires_grad_(case.mode != "forward") for n in (case.q_len, case.k_len, case.k_len))
-    position = build(encoding, case.heads, case.head_dim)
+    position = build(encoding, case.heads, case.head_dim, max(case.q_len, case.k_len))
     if position is not None:
         position = position.to(device).requires_grad_(case.mode != "forward")
     return Inputs(q, k, v, draw(case.q_len), position, case.causal)
@@ -127,7 +127,7 @@ def _sdpa_mask_grad(inputs: Inputs, variant: Variant) -> Peer:
 
 def _flex(inputs: Inputs, variant: Variant) -> Peer:
     """FlexAttention under torch.compile, with ALiBi as its score_mod and the causal block mask built beforehand."""
-    if variant.encoding != "ALiBi" or not isinstance(inputs.position, posattn.ALiBi):
+    if not isinstance(inputs.position, posattn.ALiBi):
         raise Unavailable("its score_mod is written for ALiBi alone")
     if inputs.q.requires_grad and inputs.q.device.type == "cpu":
         raise Unavailable("it does not train on a CPU")

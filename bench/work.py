@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from posattn import DAPE
+
 from .cases import Case
 from .encodings import build
 
@@ -35,7 +37,7 @@ def work(case: Case, encoding: str) -> Work:
     products = {"forward": 2, "backward": 5, "both": 7}[case.mode]
     # The network forward; its recomputation and two products for its backward.
     passes = {"forward": 1, "backward": 3, "both": 4}[case.mode]
-    flop = pairs * (2.0 * case.head_dim * products + _network(encoding, case.heads) * passes)
+    flop = pairs * (2.0 * case.head_dim * products + _network(case, encoding) * passes)
     return Work(flop, "bf16dot" if dtype == torch.bfloat16 else "fma")
 
 
@@ -47,14 +49,12 @@ def _visible(case: Case) -> int:
     return sum(max(first + i, 0) for i in range(case.q_len))
 
 
-def _network(encoding: str, heads: int) -> float:
+def _network(case: Case, encoding: str) -> float:
     """FLOP of DAPE's two linear layers for one pair and one head."""
-    if encoding != "DAPE":
+    mixing = build(encoding, case.heads, case.head_dim, max(case.q_len, case.k_len))
+    if not isinstance(mixing, DAPE):
         return 0.0
-    mixing = build(encoding, heads, 1)
-    assert mixing is not None
-    weights = sum(p.numel() for name, p in mixing.named_parameters() if p.dim() == 2 and name.startswith("mlp."))
-    return 2.0 * weights / heads
+    return 2.0 * sum(p.numel() for p in mixing.mlp.parameters() if p.dim() == 2) / case.heads
 
 
 def peak(kind: str, device: str, threads: int, dtype: str) -> float:

@@ -27,16 +27,19 @@ def row(variant: str, **figures: float | int | str) -> report.Row:
 
 
 def test_every_encoding_is_found() -> None:
-    """One that needs positions of its caller's making (segments, pixels, axes) has no place in a table of lengths."""
-    found = set(encodings.names()) - {"none"}
-    for name in posattn.encodings.__all__:
-        kind = getattr(posattn, name)
-        if name in found:
-            assert isinstance(encodings.build(name, 4, 16), kind)
-        else:
-            with pytest.raises(ValueError, match="encoding: expected one of"):
-                encodings.build(name, 4, 16)
-    assert {"RoPE", "ALiBi", "Kerple", "T5Bias", "Sandwich", "RelativeTable", "FIRE", "DAPE"} <= found
+    found = encodings.names()
+    assert {"none", "RoPE", "ALiBi", "Kerple", "T5Bias", "Sandwich", "RelativeTable", "FIRE", "DAPE-Kerple"} <= set(
+        found
+    )
+    for name in found[1:]:
+        assert isinstance(encodings.build(name, 4, 16, 32), posattn.encodings.Encoding)
+    # Segments are of their caller's making, and a table over pixels is a dense bias.
+    assert not {"BiPE-RoPE", "BiPE-ALiBi", "RelativeTable2D"} & set(found)
+
+
+def test_an_unknown_encoding_is_an_error() -> None:
+    with pytest.raises(ValueError, match="encoding: expected one of none"):
+        encodings.build("Nope", 4, 16, 32)
 
 
 @pytest.mark.parametrize("every", [cases.standard(), cases.quick(), cases.sweep(("none", "ALiBi"), (128, 8192))])
@@ -66,7 +69,7 @@ def test_work_counts_the_visible_pairs(q_len: int, k_len: int) -> None:
     assert work.work(replace(case, mode="both"), "ALiBi").amount == 3.5 * flop
     width, inputs = 32, 4
     network = 2 * visible * (width * inputs + width * 2)
-    assert work.work(case, "DAPE").amount == flop + network
+    assert work.work(case, "DAPE-Kerple").amount == flop + network
 
 
 def test_decoding_is_measured_in_bytes() -> None:
@@ -161,7 +164,7 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert all(r["device"] and r["torch"] == torch.__version__ for r in rows)
     for picture in ("speed.png", "share.png", "length.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert "posattn:DAPE" in capsys.readouterr().out
+    assert "posattn:DAPE-Kerple" in capsys.readouterr().out
 
 
 def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
