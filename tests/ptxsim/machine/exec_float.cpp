@@ -8,15 +8,20 @@
 namespace ptxsim {
 namespace {
 
+// A NaN gives way to a number, and -0 is below +0.
 template <class T>
 T minimum(T a, T b) {
-  if (a == 0 && b == 0) return std::signbit(a) ? a : b;  // -0 is below +0
-  return std::fmin(a, b);
+  if (a != a) return b;
+  if (b != b) return a;
+  if (a == b) return std::signbit(a) ? a : b;
+  return a < b ? a : b;
 }
 template <class T>
 T maximum(T a, T b) {
-  if (a == 0 && b == 0) return std::signbit(a) ? b : a;
-  return std::fmax(a, b);
+  if (a != a) return b;
+  if (b != b) return a;
+  if (a == b) return std::signbit(a) ? b : a;
+  return a > b ? a : b;
 }
 
 template <Arithmetic op, class T>
