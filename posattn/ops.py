@@ -238,54 +238,22 @@ def _gradients(
 
 @torch.library.impl("posattn::attention_forward", "default")
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    operands: list[Tensor],
-    ints: list[int],
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    spec: str,
+    q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], ints: list[int], *numbers: Any
 ) -> tuple[Tensor, Tensor]:
-    call = unflatten(q, k, v, operands, ints, scale, softcap, dropout_p, spec)
-    out, lse = _run_forward(call, parse(spec).backend)
+    call = unflatten(q, k, v, operands, ints, *numbers)
+    out, lse = _run_forward(call, parse(numbers[3]).backend)
     return out.contiguous(), lse.contiguous()
 
 
 @torch.library.register_fake("posattn::attention_forward")  # type: ignore[untyped-decorator]
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    operands: list[Tensor],
-    ints: list[int],
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    spec: str,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     rows = q.shape[:3]
     return q.new_empty(*rows, v.shape[3]), q.new_empty(rows, dtype=_lse_dtype(q))
 
 
 @torch.library.impl("posattn::attention_backward", "default")
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    operands: list[Tensor],
-    ints: list[int],
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    spec: str,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    needs: str,
-) -> list[Tensor]:
+def _backward(q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], ints: list[int], *rest: Any) -> list[Tensor]:
+    scale, softcap, dropout_p, spec, out, lse, grad_out, grad_lse, needs = rest
     call = unflatten(q, k, v, operands, ints, scale, softcap, dropout_p, spec)
     named = _needed(needs, spec, (q, k, v, *operands))
     grads = _run_backward(call, parse(spec).backend, out, lse, grad_out, grad_lse, named)
@@ -293,22 +261,8 @@ def _backward(
 
 
 @torch.library.register_fake("posattn::attention_backward")  # type: ignore[untyped-decorator]
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    operands: list[Tensor],
-    ints: list[int],
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    spec: str,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    needs: str,
-) -> list[Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, operands: list[Tensor], ints: list[int], *rest: Any) -> list[Tensor]:
+    spec, needs = rest[3], rest[-1]
     return [tensor.new_empty(tensor.shape) for tensor in _needed(needs, spec, (q, k, v, *operands)).values()]
 
 
