@@ -60,7 +60,7 @@ def attention(
             counting tokens.
         dropout_p: share of the softmax weights dropped, 0 <= dropout_p < 1, seeded from torch.manual_seed.
         return_lse: also return the logits' log-sum-exp, natural log, float32 [B, Hq, Tq]; differentiable.
-        deterministic: sum parameter gradients in a fixed order.
+        deterministic: sum parameter gradients in a fixed order; so does torch.use_deterministic_algorithms.
         backend: "auto", or "cpu", "cuda", "triton" or "reference", which runs or raises its reason not to.
 
     Returns:
@@ -199,7 +199,7 @@ def _attend(
         k_positions=positions[1],
         dropout_p=dropout_p,
         seed=torch.randint(2**62, (1,), dtype=torch.int64) if dropout_p else None,
-        deterministic=deterministic,
+        deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
     )
     return ops.attend(call, backend)
 
