@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +12,53 @@ from torch import Tensor
 from posattn import checks, folding, ops
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Call, Dense, Mask, Plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Options(TypedDict, total=False):
+    """The keywords of attention() but return_lse, which decides what it returns."""
+
+    causal: bool
+    window: int | tuple[int | None, int | None] | None
+    scale: float | None
+    softcap: float | None
+    sinks: Tensor | None
+    bias: Tensor | None
+    mask: Tensor | None
+    k_lengths: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    q_positions: Tensor | None
+    k_positions: Tensor | None
+    dropout_p: float
+    deterministic: bool
+    backend: str
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Encoding | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Encoding | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import posattn
+from posattn.attention import Options
 from posattn.check import compare
 
 
@@ -242,6 +244,12 @@ def test_gradients_only_where_wanted(place):
     assert not posattn.attention(q.detach(), k.detach(), v.detach(), backend=backend).requires_grad
 
 
+def test_the_typed_options_are_the_keywords():
+    parameters = inspect.signature(posattn.attention).parameters.values()
+    keywords = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    assert keywords == {"return_lse", *Options.__annotations__}
+
+
 def test_only_the_log_sum_exp_is_used():
     q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
     _, lse = posattn.attention(q, k, v, return_lse=True)
@@ -281,5 +289,5 @@ def test_memory_grows_with_the_length_and_not_its_square(position):
         [sys.executable, "-c", MEMORY.format(position=position)], capture_output=True, text=True, check=True
     )
     short, long = (int(kilobytes) for kilobytes in run.stdout.split())
-    assert short < 60_000
-    assert long < 120_000
+    assert short < 30_000
+    assert long < 60_000
