@@ -131,6 +131,19 @@ inline void add_over_rows(float* c, int64_t width, const float* t, const float* 
   }
 }
 
+// The sum over keys of dQ, rows first .. first + count, += dS K; through `buffer` where MR whole rows do not fit.
+template <class M>
+inline void add_to_grad_q(const Problem& p, int64_t first, int64_t count, const float* ds, int64_t ds_row,
+                          const float* k_depth, int64_t k_len, float* buffer) {
+  const int64_t width = round_up(p.head_dim, VL);
+  float* sums = p.grad_q_sum + first * p.head_dim;
+  if (count == MR && width == p.head_dim)
+    return gemm_rows<M, Init::load>(ds, ds_row, 1, k_depth, width, sums, width, k_len, width / VL);
+  for (int64_t r = 0; r < count; ++r) load_floats(buffer + r * width, sums + r * p.head_dim, DType::f32, p.head_dim);
+  gemm_rows<M, Init::load>(ds, ds_row, 1, k_depth, width, buffer, width, k_len, width / VL);
+  for (int64_t r = 0; r < count; ++r) store_floats(sums + r * p.head_dim, buffer + r * width, DType::f32, p.head_dim);
+}
+
 // A task's dK (times `scale`, turned back) and dV.
 inline void write_key_grads(const Problem& p, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, float scale,
                             float* grad_k, int64_t k_width, const float* grad_v, int64_t v_width) {
@@ -243,11 +256,8 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
           ds_rows = t.ds_rows;
         }
         if (p.grad_q) {
-          float* sums = p.grad_q_sum + (first_row + i0 + r0) * p.head_dim;
-          for (int64_t r = 0; r < count; ++r) load_floats(t.dq + r * t.q_width, sums + r * p.head_dim, DType::f32, p.head_dim);
-          gemm_rows<M, Init::load>(ds_rows + from / M::pack, TILE_STRIDE, 1, t.k_depth + from / M::pack * t.q_width,
-                                   t.q_width, t.dq, t.q_width, n / M::pack, t.q_width / VL);
-          for (int64_t r = 0; r < count; ++r) store_floats(sums + r * p.head_dim, t.dq + r * t.q_width, DType::f32, p.head_dim);
+          add_to_grad_q<M>(p, first_row + i0 + r0, count, ds_rows + from / M::pack, TILE_STRIDE,
+                           t.k_depth + from / M::pack * t.q_width, n / M::pack, t.dq);
         }
       }
       progress.publish(task, member * steps + step + 1);

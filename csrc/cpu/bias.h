@@ -7,7 +7,7 @@
 namespace posattn::POSATTN_ISA {
 
 // Keys that a row function may be asked for at once, padding included.
-constexpr int64_t TILE_KEYS = 256;
+constexpr int64_t TILE_KEYS = 512;
 constexpr int64_t ROW_MAX = TILE_KEYS + 2 * NR;
 
 // Entries that a row function may read past the last key: whole tiles are loaded.

@@ -19,14 +19,14 @@ constexpr int NR = NV_MAX * VL;
 struct F32 {
   static constexpr int pack = 1;  // logical K steps an element holds
   static constexpr int exp_degree = 5;
-  static inline vf dot(vf c, vf a, vf b) { return fma(a, b, c); }
+  static POSATTN_INLINE vf dot(vf c, vf a, vf b) { return fma(a, b, c); }
 };
 
 #if defined(__AVX512BF16__)
 struct BF16 {
   static constexpr int pack = 2;
   static constexpr int exp_degree = 4;
-  static inline vf dot(vf c, vf a, vf b) {
+  static POSATTN_INLINE vf dot(vf c, vf a, vf b) {
     return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
   }
 };
@@ -35,7 +35,7 @@ struct BF16 {
 enum class Init { zero, load };
 
 template <class M, int ROWS, int NV>
-inline void accumulate(vf (&c)[ROWS][NV], const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k,
+POSATTN_INLINE void accumulate(vf (&c)[ROWS][NV], const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k,
                        int64_t k_len) {
   for (int64_t k = 0; k < k_len; ++k) {
     vf row[NV];
@@ -53,7 +53,7 @@ inline void accumulate(vf (&c)[ROWS][NV], const float* a, int64_t a_row, int64_t
 }
 
 template <class M, int ROWS, int NV, Init INIT>
-inline void micro(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row,
+POSATTN_INLINE void micro(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row,
                   int64_t k_len) {
   vf acc[ROWS][NV];
 #pragma GCC unroll 8

@@ -21,7 +21,7 @@ constexpr int64_t padded_rows(int64_t n) {
 }
 
 template <int ROWS, class Start, class Finish>
-inline void mix_block(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, int64_t k_len,
+POSATTN_INLINE void mix_block(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, int64_t k_len,
                       int64_t r0, const Start& start, const Finish& finish) {
   constexpr int NV = ROWS == 8 && NV_MAX == 4 ? 2 : NV_MAX == 4 ? 4 : (ROWS == 8 ? 1 : 2);
   for (int64_t c = 0; c < MIX_KEYS; c += NV * VL) {
@@ -41,7 +41,7 @@ inline void mix_block(const float* a, int64_t a_row, int64_t a_k, const float* b
 // out[rows x MIX_KEYS] = start + a[rows x k] b[k x MIX_KEYS], handed to finish(row, column, vector) and stored by it.
 // a has padded_rows(rows) rows; finish must bear the padding ones.
 template <class Start, class Finish>
-inline void mix_product(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k,
+POSATTN_INLINE void mix_product(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k,
                         int64_t k_len, const Start& start, const Finish& finish) {
   const int64_t padded = padded_rows(rows);
   if (padded % 8 == 0)

@@ -322,20 +322,14 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
       if (t.cap)
         for (int64_t c = 0; c < count * MIX_KEYS; c += VL) store(dx + c, load(dx + c) * load(t.cap + h * head_tile + c));
       for (int64_t r = 0; p.grad_q && r < padded; r += MR) {
-        const int64_t valid = imin(MR, count - r);
         const float* ds_rows = dx + r * MIX_KEYS;
         if constexpr (M::pack == 2) {
           for (int64_t q = 0; q < MR; ++q)
             to_elements<M>(t.ds_rows + q * MIX_KEYS, dx + (r + q) * MIX_KEYS, MIX_KEYS);
           ds_rows = t.ds_rows;
         }
-        float* sums = p.grad_q_sum + (first + r) * p.head_dim;
-        for (int64_t q = 0; q < valid; ++q)
-          load_floats(t.dq + q * t.q_width, sums + q * p.head_dim, DType::f32, p.head_dim);
-        gemm_rows<M, Init::load>(ds_rows, MIX_KEYS, 1, t.k_depth + kv * k_depth_tile, t.q_width, t.dq, t.q_width,
-                                 MIX_KEYS / M::pack, t.q_width / VL);
-        for (int64_t q = 0; q < valid; ++q)
-          store_floats(sums + q * p.head_dim, t.dq + q * t.q_width, DType::f32, p.head_dim);
+        add_to_grad_q<M>(p, first + r, imin(MR, count - r), ds_rows, MIX_KEYS, t.k_depth + kv * k_depth_tile,
+                         MIX_KEYS / M::pack, t.dq);
       }
       const float *p_rows = y, *dx_rows = dx;
       if constexpr (M::pack == 2) {

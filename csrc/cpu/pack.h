@@ -71,6 +71,15 @@ struct Source {
   }
 };
 
+// The first of `rows` rows as they lie in memory, if those are elements of mode M already and whole vectors wide.
+template <class M>
+inline const float* in_place(const Source& src, int64_t first) {
+  const bool same = src.view.dtype == (M::pack == 1 ? DType::f32 : DType::bf16);
+  if (!same || src.cos || src.scale != 1.0F || src.width % (M::pack * VL) != 0 || src.view.row % M::pack != 0)
+    return nullptr;
+  return reinterpret_cast<const float*>(row_pointer(src.view, src.b, src.h, src.t0 + first));
+}
+
 inline Source query_source(const Problem& p, const Sequence& s, int64_t h, float scale) {
   Source src{p.q, s.b, h, s.q0, p.head_dim};
   if (p.rotary.q_cos) {
@@ -155,7 +164,7 @@ inline void pack_depth(float* dst, int64_t stride, const Source& src, int64_t fi
 #if defined(__GNUC__) && !defined(__clang__)
 // One butterfly step of a VL x VL transpose: exchanges lanes whose index differs in bit STEP.
 template <int STEP>
-inline void transpose_step(vf (&x)[VL]) {
+POSATTN_INLINE void transpose_step(vf (&x)[VL]) {
   vi low, high;
   for (int l = 0; l < VL; ++l) {
     low[l] = (l & STEP) == 0 ? l : VL + l - STEP;
@@ -197,12 +206,17 @@ constexpr int64_t panel_rows(int64_t width) {
 // Columns: [panels][panel_rows][NR], the B operand of products over the width. Columns past `count` are zero.
 template <class M>
 inline void pack_panels(float* dst, const Source& src, int64_t first, int64_t count) {
-  alignas(64) float rows[VL * MAX_WIDTH];
+  alignas(64) float packed[VL * MAX_WIDTH];
   int64_t depth = panel_rows<M>(src.width), panel = depth * NR;
   for (int64_t c = 0; c < count; c += VL) {
-    pack_rows<M>(rows, MAX_WIDTH, src, first + c, imin(VL, count - c), VL);
+    const float* rows = count - c >= VL ? in_place<M>(src, first + c) : nullptr;
+    const int64_t stride = rows ? src.view.row / M::pack : MAX_WIDTH;
+    if (!rows) {
+      pack_rows<M>(packed, MAX_WIDTH, src, first + c, imin(VL, count - c), VL);
+      rows = packed;
+    }
     float* out = dst + c / NR * panel + c % NR;
-    for (int64_t d = 0; d < depth; d += VL) transpose(out + d * NR, NR, rows + d, MAX_WIDTH);
+    for (int64_t d = 0; d < depth; d += VL) transpose(out + d * NR, NR, rows + d, stride);
   }
   for (int64_t c = round_up(count, VL); c < round_up(count, NR); c += VL)
     for (int64_t d = 0; d < depth; ++d) store(dst + c / NR * panel + d * NR + c % NR, zero());

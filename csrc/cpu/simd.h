@@ -18,6 +18,9 @@
 #define POSATTN_VECTOR_BYTES 16
 #endif
 
+// For what holds vectors in its arguments: called, it would pass them through memory.
+#define POSATTN_INLINE inline __attribute__((always_inline))
+
 namespace posattn::POSATTN_ISA {
 
 constexpr int VL = POSATTN_VECTOR_BYTES / 4;
@@ -27,10 +30,10 @@ typedef float vf __attribute__((vector_size(POSATTN_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(POSATTN_VECTOR_BYTES)));
 typedef float vf_unaligned __attribute__((vector_size(POSATTN_VECTOR_BYTES), aligned(4), may_alias));
 
-inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
-inline void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
+POSATTN_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+POSATTN_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
 // Moves bits and never computes: an element may be a pair of bfloat16.
-inline vf set1(float x) {
+POSATTN_INLINE vf set1(float x) {
 #if defined(__AVX512F__)
   return (vf)_mm512_set1_ps(x);
 #elif defined(__AVX__)
@@ -39,7 +42,7 @@ inline vf set1(float x) {
   return vf{x, x, x, x};
 #endif
 }
-inline vf zero() { return vf{}; }
+POSATTN_INLINE vf zero() { return vf{}; }
 
 constexpr int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -51,7 +54,7 @@ inline float fmax2(float a, float b) { return a > b ? a : b; }
 constexpr float LOG2E = 1.4426950408889634F;
 constexpr float NEG_INF = -__builtin_inff();
 
-inline vf fma(vf a, vf b, vf c) {
+POSATTN_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
@@ -61,7 +64,7 @@ inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-inline vf max(vf a, vf b) {
+POSATTN_INLINE vf max(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX__)
@@ -73,7 +76,7 @@ inline vf max(vf a, vf b) {
 #endif
 }
 
-inline float reduce_add(vf x) {
+POSATTN_INLINE float reduce_add(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
 #else
@@ -83,7 +86,7 @@ inline float reduce_add(vf x) {
 #endif
 }
 
-inline float reduce_max(vf x) {
+POSATTN_INLINE float reduce_max(vf x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
 #else
@@ -97,7 +100,7 @@ inline float reduce_max(vf x) {
 // Polynomials are minimax in relative error over [0, 1) with the constant held at 1: DEGREE 5 errs by 8.3e-8, which a
 // float32 result needs, and DEGREE 4 by 2.9e-6, a thousandth of bfloat16's rounding.
 template <int DEGREE>
-inline vf exp2(vf x) {
+POSATTN_INLINE vf exp2(vf x) {
 #if defined(__AVX512F__)
   // VREDUCEPS: x - floor(x), and 0 for -inf; VSCALEFPS multiplies by 2^floor(x) without overflow on the way.
   vf f = (vf)_mm512_reduce_ps((__m512)x, 1);
@@ -182,7 +185,7 @@ inline uint16_t float_to_f16(float f) {
 }
 
 // Two rows of floats as bfloat16 pairs: lane i holds (even[i], odd[i]), even in the low half.
-inline vf bf16_pair(vf even, vf odd) {
+POSATTN_INLINE vf bf16_pair(vf even, vf odd) {
 #if defined(__AVX512BF16__)
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -197,7 +200,7 @@ inline vf bf16_pair(vf even, vf odd) {
 }
 
 // 2 * VL consecutive floats as consecutive bfloat16 values.
-inline vf bf16_row(vf low, vf high) {
+POSATTN_INLINE vf bf16_row(vf low, vf high) {
 #if defined(__AVX512BF16__)
   return (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 #else
