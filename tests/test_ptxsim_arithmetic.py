@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.ptxsim import Unsupported
+from tests.ptxsim.bits import as_signed, integers, run
 from tests.ptxsim.exact import F32, F64, FORMATS, NAN, Exact, Format
 from tests.ptxsim.snippet import snippet
 
@@ -19,36 +20,7 @@ def _seeded() -> None:
     random.seed(0)
 
 
-STORAGE = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 LANES = 256
-
-
-def tensor(bits: Sequence[int], width: int) -> torch.Tensor:
-    """Bit patterns as a tensor of the signed integer type of that width."""
-    return torch.tensor(
-        [value - (1 << width) if value >> (width - 1) else value for value in bits], dtype=STORAGE[width]
-    )
-
-
-def bits_of(result: torch.Tensor) -> list[int]:
-    width = 8 * result.element_size()
-    return [value & ((1 << width) - 1) for value in result.tolist()]
-
-
-def signed(value: int, width: int) -> int:
-    return value - (1 << width) if value >> (width - 1) else value
-
-
-def integers(width: int, count: int = LANES) -> list[int]:
-    edges = [0, 1, 2, 3, (1 << width) - 1, (1 << width) - 2, 1 << (width - 1), (1 << (width - 1)) - 1, 7, 100]
-    return [random.choice(edges) if random.random() < 0.4 else random.getrandbits(width) for _ in range(count)]
-
-
-def run(body: str, operands: Sequence[tuple[Sequence[int], int]], width: int) -> list[int]:
-    """Runs `body` on operands given as (bits, width); returns %d0's bits."""
-    out = torch.zeros(len(operands[0][0]), dtype=STORAGE[width])
-    snippet(body, [tensor(values, w) for values, w in operands], [out])
-    return bits_of(out)
 
 
 def truncated(a: int, b: int) -> int:
@@ -73,7 +45,7 @@ def test_integer_operations(name: str, kind: str) -> None:
     a, b = integers(width), integers(width)
     if name in ("div", "rem"):
         b = [value or 1 for value in b]  # division by zero is unspecified
-    value = (lambda x: signed(x, width)) if kind[0] == "s" else int
+    value = (lambda x: as_signed(x, width)) if kind[0] == "s" else int
     want = [BINARY[name](value(x), value(y)) & ((1 << width) - 1) for x, y in zip(a, b, strict=True)]
     assert run(f"{name}.{kind} %d0, %a0, %a1;", [(a, width), (b, width)], width) == want
 
@@ -81,7 +53,7 @@ def test_integer_operations(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32"])
 def test_wide_products_have_twice_the_width(kind: str) -> None:
     width = int(kind[1:])
-    value = (lambda x: signed(x, width)) if kind[0] == "s" else int
+    value = (lambda x: as_signed(x, width)) if kind[0] == "s" else int
     a, b, c = integers(width), integers(width), integers(2 * width)
     mask = (1 << 2 * width) - 1
     want = [value(x) * value(y) & mask for x, y in zip(a, b, strict=True)]
@@ -94,7 +66,7 @@ def test_wide_products_have_twice_the_width(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])
 def test_high_products(kind: str) -> None:
     width = int(kind[1:])
-    value = (lambda x: signed(x, width)) if kind[0] == "s" else int
+    value = (lambda x: as_signed(x, width)) if kind[0] == "s" else int
     a, b, c = integers(width), integers(width), integers(width)
     mask = (1 << width) - 1
     want = [(value(x) * value(y) >> width) & mask for x, y in zip(a, b, strict=True)]
@@ -107,7 +79,7 @@ def test_high_products(kind: str) -> None:
 def test_integer_signs(width: int) -> None:
     a = integers(width)
     mask = (1 << width) - 1
-    assert run(f"abs.s{width} %d0, %a0;", [(a, width)], width) == [abs(signed(x, width)) & mask for x in a]
+    assert run(f"abs.s{width} %d0, %a0;", [(a, width)], width) == [abs(as_signed(x, width)) & mask for x in a]
     assert run(f"neg.s{width} %d0, %a0;", [(a, width)], width) == [-x & mask for x in a]
 
 

@@ -187,6 +187,9 @@ Handler select_cvt(Instruction& in) {
   if (plain && in.first_type == Type::F32 && in.type == Type::BF16) return unary<widen<Bfloat>>;
   if (plain && in.first_type == Type::F16 && in.type == Type::F32) return unary<narrow_nearest<Half>>;
   if (plain && in.first_type == Type::BF16 && in.type == Type::F32) return unary<narrow_nearest<Bfloat>>;
+  if (!from_float && in.first_type == Type::F64 && in.rounding != Rounding::Nearest && size_of(in.type) == 8) {
+    unsupported(in, "directed rounding of 64-bit integers to f64 is not modelled");
+  }
   if (from_float) return to_float ? float_to_float : float_to_integer;
   return to_float ? integer_to_float : integer_to_integer;
 }
