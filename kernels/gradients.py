@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posattn.plan import Call
+from posattn.plan import Call, Profile, Slope
 from posattn.positions import token_indices
 
 from .attention import turned
@@ -90,7 +90,7 @@ def backward(
     return {name: grads[name] for name in needs}
 
 
-def _grad_like(call: Call, x: Tensor) -> Tensor:
+def grad_like(call: Call, x: Tensor) -> Tensor:
     """Where a gradient of q or k goes; float32 if it is still to be turned back, so that it is rounded once.
 
     Zeroed where tokens may belong to no sequence, which no program writes."""
@@ -98,6 +98,36 @@ def _grad_like(call: Call, x: Tensor) -> Tensor:
     create = torch.zeros if partial else torch.empty
     dtype = x.dtype if call.plan.rotary is None else torch.float32
     return create(x.shape, dtype=dtype, device=x.device)
+
+
+def slope_gradient(call: Call, operand: Slope, by_sequence: Tensor) -> Tensor:
+    """Sums [sequences, H] in the shape of the slopes, [H] or [B, H]."""
+    if operand.slope.dim() == 1:
+        return by_sequence.sum(0)
+    return by_sequence.sum(0, keepdim=True) if call.mask.cu_seqlens_q is not None else by_sequence
+
+
+def row_scale_gradient(call: Call, profile: Profile, rows: Tensor) -> Tensor:
+    """Sums [B, Tq] by query, in the row scale's entries."""
+    mask = call.mask
+    if call.q_positions is not None:
+        position = call.q_positions
+    else:
+        index, _, shift = token_indices(
+            call.q.shape[2], call.k.shape[2], rows.device, mask.k_lengths, mask.cu_seqlens_q, mask.cu_seqlens_k
+        )
+        position = index + shift
+    entry = (position - profile.row_first).clamp(0, profile.row_scale.shape[0] - 1)
+    if entry.shape[0] == 1:
+        rows = rows.sum(0, keepdim=True)
+    # index_put_ sorts before it adds: the result does not depend on the order of threads.
+    return torch.zeros_like(profile.row_scale, dtype=torch.float32).index_put_((entry,), rows, accumulate=True)
+
+
+def band_range(call: Call, block: int) -> tuple[int, int]:
+    """(distance at the corner of the first band, number of bands) so that the bands hold every implicit distance."""
+    first_corner = -(q_max(call) - 1) - (block - 1)
+    return first_corner, -(-(k_max(call) + block - 1 - first_corner) // block)
 
 
 def _query_gradients(
@@ -108,7 +138,7 @@ def _query_gradients(
     blocks = -(-q_max(call) // tile.block_m)
     programs = blocks * sequences(call) * heads
     zeros = {"dtype": torch.float32, "device": q.device}
-    dq = _grad_like(call, q)
+    dq = grad_like(call, q)
     dslope = torch.zeros(programs, **zeros) if "slope" in needs else None
     lines = bias.profile is not None and bool(needs & {"row_scale", "profile_slope", "profile_intercept"})
     drow_scale = torch.zeros((batch, heads, q_tokens), **zeros) if lines else None
@@ -120,37 +150,17 @@ def _query_gradients(
 
     grads = {"q": dq}
     if dslope is not None and bias.slope is not None:
-        by_sequence = dslope.view(-1, heads, blocks).sum(-1)
-        packed = call.mask.cu_seqlens_q is not None
-        grads["slope"] = by_sequence.sum(0) if bias.slope.slope.dim() == 1 else by_sequence
-        if packed and bias.slope.slope.dim() == 2:
-            grads["slope"] = by_sequence.sum(0, keepdim=True)
+        grads["slope"] = slope_gradient(call, bias.slope, dslope.view(-1, heads, blocks).sum(-1))
     if dsegments is not None and drow_scale is not None and bias.profile is not None:
         sums = dsegments.view(-1, heads, blocks, 2, width).sum((0, 2))
         grads["profile_intercept"], grads["profile_slope"] = sums[:, 0], sums[:, 1]
-        profile = bias.profile
-        if call.q_positions is not None:
-            position = call.q_positions
-        else:
-            mask = call.mask
-            index, _, shift = token_indices(
-                q_tokens, call.k.shape[2], q.device, mask.k_lengths, mask.cu_seqlens_q, mask.cu_seqlens_k
-            )
-            position = index + shift
-        entry = (position - profile.row_first).clamp(0, profile.row_scale.shape[0] - 1)
-        rows = drow_scale.sum(1)
-        if entry.shape[0] == 1:
-            rows = rows.sum(0, keepdim=True)
-        # index_put_ sorts before it adds: the result does not depend on the order of threads.
-        grads["row_scale"] = torch.zeros_like(profile.row_scale, dtype=torch.float32).index_put_(
-            (entry,), rows, accumulate=True
-        )
+        grads["row_scale"] = row_scale_gradient(call, bias.profile, drow_scale.sum(1))
     return grads
 
 
 def _key_gradients(call: Call, shared: dict[str, Any], launch: Launch, tile: Tile) -> dict[str, Tensor]:
     k, v = call.k, call.v
-    dk = _grad_like(call, k)
+    dk = grad_like(call, k)
     dv = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     programs = -(-k_max(call) // tile.block_n) * sequences(call) * k.shape[1]
     arguments = common_arguments(call, tile.block_m, tile.block_n).with_({**shared, "DK": dk, "DV_": dv}, {})
@@ -158,7 +168,7 @@ def _key_gradients(call: Call, shared: dict[str, Any], launch: Launch, tile: Til
     return {"k": dk, "v": dv}
 
 
-def _fold_bands(bands: Tensor, block: int) -> Tensor:
+def fold_bands(bands: Tensor, block: int) -> Tensor:
     """[H, bands, 2 * block] of overlapping bands to [H, (bands + 1) * block] sums; entry 0 is one block below the
     first corner."""
     heads, count, _ = bands.shape
@@ -168,7 +178,7 @@ def _fold_bands(bands: Tensor, block: int) -> Tensor:
     return total.view(heads, -1)
 
 
-def _clamped(full: Tensor, start: int, first: int, length: int) -> Tensor:
+def clamped(full: Tensor, start: int, first: int, length: int) -> Tensor:
     """Sums by distance, entry 0 at `start`, as sums by table entry: distances outside count at the table's ends."""
     begin, end = max(first - start, 0), min(first + length - start, full.shape[1])
     if begin >= end:  # no distance inside: all fall on one end
@@ -195,8 +205,7 @@ def _bias_gradients(
     by_distance = needs & {"table", "psi"}
     if by_distance and not explicit:
         block = tile.block_n
-        first_corner = -(q_max(call) - 1) - (block - 1)
-        bands = -(-(k_max(call) + block - 1 - first_corner) // block)
+        first_corner, bands = band_range(call, block)
         shape = (heads, bands, 2 * block)
         table = torch.empty(shape, dtype=torch.float32, device=device) if "table" in needs else None
         psi = torch.empty(shape, dtype=torch.float32, device=device) if "psi" in needs else None
@@ -206,10 +215,10 @@ def _bias_gradients(
         )
         start = first_corner - block
         if table is not None and bias.table is not None:
-            grads["table"] = _clamped(_fold_bands(table, block), start, bias.table.first, bias.table.values.shape[1])
+            grads["table"] = clamped(fold_bands(table, block), start, bias.table.first, bias.table.values.shape[1])
         if psi is not None and bias.profile is not None:
-            folded = _fold_bands(psi, block).sum(0, keepdim=True)
-            grads["psi"] = _clamped(folded, start, bias.profile.first, bias.profile.psi.shape[0])[0]
+            folded = fold_bands(psi, block).sum(0, keepdim=True)
+            grads["psi"] = clamped(folded, start, bias.profile.first, bias.profile.psi.shape[0])[0]
     scatter = explicit and bool(by_distance)
     if scatter or "dense" in needs:
         dense = bias.dense.bias if bias.dense is not None and "dense" in needs else None

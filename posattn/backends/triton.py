@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from posattn.backends import launch as seam
-from posattn.kernels import attention, gradients
+from posattn.kernels import attention, configs_mix, gradients, mixed
 from posattn.plan import Call
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -22,12 +22,16 @@ def unsupported(call: Call) -> str | None:
         return f"it computes float16, bfloat16 and float32, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return f"it takes head dimensions up to {MAX_HEAD_DIM}, got {max(q.shape[3], v.shape[3])}"
-    return None
+    return configs_mix.unsupported(call)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
     device = call.q.device
-    return attention.forward(call, seam.launch, seam.architecture(device), seam.processors(device))
+    arch = seam.architecture(device)
+    if call.plan.mix is not None:
+        return mixed.forward(call, call.plan.mix, seam.launch, arch)
+    return attention.forward(call, seam.launch, arch, seam.processors(device))
 
 
 def backward(
@@ -38,6 +42,8 @@ def backward(
     grad_lse: Tensor | None,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
-    return gradients.backward(
-        call, out, lse, grad_out, grad_lse, needs, seam.launch, seam.architecture(call.q.device)
-    )
+    """The gradients named in `needs`, parameters' in float32."""
+    arch = seam.architecture(call.q.device)
+    if call.plan.mix is not None:
+        return mixed.backward(call, call.plan.mix, out, lse, grad_out, grad_lse, needs, seam.launch, arch)
+    return gradients.backward(call, out, lse, grad_out, grad_lse, needs, seam.launch, arch)

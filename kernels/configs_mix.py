@@ -1,0 +1,41 @@
+"""Tiles of the HeadMix kernels."""
+
+from __future__ import annotations
+
+from posattn.plan import Call
+
+from .operands import padded
+from .tiles import Tile
+
+# A program holds the output rows of all its heads: 4 bytes * heads * block_m * head dimension in registers, of which an
+# SM has 256 KiB for these and everything else.
+MAX_HEADS = 32
+MAX_WIDTH = 64
+MAX_HEADS_TIMES_DIM = 2048
+
+
+def dim(call: Call) -> int:
+    return max(padded(call.q.shape[3]), padded(call.v.shape[3]))
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the HeadMix kernels cannot hold this call."""
+    mix = call.plan.mix
+    if mix is None:
+        return None
+    heads, width = call.q.shape[1], mix.w1.shape[0]
+    if heads > MAX_HEADS:
+        return f"it mixes up to {MAX_HEADS} heads in one program, got {heads}"
+    if width > MAX_WIDTH:
+        return f"it mixes through up to {MAX_WIDTH} hidden units, got {width}"
+    if padded(heads) * dim(call) > MAX_HEADS_TIMES_DIM:
+        return (
+            f"the heads' output rows must fit in registers together: heads (padded to {padded(heads)}) times the head "
+            f"dimension (padded to {dim(call)}) up to {MAX_HEADS_TIMES_DIM}"
+        )
+    return None
+
+
+def mix_tile(arch: str, call: Call) -> Tile:
+    size = padded(call.q.shape[1]) * dim(call)
+    return Tile(16, 16, 8 if size <= 1024 else 16, 1, "")
