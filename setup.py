@@ -43,6 +43,12 @@ class CMakeBuild(build_ext):
         ):
             subprocess.run(command, check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        # A new file in place of the old: writing over the module would crash the processes that have it loaded.
+        for ext in self.extensions:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
 
 def _tool(name: str) -> str:
     """A build tool: on the path, as build isolation puts it, or beside the interpreter of a venv not activated."""
