@@ -11,7 +11,7 @@ namespace posattn::POSATTN_ISA {
 
 // Rows of a task: packing a key costs about a quarter of a multiply-add per element, a row two, so a few hundred rows
 // hide it; fewer when that would leave threads idle. The result does not depend on it.
-constexpr int64_t ROWS_PER_TASK = 384;
+constexpr int64_t ROWS_PER_TASK = 768;
 
 template <class M>
 struct ForwardScratch {
@@ -109,7 +109,12 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
   for (int64_t j0 = all.lo / TILE_KEYS * TILE_KEYS; j0 < all.hi; j0 += TILE_KEYS) {
     const int64_t tile = imin(TILE_KEYS, s.k_len - j0);
     pack_panels<M>(t.k, keys, j0, tile);
-    pack_depth<M>(t.v, t.v_stride, values, j0, tile, round_up(tile, 2 * VL));
+    const float* v = M::pack == 1 && tile % (2 * VL) == 0 ? in_place<M>(values, j0) : nullptr;
+    const int64_t v_row = v ? p.v.row : t.v_stride;
+    if (!v) {
+      pack_depth<M>(t.v, t.v_stride, values, j0, tile, round_up(tile, 2 * VL));
+      v = t.v;
+    }
 
     for (int64_t g = 0; g < rows; g += MR) {
       const int64_t count = imin(MR, rows - g);
@@ -141,7 +146,7 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
         if (drop) drop_row<M>(p, s, dropout, t.keep, w, h, i, j0 + begin, n);
       }
       for (int64_t r = count; r < MR; ++r) fill(t.weights + r * ROW_MAX + begin / M::pack, 0.0F, n / M::pack);
-      gemm_rows<M, Init::load>(t.weights + begin / M::pack, ROW_MAX, 1, t.v + begin / M::pack * t.v_stride, t.v_stride,
+      gemm_rows<M, Init::load>(t.weights + begin / M::pack, ROW_MAX, 1, v + begin / M::pack * v_row, v_row,
                                t.out + g * t.v_stride, t.v_stride, n / M::pack, v_vectors);
     }
   }
