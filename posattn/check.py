@@ -20,8 +20,9 @@ from posattn.attention import attention
 from posattn.encodings.base import Encoding
 from posattn.plan import Bias, Call, Mask, Plan
 
-# Summing in another order moves a result by a few ulp even where naive PyTorch happens to be exact.
-ROUNDINGS = 4.0
+# Summing in another order moves a float32 result by a few ulp even where naive PyTorch happens to be exact. Narrower
+# results are sums in float32 too, rounded once.
+SUMMATION_ULPS = 4.0
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,7 +45,7 @@ class Comparison:
 def compare(
     name: str, got: Tensor, naive: Tensor, exact: Tensor, sensitivity: Tensor, dtype: torch.dtype
 ) -> Comparison:
-    """The rule on one tensor; `sensitivity` is how far roundings inside the backward move it, in units of eps.
+    """The rule on one tensor; `sensitivity` is how far roundings on the way move it, in units of rounding(dtype).
 
     Infinities (the log-sum-exp of an empty row) must be in the same places, and NaN or a wrong shape is an error of
     infinity.
@@ -56,14 +57,18 @@ def compare(
     errors = _errors(got, exact)
     naive_error = _errors(naive, exact).nan_to_num(posinf=0.0).max().item()
     scale = torch.where(exact.isfinite(), exact, 0.0).abs().max().item()
-    rounding = torch.finfo(got.dtype).eps * scale + torch.finfo(dtype).eps * sensitivity.max().item()
     place = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
-    allowed = 2.0 * naive_error + ROUNDINGS * rounding
+    allowed = 2.0 * naive_error + rounding(got.dtype) * scale + rounding(dtype) * sensitivity.max().item()
     worst = (
         f"{name}{list(place)}: got {got[place].item():.9g}, expected {exact[place].item():.9g}, "
         f"naive {naive[place].item():.9g}; {int((errors > allowed).sum())} of {errors.numel()} beyond the limit"
     )
     return Comparison(name, errors.max().item(), naive_error, allowed, worst)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The rounding to expect of a result of size one."""
+    return max(torch.finfo(dtype).eps, SUMMATION_ULPS * torch.finfo(torch.float32).eps)
 
 
 def _errors(got: Tensor, exact: Tensor) -> Tensor:
@@ -139,7 +144,7 @@ class _Run:
     def sensitivity(
         self, grad_out: Tensor, grad_lse: Tensor, dtype: torch.dtype, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """How far roundings of each row's intermediates move each result, in units of dtype's eps over ROUNDINGS.
+        """How far roundings of each row's intermediates move each result, in units of rounding(dtype).
 
         A logit or log-sum-exp is off by its own size times eps, which scales row i of the softmax by 1 + eps lse_i: as
         scaling the output does, and in the backward the gradients of output and log-sum-exp. The row sum dO . O is off
@@ -151,7 +156,7 @@ class _Run:
         v = v.nan_to_num(0.0).abs() / (1.0 - self.dropout_p)
         reach = (grad_out.abs() * v.amax(2, keepdim=True)).sum(-1) if v.shape[2] else torch.zeros_like(grad_lse)
         # Logits are float32 whatever q is, and one eps of their size is two roundings.
-        relative = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps / ROUNDINGS
+        relative = torch.finfo(torch.float32).eps / rounding(dtype)
         size = relative * self.lse.detach().masked_fill(self.lse.isinf(), 0.0).abs()
         rows, reach = size[..., None] * grad_out, reach + (1.0 + size) * grad_lse.abs()
         draws = []
