@@ -240,8 +240,12 @@ void Block::check_wgmma_registers(Warp& warp, const Instruction& in) {
       for (const int reg : op.elements) touch(reg);
     }
   }
-  if (!is_wgmma) {
-    for (const int reg : in.writes) warp.written_epoch[static_cast<size_t>(reg)] = warp.fence_epoch;
+  if (is_wgmma) return;
+  // Compilers copy accumulators after the fence, and ptxas merges such copies away: a copy is as old as its source.
+  const bool copy = in.is_copy && in.operands[1].kind == Operand::Kind::Register;
+  for (const int reg : in.writes) {
+    warp.written_epoch[static_cast<size_t>(reg)] =
+        copy ? warp.written_epoch[static_cast<size_t>(in.operands[1].reg)] : warp.fence_epoch;
   }
 }
 

@@ -46,11 +46,18 @@ void store(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
   gather_addresses(warp, in, in.operands[0], mask, addresses);
   count_traffic(block, in, addresses, mask, bytes);
   for_lanes(mask, [&](int lane) {
-    uint8_t* to = block.memory(warp, in, addresses[lane], bytes, true, lane, in.mode != 0);
-    if (in.mode & kRelease) block.global.release(addresses[lane]);
+    uint8_t data[32];
     for (int i = 0; i < in.vector; ++i) {
-      std::memcpy(to + i * size, &warp.lanes(in.operands[1].element(static_cast<size_t>(i)))[lane],
+      std::memcpy(data + i * size, &warp.lanes(in.operands[1].element(static_cast<size_t>(i)))[lane],
                   static_cast<size_t>(size));
+    }
+    if (in.mode & kRelease) block.global.release(addresses[lane]);
+    uint64_t address = addresses[lane];
+    if (block.resolve(in, address) == Space::Shared) {
+      block.shared.store(warp, in, address, data, bytes, lane, block.report);
+    } else {
+      std::memcpy(block.memory(warp, in, addresses[lane], bytes, true, lane, in.mode != 0), data,
+                  static_cast<size_t>(bytes));
     }
   });
 }

@@ -122,6 +122,7 @@ void finish_instruction(const Opcode& opcode, Instruction& in, Program& program)
     if (generic || in.space == Space::Global) program.global_granule = std::min(program.global_granule, bytes);
   }
   in.is_wgmma = in.name == "wgmma.mma_async";
+  in.is_copy = in.name == "mov";
   program.uses_wgmma |= in.is_wgmma;
   program.has_fence |= in.name == "fence" || in.name == "membar";
 }

@@ -67,10 +67,11 @@ struct Instruction {
   bool flush = false;     // .ftz
   bool saturate = false;  // .sat
   bool is_wgmma = false;
-  uint8_t vector = 1;   // .v2, .v4, .v8; number of matrices of ldmatrix
-  uint8_t mode = 0;     // an opcode's own selector, set by its select function
-  uint8_t combine = 0;  // the boolean operator of setp
-  int guard = -1;       // predicate register
+  bool is_copy = false;  // mov
+  uint8_t vector = 1;    // .v2, .v4, .v8; number of matrices of ldmatrix
+  uint8_t mode = 0;      // an opcode's own selector, set by its select function
+  uint8_t combine = 0;   // the boolean operator of setp
+  int guard = -1;        // predicate register
   bool guard_negated = false;
   int target = -1;  // index of a branch's target
   int statistic = 0;

@@ -35,6 +35,13 @@ uint8_t* SharedMemory::access(Warp& warp, const Instruction& in, uint64_t addres
   return bytes_.data() + address;
 }
 
+void SharedMemory::store(Warp& warp, const Instruction& in, uint64_t address, const uint8_t* data, int bytes, int lane,
+                         Report& report) {
+  const auto length = static_cast<size_t>(bytes);
+  const bool same = address + length <= bytes_.size() && std::memcmp(&bytes_[address], data, length) == 0;
+  std::memcpy(access(warp, in, address, bytes, same ? Access::Rewrite : Access::Write, lane, report), data, length);
+}
+
 void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access kind, int lane, Report& report) {
   Cell& cell = cells_[index];
   uint32_t* read_clocks = &read_clocks_[index * static_cast<size_t>(warps_)];
@@ -50,6 +57,7 @@ void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access
   if (cell.holds && !reads_only) {
     report.add(Finding::InFlight, [&] { return place("operand of an unfinished wgmma overwritten"); });
   }
+  if (kind == Access::Rewrite && cell.written && cell.writer != warp.id) return;
   if (cell.writer >= 0 && cell.writer != warp.id && cell.write_clock > warp.clock[static_cast<size_t>(cell.writer)] &&
       !both_atomic) {
     report.add(Finding::SharedRace, [&] {

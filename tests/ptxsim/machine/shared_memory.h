@@ -17,6 +17,7 @@ public:
   enum class Access : uint8_t {
     Read,
     Write,
+    Rewrite,  // a write of the value that is there already
     Atomic,
     CopyIssue,  // cp.async: the bytes are in flight from here
     CopyLand,   // and readable by their thread from here
@@ -31,6 +32,11 @@ public:
   // Bounds, alignment and races of one lane's (or, with lane -1, the whole warp's) access; returns its bytes.
   uint8_t* access(Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind, int lane,
                   Report& report);
+
+  // An ordinary store. Compilers let several warps store the same replicated value, so a store that changes nothing
+  // races with nothing.
+  void store(Warp& warp, const Instruction& in, uint64_t address, const uint8_t* data, int bytes, int lane,
+             Report& report);
 
   // wgmma reads through the async proxy: generic writes must have been published by fence.proxy.async, by the writer
   // or by the reader after a barrier.
