@@ -71,14 +71,17 @@ def _plot_shares(records: list[Record], path: Path) -> Path:
     figure = Figure(figsize=(7.0, 1.0 + 0.2 * len(records)), layout="constrained")
     axes = figure.subplots()
     shown = records[::-1]
-    colours = {"fma": "tab:blue", "bf16dot": "tab:orange", "read": "tab:green"}
     places = range(len(shown))
-    axes.barh(places, [100 * float(r["share"]) for r in shown], color=[colours[r["peak_kind"]] for r in shown])
+    for kind, what in (("fma", "FMA"), ("bf16dot", "BF16 dot product"), ("read", "read bandwidth")):
+        bars = [(place, 100 * float(r["share"])) for place, r in zip(places, shown) if r["peak_kind"] == kind]
+        if bars:
+            axes.barh(*zip(*bars), label=what)
     axes.set_yticks(places, [f"{r['case']}  {r['variant']}" for r in shown], fontsize=7)
     axes.margins(y=0.01)
     axes.set_xlim(0, 100)
-    axes.set_xlabel("% of the measured peak (blue: FMA, orange: BF16 dot, green: read bandwidth)")
+    axes.set_xlabel("% of the peak measured in the same minutes")
     axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=110)
     return path
 

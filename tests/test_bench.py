@@ -155,7 +155,7 @@ def test_extra_peak_sees_what_is_freed_again() -> None:
 
 
 def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = "forward-float32,backward-bfloat16,decode-float32,memory-dape,dape-both-float32,growth"
+    chosen = "forward-float32,both-float32,backward-bfloat16,decode-float32,memory-dape,dape-both-float32,growth"
     assert bench.main(["--quick", "--device", "cpu", "--cases", chosen, "--out", str(tmp_path)]) == 0
     with (tmp_path / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
