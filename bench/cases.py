@@ -161,7 +161,7 @@ def _forward(dtype: str, speed: float | None = None, flex: float | None = None, 
         targets.append(Target("speed", _name("ALiBi"), flex, "flex:ALiBi"))
     if share:
         targets.append(Target("share", _name("none"), share))
-    return Case(f"forward-{dtype}", (*_posattn(*HEADLINE), *peers), tuple(targets), dtype=dtype, seconds=40.0)
+    return Case(f"forward-{dtype}", (*_posattn(*HEADLINE), *peers), tuple(targets), dtype=dtype, seconds=30.0)
 
 
 def _full(dtype: str, share: float) -> Case:
@@ -175,7 +175,7 @@ def _both(dtype: str, speed: float, mask: float) -> Case:
     peers = (Variant("sdpa"), Variant("sdpa-mask-grad", "Kerple"))
     targets = [Target("speed", _name(name), speed, "sdpa") for name in TRAINED]
     targets += [Target("speed", _name(name), mask, "sdpa-mask-grad:Kerple") for name in TRAINED[BIASES:]]
-    return Case(f"both-{dtype}", (*_posattn(*TRAINED), *peers), tuple(targets), mode="both", dtype=dtype, seconds=70.0)
+    return Case(f"both-{dtype}", (*_posattn(*TRAINED), *peers), tuple(targets), mode="both", dtype=dtype, seconds=50.0)
 
 
 def _backward(dtype: str, share: float) -> Case:
@@ -193,9 +193,9 @@ def _head_mixing() -> tuple[Case, ...]:
     )
     both = (Target("speed", _name("DAPE-Kerple"), 11.0, "eager:DAPE-Kerple"),)
     return (
-        Case("dape-forward-float32", variants, forward, seconds=30.0),
-        Case("dape-forward-bfloat16", variants, forward[:2], dtype="bfloat16", seconds=30.0),
-        Case("dape-both-float32", variants, both, mode="both", seconds=45.0),
+        Case("dape-forward-float32", variants, forward, seconds=20.0),
+        Case("dape-forward-bfloat16", variants, forward[:2], dtype="bfloat16", seconds=20.0),
+        Case("dape-both-float32", variants, both, mode="both", seconds=35.0),
     )
 
 
@@ -217,7 +217,7 @@ def _threads() -> tuple[Case, ...]:
 def _growth() -> Case:
     variants = tuple(Variant("posattn", "FIRE", length=length) for length in (2048, 4096, 8192, 16384))
     targets = tuple(Target("growth", variant.name, 0.15, variants[0].name) for variant in variants[1:])
-    return Case("growth", variants, targets, seconds=40.0)
+    return Case("growth", variants, targets, seconds=30.0)
 
 
 def _memory() -> tuple[Case, ...]:

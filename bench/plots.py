@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 matplotlib.use("Agg")
 
@@ -108,5 +109,6 @@ def _line(axes: Axes, points: list[tuple[int, float]], label: str) -> None:
         axes.plot([n for n, _ in points], [value for _, value in points], marker="o", label=label)
         axes.legend(frameon=False, fontsize=7)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_ylim(bottom=0)
     axes.set_xlabel("length")

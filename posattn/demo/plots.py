@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
 
 import posattn
@@ -34,8 +35,8 @@ def plot_perplexity(perplexity: dict[str, dict[int, float]], path: Path) -> None
     axes.set_yscale("log")
     lengths = sorted({length for points in perplexity.values() for length in points})
     axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.set_xlabel("input length, bytes")
     axes.set_ylabel("perplexity of the last 256 bytes")
     axes.legend(frameon=False)
