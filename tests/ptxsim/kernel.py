@@ -30,7 +30,8 @@ class Options:
     latest moment the ISA allows) instead of at once (the earliest). poison: fill shared memory with NaN patterns before
     each block. stats: count bank conflicts and sectors. perturb: move approximate functions by up to 2 ulp and let
     tensor cores truncate. reverse: run the blocks from the last to the first. tensor_core: 0 lets mma sum in float64;
-    80 or 90 lets it align, cut and round as measured on A100 and H100. seed: the order in which warps run.
+    80 or 90 lets it align, cut and round as measured on A100 and H100. limit: warp instructions until the launch is
+    given up as endless; 0 for none. seed: the order in which warps run.
     """
 
     race: bool = True
@@ -41,6 +42,7 @@ class Options:
     perturb: bool = False
     reverse: bool = False
     tensor_core: int = 0
+    limit: int = 0
     seed: int = 1
 
 

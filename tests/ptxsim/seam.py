@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from .kernel import Findings, Options, Report
-from .triton_run import run_triton
+from .triton_run import Compiled, compile_triton
 
 # Multiprocessors of an A100 and of an H100 (SXM): what wrappers see when they choose how to split work.
 _PROCESSORS = {80: 108, 90: 132}
@@ -33,8 +33,7 @@ class Launched:
     kernel: str
     grid: tuple[int, ...]
     constexprs: Mapping[str, Any]
-    num_warps: int
-    num_stages: int
+    compiled: Compiled
     report: Report
 
 
@@ -56,8 +55,11 @@ class Machine:
         num_warps: int,
         num_stages: int,
     ) -> None:
-        report = run_triton(kernel, grid, args, self.arch, num_warps, num_stages, constexprs, self.options)
-        self.launches.append(Launched(kernel.__name__, tuple(grid), dict(constexprs), num_warps, num_stages, report))
+        compiled, passed = compile_triton(
+            kernel, args, arch=self.arch, num_warps=num_warps, num_stages=num_stages, constexprs=constexprs
+        )
+        report = compiled.launch(grid, passed, self.options)
+        self.launches.append(Launched(kernel.__name__, tuple(grid), dict(constexprs), compiled, report))
         try:
             report.check(self.ignore)
         except Findings as error:

@@ -27,14 +27,18 @@ _TYPE_NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compiled:
-    """A compiled specialisation: the PTX front end, Triton's own object, and the shared memory it asks for."""
+    """A compiled specialisation: its PTX, ready to launch, and Triton's own object. Mutation tests replace `kernel`."""
 
     kernel: Kernel
     triton: Any
-    shared: int
     ptx: str
+
+    def launch(self, grid: Sequence[int], args: Sequence[Argument], options: Options | None = None) -> Report:
+        """Runs it with the arguments that compile_triton returned beside it."""
+        metadata = self.triton.metadata
+        return self.kernel.launch(grid, (32 * metadata.num_warps,), args, shared=metadata.shared, options=options)
 
 
 _cache: dict[tuple[Any, ...], Compiled] = {}
@@ -100,7 +104,7 @@ def compile_triton(
         options = {"num_warps": num_warps, "num_stages": num_stages}
         built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         ptx = built.asm["ptx"]
-        _cache[key] = Compiled(Kernel(ptx), built, built.metadata.shared, ptx)
+        _cache[key] = Compiled(Kernel(ptx), built, ptx)
     return _cache[key], passed
 
 
@@ -118,5 +122,4 @@ def run_triton(
     compiled, passed = compile_triton(
         fn, args, arch=arch, num_warps=num_warps, num_stages=num_stages, constexprs=constexprs
     )
-    threads = 32 * compiled.triton.metadata.num_warps
-    return compiled.kernel.launch(grid, (threads,), passed, shared=compiled.shared, options=options)
+    return compiled.launch(grid, passed, options)

@@ -127,7 +127,9 @@ void Block::run(Dim at) {
   start(at);
   std::vector<int> ready;
   for (uint64_t turn = 0;; ++turn) {
-    if (turn > kMaxTurns) throw Fault("the block does not end");
+    if (turn > kMaxTurns || (options.limit && report.warp_instructions > options.limit)) {
+      throw Fault("the block does not end");
+    }
     ready.clear();
     for (const Warp& warp : warps) {
       if (warp.state == Warp::State::Running) ready.push_back(warp.id);

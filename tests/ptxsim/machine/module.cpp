@@ -33,6 +33,8 @@ Options options_from(const py::dict& given) {
       options.reverse = value.cast<bool>();
     else if (name == "tensor_core")
       options.tensor_core = value.cast<int>();
+    else if (name == "limit")
+      options.limit = value.cast<uint64_t>();
     else if (name == "seed")
       options.seed = value.cast<uint64_t>();
     else

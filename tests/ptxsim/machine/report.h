@@ -57,6 +57,7 @@ struct Options {
   bool perturb = false;     // approximate functions err by up to 2 ulp, tensor cores truncate
   bool reverse = false;     // blocks run from the last to the first
   int tensor_core = 0;      // 0: mma accumulates in float64; 80 or 90: as that architecture does, see tensor_core.h
+  uint64_t limit = 0;       // warp instructions a launch may run; 0: no limit
   uint64_t seed = 1;        // the order in which warps run
 };
 

@@ -1,0 +1,109 @@
+"""Mutation testing of GPU kernels: break a kernel's PTX in small ways and see whether anything notices.
+
+    python -m tests.ptxsim.mutate attention --arch 80
+    python -m tests.ptxsim.mutate forward_slope --arch 90 --kinds sync,mask --limit 60
+
+A scenario (tests/ptxsim/scenarios.py) is run once to see which kernels it launches; then once for every mutant of them.
+A mutant is caught by the machine (a finding or a fault) or by the numbers; the others are listed, for a person to show
+equivalent or to write the missing test. The exit status is 1 if a mutant survived that `--allow` does not name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from .kernel import Fault, Findings, Kernel, Options, Unsupported
+from .mutants import KINDS, Mutant, mutants
+from .scenarios import SCENARIOS
+from .seam import Machine, behind_launch
+from .triton_run import Compiled
+
+Scenario = Callable[[Machine], None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant: caught by "machine" or "numbers", or "survived"."""
+
+    kernel: str
+    mutant: Mutant
+    caught_by: str
+    detail: str
+
+
+@contextmanager
+def _in_place(compiled: Compiled, ptx: str) -> Iterator[None]:
+    original = compiled.kernel
+    compiled.kernel = Kernel(ptx)
+    try:
+        yield
+    finally:
+        compiled.kernel = original
+
+
+def _judge(scenario: Scenario, compiled: Compiled, mutant: Mutant, arch: int, options: Options) -> tuple[str, str]:
+    try:
+        with _in_place(compiled, mutant.ptx), behind_launch(arch, options) as machine:
+            scenario(machine)
+    except (Findings, Fault, Unsupported) as error:
+        return "machine", str(error)
+    except AssertionError as error:
+        return "numbers", str(error)
+    return "survived", ""
+
+
+def run(scenario: Scenario, arch: int, kinds: tuple[str, ...] = KINDS, limit: int = 0) -> list[Verdict]:
+    """Judges every mutant of every kernel that the scenario launches; `limit` samples each kind of each kernel."""
+    with behind_launch(arch) as machine:
+        scenario(machine)
+    seen = {id(launched.compiled): launched for launched in machine.launches}
+    # A broken loop may not end; nothing sound runs ten times as long as the original.
+    longest = max(launched.report.counters["warp_instructions"] for launched in machine.launches)
+    options = Options(stats=False, limit=10 * longest)
+    verdicts = []
+    for launched in seen.values():
+        for kind in kinds:
+            for mutant in mutants(launched.compiled.ptx, kind, limit):
+                caught_by, detail = _judge(scenario, launched.compiled, mutant, arch, options)
+                verdicts.append(Verdict(launched.kernel, mutant, caught_by, detail))
+    return verdicts
+
+
+def table(verdicts: list[Verdict]) -> str:
+    """Counts by kind, then the survivors."""
+    counts = Counter((verdict.mutant.kind, verdict.caught_by) for verdict in verdicts)
+    lines = [f"{'kind':10} {'mutants':>8} {'machine':>8} {'numbers':>8} {'survived':>9}"]
+    for kind in dict.fromkeys(verdict.mutant.kind for verdict in verdicts):
+        row = [counts[kind, how] for how in ("machine", "numbers", "survived")]
+        lines.append(f"{kind:10} {sum(row):8} {row[0]:8} {row[1]:8} {row[2]:9}")
+    for verdict in verdicts:
+        if verdict.caught_by == "survived":
+            mutant = verdict.mutant
+            lines.append(f"survived: {mutant.kind}, {verdict.kernel}, PTX line {mutant.line}: {mutant.change}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.ptxsim.mutate", description=__doc__.split("\n")[0])
+    parser.add_argument("scenario", choices=sorted(SCENARIOS))
+    parser.add_argument("--arch", type=int, choices=(80, 90), default=80)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated, of " + ", ".join(KINDS))
+    parser.add_argument("--limit", type=int, default=0, help="mutants of each kind and kernel (0: all)")
+    parser.add_argument("--allow", type=int, default=0, help="survivors that are known to be equivalent")
+    given = parser.parse_args()
+    kinds = tuple(given.kinds.split(","))
+    unknown = set(kinds) - set(KINDS)
+    if unknown:
+        parser.error(f"--kinds: expected some of {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
+    verdicts = run(SCENARIOS[given.scenario], given.arch, kinds, given.limit)
+    print(table(verdicts))
+    return int(sum(verdict.caught_by == "survived" for verdict in verdicts) > given.allow)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
