@@ -9,8 +9,9 @@ from torch import Tensor
 
 from posattn.plan import Call
 
+from . import autotune
 from .combine import combine
-from .configs_forward import forward_tile
+from .configs_forward import FORWARD, forward_tile
 from .forward import attention_forward
 from .operands import (
     Arguments,
@@ -25,6 +26,7 @@ from .operands import (
     unit_stride,
 )
 from .rotary import turn
+from .tiles import Tile
 
 # Turning K in the kernel costs each query block one pass over K; ahead of time it costs two passes over memory and a
 # launch. With one or two query blocks a head the first is less.
@@ -34,7 +36,9 @@ SPLIT_KEYS = 256
 MAX_SPLITS = 64
 
 
-def turned(launch: Launch, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype, sign: int = 1) -> Tensor:
+def turned(
+    launch: Launch, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype, sign: int = 1
+) -> Tensor:
     """x [B, H, T, D] with its pairs turned, contiguous, in `dtype`; sign -1 turns back."""
     batch, heads, tokens, dim = x.shape
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -74,10 +78,18 @@ def _splits(programs: int, keys: int, processors: int) -> int:
 
 def forward(call: Call, launch: Launch, arch: str, processors: int) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
+    tile = forward_tile(arch, call)
+    if autotune.enabled():
+        time = autotune.milliseconds(lambda tile: _forward(call, launch, tile, processors))
+        tiles = (tile, *autotune.candidates(FORWARD, arch, call))
+        tile = autotune.pick("forward", autotune.device_name(call.q.device), call, tiles, time)
+    return _forward(call, launch, tile, processors)
+
+
+def _forward(call: Call, launch: Launch, tile: Tile, processors: int) -> tuple[Tensor, Tensor]:
     q, k, v = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v)
     batch, heads, q_tokens, _ = q.shape
     dim_v = v.shape[3]
-    tile = forward_tile(arch, call)
     blocks = -(-q_max(call) // tile.block_m)
     programs = blocks * sequences(call) * heads
     splits = _splits(programs, k_max(call), processors)

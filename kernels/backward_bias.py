@@ -37,7 +37,6 @@ def _logit_gradient(
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """ds on the tile at (i0, j0), zero outside the sequence; also pi, pj and the row scale."""
-    PACKED: tl.constexpr = CuQ is not None
     b64 = b.to(tl.int64)
     h64 = h.to(tl.int64)
     kv64 = (h // group).to(tl.int64)
@@ -152,7 +151,7 @@ def gradient_by_distance(
     corner = first_corner + band * BLOCK_N  # the distance at the first row and column of each tile
     table = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     psi = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for index in range(0, num_sequences):
+    for index in range(num_sequences):
         q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, index, q_tokens, k_tokens)
         b = index if CuQ is None else index * 0
         shift = k_len - q_len
@@ -238,7 +237,7 @@ def gradient_by_tile(
     first = pid // blocks_m // blocks_n // out_heads
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, first, q_tokens, k_tokens)
-    for n in range(0, batches_each * heads_each):
+    for n in range(batches_each * heads_each):
         index = first + n // heads_each
         h = head + n % heads_each
         q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, index, q_tokens, k_tokens)

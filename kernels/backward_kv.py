@@ -102,7 +102,8 @@ def attention_backward_kv(
                     row_scale = None
                     if Psi is not None:
                         position = pi if EXPLICIT else pi + shift
-                        row_scale = tl.load(RowScale + (tl.minimum(tl.maximum(position, row_first), row_last) - row_first))
+                        entry = tl.minimum(tl.maximum(position, row_first), row_last) - row_first
+                        row_scale = tl.load(RowScale + entry)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                     s, slack = logits_tile(
                         s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, reference, slope, row_scale,
@@ -117,12 +118,11 @@ def attention_backward_kv(
                     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                     kept = p
                     if threshold is not None:
-                        keep = tl.trans(
-                            keep_tile(
-                                seed_lo, seed_hi, threshold, q_start + i0, k_start + j0, b * num_heads + h,
-                                BLOCK_M, BLOCK_N, not PACKED,
-                            )  # fmt: skip
-                        )
+                        keep = keep_tile(
+                            seed_lo, seed_hi, threshold, q_start + i0, k_start + j0, b * num_heads + h,
+                            BLOCK_M, BLOCK_N, not PACKED,
+                        )  # fmt: skip
+                        keep = tl.trans(keep)
                         kept = tl.where(keep, p * keep_scale, 0.0)
                         dp = tl.where(keep, dp * keep_scale, 0.0)
                     dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)

@@ -1,19 +1,73 @@
-"""Tiles of the forward kernel, by architecture and head dimension."""
+"""Tiles of the forward kernel, by architecture, head dimension and kind of plan.
+
+sm_100 runs the sm_90 shapes: Triton's tcgen05 path wants a warpgroup of 128 rows as well, and no timing says better.
+gfx942 has 64 KiB of shared memory per workgroup and wavefronts of 64, so 4 warps and one stage.
+"""
 
 from __future__ import annotations
 
-import torch
-
 from posattn.plan import Call
 
-from .operands import padded
-from .tiles import Tile
+from .tiles import Table, Tile, look_up
+
+_FLOAT32 = Tile(32, 32, 4, 1, "exact float32 products run on FMA units, unrolled: larger tiles spill")
+_SMALL_80 = Tile(128, 64, 4, 3, "2P 784 at D = 64, bound by tensor cores; 32 rows a warp halve the K and V fragments")
+_HOPPER = Tile(128, 128, 8, 2, "2P 520 at D = 64, bound by MUFU; 128 keys hide LDGSTS behind wgmma, 64 keys give 560")
+_AMD = Tile(128, 64, 4, 1, "K, V and P tiles within 64 KiB of LDS")
+
+FORWARD: Table = {
+    "sm_80": {
+        64: {
+            "plain": _SMALL_80,
+            "profile": Tile(64, 64, 4, 2, "lines and psi of 128 rows spill; 64 do not"),
+            "dense": Tile(128, 32, 4, 2, "a [128, 64] bias tile in both layouts spills"),
+            "float32": _FLOAT32,
+        },
+        128: {
+            "plain": Tile(128, 64, 8, 3, "4 warps spill at D = 128"),
+            "profile": Tile(64, 32, 4, 2, "registers"),
+            "dense": Tile(64, 32, 4, 2, "registers"),
+            "float32": _FLOAT32,
+        },
+        256: {
+            "plain": Tile(64, 32, 4, 2, "96 KiB of shared memory, so that sm_86 and sm_89 hold it too"),
+            "float32": Tile(32, 16, 4, 1, "exact float32, as above"),
+        },
+    },
+    "sm_90": {
+        64: {
+            "plain": _HOPPER,
+            "profile": Tile(128, 64, 8, 3, "no spills; [128, 128] spills in the loop"),
+            "dense": Tile(128, 64, 8, 2, "registers"),
+            "float32": _FLOAT32,
+        },
+        128: {
+            "plain": Tile(128, 128, 8, 2, "as at D = 64"),
+            "profile": Tile(128, 64, 8, 2, "registers"),
+            "dense": Tile(128, 64, 8, 2, "registers"),
+            "float32": _FLOAT32,
+        },
+        256: {
+            "plain": Tile(128, 64, 8, 2, "64 + 2 x 64 KiB of shared memory"),
+            "float32": Tile(32, 16, 4, 1, "exact float32, as above"),
+        },
+    },
+    "gfx942": {
+        64: {"plain": _AMD, "float32": _FLOAT32},
+        128: {"plain": Tile(128, 32, 4, 1, "LDS"), "float32": _FLOAT32},
+        256: {"plain": Tile(64, 32, 4, 1, "LDS"), "float32": Tile(32, 16, 4, 1, "exact float32, as above")},
+    },
+}
+FORWARD = {**FORWARD, "sm_100": FORWARD["sm_90"]}
+
+# Decoding has few rows: a tile of them wastes tensor-core rows past Tq, which cost nothing beside reading the keys.
+_FEW_ROWS = 16
+_DECODE = Tile(16, 64, 4, 3, "reading K and V binds: three stages of 64 keys in flight")
+_DECODE_WIDE = Tile(16, 32, 4, 2, "the same within 64 KiB at D = 256")
 
 
 def forward_tile(arch: str, call: Call) -> Tile:
-    dim = max(padded(call.q.shape[3]), padded(call.v.shape[3]))
-    if call.q.dtype == torch.float32:
-        return Tile(32, 32, 4, 1, "")
-    if dim <= 64:
-        return Tile(128, 64, 4, 3, "")
-    return Tile(128, 64, 8, 3, "")
+    tile = look_up(FORWARD, arch, call)
+    if max(call.mask.max_q, 0) <= _FEW_ROWS and call.q.shape[2] <= _FEW_ROWS and tile.block_m > 32:
+        return _DECODE if call.q.shape[3] <= 128 and call.v.shape[3] <= 128 else _DECODE_WIDE
+    return tile

@@ -5,17 +5,13 @@ from __future__ import annotations
 from posattn.plan import Call
 
 from .operands import padded
-from .tiles import Tile
+from .tiles import Tile, head_dim
 
 # A program holds the output rows of all its heads: 4 bytes * heads * block_m * head dimension in registers, of which an
 # SM has 256 KiB for these and everything else.
 MAX_HEADS = 32
 MAX_WIDTH = 64
 MAX_HEADS_TIMES_DIM = 2048
-
-
-def dim(call: Call) -> int:
-    return max(padded(call.q.shape[3]), padded(call.v.shape[3]))
 
 
 def unsupported(call: Call) -> str | None:
@@ -28,14 +24,14 @@ def unsupported(call: Call) -> str | None:
         return f"it mixes up to {MAX_HEADS} heads in one program, got {heads}"
     if width > MAX_WIDTH:
         return f"it mixes through up to {MAX_WIDTH} hidden units, got {width}"
-    if padded(heads) * dim(call) > MAX_HEADS_TIMES_DIM:
+    if padded(heads) * head_dim(call) > MAX_HEADS_TIMES_DIM:
         return (
             f"the heads' output rows must fit in registers together: heads (padded to {padded(heads)}) times the head "
-            f"dimension (padded to {dim(call)}) up to {MAX_HEADS_TIMES_DIM}"
+            f"dimension (padded to {head_dim(call)}) up to {MAX_HEADS_TIMES_DIM}"
         )
     return None
 
 
 def mix_tile(arch: str, call: Call) -> Tile:
-    size = padded(call.q.shape[1]) * dim(call)
+    size = padded(call.q.shape[1]) * head_dim(call)
     return Tile(16, 16, 8 if size <= 1024 else 16, 1, "")

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .bias import lookup
 from .masks import mask_offset, sequence
-from .mix import load_heads, row_scales, rows_of_heads, tiles_of_heads
+from .mix import load_heads, row_scales, rows_of_heads
 from .mix_backward_q import inner_gradient
 from .mix_scores import logit_gradients, mixed_logits, mlp_gradients, weights_w1
 from .scores import segments
@@ -51,7 +51,8 @@ def mixed_gradient_by_tile(
     Dense, stride_db, stride_dh, stride_di, stride_dj,
     InnerSlope, inner_stride_slope_b,
     InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
-    InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last, InnerRowBounds,
+    InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+    InnerRowBounds,
     InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
     InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
     W1X, W1B, B1, W2, B2,
@@ -67,8 +68,9 @@ def mixed_gradient_by_tile(
     INNER_SIGNED: tl.constexpr, INNER_CLAMP: tl.constexpr, INNER_KNOTS: tl.constexpr,
     BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """ALONG_DIAGONAL: DTable [H, bands, 2 * BLOCK] and DPsi [bands, 2 * BLOCK] as in gradient_by_distance. Else DDense
-    [B or 1, H or 1, Tq, Tk] (SHARED_HEADS sums over heads), and by atomics DTable [H, L] and DPsi [L], zeroed."""
+    """ALONG_DIAGONAL: DTable [H, bands, 2 * BLOCK] and DPsi [bands, 2 * BLOCK] as in gradient_by_distance. Else
+    DDense [B or 1, H or 1, Tq, Tk] (SHARED_HEADS sums over heads), and by atomics, zeroed, DTable [H, L] and DPsi [L]
+    of explicit positions."""
     EXPLICIT: tl.constexpr = QPositions is not None
     pid = tl.program_id(0)
     real = tl.arange(0, HEADS) < num_heads
@@ -114,7 +116,9 @@ def mixed_gradient_by_tile(
             rows = tl.minimum(tl.arange(0, BLOCK_M), q_len - 1 - i0)
             row0 = (q_start + i0).to(tl.int64)
             q = load_heads(Q + b64 * stride_qb + row0 * stride_qm, heads, rows, stride_qh, stride_qm, D, BLOCK_D)
-            do = load_heads(GradOut + b64 * stride_gb + row0 * stride_gm, heads, rows, stride_gh, stride_gm, DV, BLOCK_DV)
+            do = load_heads(
+                GradOut + b64 * stride_gb + row0 * stride_gm, heads, rows, stride_gh, stride_gm, DV, BLOCK_DV
+            )
             stat = (b64 * num_heads + heads)[:, None] * q_tokens + row0 + rows[None, :]
             lse2 = tl.where((tl.arange(0, BLOCK_M) < q_len - i0)[None, :], tl.load(Lse2 + stat), float("inf"))
             delta = tl.load(Delta + stat)  # [HEADS, BLOCK_M]
@@ -127,7 +131,7 @@ def mixed_gradient_by_tile(
             if EXPLICIT:
                 pi = tl.load(QPositions + b64 * stride_qpos + row0 + rows)[None, :, None]
                 pj = tl.load(KPositions + b64 * stride_kpos + col0 + cols)[None, None, :]
-            s, slack, x_rows, inner_rows, before = mixed_logits(
+            s, _slack, _x_rows, _inner_rows, before = mixed_logits(
                 q, k, b, heads, i0, j0, q_start, k_start, q_len, k_len,
                 scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
                 Slope, stride_slope_b,
@@ -137,7 +141,8 @@ def mixed_gradient_by_tile(
                 Dense, stride_db, stride_dh, stride_di, stride_dj,
                 InnerSlope, inner_stride_slope_b,
                 InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
-                InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last, InnerRowBounds,
+                InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first,
+                inner_row_last, InnerRowBounds,
                 InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
                 InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
                 w1x, w1b, b1, w2, b2,
@@ -153,7 +158,7 @@ def mixed_gradient_by_tile(
                 INNER_SIGNED, INNER_CLAMP, INNER_KNOTS,
                 BOUNDS_BLOCK, PRECISION, NVIDIA,
             )  # fmt: skip
-            kept, ds = logit_gradients(
+            _kept, ds = logit_gradients(
                 s, lse2, delta, do, v, b, heads.to(tl.int32), num_heads, i0, j0, q_start, k_start,
                 threshold, keep_scale, seed_lo, seed_hi, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
@@ -166,7 +171,8 @@ def mixed_gradient_by_tile(
                 if OF_INNER:
                     dpsi = _psi_gradient(
                         g, heads, real, i0, j0, pi, pj, shift,
-                        InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+                        InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first,
+                        inner_row_last,
                         InnerRowBounds, InnerKnots, inner_num_knots, InnerSegmentSlope,
                         INNER_CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, INNER_KNOTS, NVIDIA,
                     )  # fmt: skip
@@ -180,10 +186,16 @@ def mixed_gradient_by_tile(
                 if ALONG_DIAGONAL:
                     psi += dpsi
                 else:
-                    entry = lookup_entry(pi, pj, inner_psi_first if OF_INNER else psi_first, inner_psi_last if OF_INNER else psi_last)
+                    if OF_INNER:
+                        entry = lookup_entry(pi, pj, inner_psi_first, inner_psi_last)
+                    else:
+                        entry = lookup_entry(pi, pj, psi_first, psi_last)
                     tl.atomic_add(DPsi + tl.reshape(entry, [BLOCK_M, BLOCK_N]), dpsi, sem="relaxed")
             if DTable is not None and not ALONG_DIAGONAL:
-                entry = lookup_entry(pi, pj, inner_table_first if OF_INNER else table_first, inner_table_last if OF_INNER else table_last)
+                if OF_INNER:
+                    entry = lookup_entry(pi, pj, inner_table_first, inner_table_last)
+                else:
+                    entry = lookup_entry(pi, pj, table_first, table_last)
                 tl.atomic_add(
                     DTable + (heads * stride_gt)[:, None, None] + entry,
                     g,

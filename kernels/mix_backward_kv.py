@@ -21,7 +21,8 @@ def mixed_backward_kv(
     Dense, stride_db, stride_dh, stride_di, stride_dj,
     InnerSlope, inner_stride_slope_b,
     InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
-    InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last, InnerRowBounds,
+    InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+    InnerRowBounds,
     InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
     InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
     W1X, W1B, B1, W2, B2,
@@ -51,7 +52,7 @@ def mixed_backward_kv(
     b64 = b.to(tl.int64)
     heads = tl.minimum(tl.arange(0, HEADS), num_heads - 1).to(tl.int64)  # padded heads repeat the last one
     kv = heads // group
-    shift = k_len - q_len
+    k_len - q_len
     offset = mask_offset(q_len, k_len, TOP_LEFT)
     w1x = weights_w1(W1X, HEADS, WIDTH)
     w1b = w1x
@@ -67,7 +68,7 @@ def mixed_backward_kv(
     dk = tl.zeros([HEADS, BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([HEADS, BLOCK_N, BLOCK_DV], tl.float32)
     last = tl.minimum(j0 + BLOCK_N, k_len) - 1
-    lo, full_lo, full_hi, hi = query_spans(j0, last, q_len, offset, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    lo, _full_lo, _full_hi, hi = query_spans(j0, last, q_len, offset, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
     for i0 in tl.range(lo, hi, BLOCK_M):
         rows = tl.minimum(tl.arange(0, BLOCK_M), q_len - 1 - i0)
         row0 = (q_start + i0).to(tl.int64)
@@ -76,7 +77,7 @@ def mixed_backward_kv(
         stat = (b64 * num_heads + heads)[:, None] * q_tokens + row0 + rows[None, :]
         lse2 = tl.where((tl.arange(0, BLOCK_M) < q_len - i0)[None, :], tl.load(Lse2 + stat), float("inf"))
         delta = tl.load(Delta + stat)  # [HEADS, BLOCK_M]
-        s, slack, x_rows, inner_rows, before = mixed_logits(
+        s, slack, _x_rows, _inner_rows, before = mixed_logits(
             q, k, b, heads, i0, j0, q_start, k_start, q_len, k_len,
             scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
             Slope, stride_slope_b,
@@ -86,7 +87,8 @@ def mixed_backward_kv(
             Dense, stride_db, stride_dh, stride_di, stride_dj,
             InnerSlope, inner_stride_slope_b,
             InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
-            InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last, InnerRowBounds,
+            InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+            InnerRowBounds,
             InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
             InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
             w1x, w1b, b1, w2, b2,
@@ -107,7 +109,7 @@ def mixed_backward_kv(
             threshold, keep_scale, seed_lo, seed_hi, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         ds_rows = rows_of_heads(ds.to(q.dtype), BLOCK_M, BLOCK_N, HEADS)
-        dbefore, dz = mlp_gradients(ds_rows, before, w1x, w2, PRECISION)
+        _dbefore, dz = mlp_gradients(ds_rows, before, w1x, w2, PRECISION)
         if DV_ is not None:
             dv = tl.dot(tl.permute(kept.to(do.dtype), (0, 2, 1)), do, dv, input_precision=PRECISION)
         if DK is not None:

@@ -1,4 +1,4 @@
-"""HeadMix gradients of the queries, of the MLP, and of what adds up along rows (slopes, row scales, lines of a profile).
+"""HeadMix gradients of the queries, of the MLP, and of what adds up along rows (slopes, row scales, profile lines).
 
 One program owns BLOCK_M queries of all heads and walks their keys. Its share of every parameter's gradient goes to a
 slot of its own, which the host adds up: O(N) memory, no atomic between programs, a fixed order.
@@ -91,7 +91,8 @@ def mixed_backward_q(
     Dense, stride_db, stride_dh, stride_di, stride_dj,
     InnerSlope, inner_stride_slope_b,
     InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
-    InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last, InnerRowBounds,
+    InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+    InnerRowBounds,
     InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
     InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
     W1X, W1B, B1, W2, B2,
@@ -153,7 +154,7 @@ def mixed_backward_q(
     drow = tl.zeros([BLOCK_M], tl.float32)
     dinner_row = tl.zeros([BLOCK_M], tl.float32)
     last = tl.minimum(i0 + BLOCK_M, q_len) - 1
-    lo, full_lo, full_hi, hi = key_spans(i0, last, k_len, offset, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    lo, _full_lo, _full_hi, hi = key_spans(i0, last, k_len, offset, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     for j0 in tl.range(lo, hi, BLOCK_N):
         cols = tl.maximum(tl.minimum(tl.arange(0, BLOCK_N), k_len - 1 - j0), -j0)
         col0 = (k_start + j0).to(tl.int64)
@@ -172,7 +173,8 @@ def mixed_backward_q(
             Dense, stride_db, stride_dh, stride_di, stride_dj,
             InnerSlope, inner_stride_slope_b,
             InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
-            InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last, InnerRowBounds,
+            InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+            InnerRowBounds,
             InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
             InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
             w1x, w1b, b1, w2, b2,
@@ -188,7 +190,7 @@ def mixed_backward_q(
             INNER_SIGNED, INNER_CLAMP, INNER_KNOTS,
             BOUNDS_BLOCK, PRECISION, NVIDIA,
         )  # fmt: skip
-        kept, ds = logit_gradients(
+        _kept, ds = logit_gradients(
             s, lse2, delta, do, v, b, heads.to(tl.int32), num_heads, i0, j0, q_start, k_start,
             threshold, keep_scale, seed_lo, seed_hi, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
@@ -220,7 +222,8 @@ def mixed_backward_q(
             dinner_row += _profile_sums(
                 db, DInnerSegments + pid.to(tl.int64) * 2 * HEADS * (inner_num_knots + 1), heads, real,
                 i0, j0, pi, pj, shift,
-                InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+                InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first,
+                inner_row_last,
                 InnerRowBounds, InnerKnots, inner_num_knots, InnerSegmentSlope,
                 INNER_CLAMP, EXPLICIT, HEADS, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, INNER_KNOTS, NVIDIA,
             )  # fmt: skip

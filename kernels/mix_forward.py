@@ -25,7 +25,8 @@ def mixed_forward(
     Dense, stride_db, stride_dh, stride_di, stride_dj,
     InnerSlope, inner_stride_slope_b,
     InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
-    InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last, InnerRowBounds,
+    InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+    InnerRowBounds,
     InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
     InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
     W1X, W1B, B1, W2, B2,
@@ -53,7 +54,7 @@ def mixed_forward(
     b64 = b.to(tl.int64)
     heads = tl.minimum(tl.arange(0, HEADS), num_heads - 1).to(tl.int64)  # padded heads repeat the last one
     kv = heads // group
-    shift = k_len - q_len
+    k_len - q_len
     offset = mask_offset(q_len, k_len, TOP_LEFT)
     w1x = weights_w1(W1X, HEADS, WIDTH)
     w1b = w1x
@@ -69,12 +70,12 @@ def mixed_forward(
     l_i = tl.zeros([HEADS, BLOCK_M], tl.float32)
     acc = tl.zeros([HEADS, BLOCK_M, BLOCK_DV], tl.float32)
     last = tl.minimum(i0 + BLOCK_M, q_len) - 1
-    lo, full_lo, full_hi, hi = key_spans(i0, last, k_len, offset, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    lo, _full_lo, _full_hi, hi = key_spans(i0, last, k_len, offset, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     for j0 in tl.range(lo, hi, BLOCK_N):
         cols = tl.minimum(tl.arange(0, BLOCK_N), k_len - 1 - j0)
         col0 = (k_start + j0).to(tl.int64)
         k = load_heads(K + b64 * stride_kb + col0 * stride_kn, kv, cols, stride_kh, stride_kn, D, BLOCK_D)
-        s, slack, x_rows, inner_rows, before = mixed_logits(
+        s, _slack, _x_rows, _inner_rows, _before = mixed_logits(
             q, k, b, heads, i0, j0, q_start, k_start, q_len, k_len,
             scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
             Slope, stride_slope_b,
@@ -84,7 +85,8 @@ def mixed_forward(
             Dense, stride_db, stride_dh, stride_di, stride_dj,
             InnerSlope, inner_stride_slope_b,
             InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
-            InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last, InnerRowBounds,
+            InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+            InnerRowBounds,
             InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
             InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
             w1x, w1b, b1, w2, b2,

@@ -22,7 +22,8 @@ def mixed_logits(
     Dense, stride_db, stride_dh, stride_di, stride_dj,
     InnerSlope, inner_stride_slope_b,
     InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
-    InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last, InnerRowBounds,
+    InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+    InnerRowBounds,
     InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
     InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
     W1X, W1B, B1, W2, B2,
@@ -64,7 +65,8 @@ def mixed_logits(
             i_in, j_in, i0, j0, pi, pj, shift, b, heads, q_start, k_start,
             InnerSlope, inner_stride_slope_b,
             InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
-            InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last, InnerRowBounds,
+            InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+            InnerRowBounds,
             InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
             InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
             INNER_SIGNED, INNER_CLAMP, EXPLICIT, HEADS, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, INNER_KNOTS, NVIDIA,
@@ -99,7 +101,8 @@ def mixed_logits(
     if Boolean is not None:
         tile = Boolean + b.to(tl.int64) * stride_bb + heads[:, None, None] * stride_bh
         tile += (q_start + i0).to(tl.int64) * stride_bi + (k_start + j0).to(tl.int64) * stride_bj
-        s = tl.where(tl.load(tile + rows[None, :, None] * stride_bi + cols[None, None, :] * stride_bj), s, float("-inf"))
+        sees = tl.load(tile + rows[None, :, None] * stride_bi + cols[None, None, :] * stride_bj)
+        s = tl.where(sees, s, float("-inf"))
     return s, slack, x_rows, inner_rows, before
 
 
@@ -133,7 +136,8 @@ def logit_gradients(
     dp = tl.dot(do, tl.permute(v, (0, 2, 1)), input_precision=PRECISION)
     kept = p
     if threshold is not None:
-        keep = keep_heads(seed_lo, seed_hi, threshold, q_start + i0, k_start + j0, b * num_heads + heads, BLOCK_M, BLOCK_N)
+        bh = b * num_heads + heads
+        keep = keep_heads(seed_lo, seed_hi, threshold, q_start + i0, k_start + j0, bh, BLOCK_M, BLOCK_N)
         kept = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     return kept, p * (dp - delta[:, :, None])

@@ -10,7 +10,7 @@ from torch import Tensor
 from posattn.plan import Bias, Call, HeadMix
 
 from .attention import turned
-from .configs_mix import dim, mix_tile
+from .configs_mix import mix_tile
 from .gradients import (
     band_range,
     clamped,
@@ -37,7 +37,7 @@ from .operands import (
     strides,
     unit_stride,
 )
-from .tiles import Tile
+from .tiles import Tile, head_dim
 
 # Heads times head dimension up to which the accumulators of dK and dV, 16 keys each, share a program's registers.
 BOTH_KEY_GRADIENTS = 1024
@@ -212,7 +212,7 @@ def _key_gradients(call: Call, arguments: Arguments, launch: Launch, tile: Tile)
         "DK": k.new_zeros((batch, heads, *k.shape[2:]), dtype=torch.float32 if exact else k.dtype),
         "DV_": v.new_zeros((batch, heads, *v.shape[2:]), dtype=torch.float32 if group > 1 else v.dtype),
     }
-    together = padded(heads) * dim(call) <= BOTH_KEY_GRADIENTS
+    together = padded(heads) * head_dim(call) <= BOTH_KEY_GRADIENTS
     for wanted in (("DK", "DV_"),) if together else (("DK",), ("DV_",)):
         values = {name: target if name in wanted else None for name, target in targets.items()}
         arguments.with_(values, {}).launch_with(launch, mixed_backward_kv, (programs,), tile.num_warps, tile.num_stages)
@@ -284,5 +284,6 @@ def _bias_gradients(
         )
         if target is not None and dense is not None:
             grads["dense"] = target.sum_to_size(dense.shape)
-        grads.update({name: grad for name, grad in (("table", values["DTable"]), ("psi", values["DPsi"])) if grad is not None})
+        scattered = {"table": values["DTable"], "psi": values["DPsi"]}
+        grads.update({name: grad for name, grad in scattered.items() if grad is not None})
     return grads

@@ -89,7 +89,7 @@ def mask_arguments(call: Call) -> Arguments:
         "left": 0 if left is None else min(left, far),
         "right": 0 if right is None else min(right, far),
         "Boolean": mask.boolean,
-        **dict(zip(("stride_bb", "stride_bh", "stride_bi", "stride_bj"), (0, 0, 0, 0))),
+        **dict.fromkeys(("stride_bb", "stride_bh", "stride_bi", "stride_bj"), 0),
     }
     if mask.boolean is not None:
         values.update(zip(("stride_bb", "stride_bh", "stride_bi", "stride_bj"), _steps(mask.boolean)))
@@ -179,11 +179,12 @@ def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Argume
         "table_last": 0 if table is None else first + table.shape[1] - 1,
         **_profile_arguments(profile, block_m + block_n),
         "Dense": dense,
-        **dict(zip(("stride_db", "stride_dh", "stride_di", "stride_dj"), (0, 0, 0, 0) if dense is None else _steps(dense))),
+        **dict.fromkeys(("stride_db", "stride_dh", "stride_di", "stride_dj"), 0),
     }
+    if dense is not None:
+        values.update(zip(("stride_db", "stride_dh", "stride_di", "stride_dj"), _steps(dense)))
     inside = (table is None or covers(call, first, table.shape[1])) and (
-        profile is None
-        or (covers(call, profile.first, profile.psi.shape[0]))
+        profile is None or covers(call, profile.first, profile.psi.shape[0])
     )
     constants = {
         "SIGNED": bias.slope is not None and bias.slope.signed,

@@ -74,7 +74,8 @@ def add_bias(
     if slope is not None:
         s += slope_tile(slope, pi, pj, i0, j0, shift, reference, LINEAR, SIGNED, EXPLICIT)
     if Table is not None:
-        s += lookup(Table + h64 * stride_table_h, pi, pj, i0, j0, shift, table_first, table_last, 0, CLAMP, EXPLICIT, NVIDIA)
+        table = Table + h64 * stride_table_h
+        s += lookup(table, pi, pj, i0, j0, shift, table_first, table_last, 0, CLAMP, EXPLICIT, NVIDIA)
     if Psi is not None:
         low, high = segments(
             i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,

@@ -1,16 +1,66 @@
-"""A launch configuration: tile shape, warps and pipeline stages, with its reason."""
+"""Launch configurations: what one is, and which kind of call it is chosen for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+
+from posattn.plan import Call
+
+from .operands import padded
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """`reason` is the measured or modelled ground for these numbers."""
+    """Tile shape, warps and pipeline stages. `reason` is the measured or modelled ground for these numbers: "2P" is
+    the two-phase figure of the static pipe model, cycles for a 64 x 64 tile of one head, bf16, unmasked inner loop."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     reason: str
+
+
+# Tables of configurations: by family of architecture, padded head dimension, and kind of plan.
+Table = Mapping[str, Mapping[int, Mapping[str, Tile]]]
+
+
+def family(arch: str) -> str:
+    """The architecture whose configurations serve `arch`: Hopper's and Blackwell's need their own, the rest of
+    NVIDIA's fit in Ampere's shared memory, and AMD's share one."""
+    if not arch.startswith("sm_"):
+        return "gfx942"
+    number = int(arch.removeprefix("sm_"))
+    if number in (100, 103):
+        return "sm_100"
+    return "sm_90" if number == 90 else "sm_80"
+
+
+def head_dim(call: Call) -> int:
+    """The larger head dimension, as the kernels pad it."""
+    return max(padded(call.q.shape[3]), padded(call.v.shape[3]))
+
+
+def kind(call: Call) -> str:
+    """What costs most among the operands of a call's plan, and so decides its tile."""
+    bias = call.plan.bias
+    if call.q.dtype == torch.float32:
+        return "float32"
+    if bias.profile is not None or call.q_positions is not None:
+        return "profile"
+    if bias.dense is not None or call.mask.boolean is not None or call.dropout_p > 0.0:
+        return "dense"
+    return "table" if bias.table is not None else "plain"
+
+
+def look_up(table: Table, arch: str, call: Call) -> Tile:
+    """The tile for a call: its dimension's row (the next larger one), its kind's entry or the plain one."""
+    by_dim = table[family(arch)]
+    dim = min(d for d in by_dim if d >= head_dim(call))
+    tiles = by_dim[dim]
+    return tiles.get(kind(call), tiles["plain"])

@@ -7,7 +7,7 @@ Where there is no GPU, tests replace `launch` with one that runs the kernel's PT
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def has_device(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _properties(index: int) -> tuple[str, int]:
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0], torch.cuda.get_device_properties(

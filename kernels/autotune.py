@@ -1,0 +1,82 @@
+"""Opt-in tuning: POSATTN_TRITON_AUTOTUNE=1 times the shipped tiles of a kernel on the device and keeps the best.
+
+The choice is kept for the process and on disk (POSATTN_CACHE_DIR, else the user's cache directory), by device, kernel
+family, and the shape class of the call. Without the variable nothing here runs and the shipped tile is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from posattn.plan import Call
+
+from .tiles import Table, Tile, family, head_dim, kind
+
+_chosen: dict[str, Tile] = {}
+
+
+def enabled() -> bool:
+    return os.environ.get("POSATTN_TRITON_AUTOTUNE", "0") not in ("", "0")
+
+
+def _directory() -> Path:
+    given = os.environ.get("POSATTN_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(given) if given else Path(base) / "posattn"
+
+
+def key(name: str, device: str, call: Call) -> str:
+    """Calls that share a choice: same device, kernel, kind of plan and dimension, and lengths to a power of two."""
+    lengths = (call.q.shape[2].bit_length(), call.k.shape[2].bit_length())
+    mask = call.mask
+    masked = "causal" if mask.causal else "window" if mask.left is not None or mask.right is not None else "full"
+    return "|".join(map(str, (name, device, kind(call), head_dim(call), call.q.dtype, *lengths, masked)))
+
+
+def candidates(table: Table, arch: str, call: Call) -> list[Tile]:
+    """The shipped tiles of this architecture and dimension, whatever plan they were chosen for."""
+    by_dim = table[family(arch)]
+    dim = min(d for d in by_dim if d >= head_dim(call))
+    of_kind = [tile for name, tile in by_dim[dim].items() if (name == "float32") == (kind(call) == "float32")]
+    return list(dict.fromkeys(of_kind))
+
+
+def pick(name: str, device: str, call: Call, tiles: Iterable[Tile], time: Callable[[Tile], float]) -> Tile:
+    """The fastest of `tiles` by `time` (milliseconds), from memory or disk if it was found before. A tile that the
+    device cannot hold counts as infinitely slow."""
+    entry = key(name, device, call)
+    if entry not in _chosen:
+        path = _directory() / "triton_tiles.json"
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        if entry not in stored:
+            stored[entry] = asdict(min(tiles, key=time))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(stored, indent=1, sort_keys=True))
+            partial.replace(path)
+        _chosen[entry] = Tile(**stored[entry])
+    return _chosen[entry]
+
+
+def milliseconds(run: Callable[[Tile], object]) -> Callable[[Tile], float]:
+    """Times `run` on the current device with Triton's own harness."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    def time(tile: Tile) -> float:
+        try:
+            return float(do_bench(lambda: run(tile)))
+        except OutOfResources:
+            return float("inf")
+
+    return time
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device).replace("|", " ")

@@ -1,0 +1,74 @@
+"""HeadMix (DAPE) in Triton, its real PTX on the PTX machine: every form and inner operand, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerance import assert_parity
+
+import posattn
+
+pytest.importorskip("triton")
+
+from tests.ptxsim.seam import Machine, ptx_machine  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture(autouse=True)
+def _same_value_stores(ptx_machine: Machine) -> None:  # noqa: F811
+    """Triton's layout conversions let warps that hold the same elements all store them: the same value to the same
+    address, which the machine reports as a race and hardware defines."""
+    ptx_machine.ignore = ("shared_race",)
+
+
+def tensors(dtype=torch.bfloat16, heads=3, kv_heads=3, q_len=37, k_len=53, dim=32, batch=1):
+    shapes = ((heads, q_len, dim), (kv_heads, k_len, dim), (kv_heads, k_len, dim))
+    return [torch.randn(batch, *shape).to(dtype) for shape in shapes]
+
+
+CASES = {
+    "no inner bias": ({}, lambda: posattn.DAPE(None, 3, width=8), lambda: {"causal": True}),
+    "table, two sequences": ({"batch": 2}, lambda: posattn.DAPE(posattn.Kerple(3), 3, width=8), lambda: {"causal": True}),
+    "concat, slope, softcap": ({}, lambda: posattn.DAPE(posattn.ALiBi(3, learnable=True), 3, form="concat"), lambda: {"softcap": 3.0}),
+    "add, profile": ({}, lambda: posattn.DAPE(posattn.FIRE(3, width=6), 3, form="add"), dict),
+    "outer bias, sinks, dropout, window, mask": (
+        {"batch": 2}, lambda: posattn.DAPE(posattn.Kerple(3), 3, width=8),
+        lambda: {"bias": torch.randn(2, 1, 37, 53), "sinks": torch.randn(3), "dropout_p": 0.3, "window": (20, None),
+                 "mask": torch.rand(1, 3, 37, 53) < 0.7},
+    ),
+    "rotary, grouped heads": (
+        {"heads": 12, "kv_heads": 4, "dim": 64, "dtype": torch.float16},
+        lambda: posattn.DAPE(posattn.RoPE(64) + posattn.Kerple(12), 12), lambda: {"causal": True},
+    ),
+    "float32": ({"heads": 2, "kv_heads": 2, "dim": 16, "dtype": torch.float32}, lambda: posattn.DAPE(posattn.Kerple(2), 2, width=4), lambda: {"causal": True}),
+    "packed documents": (
+        {"q_len": 60, "k_len": 50}, lambda: posattn.DAPE(posattn.Kerple(3), 3, width=8),
+        lambda: {"causal": True, "cu_seqlens_q": torch.tensor([0, 5, 5, 60]), "cu_seqlens_k": torch.tensor([0, 20, 21, 50])},
+    ),
+    "key lengths": (
+        {"q_len": 5, "batch": 3}, lambda: posattn.DAPE(posattn.Kerple(3), 3, width=8),
+        lambda: {"causal": True, "k_lengths": torch.tensor([0, 3, 49])},
+    ),
+    "explicit positions": (
+        {"q_len": 5}, lambda: posattn.DAPE(posattn.Kerple(3), 3, width=8),
+        lambda: {"q_positions": torch.randint(0, 30, (5,)), "k_positions": torch.randint(0, 30, (53,))},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_parity(case):
+    shape, position, options = case
+    torch.manual_seed(3)
+    assert_parity(*tensors(**shape), position(), options(), "triton")
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "width", "reason"),
+    [(33, 16, 8, "up to 32 heads"), (4, 16, 65, "up to 64 hidden units"), (32, 128, 8, "fit in registers")],
+)
+def test_what_does_not_fit_is_refused(heads, dim, width, reason):
+    q, k, v = tensors(heads=heads, kv_heads=heads, dim=dim)
+    with pytest.raises(ValueError, match=reason):
+        posattn.attention(q, k, v, posattn.DAPE(None, heads, width=width), backend="triton")

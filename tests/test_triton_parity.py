@@ -1,0 +1,101 @@
+"""The Triton kernels' real PTX, for sm_80 and sm_90, on the PTX machine: outputs and all gradients within the rule.
+
+Every plan operand, mask, dtype and option of the plain family occurs at least once; sizes are odd, and small enough for
+a few blocks. On a machine with a GPU the parity suites of tests/test_parity_*.py run the same backend as well.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tolerance import assert_parity
+
+import posattn
+from posattn.check import measure
+
+pytest.importorskip("triton")
+
+from tests.ptxsim.seam import Machine, ptx_machine  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("poisoned", "ptx_machine")
+
+
+def tensors(dtype, heads=2, kv_heads=2, q_len=70, k_len=150, dim=64, batch=1, dim_v=None):
+    shapes = ((heads, q_len, dim), (kv_heads, k_len, dim), (kv_heads, k_len, dim_v or dim))
+    return [torch.randn(batch, *shape).to(dtype) for shape in shapes]
+
+
+HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
+
+
+def _mask(q_len, k_len, heads):
+    return torch.rand(1, heads, q_len, k_len) < 0.1
+
+
+CASES = {
+    "plain": (BF16, {}, None, dict),
+    "causal window, grouped heads": (
+        HALF, {"kv_heads": 1}, None, lambda: {"causal": True, "window": (40, None)}
+    ),
+    "more queries than keys": (BF16, {"q_len": 150, "k_len": 70}, None, lambda: {"causal": True, "window": (20, 3)}),
+    "softcap and sinks": (BF16, {}, None, lambda: {"softcap": 5.0, "sinks": torch.randn(2), "causal": True}),
+    "dropout, odd dims": (HALF, {"dim": 40, "dim_v": 24}, None, lambda: {"dropout_p": 0.4}),
+    "negative scale, one dimension": (BF16, {"dim": 1, "q_len": 9, "k_len": 33}, None, lambda: {"scale": -1.0}),
+    "float32": (FULL, {"dim": 32, "q_len": 40, "k_len": 45}, lambda: posattn.ALiBi(2), lambda: {"causal": True}),
+    "ALiBi": (BF16, {}, lambda: posattn.ALiBi(2, learnable=True), lambda: {"causal": True}),
+    "ALiBi both ways": (HALF, {}, lambda: posattn.ALiBi(2, learnable=True), dict),
+    "table": (BF16, {}, lambda: posattn.Kerple(2), lambda: {"causal": True}),
+    "table and mask": (BF16, {}, lambda: posattn.T5Bias(2), lambda: {"mask": _mask(70, 150, 2)}),
+    "profile": (BF16, {}, lambda: posattn.FIRE(2, width=8), lambda: {"causal": True}),
+    "dense": (BF16, {}, None, lambda: {"bias": torch.randn(1, 2, 70, 150).masked_fill(torch.rand(70, 150) < 0.2, -math.inf)}),
+    "dense shared": (BF16, {"batch": 2}, None, lambda: {"bias": torch.randn(1, 1, 70, 150), "causal": True}),
+    "rotary turned in the kernel": (BF16, {}, lambda: posattn.RoPE(64), lambda: {"causal": True}),
+    "rotary turned ahead": (
+        HALF, {"q_len": 300, "k_len": 300, "dim": 32}, lambda: posattn.RoPE(32, layout="interleaved", rotary_dim=16),
+        lambda: {"causal": True},
+    ),
+    "rotary and ALiBi": (BF16, {}, lambda: posattn.RoPE(64) + posattn.ALiBi(2), lambda: {"causal": True}),
+    "key lengths": (
+        BF16, {"q_len": 5, "batch": 3}, lambda: posattn.Kerple(2),
+        lambda: {"causal": True, "k_lengths": torch.tensor([0, 3, 149])},
+    ),
+    "split keys": (BF16, {"q_len": 3, "k_len": 700}, lambda: posattn.Kerple(2), lambda: {"causal": True, "sinks": torch.randn(2)}),
+    "packed documents": (
+        BF16, {"q_len": 130, "k_len": 120}, lambda: posattn.Kerple(2),
+        lambda: {
+            "causal": True,
+            "dropout_p": 0.3,
+            "cu_seqlens_q": torch.tensor([0, 5, 5, 130]),
+            "cu_seqlens_k": torch.tensor([0, 50, 51, 120]),
+        },
+    ),
+    "explicit positions": (
+        BF16, {}, lambda: posattn.Kerple(2) + posattn.ALiBi(2),
+        lambda: {"q_positions": torch.randint(0, 100, (70,)), "k_positions": torch.randint(0, 100, (1, 150))},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_parity(case):
+    dtype, shape, position, options = case
+    assert_parity(*tensors(dtype, **shape), position() if position else None, options(), "triton")
+
+
+def test_large_logits_stay_finite():
+    """Logits in the thousands: exponents far outside float32's range if the maximum were not taken out first."""
+    q, k, v = tensors(BF16, q_len=40, k_len=70)
+    for comparison in measure(100 * q, 100 * k, v, None, {"causal": True, "scale": 1.0}, "triton"):
+        assert comparison.ok, comparison.worst
+
+
+@pytest.mark.parametrize("extra", range(0, 64, 9))
+def test_every_remainder_of_a_tile(extra):
+    q, k, v = tensors(HALF, heads=1, kv_heads=1, q_len=65 + extra, k_len=65 + extra, dim=16)
+    got = posattn.attention(q, k, v, causal=True, return_lse=True, backend="triton")
+    want = posattn.attention(q.double(), k.double(), v.double(), causal=True, return_lse=True, backend="reference")
+    for a, b, bound in zip(got, want, (2e-3, 1e-5)):
+        assert torch.isfinite(a).all()
+        assert (a.double() - b).abs().max() < bound
