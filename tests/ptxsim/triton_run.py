@@ -44,7 +44,7 @@ class Compiled:
 _cache: dict[tuple[Any, ...], Compiled] = {}
 
 
-def _specialise(value: Argument) -> tuple[str, bool]:
+def _type_of(value: Argument) -> tuple[str, bool]:
     """The signature type of an argument, and whether Triton may assume that it is a multiple of 16."""
     if isinstance(value, torch.Tensor):
         return "*" + _TYPE_NAMES[value.dtype], value.data_ptr() % 16 == 0
@@ -57,21 +57,16 @@ def _specialise(value: Argument) -> tuple[str, bool]:
     raise TypeError(f"args: expected tensors, numbers or None, got {type(value).__name__}")
 
 
-def compile_triton(
-    fn: Any,
-    args: Sequence[Argument],
-    *,
-    arch: int = 80,
-    num_warps: int = 4,
-    num_stages: int = 3,
-    constexprs: Mapping[str, Any] | None = None,
-) -> tuple[Compiled, list[Argument]]:
-    """Compiles `fn` as Triton's launcher would for these arguments; returns it with the arguments that are passed.
+Signature = tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], list[list[Any]]], list[Argument]]
+
+
+def specialise(fn: Any, args: Sequence[Argument], constexprs: Mapping[str, Any]) -> Signature:
+    """What Triton's launcher would compile `fn` for: signature, constants, attributes, and the arguments it passes.
 
     args follow the order of the function's non-constexpr parameters. As in Triton, None and the int 1 become
     constants, and pointers or ints that are multiples of 16 are specialised as such.
     """
-    given = dict(constexprs or {})
+    given = dict(constexprs)
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -88,7 +83,7 @@ def compile_triton(
             signature[param.name] = "constexpr"
             constants[(i,)] = value
             continue
-        signature[param.name], divisible = _specialise(value)
+        signature[param.name], divisible = _type_of(value)
         if param.annotation_type and not isinstance(value, torch.Tensor):
             signature[param.name] = param.annotation_type
         if divisible and not (unspecialised or param.do_not_specialize_on_alignment):
@@ -98,6 +93,20 @@ def compile_triton(
         raise ValueError(f"constexprs: {fn.__name__} has no parameter {sorted(given)}")
     if next(rest, None) is not None:
         raise ValueError(f"args: more arguments than {fn.__name__} has parameters")
+    return signature, constants, attrs, passed
+
+
+def compile_triton(
+    fn: Any,
+    args: Sequence[Argument],
+    *,
+    arch: int = 80,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    constexprs: Mapping[str, Any] | None = None,
+) -> tuple[Compiled, list[Argument]]:
+    """Compiles `fn` for these arguments, once in a process; returns it with the arguments that are passed."""
+    signature, constants, attrs, passed = specialise(fn, args, constexprs or {})
     key = (fn, repr(signature), repr(constants), repr(attrs), arch, num_warps, num_stages)
     if key not in _cache:
         source = ASTSource(fn, signature, constexprs=constants, attrs=attrs)

@@ -148,6 +148,9 @@ void set_pending(Warp& warp, const AsyncMatrix& op) {
 
 void multiply_async(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
   if (mask != kAllLanes) throw Fault("the warp is not converged at " + in.where());
+  if (warp.fence_epoch == kBeforeAnyFence) {
+    block.report.add(Finding::WgmmaFence, [&] { return "no wgmma.fence before the first wgmma, " + in.where(); });
+  }
   const auto fenced = [&](const Operand& op) {
     for (const int reg : op.elements) {
       if (warp.written_epoch[static_cast<size_t>(reg)] != warp.fence_epoch) continue;

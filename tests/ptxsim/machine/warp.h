@@ -25,6 +25,8 @@ struct AsyncMatrix {
   bool accumulate;
 };
 
+inline constexpr uint32_t kBeforeAnyFence = 1;
+
 struct Warp {
   enum class State : uint8_t { Running, AtBarrier, Done };
 
@@ -53,7 +55,7 @@ struct Warp {
   std::vector<uint8_t> pending;                         // accumulator registers of the two above
   int pending_count = 0;
   std::vector<uint32_t> written_epoch;  // per register: the wgmma.fence epoch of its last ordinary write
-  uint32_t fence_epoch = 1;
+  uint32_t fence_epoch = kBeforeAnyFence;
 
   uint64_t* lanes(int reg) { return &registers[static_cast<size_t>(reg) * kLanes]; }
   const uint64_t* lanes(int reg) const { return &registers[static_cast<size_t>(reg) * kLanes]; }

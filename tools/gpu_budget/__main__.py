@@ -1,0 +1,145 @@
+"""Compile what the package can launch, for GPUs that need not be here, and hold the machine code to the budget file.
+
+    python -m tools.gpu_budget table --arch sm_80 --match "slope, D = 64, bfloat16"
+    python -m tools.gpu_budget check            # exit status 1 on a regression
+    python -m tools.gpu_budget update --arch sm_90
+
+Configurations come from posattn.kernels.shipped. A full run compiles several hundred kernels: an hour on two cores the
+first time, minutes when Triton's cache holds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from posattn.kernels.shipped import Shipped, shipped
+
+from . import budget
+from .measure import Figures, measure
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+def name_of(launch: Shipped) -> str:
+    """A launch's key in the budget file."""
+    return f"{launch.arch}, {launch.kernel.__name__}, {launch.label}"
+
+
+def _what_is_compiled(launch: Shipped) -> str:
+    args = [str(arg.dtype) if isinstance(arg, torch.Tensor) else repr(arg) for arg in launch.args]
+    return repr((args, sorted(launch.constexprs.items()), launch.num_warps, launch.num_stages))
+
+
+def selected(architectures: list[str], match: str) -> list[tuple[str, Shipped]]:
+    """The configurations to compile, by name; `match` must be part of the name."""
+    found: dict[str, tuple[str, Shipped]] = {}
+    for launch in shipped(architectures):
+        name, compiled = name_of(launch), _what_is_compiled(launch)
+        while name in found and found[name][0] != compiled:  # one call may launch a kernel in several forms
+            name += "'"
+        if match in name:
+            found[name] = compiled, launch
+    return [(name, launch) for name, (_, launch) in found.items()]
+
+
+def _measured(architectures: list[str], match: str, number: int) -> Figures | str:
+    """Runs in a worker, which makes the list again: launches hold compiled functions and do not travel."""
+    launch = selected(architectures, match)[number][1]
+    parts = (launch.kernel, launch.args, launch.constexprs, launch.num_warps, launch.num_stages)
+    try:
+        return measure(launch.arch, *parts)
+    except Exception as error:  # a configuration that does not compile is a finding of this tool, whatever raised it
+        return f"{type(error).__name__}: {error}".split("\n")[0]
+
+
+def measure_all(architectures: list[str], match: str, jobs: int) -> Iterator[tuple[str, Figures | str]]:
+    """Figures by name, in order; a string says why a configuration does not compile."""
+    names = [name for name, _ in selected(architectures, match)]
+    if jobs == 1:
+        for i, name in enumerate(names):
+            yield name, _measured(architectures, match, i)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        work = [pool.submit(_measured, architectures, match, i) for i in range(len(names))]
+        for name, future in zip(names, work, strict=True):
+            yield name, future.result()
+
+
+def row(name: str, figures: Figures) -> str:
+    """One line of the table."""
+    pipes = "/".join(str(figures.pipes[pipe]) for pipe in ("mufu", "fma", "alu", "issue")) if figures.pipes else ""
+    modelled = f"{figures.two_phase} ({pipes})" if figures.two_phase else ""
+    blocks = "" if figures.blocks is None else figures.blocks
+    spills = f"{figures.spills} ({figures.loop_spills})"
+    columns = (name, figures.registers, spills, figures.shared, blocks, figures.tensor, modelled, figures.overlap or "")
+    return "| " + " | ".join(str(column) for column in columns) + " |"
+
+
+def print_table(results: Iterator[tuple[str, Figures | str]], architectures: list[str]) -> int:
+    columns = "configuration", "registers", "spills (in loops), B", "shared, B", "blocks", "tensor instructions"
+    columns += "two-phase (mufu/fma/alu/issue)", "overlap"
+    print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+    failed = 0
+    for name, figures in results:
+        failed += isinstance(figures, str)
+        print(f"| {name} | {figures} |" if isinstance(figures, str) else row(name, figures), flush=True)
+    for anchor in json.loads(budget.ANCHORS.read_text())["anchors"]:
+        if anchor["arch"] in architectures:
+            name = f"anchor: {anchor['arch']}, {anchor['kernel']}, D = {anchor['D']}"
+            print(f"| {name} | | | | | | {anchor['two_phase']} | |")
+    return int(failed > 0)
+
+
+def check(results: Iterator[tuple[str, Figures | str]]) -> int:
+    accepted = budget.load()
+    failures, count = 0, 0
+    for name, figures in results:
+        count += 1
+        if isinstance(figures, str):
+            problems = [f"does not compile: {figures}"]
+        elif name not in accepted:
+            problems = ["is not in the budget file; run update after looking at its figures"]
+        else:
+            problems = budget.worse(figures, accepted[name])
+        failures += bool(problems)
+        for problem in problems:
+            print(f"{name}: {problem}", flush=True)
+    print(f"{count - failures} of {count} configurations within budget")
+    return int(failures > 0)
+
+
+def update(results: Iterator[tuple[str, Figures | str]]) -> int:
+    accepted = budget.load()
+    failed = 0
+    for name, figures in results:
+        if isinstance(figures, str):
+            failed += 1
+            print(f"{name}: does not compile: {figures}", flush=True)
+            continue
+        accepted[name] = budget.entry(figures)
+        budget.save(accepted)
+    return int(failed > 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_budget", description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=("table", "check", "update"))
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="may be repeated (default: all)")
+    parser.add_argument("--match", default="", help="only configurations whose name holds this")
+    parser.add_argument("--jobs", type=int, default=1)
+    given = parser.parse_args()
+    architectures = given.arch or list(ARCHITECTURES)
+    results = measure_all(architectures, given.match, given.jobs)
+    if given.action == "table":
+        return print_table(results, architectures)
+    return check(results) if given.action == "check" else update(results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""The budget file: what every compiled configuration took when it was accepted, and what counts as worse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .measure import Figures
+
+PATH = Path(__file__).with_name("budget.json")
+ANCHORS = Path(__file__).with_name("anchors.json")
+
+# Another release of Triton schedules a loop a little differently; a real regression is larger than this.
+_SLACK = 1.03
+_MODELLED = ("two_phase", "overlap")
+
+
+def load() -> dict[str, Any]:
+    """The accepted figures by configuration; empty before the first update."""
+    return json.loads(PATH.read_text()) if PATH.exists() else {}
+
+
+def save(accepted: Mapping[str, Any]) -> None:
+    """One configuration a line, sorted, so that a change of one shows as one line."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(accepted[name])}" for name in sorted(accepted)]
+    PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def entry(figures: Figures) -> dict[str, Any]:
+    """What is kept of a measurement."""
+    return {name: value for name, value in figures.as_json().items() if name != "pipes" and value is not None}
+
+
+def worse(figures: Figures, accepted: Mapping[str, Any]) -> list[str]:
+    """In words, everything that got worse than what was accepted."""
+    now = figures.as_json()
+    problems = []
+    for name in ("spills", "loop_spills", "shared"):
+        if now[name] > accepted[name]:
+            problems.append(f"{name} {accepted[name]} -> {now[name]}")
+    if "blocks" in accepted and (now["blocks"] or 0) < accepted["blocks"]:
+        problems.append(f"blocks on a multiprocessor {accepted['blocks']} -> {now['blocks']}")
+    if accepted["tensor"] and not now["tensor"]:
+        problems.append("no tensor-core instruction is left")
+    for name in _MODELLED:
+        if name in accepted and (now[name] is None or now[name] > accepted[name] * _SLACK):
+            problems.append(f"{name} {accepted[name]} -> {now[name]}")
+    return problems
