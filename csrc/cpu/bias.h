@@ -62,6 +62,26 @@ struct BiasTile {
     if (bias->slope) value -= slope() * static_cast<float>(bias->slope_signed || d >= 0 ? d : -d);
     return value;
   }
+  // relative_at over the rectangle's falling distances from `farthest` on, in loops that vectorise.
+  void fill_relative(int64_t farthest) {
+    if (bias->table) {
+      const float* values = bias->table + head * bias->table_len;
+      const int64_t at = farthest - bias->table_first;
+      if (at < bias->table_len && at - (length - 1) >= 0)
+        for (int64_t x = 0; x < length; ++x) relative[x] = values[at - x];
+      else
+        for (int64_t x = 0; x < length; ++x) relative[x] = values[iclamp(at - x, 0, bias->table_len - 1)];
+    } else {
+      fill(relative, 0.0F, length);
+    }
+    if (!bias->slope) return;
+    const float m = slope();
+    const auto far = static_cast<int32_t>(farthest), n = static_cast<int32_t>(length);
+    for (int32_t x = 0; x < n; ++x) {
+      const auto d = static_cast<float>(far - x);
+      relative[x] -= m * (bias->slope_signed || d >= 0.0F ? d : -d);
+    }
+  }
   int64_t psi_index(int64_t d) const { return iclamp(d - bias->psi_first, 0, bias->psi_len - 1); }
 
   void prepare(const Problem& problem, const Bias& b, const Sequence& sequence, int64_t h,
@@ -73,7 +93,7 @@ struct BiasTile {
     if (positions()) return;
     int64_t padded = length + PAD;
     if (b.relative()) {
-      for (int64_t x = 0; x < length; ++x) relative[x] = relative_at(offset - base - x);
+      fill_relative(offset - base);
       fill(relative + length, 0.0F, PAD);
     }
     if (b.psi) {

@@ -59,6 +59,22 @@ inline void scale_row(float* x, float by, int64_t n) {
   for (int64_t c = 0; c < n; c += VL) store(x + c, load(x + c) * by);
 }
 
+// One step of the online softmax: x (times mul) becomes weights against the row's new maximum, and what the
+// row had before is scaled to it.
+template <class M>
+inline void add_tile(float* weights, const float* x, int64_t n, float tile_most, float mul, float& most, float& sum,
+                     float* out, int64_t width) {
+  const float next = fmax2(most, tile_most), base = next == NEG_INF ? 0.0F : next;
+  const float part = exponentiate<M>(weights, x, n, mul, base);
+  if (next != most) {
+    const float kept = exp_scalar(most - base);
+    sum *= kept;
+    scale_row(out, kept, width);
+    most = next;
+  }
+  sum += part;
+}
+
 // Divides by the row's sum, adds the sink to it, and writes one row and its log-sum-exp.
 inline void write_row(const Problem& p, const Sequence& s, int64_t h, int64_t i, float* out, float m, float sum) {
   if (p.sinks) {
@@ -132,17 +148,8 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
         float *x = t.logits + r * ROW_MAX + begin, *w = t.weights + r * ROW_MAX + begin / M::pack;
         float mul = product_scale;
         vf row_most = finish_row(p, s, t.bias, x, i, allowed(p, s, i), j0 + begin, n, mul);
-        float &m = t.most[g + r], &sum = t.sum[g + r];
-        float next = fmax2(m, reduce_max(row_most) * mul);
-        float base = next == NEG_INF ? 0.0F : next;
-        float part = exponentiate<M>(w, x, n, mul, base);
-        if (next != m) {
-          float kept = exp_scalar(m - base);
-          sum *= kept;
-          scale_row(t.out + (g + r) * t.v_stride, kept, t.v_stride);
-          m = next;
-        }
-        sum += part;
+        add_tile<M>(w, x, n, reduce_max(row_most) * mul, mul, t.most[g + r], t.sum[g + r],
+                    t.out + (g + r) * t.v_stride, t.v_stride);
         if (drop) drop_row<M>(p, s, dropout, t.keep, w, h, i, j0 + begin, n);
       }
       for (int64_t r = count; r < MR; ++r) fill(t.weights + r * ROW_MAX + begin / M::pack, 0.0F, n / M::pack);

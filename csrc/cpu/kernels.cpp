@@ -1,4 +1,5 @@
 // Everything that depends on the instruction set, compiled once for each with POSATTN_ISA naming it.
+#include "decode.h"
 #include "mix_backward.h"
 #include "probe.h"
 
@@ -7,7 +8,8 @@ namespace {
 
 template <class M>
 void forward_as(const Problem& p) {
-  p.mix ? mix_forward<M>(p) : forward<M>(p);
+  if (p.mix) return mix_forward<M>(p);
+  is_decoding(p) ? decode(p) : forward<M>(p);
 }
 
 template <class M>

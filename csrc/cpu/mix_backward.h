@@ -193,14 +193,14 @@ void mix_flush(const Problem& p, MixBackwardScratch<M>& t) {
     for (int64_t h = 0; h < w.heads; ++h) {
       for (int64_t o = 0; o < w.width; ++o) {
         const float *sums = g.hidden + o * t.inner.stride, *bias = t.inner.tiles[h].relative;
-        double product = 0.0;
-        const float weight = w.w1b[o * w.heads + h];
+        const vf weight = set1(w.w1b[o * w.heads + h]);
         float* to = g.inner[h].relative;
-        for (int64_t c = 0; c < n; ++c) {
-          product += static_cast<double>(sums[c]) * static_cast<double>(bias[c]);
-          if (to) to[c] += weight * sums[c];
+        vf product = zero();
+        for (int64_t c = 0; c < n; c += VL) {  // what lies past n is zero in `sums`
+          product = fma(load(sums + c), load(bias + c), product);
+          if (to) store(to + c, fma(weight, load(sums + c), load(to + c)));
         }
-        g.w1b_t[h * w.w_lanes + o] += static_cast<float>(product);
+        g.w1b_t[h * w.w_lanes + o] += reduce_add(product);
       }
     }
   }

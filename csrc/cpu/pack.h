@@ -17,10 +17,14 @@ inline void load_floats(float* dst, const void* src, DType dtype, int64_t n) {
     std::memcpy(dst, src, static_cast<size_t>(n) * 4);
   } else if (dtype == DType::bf16) {
     const auto* p = static_cast<const uint16_t*>(src);
-    for (int64_t i = 0; i < n; ++i) dst[i] = bf16_to_float(p[i]);
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) store(dst + i, load_bf16(p + i));
+    for (; i < n; ++i) dst[i] = bf16_to_float(p[i]);
   } else {
     const auto* p = static_cast<const uint16_t*>(src);
-    for (int64_t i = 0; i < n; ++i) dst[i] = f16_to_float(p[i]);
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) store(dst + i, load_f16(p + i));
+    for (; i < n; ++i) dst[i] = f16_to_float(p[i]);
   }
 }
 
@@ -129,13 +133,14 @@ constexpr int64_t MAX_WIDTH = 256 + 2 * VL;
 // Row-major elements [rows][stride]: the A operand of products over the width. Rows past `count` are zero.
 template <class M>
 inline void pack_rows(float* dst, int64_t stride, const Source& src, int64_t first, int64_t count, int64_t rows) {
-  alignas(64) float row[MAX_WIDTH];
+  alignas(64) float buffer[MAX_WIDTH];
   int64_t padded = round_up(src.width, 2 * VL);
-  fill(row, 0.0F, padded);
   for (int64_t r = 0; r < rows; ++r) {
     if (r < count) {
+      float* row = M::pack == 1 ? dst + r * stride : buffer;
       src.read(row, first + r);
-      to_elements<M>(dst + r * stride, row, padded);
+      fill(row + src.width, 0.0F, padded - src.width);
+      if constexpr (M::pack == 2) to_elements<M>(dst + r * stride, row, padded);
     } else {
       fill(dst + r * stride, 0.0F, padded / M::pack);
     }
@@ -145,19 +150,17 @@ inline void pack_rows(float* dst, int64_t stride, const Source& src, int64_t fir
 // The B operand of products over the rows: [rows / pack][stride], zero beyond the width and past `count`.
 template <class M>
 inline void pack_depth(float* dst, int64_t stride, const Source& src, int64_t first, int64_t count, int64_t rows) {
-  alignas(64) float row[2][MAX_WIDTH];
-  fill(row[0], 0.0F, stride);
-  fill(row[1], 0.0F, stride);
+  alignas(64) float buffer[2][MAX_WIDTH];
   for (int64_t r = 0; r < rows; r += M::pack) {
     float* out = dst + r / M::pack * stride;
     for (int i = 0; i < M::pack; ++i) {
-      if (r + i < count)
-        src.read(row[i], first + r + i);
-      else
-        fill(row[i], 0.0F, src.width);
+      float* row = M::pack == 1 ? out : buffer[i];
+      if (r + i < count) src.read(row, first + r + i);
+      const int64_t valid = r + i < count ? src.width : 0;
+      fill(row + valid, 0.0F, stride - valid);
     }
-    for (int64_t c = 0; c < stride; c += VL)
-      store(out + c, M::pack == 1 ? load(row[0] + c) : bf16_pair(load(row[0] + c), load(row[1] + c)));
+    if constexpr (M::pack == 2)
+      for (int64_t c = 0; c < stride; c += VL) store(out + c, bf16_pair(load(buffer[0] + c), load(buffer[1] + c)));
   }
 }
 
@@ -179,23 +182,31 @@ POSATTN_INLINE void transpose_step(vf (&x)[VL]) {
   }
 }
 
-inline void transpose(float* dst, int64_t dst_row, const float* src, int64_t src_row) {
-  vf x[VL];
-#pragma GCC unroll 16
-  for (int i = 0; i < VL; ++i) x[i] = load(src + i * src_row);
+POSATTN_INLINE void transpose_block(vf (&x)[VL]) {
   transpose_step<1>(x);
   transpose_step<2>(x);
   if constexpr (VL > 4) transpose_step<(VL > 4 ? 4 : 1)>(x);
   if constexpr (VL > 8) transpose_step<(VL > 8 ? 8 : 1)>(x);
+}
+#else
+inline void transpose_block(vf (&x)[VL]) {
+  for (int i = 0; i < VL; ++i)
+    for (int j = 0; j < i; ++j) {
+      float swap = x[i][j];
+      x[i][j] = x[j][i];
+      x[j][i] = swap;
+    }
+}
+#endif
+
+inline void transpose(float* dst, int64_t dst_row, const float* src, int64_t src_row) {
+  vf x[VL];
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) x[i] = load(src + i * src_row);
+  transpose_block(x);
 #pragma GCC unroll 16
   for (int i = 0; i < VL; ++i) store(dst + i * dst_row, x[i]);
 }
-#else
-inline void transpose(float* dst, int64_t dst_row, const float* src, int64_t src_row) {
-  for (int i = 0; i < VL; ++i)
-    for (int j = 0; j < VL; ++j) dst[j * dst_row + i] = src[i * src_row + j];
-}
-#endif
 
 // Elements of a panel row count: whole transposed blocks are written, so a panel holds this many element rows.
 template <class M>

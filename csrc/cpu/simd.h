@@ -184,6 +184,31 @@ inline uint16_t float_to_f16(float f) {
 #endif
 }
 
+// VL consecutive half-precision numbers as floats.
+POSATTN_INLINE vf load_bf16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  vf x;
+  for (int i = 0; i < VL; ++i) x[i] = bf16_to_float(p[i]);
+  return x;
+#endif
+}
+
+POSATTN_INLINE vf load_f16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vf x;
+  for (int i = 0; i < VL; ++i) x[i] = f16_to_float(p[i]);
+  return x;
+#endif
+}
+
 // Two rows of floats as bfloat16 pairs: lane i holds (even[i], odd[i]), even in the low half.
 POSATTN_INLINE vf bf16_pair(vf even, vf odd) {
 #if defined(__AVX512BF16__)

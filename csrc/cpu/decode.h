@@ -1,0 +1,216 @@
+// Decoding: a few queries against many keys, bound by reading the keys once. Keys are split into runs of a fixed length
+// (so that the result does not depend on threads), every run is read as it lies in memory for all queries and heads
+// that share it, and a second pass combines the runs.
+#pragma once
+
+#include "forward.h"
+
+namespace posattn::POSATTN_ISA {
+
+constexpr int64_t DECODE_ROWS = 16;       // queries up to which packing keys does not pay
+constexpr int64_t KEYS_PER_SPLIT = 1024;  // half a megabyte of K and V at D = 64: some hundred tasks at 32768 keys
+constexpr int64_t DECODE_KEYS = 128;      // a tile: K and V stay in the first-level caches for all queries
+static_assert(KEYS_PER_SPLIT % DECODE_KEYS == 0 && DECODE_KEYS % (2 * VL) == 0);
+
+inline bool is_decoding(const Problem& p) { return p.q_len <= DECODE_ROWS && p.max_k_len > KEYS_PER_SPLIT; }
+
+// What a run of keys leaves behind: [rows x width] unnormalised output, then [rows] maxima and [rows] sums.
+struct Partials {
+  float* memory;
+  int64_t splits, rows, width;
+
+  int64_t each() const { return rows * (width + 2); }
+  float* out(int64_t group, int64_t split) const { return memory + (group * splits + split) * each(); }
+  float* most(int64_t group, int64_t split) const { return out(group, split) + rows * width; }
+  float* sum(int64_t group, int64_t split) const { return most(group, split) + rows; }
+};
+
+struct DecodeScratch {
+  int64_t q_stride, v_stride;
+  float *q, *k, *v, *logits, *keep;
+  BiasTile bias;
+
+  DecodeScratch(Arena& arena, const Problem& p, int64_t rows)
+      : q_stride(round_up(p.head_dim, 2 * VL)), v_stride(round_up(p.value_dim, VL)) {
+    q = arena.floats(rows * q_stride);
+    k = arena.floats(DECODE_KEYS * q_stride);
+    v = arena.floats(DECODE_KEYS * v_stride);
+    logits = arena.floats(ROW_MAX);
+    keep = arena.floats(ROW_MAX);
+    bias.layout(arena, p.bias, p.q_len, KEYS_PER_SPLIT);
+  }
+};
+
+// Asks for rows to come. Half-precision rows are too short for the processor's own prefetcher, which serves float32
+// rows better alone (98% of the read bandwidth against 78%). Inlined by force: GCC takes a function that only
+// prefetches for one without effect and drops its calls.
+POSATTN_INLINE void prefetch_rows(const Source& src, int64_t first, int64_t count) {
+  const int64_t bytes = src.width * (src.view.dtype == DType::f32 ? 4 : 2);
+  for (int64_t r = 0; r < count; ++r) {
+    const char* row = row_pointer(src.view, src.b, src.h, src.t0 + first + r);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+}
+
+// x[c] = <q, k_c> for n keys: VL dot products at a time, summed over lanes by one transpose. q and k are rows of
+// `width` elements.
+template <class M>
+inline void dot_keys(float* x, const float* q, const float* k, int64_t k_row, int64_t n, int64_t width) {
+  for (int64_t c = 0; c < n; c += VL) {
+    vf sum[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) {
+      const float* row = k + imin(c + i, n - 1) * k_row;  // past the last key: any key, its logit is masked
+      vf a = zero();
+      for (int64_t d = 0; d < width; d += VL) a = M::dot(a, load(q + d), load(row + d));
+      sum[i] = a;
+    }
+    transpose_block(sum);
+    vf total = sum[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < VL; ++i) total += sum[i];
+    store(x + c, total);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// out[width] += sum of w_c v_c over n keys, v's rows bfloat16 as they lie in memory: two rows at a time are interleaved
+// into the pairs that the dot product takes. weights has a zero after the last of an odd number.
+template <int BLOCKS>
+inline void add_pairs(float* out, const float* weights, const uint16_t* v, int64_t v_row, int64_t n) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_or_si512(low, _mm512_set1_epi16(16));
+  vf acc[BLOCKS][2];
+#pragma GCC unroll 8
+  for (int b = 0; b < BLOCKS; ++b) acc[b][0] = load(out + 32 * b), acc[b][1] = load(out + 32 * b + 16);
+  for (int64_t c = 0; c < n; c += 2) {
+    const uint16_t *even = v + c * v_row, *odd = v + imin(c + 1, n - 1) * v_row;
+    const uint32_t pair = float_to_bf16(weights[c]) | static_cast<uint32_t>(float_to_bf16(weights[c + 1])) << 16;
+    const vf w = set1(bits_to_float(pair));
+#pragma GCC unroll 8
+    for (int b = 0; b < BLOCKS; ++b) {
+      const __m512i x = _mm512_loadu_si512(even + 32 * b), y = _mm512_loadu_si512(odd + 32 * b);
+      acc[b][0] = BF16::dot(acc[b][0], w, (vf)_mm512_permutex2var_epi16(x, low, y));
+      acc[b][1] = BF16::dot(acc[b][1], w, (vf)_mm512_permutex2var_epi16(x, high, y));
+    }
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < BLOCKS; ++b) store(out + 32 * b, acc[b][0]), store(out + 32 * b + 16, acc[b][1]);
+}
+
+inline void add_values(BF16, float* out, float* weights, const float* v, int64_t v_row, int64_t n, int64_t width) {
+  const auto* rows = reinterpret_cast<const uint16_t*>(v);
+  weights[n] = 0.0F;
+  int64_t d = 0;
+  for (; d + 64 <= width; d += 64) add_pairs<2>(out + d, weights, rows + d, v_row, n);
+  if (d < width) add_pairs<1>(out + d, weights, rows + d, v_row, n);
+}
+#endif
+
+// out[width] += sum of w_c v_c over n keys, v's rows floats.
+inline void add_values(F32, float* out, const float* weights, const float* v, int64_t v_row, int64_t n, int64_t width) {
+  int64_t d = 0;
+  for (; d + NR <= width; d += NR) micro<F32, 1, NV_MAX, Init::load>(weights, 0, 1, v + d, v_row, out + d, 0, n);
+  for (; d < width; d += VL) micro<F32, 1, 1, Init::load>(weights, 0, 1, v + d, v_row, out + d, 0, n);
+}
+
+template <class M>
+inline void decode_split(const Problem& p, const Sequence& s, int64_t kv_head, int64_t j_begin, float* out, float* most,
+                         float* sum, DecodeScratch& t) {
+  const int64_t group = p.heads / p.kv_heads, rows = group * s.q_len, j_end = imin(j_begin + KEYS_PER_SPLIT, s.k_len);
+  const Source keys = key_source(p, s, kv_head), values = value_source(p, s, kv_head);
+  const int64_t depth = round_up(elements<M>(p.head_dim), VL);
+  // Half-precision queries keep their bits, so the scale waits for the product.
+  const float q_scale = M::pack == 1 ? p.scale : 1.0F;
+  const Dropout dropout(p);
+  for (int64_t g = 0; g < group; ++g)
+    pack_rows<M>(t.q + g * s.q_len * t.q_stride, t.q_stride, query_source(p, s, kv_head * group + g, q_scale), 0,
+                 s.q_len, s.q_len);
+  fill(out, 0.0F, rows * t.v_stride);
+  fill(most, NEG_INF, rows);
+  fill(sum, 0.0F, rows);
+
+  const Interval any = allowed_by_any(p, s, 0, s.q_len);
+  for (int64_t j = j_begin; j < j_end; j += DECODE_KEYS) {
+    const int64_t n = imin(DECODE_KEYS, j_end - j), padded = round_up(n, 2 * VL);
+    if (any.lo >= j + n || any.hi <= j) continue;
+    if (M::pack == 2) {
+      const int64_t ahead = imin(DECODE_KEYS, s.k_len - j - n);  // perhaps the next task's
+      prefetch_rows(keys, j + n, ahead);
+      prefetch_rows(values, j + n, ahead);
+    }
+    const float *k = in_place<M>(keys, j), *v = in_place<M>(values, j);
+    const int64_t k_row = k ? p.k.row / M::pack : t.q_stride, v_row = v ? p.v.row : t.v_stride;
+    if (!k) pack_rows<F32>(t.k, t.q_stride, keys, j, n, n), k = t.k;
+    if (!v) pack_depth<F32>(t.v, t.v_stride, values, j, n, n), v = t.v;
+    for (int64_t g = 0; g < group; ++g) {
+      const int64_t h = kv_head * group + g;
+      t.bias.prepare(p, p.bias, s, h, {0, s.q_len, j, j + n});
+      for (int64_t i = 0; i < s.q_len; ++i) {
+        const int64_t r = g * s.q_len + i;
+        dot_keys<M>(t.logits, t.q + r * t.q_stride, k, k_row, n, depth);
+        fill(t.logits + round_up(n, VL), 0.0F, padded - round_up(n, VL));
+        float mul = M::pack == 1 ? 1.0F : p.scale;
+        const vf top = finish_row(p, s, t.bias, t.logits, i, allowed(p, s, i), j, padded, mul);
+        add_tile<F32>(t.logits, t.logits, padded, reduce_max(top) * mul, mul, most[r], sum[r], out + r * t.v_stride, t.v_stride);
+        if (p.dropout_p > 0.0) drop_row<F32>(p, s, dropout, t.keep, t.logits, h, i, j, n);
+        float* o = out + r * t.v_stride;
+        add_values(M{}, o, t.logits, v, v_row, n, t.v_stride);
+      }
+    }
+  }
+}
+
+// The runs of one sequence and key head become its rows of the result.
+inline void combine_splits(const Problem& p, const Sequence& s, int64_t kv_head, int64_t n, const Partials& partials) {
+  const int64_t group = p.heads / p.kv_heads, splits = ceil_div(s.k_len, KEYS_PER_SPLIT);
+  alignas(64) float out[MAX_WIDTH];
+  for (int64_t r = 0; r < group * s.q_len; ++r) {
+    float top = NEG_INF, sum = 0.0F;
+    for (int64_t c = 0; c < splits; ++c) top = fmax2(top, partials.most(n, c)[r]);
+    fill(out, 0.0F, partials.width);
+    for (int64_t c = 0; c < splits; ++c) {
+      if (partials.sum(n, c)[r] == 0.0F) continue;
+      const float weight = exp_scalar(partials.most(n, c)[r] - top);
+      sum += partials.sum(n, c)[r] * weight;
+      const float* part = partials.out(n, c) + r * partials.width;
+      for (int64_t d = 0; d < partials.width; ++d) out[d] += part[d] * weight;
+    }
+    write_row(p, s, kv_head * group + r / s.q_len, r % s.q_len, out, top, sum);
+  }
+}
+
+// M is the mode in which K and V are read as they lie; F32 converts what does not lie so.
+template <class M>
+void decode_as(const Problem& p) {
+  const int64_t groups = p.n_sequences * p.kv_heads, rows = p.heads / p.kv_heads * p.q_len;
+  Partials partials{nullptr, ceil_div(p.max_k_len, KEYS_PER_SPLIT), rows, round_up(p.value_dim, VL)};
+  partials.memory = static_cast<float*>(allocate(static_cast<size_t>(groups * partials.splits * partials.each()) * 4));
+  run_tasks(
+      p.threads, groups * partials.splits, [&](Arena& arena) { DecodeScratch(arena, p, rows); },
+      [&](Arena& arena, int64_t task) {
+        const int64_t n = task / partials.splits, split = task % partials.splits;
+        const Sequence& s = p.sequences[n / p.kv_heads];
+        if (split * KEYS_PER_SPLIT >= s.k_len) return;
+        DecodeScratch scratch(arena, p, rows);
+        decode_split<M>(p, s, n % p.kv_heads, split * KEYS_PER_SPLIT, partials.out(n, split), partials.most(n, split),
+                     partials.sum(n, split), scratch);
+      });
+  run_tasks(
+      p.threads, groups, [](Arena&) {},
+      [&](Arena&, int64_t n) { combine_splits(p, p.sequences[n / p.kv_heads], n % p.kv_heads, n, partials); });
+  release(partials.memory);
+}
+
+inline void decode(const Problem& p) {
+#if defined(__AVX512BF16__)
+  const Sequence first{};
+  if (p.q.dtype == DType::bf16 && in_place<BF16>(key_source(p, first, 0), 0) &&
+      in_place<BF16>(value_source(p, first, 0), 0))
+    return decode_as<BF16>(p);
+#endif
+  decode_as<F32>(p);
+}
+
+}  // namespace posattn::POSATTN_ISA
