@@ -1,0 +1,58 @@
+"""The static evidence tool: it reads machine code rightly, and the heart of the package is within its budget."""
+
+import pytest
+import torch
+
+from tests.ptxsim import calibration
+from tools.gpu_budget import budget
+from tools.gpu_budget.__main__ import check, measure_all
+from tools.gpu_budget.measure import Figures, measure
+from tools.gpu_budget.sass import BasicBlock, loops
+
+ACCEPTED = {"registers": 100, "spills": 0, "loop_spills": 0, "shared": 1000, "blocks": 2, "tensor": 8, "two_phase": 700}
+
+
+def figures(**changed: object) -> Figures:
+    return Figures(**{**ACCEPTED, "overlap": 400, **changed})  # type: ignore[arg-type]
+
+
+def test_loops_are_found_with_what_every_iteration_runs() -> None:
+    # 0 -> 1; 1 -> 2 or 3; 2 -> 3; 3 -> 1 or 4: a loop of 1, 2, 3 in which 2 is conditional.
+    graph = [BasicBlock([], successors) for successors in ([1], [2, 3], [3], [1, 4], [])]
+    (loop,) = loops(graph)
+    assert (loop.head, loop.body, loop.always) == (1, {1, 2, 3}, {1, 3})
+
+
+def test_what_counts_as_worse() -> None:
+    assert budget.worse(figures(), ACCEPTED) == []
+    assert budget.worse(figures(registers=255, two_phase=720, shared=900), ACCEPTED) == []
+    assert budget.worse(figures(spills=8), ACCEPTED) == ["spills 0 -> 8"]
+    assert budget.worse(figures(two_phase=722), ACCEPTED) == ["two_phase 700 -> 722"]
+    assert budget.worse(figures(blocks=1, tensor=0), ACCEPTED) == [
+        "blocks on a multiprocessor 2 -> 1",
+        "no tensor-core instruction is left",
+    ]
+
+
+@pytest.mark.parametrize(("arch", "tensor"), [("sm_80", 128), ("sm_90", 16)])
+def test_figures_of_the_attention_pattern(arch: str, tensor: int) -> None:
+    """HMMA.16816 does 2048 multiply-adds a warp, wgmma m64nNk16 a whole warpgroup's tile."""
+    q = torch.empty(12, 2048, 64, dtype=torch.bfloat16, device="meta")
+    lse = torch.empty(12, 2048, device="meta")
+    args = [q, q, q, q, lse, 0.125, 2048, 2048 * 64, 64]
+    found = measure(arch, calibration.attention, args, {"CAUSAL": True, "D": 64, "BLOCK_M": 128, "BLOCK_N": 64}, 4, 3)
+    assert (found.loop_spills, found.tensor) == (0, tensor)
+    # Two products of 64 multiply-adds for each of 4096 logits, over the tensor cores' rate.
+    assert found.pipes["tensor"] == 4096 * 2 * 64 / {"sm_80": 1024, "sm_90": 2048}[arch]
+    assert found.overlap is not None
+    assert found.two_phase is not None
+    assert found.overlap < found.two_phase < 1200
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_forward_kernel_is_within_its_budget(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One configuration an architecture; `python -m tools.gpu_budget check` holds all of them."""
+    match = f"{arch}, attention_forward, slope, D = 64, bfloat16, Tq = 2048"
+    status = check(measure_all([arch], match, 1))
+    assert status == 0, capsys.readouterr().out
+    assert "1 of 1 configurations" in capsys.readouterr().out
