@@ -8,7 +8,7 @@ no atomic between programs and the result does not depend on their order.
 import triton
 import triton.language as tl
 
-from .bias import lookup, scalar
+from .bias import lookup
 from .dropout import keep_tile
 from .masks import key_spans, mask_offset, sequence
 from .scores import LOG2E, load_rows, logits_tile, segments
@@ -159,7 +159,7 @@ def attention_backward_q(
                             tl.atomic_add(sums + num_knots + 1 + m, tl.sum(part_psi_row * rows_scale), sem="relaxed")
                             ds_row -= part_row
                             ds_psi_row -= part_psi_row
-                    drow_scale += scalar(slopes + low) * ds_psi_row
+                    drow_scale += tl.load(slopes + low) * ds_psi_row
                     # No other program adds to these slots: the additions of one program come in its own order.
                     tl.atomic_add(sums + low, tl.sum(ds_row), sem="relaxed")
                     tl.atomic_add(sums + num_knots + 1 + low, tl.sum(ds_psi_row * rows_scale), sem="relaxed")

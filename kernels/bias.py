@@ -36,12 +36,6 @@ def slope_tile(
 
 
 @triton.jit
-def scalar(pointer):
-    """A load that the compiler does not stage through shared memory as it does the tiles of a pipelined loop."""
-    return tl.load(pointer, volatile=True)
-
-
-@triton.jit
 def gather(pointers, again, NVIDIA: tl.constexpr):
     """Loads of one float32 an element, in the layout in which they are used.
 
@@ -74,31 +68,25 @@ def lookup(
 
 
 @triton.jit
-def _bounds(Bounds, lo, hi, last, BLOCK: tl.constexpr):
-    """Least and greatest entry of two blocks that hold entries lo .. hi, from [blocks, 2] made by the host."""
-    first_block = tl.minimum(tl.maximum(lo, 0), last) // BLOCK
-    last_block = tl.minimum(tl.maximum(hi, 0), last) // BLOCK
-    low = tl.minimum(scalar(Bounds + 2 * first_block), scalar(Bounds + 2 * last_block))
-    high = tl.maximum(scalar(Bounds + 2 * first_block + 1), scalar(Bounds + 2 * last_block + 1))
-    return low, high
+def _bounds(Bounds, lo, last, BLOCK: tl.constexpr):
+    """Least and greatest of at least the BLOCK entries from `lo` on (indices clamped to 0 .. last), from [blocks, 2]
+    made by the host: row n bounds blocks n and n + 1."""
+    block = tl.minimum(tl.maximum(lo, 0), last) // BLOCK
+    return tl.load(Bounds + 2 * block), tl.load(Bounds + 2 * block + 1)
 
 
 @triton.jit
 def profile_segments(
     PsiBounds, RowBounds, Knots, num_knots, i0, j0, shift, psi_first, psi_last, row_first, row_last,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr,
-):
+    BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr,
+):  # fmt: skip
     """The lowest and the highest segment that y = psi * row_scale can meet on the tile at (i0, j0).
 
     Bounds of psi over the tile's distances times bounds of the row scale over its rows: never too narrow, as rounding
     is monotone; where they are too wide a knot outside costs time alone."""
-    psi_low, psi_high = _bounds(
-        PsiBounds, i0 - j0 - (BLOCK_N - 1) + shift - psi_first, i0 - j0 + (BLOCK_M - 1) + shift - psi_first,
-        psi_last - psi_first, BOUNDS_BLOCK,
-    )  # fmt: skip
-    row_low, row_high = _bounds(
-        RowBounds, i0 + shift - row_first, i0 + (BLOCK_M - 1) + shift - row_first, row_last - row_first, BOUNDS_BLOCK
-    )
+    corner = i0 - j0 - (BLOCK_N - 1) + shift
+    psi_low, psi_high = _bounds(PsiBounds, corner - psi_first, psi_last - psi_first, BOUNDS_BLOCK)
+    row_low, row_high = _bounds(RowBounds, i0 + shift - row_first, row_last - row_first, BOUNDS_BLOCK)
     y_low = tl.minimum(
         tl.minimum(psi_low * row_low, psi_low * row_high), tl.minimum(psi_high * row_low, psi_high * row_high)
     )

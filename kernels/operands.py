@@ -130,10 +130,12 @@ def _linear(call: Call, bias: Bias) -> bool:
 
 
 def _block_bounds(x: Tensor, block: int) -> Tensor:
-    """Least and greatest of every `block` entries, [blocks, 2]."""
+    """Least and greatest of blocks n and n + 1, `block` entries each, for every n: [blocks, 2]."""
     padding = -x.shape[0] % block
-    blocks = torch.cat([x, x[-1:].expand(padding)]).view(-1, block)
-    return torch.stack(torch.aminmax(blocks, dim=1), dim=1).contiguous()
+    low, high = torch.aminmax(torch.cat([x, x[-1:].expand(padding)]).view(-1, block), dim=1)
+    low = torch.minimum(low, torch.cat([low[1:], low[-1:]]))
+    high = torch.maximum(high, torch.cat([high[1:], high[-1:]]))
+    return torch.stack([low, high], dim=1)
 
 
 def _profile_arguments(profile: Profile | None, bounds_block: int) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Argume
         "stride_table_h": 0 if table is None else table.stride(0),
         "table_first": first,
         "table_last": 0 if table is None else first + table.shape[1] - 1,
-        **_profile_arguments(profile, block_m + block_n),
+        **_profile_arguments(profile, padded(block_m + block_n)),
         "Dense": dense,
         **dict.fromkeys(("stride_db", "stride_dh", "stride_di", "stride_dj"), 0),
     }
@@ -192,7 +194,7 @@ def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Argume
         "CLAMP": not inside,
         "NATURAL": bool(bias) or call.softcap != 0.0 or call.scale <= 0.0,
         "KNOTS": 1 if profile is None else padded(profile.knots.shape[0], 1),
-        "BOUNDS_BLOCK": block_m + block_n,
+        "BOUNDS_BLOCK": padded(block_m + block_n),
     }
     return Arguments(values, constants)
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .bias import lookup, profile_segments, scalar, slope_tile
+from .bias import lookup, profile_segments, slope_tile
 from .masks import allowed
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -51,7 +51,7 @@ def segments(
     else:
         return profile_segments(
             PsiBounds, RowBounds, Knots, num_knots, i0, j0, shift, psi_first, psi_last, row_first, row_last,
-            BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS,
+            BLOCK_N, BOUNDS_BLOCK, KNOTS,
         )  # fmt: skip
 
 
@@ -82,9 +82,9 @@ def add_bias(
             Knots, num_knots, CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
         )  # fmt: skip
         segment_slopes = SegmentSlope + h * (num_knots + 1)
-        segment_slope = scalar(segment_slopes + low)
+        segment_slope = tl.load(segment_slopes + low)
         psi = lookup(Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 0, CLAMP, EXPLICIT, NVIDIA)
-        s += psi * (row_scale * segment_slope) + scalar(SegmentIntercept + h * (num_knots + 1) + low)
+        s += psi * (row_scale * segment_slope) + tl.load(SegmentIntercept + h * (num_knots + 1) + low)
         # Each knot inside the tile bends the line from it on: one max and one FMA an element. Their sum is kept apart
         # from s, whose register layout the compiler would otherwise change for the loop.
         if high > low:
