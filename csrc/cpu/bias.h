@@ -37,13 +37,14 @@ struct BiasTile {
   int64_t base = 0, length = 0;  // entry x of the arrays below belongs to j - i = base + x
   int64_t offset = 0;            // implicit distance d = i + offset - j
   float *relative = nullptr, *psi = nullptr, *psi_low = nullptr, *psi_high = nullptr, *row = nullptr;
+  float *tile_low = nullptr, *tile_high = nullptr;  // the extremes of psi over TILE_KEYS entries; psi_low's: over NR
 
   static int64_t capacity(int64_t rows, int64_t keys) { return rows + keys + PAD + MR; }
 
   void layout(Arena& arena, const Bias& b, int64_t rows, int64_t keys) {
     int64_t n = capacity(rows, keys);
     if (b.relative()) relative = arena.floats(n);
-    if (b.psi) psi = arena.floats(n), psi_low = arena.floats(n), psi_high = arena.floats(n);
+    if (b.psi) psi = arena.floats(n), psi_low = arena.floats(n), psi_high = arena.floats(n), tile_low = arena.floats(n), tile_high = arena.floats(n);
     row = arena.floats(2 * ROW_MAX);
   }
 
@@ -98,15 +99,20 @@ struct BiasTile {
     }
     if (b.psi) {
       for (int64_t x = 0; x < padded; ++x) psi[x] = b.psi[psi_index(offset - base - imin(x, length - 1))];
-      // Running extremes over the NR entries from x on, by doubling.
       for (int64_t x = 0; x < padded; ++x) psi_low[x] = psi_high[x] = psi[x];
-      for (int64_t span = 1; span < NR; span *= 2) {
-        for (int64_t x = 0; x + span < padded; ++x) {
-          psi_low[x] = psi_low[x + span] < psi_low[x] ? psi_low[x + span] : psi_low[x];
-          psi_high[x] = psi_high[x + span] > psi_high[x] ? psi_high[x + span] : psi_high[x];
-        }
-      }
+      widen(psi_low, psi_high, padded, 1, NR);
+      for (int64_t x = 0; x < padded; ++x) tile_low[x] = psi_low[x], tile_high[x] = psi_high[x];
+      widen(tile_low, tile_high, padded, NR, TILE_KEYS);
     }
+  }
+
+  // Extremes over `span` entries from each on become extremes over `to`, by doubling; past the end they end there.
+  static void widen(float* low, float* high, int64_t n, int64_t span, int64_t to) {
+    for (; span < to; span *= 2)
+      for (int64_t x = 0; x + span < n; ++x) {
+        low[x] = low[x + span] < low[x] ? low[x + span] : low[x];
+        high[x] = high[x + span] > high[x] ? high[x + span] : high[x];
+      }
   }
 
   // relative_at over keys j .. j + n of row i; valid until the next call.
@@ -130,19 +136,9 @@ struct BiasTile {
     return bias->row_scale[iclamp(query_position(i) - bias->row_first, 0, bias->row_len - 1)];
   }
 
-  // The segments [first, last] that y = psi * scale can reach over NR keys from j; `first` is a hint on entry.
-  void segments(const float* psi_values, int64_t i, int64_t j, float scale, int64_t& first, int64_t& last) const {
-    float low, high;
-    if (!positions()) {
-      low = psi_low[j - i - base], high = psi_high[j - i - base];
-    } else {
-      low = high = psi_values[0];
-      for (int64_t c = 1; c < NR; ++c) {
-        low = psi_values[c] < low ? psi_values[c] : low;
-        high = psi_values[c] > high ? psi_values[c] : high;
-      }
-    }
-    float a = low * scale, b = high * scale;
+  // The segments [first, last] that y = psi * scale reaches while psi runs from low to high; `first` is a hint on entry.
+  void segments_between(float low, float high, float scale, int64_t& first, int64_t& last) const {
+    const float a = low * scale, b = high * scale;
     low = a < b ? a : b, high = a < b ? b : a;
     while (first < bias->n_knots && bias->knots[first] < low) ++first;
     while (first > 0 && !(bias->knots[first - 1] < low)) --first;
@@ -150,16 +146,44 @@ struct BiasTile {
     while (last < bias->n_knots && bias->knots[last] < high) ++last;
   }
 
+  // The same over NR keys from j.
+  void segments(const float* psi_values, int64_t i, int64_t j, float scale, int64_t& first, int64_t& last) const {
+    if (!positions()) return segments_between(psi_low[j - i - base], psi_high[j - i - base], scale, first, last);
+    float low = psi_values[0], high = low;
+    for (int64_t c = 1; c < NR; ++c) {
+      low = psi_values[c] < low ? psi_values[c] : low;
+      high = psi_values[c] > high ? psi_values[c] : high;
+    }
+    segments_between(low, high, scale, first, last);
+  }
+
   const float* profile_slope() const { return bias->profile_slope + head * (bias->n_knots + 1); }
   const float* profile_intercept() const { return bias->profile_intercept + head * (bias->n_knots + 1); }
+
+  // The segment where the last row ended: the next row's is seldom far. A tile belongs to one thread.
+  mutable int64_t hint = 0;
 
   // x = x * mul + profile over n keys (a multiple of VL) from j of row i; returns the running maximum.
   vf add_profile(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
     const float *slopes = profile_slope(), *intercepts = profile_intercept(), *knots = bias->knots;
     const float* values = psi_row(i, j, round_up(n, NR));
     float scale = row_scale(i);
-    int64_t first = 0, last = 0;
+    int64_t first = hint, last = 0;
     vf most = set1(NEG_INF), times = set1(mul), vscale = set1(scale);
+    if (!positions() && n > NR) {
+      // Far from the diagonal a whole tile lies in one segment.
+      segments_between(tile_low[j - i - base], tile_high[j - i - base], scale, first, last);
+      if (first == last) {
+        const vf steep = set1(slopes[first] * scale), level = set1(intercepts[first]);
+        for (int64_t c = 0; c < n; c += VL) {
+          const vf value = fma(load(x + c), times, fma(load(values + c), steep, level));
+          store(x + c, value);
+          most = max(most, value);
+        }
+        hint = first;
+        return most;
+      }
+    }
     for (int64_t c = 0; c < n; c += NR) {
       segments(values + c, i, j + c, scale, first, last);
       int64_t end = imin(n, c + NR);
@@ -176,6 +200,7 @@ struct BiasTile {
         most = max(most, value);
       }
     }
+    hint = first;
     return most;
   }
 

@@ -86,7 +86,7 @@ struct BiasGrad {
     const float scale = tile->row_scale(i);
     double *to_slope = profile, *to_intercept = profile + b.n_knots + 1, to_scale = 0.0;
     alignas(64) float gradient[NR];
-    int64_t first = 0, last = 0;
+    int64_t first = tile->hint, last = 0;
     for (int64_t c = 0; c < n; c += NR) {
       const int64_t count = imin(n - c, NR);
       tile->segments(values + c, i, j + c, scale, first, last);
