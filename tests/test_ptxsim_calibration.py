@@ -31,7 +31,7 @@ def run_matmul(
 
 @ARCHS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("a_t", "b_t"), itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize(("a_t", "b_t"), list(itertools.product([False, True], repeat=2)))
 def test_matmul_of_any_layout(arch: int, dtype: torch.dtype, a_t: bool, b_t: bool) -> None:
     """On sm_90 the four layouts are the K-major and MN-major descriptors of wgmma."""
     m, n, k = 96, 80, 112

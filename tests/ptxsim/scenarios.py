@@ -43,26 +43,28 @@ def attention_full(machine: Machine) -> None:
 
 
 def _parity(bias: bool, backward: bool) -> None:
-    """The package's Triton backend beside the reference in float64; lengths whose inner loops run unmasked too."""
+    """The Triton backend, at most twice as wrong as naive PyTorch, at lengths whose inner loops run unmasked too."""
     import posattn
 
-    for tokens in (70, 250, 323):
+    for tokens in (70, 250, 323, 10, 20, 40, 52, 84, 100):
         torch.manual_seed(tokens)
         encoding = posattn.ALiBi(2) if bias else posattn.RoPE(64)
         leaves = [torch.randn(1, 2, tokens, 64, dtype=torch.float16) for _ in range(3)]
+        if tokens == 323:
+            leaves[0] *= 40  # logits of several hundred: exponents overflow if the running maximum is not right
         results = []
-        for backend, dtype in (("triton", torch.float16), ("reference", torch.float64)):
-            q, k, v = (leaf.to(dtype).requires_grad_(backward) for leaf in leaves)
+        for backend, dtype in (("triton", torch.float16), ("reference", torch.float16), ("reference", torch.float64)):
+            q, k, v = (leaf.to(dtype, copy=True).requires_grad_(backward) for leaf in leaves)
             out, lse = posattn.attention(q, k, v, encoding, causal=True, return_lse=True, backend=backend)
             found = [out.detach(), lse.detach()]
             if backward:
                 out.backward(torch.ones_like(out))
                 found += [tensor.grad for tensor in (q, k, v)]
-            results.append(found)
-        for got, want in zip(*results, strict=True):
+            results.append([tensor.double() for tensor in found])
+        for got, naive, want in zip(*results, strict=True):
             assert got.isfinite().all()
-            scale = max(1.0, want.abs().max().item())
-            assert (got.double() - want.double()).abs().max().item() < 4e-3 * scale
+            allowed = 2 * (naive - want).abs().max() + 2.0**-10 * want.abs().max()
+            assert (got - want).abs().max() <= allowed
 
 
 def forward_slope(machine: Machine) -> None:
