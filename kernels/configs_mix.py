@@ -12,6 +12,8 @@ from .tiles import Tile, head_dim
 MAX_HEADS = 32
 MAX_WIDTH = 64
 MAX_HEADS_TIMES_DIM = 2048
+# Up to here dK and dV of 16 keys share a program's registers.
+BOTH_KEY_GRADIENTS = 1024
 
 
 def unsupported(call: Call) -> str | None:
@@ -32,6 +34,14 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
+_SMALL = Tile(16, 16, 8, 1, "output rows of 16 heads of 64 take 64 registers in 8 warps; 32 rows spill")
+_LARGE = Tile(16, 16, 16, 1, "twice the rows of the small one over twice the warps")
+
+
 def mix_tile(arch: str, call: Call) -> Tile:
-    size = padded(call.q.shape[1]) * head_dim(call)
-    return Tile(16, 16, 8 if size <= 1024 else 16, 1, "")
+    return _SMALL if padded(call.q.shape[1]) * head_dim(call) <= BOTH_KEY_GRADIENTS else _LARGE
+
+
+def both_key_gradients(arch: str, call: Call) -> bool:
+    """True if one program can hold the accumulators of dK and dV, and AMD's 64 KiB of LDS what they exchange."""
+    return arch.startswith("sm_") and padded(call.q.shape[1]) * head_dim(call) <= BOTH_KEY_GRADIENTS

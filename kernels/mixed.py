@@ -10,7 +10,7 @@ from torch import Tensor
 from posattn.plan import Bias, Call, HeadMix
 
 from .attention import turned
-from .configs_mix import mix_tile
+from .configs_mix import both_key_gradients, mix_tile
 from .gradients import (
     band_range,
     clamped,
@@ -37,10 +37,7 @@ from .operands import (
     strides,
     unit_stride,
 )
-from .tiles import Tile, head_dim
-
-# Heads times head dimension up to which the accumulators of dK and dV, 16 keys each, share a program's registers.
-BOTH_KEY_GRADIENTS = 1024
+from .tiles import Tile
 
 
 def _inner_name(name: str) -> str:
@@ -138,7 +135,7 @@ def backward(
     if "sinks" in needs and call.sinks is not None:
         grads["sinks"] = sink_gradient(call.sinks, lse, shared["Delta"])
     if needs & {"k", "v"}:
-        grads.update(_key_gradients(call, arguments, launch, tile))
+        grads.update(_key_gradients(call, arguments, launch, tile, arch))
     if needs - {"k", "v", "sinks"}:
         grads.update(_query_gradients(call, mix, arguments, needs, launch, tile))
     for prefix, bias in (("", call.plan.bias), ("inner.", mix.inner)):
@@ -201,7 +198,7 @@ def _query_gradients(
     return grads
 
 
-def _key_gradients(call: Call, arguments: Arguments, launch: Launch, tile: Tile) -> dict[str, Tensor]:
+def _key_gradients(call: Call, arguments: Arguments, launch: Launch, tile: Tile, arch: str) -> dict[str, Tensor]:
     """By query head, then summed over the heads that share a key-value head."""
     k, v = call.k, call.v
     batch, heads = call.q.shape[:2]
@@ -212,8 +209,7 @@ def _key_gradients(call: Call, arguments: Arguments, launch: Launch, tile: Tile)
         "DK": k.new_zeros((batch, heads, *k.shape[2:]), dtype=torch.float32 if exact else k.dtype),
         "DV_": v.new_zeros((batch, heads, *v.shape[2:]), dtype=torch.float32 if group > 1 else v.dtype),
     }
-    together = padded(heads) * head_dim(call) <= BOTH_KEY_GRADIENTS
-    for wanted in (("DK", "DV_"),) if together else (("DK",), ("DV_",)):
+    for wanted in (("DK", "DV_"),) if both_key_gradients(arch, call) else (("DK",), ("DV_",)):
         values = {name: target if name in wanted else None for name, target in targets.items()}
         arguments.with_(values, {}).launch_with(launch, mixed_backward_kv, (programs,), tile.num_warps, tile.num_stages)
     grads = {"k": targets["DK"], "v": targets["DV_"]}

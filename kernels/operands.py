@@ -19,6 +19,9 @@ from posattn.plan import Bias, Call, Profile
 Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, int], None]
 
 
+MAX_TOKEN_STRIDE = 1 << 23
+
+
 @dataclass
 class Arguments:
     """Runtime values and compile-time constants, by the name of the kernel parameter that takes them."""
@@ -37,8 +40,10 @@ class Arguments:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """x itself if its last dimension is contiguous, as the kernels read it, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """x itself if the kernels can read it, else a copy: its last dimension contiguous, and its tokens near enough for
+    offsets inside a tile to be 32-bit (offsets of tiles are 64-bit)."""
+    readable = (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(-2) < MAX_TOKEN_STRIDE
+    return x if readable else x.contiguous()
 
 
 def padded(dim: int, least: int = 16) -> int:

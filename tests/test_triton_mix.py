@@ -10,16 +10,9 @@ import posattn
 
 pytest.importorskip("triton")
 
-from tests.ptxsim.seam import Machine, ptx_machine  # noqa: F401
+from tests.ptxsim.seam import ptx_machine  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture(autouse=True)
-def _same_value_stores(ptx_machine: Machine) -> None:  # noqa: F811
-    """Triton's layout conversions let warps that hold the same elements all store them: the same value to the same
-    address, which the machine reports as a race and hardware defines."""
-    ptx_machine.ignore = ("shared_race",)
+pytestmark = pytest.mark.usefixtures("poisoned", "ptx_machine")
 
 
 def tensors(dtype=torch.bfloat16, heads=3, kv_heads=3, q_len=37, k_len=53, dim=32, batch=1):
@@ -29,8 +22,12 @@ def tensors(dtype=torch.bfloat16, heads=3, kv_heads=3, q_len=37, k_len=53, dim=3
 
 CASES = {
     "no inner bias": ({}, lambda: posattn.DAPE(None, 3, width=8), lambda: {"causal": True}),
-    "table, two sequences": ({"batch": 2}, lambda: posattn.DAPE(posattn.Kerple(3), 3, width=8), lambda: {"causal": True}),
-    "concat, slope, softcap": ({}, lambda: posattn.DAPE(posattn.ALiBi(3, learnable=True), 3, form="concat"), lambda: {"softcap": 3.0}),
+    "table, two sequences": (
+        {"batch": 2}, lambda: posattn.DAPE(posattn.Kerple(3), 3, width=8), lambda: {"causal": True}
+    ),
+    "concat, slope, softcap": (
+        {}, lambda: posattn.DAPE(posattn.ALiBi(3, learnable=True), 3, form="concat"), lambda: {"softcap": 3.0}
+    ),
     "add, profile": ({}, lambda: posattn.DAPE(posattn.FIRE(3, width=6), 3, form="add"), dict),
     "outer bias, sinks, dropout, window, mask": (
         {"batch": 2}, lambda: posattn.DAPE(posattn.Kerple(3), 3, width=8),
@@ -41,10 +38,17 @@ CASES = {
         {"heads": 12, "kv_heads": 4, "dim": 64, "dtype": torch.float16},
         lambda: posattn.DAPE(posattn.RoPE(64) + posattn.Kerple(12), 12), lambda: {"causal": True},
     ),
-    "float32": ({"heads": 2, "kv_heads": 2, "dim": 16, "dtype": torch.float32}, lambda: posattn.DAPE(posattn.Kerple(2), 2, width=4), lambda: {"causal": True}),
+    "float32": (
+        {"heads": 2, "kv_heads": 2, "dim": 16, "dtype": torch.float32},
+        lambda: posattn.DAPE(posattn.Kerple(2), 2, width=4), lambda: {"causal": True},
+    ),
     "packed documents": (
         {"q_len": 60, "k_len": 50}, lambda: posattn.DAPE(posattn.Kerple(3), 3, width=8),
-        lambda: {"causal": True, "cu_seqlens_q": torch.tensor([0, 5, 5, 60]), "cu_seqlens_k": torch.tensor([0, 20, 21, 50])},
+        lambda: {
+            "causal": True,
+            "cu_seqlens_q": torch.tensor([0, 5, 5, 60]),
+            "cu_seqlens_k": torch.tensor([0, 20, 21, 50]),
+        },
     ),
     "key lengths": (
         {"q_len": 5, "batch": 3}, lambda: posattn.DAPE(posattn.Kerple(3), 3, width=8),

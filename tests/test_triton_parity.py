@@ -17,7 +17,7 @@ from posattn.check import measure
 
 pytest.importorskip("triton")
 
-from tests.ptxsim.seam import Machine, ptx_machine  # noqa: F401
+from tests.ptxsim.seam import ptx_machine  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poisoned", "ptx_machine")
 
@@ -49,7 +49,7 @@ CASES = {
     "table": (BF16, {}, lambda: posattn.Kerple(2), lambda: {"causal": True}),
     "table and mask": (BF16, {}, lambda: posattn.T5Bias(2), lambda: {"mask": _mask(70, 150, 2)}),
     "profile": (BF16, {}, lambda: posattn.FIRE(2, width=8), lambda: {"causal": True}),
-    "dense": (BF16, {}, None, lambda: {"bias": torch.randn(1, 2, 70, 150).masked_fill(torch.rand(70, 150) < 0.2, -math.inf)}),
+    "dense": (BF16, {}, None, lambda: {"bias": torch.randn(1, 2, 70, 150).masked_fill(_mask(70, 150, 2), -math.inf)}),
     "dense shared": (BF16, {"batch": 2}, None, lambda: {"bias": torch.randn(1, 1, 70, 150), "causal": True}),
     "rotary turned in the kernel": (BF16, {}, lambda: posattn.RoPE(64), lambda: {"causal": True}),
     "rotary turned ahead": (
@@ -61,7 +61,9 @@ CASES = {
         BF16, {"q_len": 5, "batch": 3}, lambda: posattn.Kerple(2),
         lambda: {"causal": True, "k_lengths": torch.tensor([0, 3, 149])},
     ),
-    "split keys": (BF16, {"q_len": 3, "k_len": 700}, lambda: posattn.Kerple(2), lambda: {"causal": True, "sinks": torch.randn(2)}),
+    "split keys": (
+        BF16, {"q_len": 3, "k_len": 700}, lambda: posattn.Kerple(2), lambda: {"causal": True, "sinks": torch.randn(2)}
+    ),
     "packed documents": (
         BF16, {"q_len": 130, "k_len": 120}, lambda: posattn.Kerple(2),
         lambda: {
@@ -99,3 +101,11 @@ def test_every_remainder_of_a_tile(extra):
     for a, b, bound in zip(got, want, (2e-3, 1e-5)):
         assert torch.isfinite(a).all()
         assert (a.double() - b).abs().max() < bound
+
+
+def test_only_atomics_are_refused_as_not_deterministic():
+    q, k, v = tensors(BF16, q_len=3, k_len=5, dim=16)
+    positions = {"q_positions": torch.arange(3), "k_positions": torch.arange(5)}
+    with pytest.raises(ValueError, match="not deterministic"):
+        posattn.attention(q, k, v, posattn.Kerple(2), deterministic=True, backend="triton", **positions)
+    posattn.attention(q, k, v, posattn.Kerple(2), deterministic=True, backend="triton")

@@ -22,16 +22,27 @@ def unsupported(call: Call) -> str | None:
         return f"it computes float16, bfloat16 and float32, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return f"it takes head dimensions up to {MAX_HEAD_DIM}, got {max(q.shape[3], v.shape[3])}"
-    return configs_mix.unsupported(call)
+    if call.deterministic and call.q_positions is not None and _by_distance(call):
+        return "with explicit positions it sums a table's gradient by atomics, whose order is not deterministic"
+    reason: str | None = configs_mix.unsupported(call)
+    return reason
+
+
+def _by_distance(call: Call) -> bool:
+    biases = [call.plan.bias] if call.plan.mix is None else [call.plan.bias, call.plan.mix.inner]
+    return any(bias.table is not None or bias.profile is not None for bias in biases)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
     device = call.q.device
     arch = seam.architecture(device)
+    result: tuple[Tensor, Tensor]
     if call.plan.mix is not None:
-        return mixed.forward(call, call.plan.mix, seam.launch, arch)
-    return attention.forward(call, seam.launch, arch, seam.processors(device))
+        result = mixed.forward(call, call.plan.mix, seam.launch, arch)
+    else:
+        result = attention.forward(call, seam.launch, arch, seam.processors(device))
+    return result
 
 
 def backward(
@@ -44,6 +55,9 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients named in `needs`, parameters' in float32."""
     arch = seam.architecture(call.q.device)
+    grads: dict[str, Tensor]
     if call.plan.mix is not None:
-        return mixed.backward(call, call.plan.mix, out, lse, grad_out, grad_lse, needs, seam.launch, arch)
-    return gradients.backward(call, out, lse, grad_out, grad_lse, needs, seam.launch, arch)
+        grads = mixed.backward(call, call.plan.mix, out, lse, grad_out, grad_lse, needs, seam.launch, arch)
+    else:
+        grads = gradients.backward(call, out, lse, grad_out, grad_lse, needs, seam.launch, arch)
+    return grads
