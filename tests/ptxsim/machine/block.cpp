@@ -117,7 +117,7 @@ void Block::start_warp(Warp& warp, int id, Dim at) {
 void Block::start(Dim at) {
   const auto count = static_cast<int>((threads_.count() + kLanes - 1) / kLanes);
   shared.reset(static_cast<size_t>(program.static_shared + dynamic_shared_), count, program.shared_granule, options);
-  global.start_block(static_cast<int>(at.x + grid_.x * (at.y + grid_.y * at.z)), count);
+  global.start_block(static_cast<int>(at.x + grid_.x * (at.y + grid_.y * at.z)));
   barriers_.reset(static_cast<size_t>(count));
   warps.assign(static_cast<size_t>(count), Warp{});
   for (int id = 0; id < count; ++id) start_warp(warps[static_cast<size_t>(id)], id, at);

@@ -31,7 +31,7 @@ void GlobalMemory::start(const Program& program, const Options& options) {
   }
 }
 
-void GlobalMemory::start_block(int block, int) {
+void GlobalMemory::start_block(int block) {
   block_ = block;
   time_ = 0;
   acquired_.clear();
@@ -62,7 +62,7 @@ uint8_t* GlobalMemory::access(const Warp& warp, const Instruction& in, uint64_t 
     const uint64_t base = last_->begin >> shift_;
     const uint64_t final_cell = (address + length - 1) >> shift_;
     for (uint64_t cell = address >> shift_; cell <= final_cell; ++cell) {
-      check(warp, in, last_->cells[cell - base], cell << shift_, kind, report);
+      check(warp, in, last_->cells[cell - base], kind, report);
     }
   }
   return reinterpret_cast<uint8_t*>(address);
@@ -73,7 +73,7 @@ bool GlobalMemory::ordered(int block, uint32_t time) const {
   return found != acquired_.end() && found->second > time;
 }
 
-void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, uint64_t, Access kind, Report& report) {
+void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, Access kind, Report& report) {
   const auto race = [&](const char* what, int block) {
     report.add(Finding::GlobalRace, [&] {
       return std::string(what) + " block " + std::to_string(block) + " by warp " + std::to_string(warp.id) +

@@ -22,7 +22,7 @@ public:
     ranges_.push_back({address, address + bytes, writable, {}});
   }
   void start(const Program& program, const Options& options);
-  void start_block(int block, int warps);
+  void start_block(int block);
 
   uint8_t* access(const Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind, int lane,
                   Report& report);
@@ -51,7 +51,7 @@ private:
   };
   using Times = std::unordered_map<int, uint32_t>;  // block -> its releases that are ordered before
 
-  void check(const Warp& warp, const Instruction& in, Cell& cell, uint64_t address, Access kind, Report& report);
+  void check(const Warp& warp, const Instruction& in, Cell& cell, Access kind, Report& report);
   bool ordered(int block, uint32_t time) const;
 
   std::vector<Range> ranges_;
