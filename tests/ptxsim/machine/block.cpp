@@ -231,8 +231,8 @@ bool Block::exit_lanes(Warp& warp, LaneMask active, LaneMask leaving) {
 }
 
 void Block::check_wgmma_registers(Warp& warp, const Instruction& in) {
-  const bool is_wgmma = in.is_wgmma;
-  if (warp.pending_count && !is_wgmma) {
+  if (in.is_wgmma) return;  // it checks its own
+  if (warp.pending_count) {
     const auto touch = [&](int reg) {
       if (reg < 0 || !warp.pending[static_cast<size_t>(reg)]) return;
       report.add(Finding::WgmmaPending, [&] { return "accumulator touched before wgmma.wait_group, " + in.where(); });
@@ -242,7 +242,6 @@ void Block::check_wgmma_registers(Warp& warp, const Instruction& in) {
       for (const int reg : op.elements) touch(reg);
     }
   }
-  if (is_wgmma) return;
   // Compilers copy accumulators after the fence, and ptxas merges such copies away: a copy is as old as its source.
   const bool copy = in.is_copy && in.operands[1].kind == Operand::Kind::Register;
   for (const int reg : in.writes) {
