@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 
 import torch
@@ -19,10 +20,6 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.storage_offset() * tensor.element_size(), (last + 1) * tensor.element_size()
 
 
-def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-
 class Arena:
     """Copies of the storages behind some tensors, each between gaps that no tensor owns.
 
@@ -37,8 +34,9 @@ class Arena:
         at = GAP
         for original, storage in self._storages.items():
             at += (original - (self._memory.data_ptr() + at)) % _ALIGNMENT
-            self._memory[at : at + storage.nbytes()].copy_(_bytes(storage))
             self._bases[original] = self._memory.data_ptr() + at
+            # Not tensor copies: those wake every OpenMP thread for a few kilobytes.
+            ctypes.memmove(self._bases[original], original, storage.nbytes())
             at += storage.nbytes() + GAP
 
     def address(self, tensor: torch.Tensor) -> int:
@@ -50,5 +48,4 @@ class Arena:
     def copy_back(self) -> None:
         """Writes every copy into its original."""
         for original, storage in self._storages.items():
-            at = self._bases[original] - self._memory.data_ptr()
-            _bytes(storage).copy_(self._memory[at : at + storage.nbytes()])
+            ctypes.memmove(original, self._bases[original], storage.nbytes())
