@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .bias import lookup
-from .dropout import keep_tile
+from .dropout import RANDOM_BITS, keep_tile
 from .masks import mask_offset, sequence
 from .scores import LOG2E, load_rows, logits_tile, segments
 
@@ -125,7 +125,7 @@ def _diagonals(tile, BLOCK: tl.constexpr):
     return tl.sum(tl.where(i < x, sheared, 0.0), 0), tl.sum(tl.where(i >= x, sheared, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RANDOM_BITS)
 def gradient_by_distance(
     Q, K, V, GradOut, Lse2, Delta, DTable, DPsi, first_corner, num_sequences,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -204,7 +204,7 @@ def gradient_by_distance(
         tl.store(DPsi + out + BLOCK_N + x, above)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RANDOM_BITS)
 def gradient_by_tile(
     Q, K, V, GradOut, Lse2, Delta, DDense, stride_gdb, stride_gdh, out_heads, batches_each, heads_each, DTable, DPsi,
     num_sequences,

@@ -8,12 +8,12 @@ go from one product to the next in registers.
 import triton
 import triton.language as tl
 
-from .dropout import keep_tile
+from .dropout import RANDOM_BITS, keep_tile
 from .masks import mask_offset, query_spans, sequence
 from .scores import LOG2E, load_rows, logits_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RANDOM_BITS)
 def attention_backward_kv(
     Q, K, V, GradOut, Lse2, Delta, DK, DV_,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 from .bias import lookup
-from .dropout import keep_tile
+from .dropout import RANDOM_BITS, keep_tile
 from .masks import key_spans, mask_offset, sequence
 from .scores import LOG2E, load_rows, logits_tile, segments
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RANDOM_BITS)
 def attention_backward_q(
     Q, K, V, GradOut, Lse2, Delta, DQ, DSlope, DRowScale, DSegments,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,

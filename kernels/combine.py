@@ -17,7 +17,7 @@ def combine(
     h = (row // q_tokens) % num_heads
     offs_s = tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_DV)
-    lse = tl.load(PartialLse + offs_s * rows.to(tl.int64) + row, mask=offs_s < SPLITS, other=float("-inf")) * LOG2E
+    lse = tl.load(PartialLse + offs_s.to(tl.int64) * rows + row, mask=offs_s < SPLITS, other=float("-inf")) * LOG2E
     m = tl.maximum(tl.max(lse, 0), LOWEST)
     if Sinks is not None:
         sink = tl.load(Sinks + h) * LOG2E
@@ -27,7 +27,7 @@ def combine(
     if Sinks is not None:
         total += tl.exp2(sink - m)
     inside = (offs_s < SPLITS)[:, None] & (offs_d < DV)[None, :]
-    tile = Partial + (offs_s * rows.to(tl.int64) + row)[:, None] * DV + offs_d[None, :]
+    tile = Partial + (offs_s.to(tl.int64) * rows + row)[:, None] * DV + offs_d[None, :]
     part = tl.load(tile, mask=inside, other=0.0)  # [BLOCK_S, BLOCK_DV]
     empty = total == 0.0
     out = tl.sum(part * weight[:, None], 0) / tl.where(empty, 1.0, total)

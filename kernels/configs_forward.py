@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from posattn.plan import Call
 
-from .tiles import Table, Tile, look_up
+from .tiles import Table, Tile, head_dim, look_up
 
 _FLOAT32 = Tile(32, 32, 4, 1, "exact float32 products run on FMA units, unrolled: larger tiles spill")
 _SMALL_80 = Tile(128, 64, 4, 3, "2P 784 at D = 64, bound by tensor cores; 32 rows a warp halve the K and V fragments")
@@ -63,11 +63,13 @@ FORWARD = {**FORWARD, "sm_100": FORWARD["sm_90"]}
 # Decoding has few rows: a tile of them wastes tensor-core rows past Tq, which cost nothing beside reading the keys.
 _FEW_ROWS = 16
 _DECODE = Tile(16, 64, 4, 3, "reading K and V binds: three stages of 64 keys in flight")
+_DECODE_NARROW = Tile(16, 64, 2, 3, "a [16, 16] output has no columns for more than two warps")
 _DECODE_WIDE = Tile(16, 32, 4, 2, "the same within 64 KiB at D = 256")
 
 
 def forward_tile(arch: str, call: Call) -> Tile:
     tile = look_up(FORWARD, arch, call)
     if max(call.mask.max_q, 0) <= _FEW_ROWS and call.q.shape[2] <= _FEW_ROWS and tile.block_m > 32:
-        return _DECODE if call.q.shape[3] <= 128 and call.v.shape[3] <= 128 else _DECODE_WIDE
+        dim = head_dim(call)
+        return _DECODE_NARROW if dim <= 32 else _DECODE if dim <= 128 else _DECODE_WIDE
     return tile

@@ -7,6 +7,9 @@ every backend, tile shape and pass draws the same mask. i and j index the tensor
 import triton
 import triton.language as tl
 
+# Kernel arguments whose values say nothing about the code: a new seed must not compile a new kernel.
+RANDOM_BITS = ("threshold", "seed_lo", "seed_hi")
+
 
 @triton.jit
 def _words(seed_lo, seed_hi, group, i, bh):

@@ -8,13 +8,13 @@ to them; else the scale is folded into the exponent (NATURAL false), which saves
 import triton
 import triton.language as tl
 
-from .dropout import keep_tile
+from .dropout import RANDOM_BITS, keep_tile
 from .masks import key_spans, mask_offset, sequence
 from .rotary import load_turned
 from .scores import LN2, LOG2E, LOWEST, load_rows, logits_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RANDOM_BITS)
 def attention_forward(
     Q, K, V, Out, Lse, Sinks,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,

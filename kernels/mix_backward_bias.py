@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .bias import lookup
+from .dropout import RANDOM_BITS
 from .masks import mask_offset, sequence
 from .mix import load_heads, row_scales, rows_of_heads
 from .mix_backward_q import inner_gradient
@@ -37,7 +38,7 @@ def _psi_gradient(
     return tl.sum(tl.where(real[:, None, None], g * steepness * row_scale, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RANDOM_BITS)
 def mixed_gradient_by_tile(
     Q, K, V, GradOut, Lse2, Delta, DTable, DPsi, DDense, stride_gdb, stride_gdh, stride_gt,
     first_corner, num_sequences, batches_each,

@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
+from .dropout import RANDOM_BITS
 from .masks import mask_offset, query_spans, sequence
 from .mix import load_heads, rows_of_heads, tiles_of_heads
 from .mix_scores import logit_gradients, mixed_logits, mlp_gradients, weights_w1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RANDOM_BITS)
 def mixed_backward_kv(
     Q, K, V, GradOut, Lse2, Delta, DK, DV_,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,

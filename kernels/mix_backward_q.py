@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .bias import lookup
+from .dropout import RANDOM_BITS
 from .masks import key_spans, mask_offset, sequence
 from .mix import load_heads, row_scales, rows_of_heads, tiles_of_heads
 from .mix_scores import logit_gradients, mixed_logits, mlp_gradients, weights_w1
@@ -77,7 +78,7 @@ def _profile_sums(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RANDOM_BITS)
 def mixed_backward_q(
     Q, K, V, GradOut, Lse2, Delta, DQ, DW1X, DW1B, DB1, DW2, DB2,
     DSlope, DRowScale, DSegments, DInnerSlope, DInnerRowScale, DInnerSegments,

@@ -6,13 +6,14 @@ The heads' logits of a tile meet in registers, [HEADS, BLOCK_M, BLOCK_N], so the
 import triton
 import triton.language as tl
 
+from .dropout import RANDOM_BITS
 from .masks import key_spans, mask_offset, sequence
 from .mix import load_heads
 from .mix_scores import keep_heads, mixed_logits, weights_w1
 from .scores import LN2, LOG2E, LOWEST
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RANDOM_BITS)
 def mixed_forward(
     Q, K, V, Out, Lse, Sinks,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,

@@ -43,6 +43,10 @@ CASES = {
     "softcap and sinks": (BF16, {}, None, lambda: {"softcap": 5.0, "sinks": torch.randn(2), "causal": True}),
     "dropout, odd dims": (HALF, {"dim": 40, "dim_v": 24}, None, lambda: {"dropout_p": 0.4}),
     "negative scale, one dimension": (BF16, {"dim": 1, "q_len": 9, "k_len": 33}, None, lambda: {"scale": -1.0}),
+    "one query, one key, one head": (
+        BF16, {"heads": 1, "kv_heads": 1, "q_len": 1, "k_len": 1, "dim": 16}, lambda: posattn.Kerple(1),
+        lambda: {"dropout_p": 0.3},
+    ),
     "float32": (FULL, {"dim": 32, "q_len": 40, "k_len": 45}, lambda: posattn.ALiBi(2), lambda: {"causal": True}),
     "ALiBi": (BF16, {}, lambda: posattn.ALiBi(2, learnable=True), lambda: {"causal": True}),
     "ALiBi both ways": (HALF, {}, lambda: posattn.ALiBi(2, learnable=True), dict),

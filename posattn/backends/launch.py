@@ -22,7 +22,11 @@ def launch(
     num_stages: int,
 ) -> None:
     """Run a @triton.jit function: `args` are its leading parameters in order (None for an absent tensor)."""
-    kernel[tuple(grid)](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+    # Triton 3.10 will no longer fuse a multiply and an add by itself; the kernels' instruction counts are with it.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+        kernel[tuple(grid)](*args, **constexprs, **options)
 
 
 def has_device(device: torch.device) -> bool:
@@ -32,12 +36,12 @@ def has_device(device: torch.device) -> bool:
 
 @cache
 def _properties(index: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0], torch.cuda.get_device_properties(
-            index
-        ).multi_processor_count
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"sm_{major}{minor}", torch.cuda.get_device_properties(index).multi_processor_count
+        name = str(properties.gcnArchName).split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    return name, int(properties.multi_processor_count)
 
 
 def architecture(device: torch.device) -> str:
