@@ -63,7 +63,7 @@ FORWARD = {**FORWARD, "sm_100": FORWARD["sm_90"]}
 # Decoding has few rows: a tile of them wastes tensor-core rows past Tq, which cost nothing beside reading the keys.
 _FEW_ROWS = 16
 _DECODE = Tile(16, 64, 4, 3, "reading K and V binds: three stages of 64 keys in flight")
-_DECODE_NARROW = Tile(16, 64, 2, 3, "a [16, 16] output has no columns for more than two warps")
+_DECODE_NARROW = Tile(16, 64, 1, 3, "a [16, 16] output is one warp's: more would each store it whole")
 _DECODE_WIDE = Tile(16, 32, 4, 2, "the same within 64 KiB at D = 256")
 
 
