@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ def _judge(scenario: Scenario, compiled: Compiled, mutant: Mutant, arch: int, op
     return "survived", ""
 
 
-def run(scenario: Scenario, arch: int, kinds: tuple[str, ...] = KINDS, limit: int = 0) -> list[Verdict]:
+def run(scenario: Scenario, arch: int, kinds: tuple[str, ...] = KINDS, limit: int = 0) -> Iterator[Verdict]:
     """Judges every mutant of every kernel that the scenario launches; `limit` samples each kind of each kernel."""
     with behind_launch(arch) as machine:
         scenario(machine)
@@ -65,26 +65,20 @@ def run(scenario: Scenario, arch: int, kinds: tuple[str, ...] = KINDS, limit: in
     # A broken loop may not end; nothing sound runs ten times as long as the original.
     longest = max(launched.report.counters["warp_instructions"] for launched in machine.launches)
     options = Options(stats=False, limit=10 * longest)
-    verdicts = []
     for launched in seen.values():
         for kind in kinds:
             for mutant in mutants(launched.compiled.ptx, kind, limit):
                 caught_by, detail = _judge(scenario, launched.compiled, mutant, arch, options)
-                verdicts.append(Verdict(launched.kernel, mutant, caught_by, detail))
-    return verdicts
+                yield Verdict(launched.kernel, mutant, caught_by, detail)
 
 
-def table(verdicts: list[Verdict]) -> str:
-    """Counts by kind, then the survivors."""
+def table(verdicts: Sequence[Verdict]) -> str:
+    """Counts by kind."""
     counts = Counter((verdict.mutant.kind, verdict.caught_by) for verdict in verdicts)
     lines = [f"{'kind':10} {'mutants':>8} {'machine':>8} {'numbers':>8} {'survived':>9}"]
     for kind in dict.fromkeys(verdict.mutant.kind for verdict in verdicts):
         row = [counts[kind, how] for how in ("machine", "numbers", "survived")]
         lines.append(f"{kind:10} {sum(row):8} {row[0]:8} {row[1]:8} {row[2]:9}")
-    for verdict in verdicts:
-        if verdict.caught_by == "survived":
-            mutant = verdict.mutant
-            lines.append(f"survived: {mutant.kind}, {verdict.kernel}, PTX line {mutant.line}: {mutant.change}")
     return "\n".join(lines)
 
 
@@ -100,7 +94,12 @@ def main() -> int:
     unknown = set(kinds) - set(KINDS)
     if unknown:
         parser.error(f"--kinds: expected some of {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
-    verdicts = run(SCENARIOS[given.scenario], given.arch, kinds, given.limit)
+    verdicts = []
+    for verdict in run(SCENARIOS[given.scenario], given.arch, kinds, given.limit):
+        verdicts.append(verdict)
+        if verdict.caught_by == "survived":
+            mutant = verdict.mutant
+            print(f"survived: {mutant.kind}, {verdict.kernel}, PTX line {mutant.line}: {mutant.change}", flush=True)
     print(table(verdicts))
     return int(sum(verdict.caught_by == "survived" for verdict in verdicts) > given.allow)
 
