@@ -3,8 +3,7 @@
 #pragma once
 
 #include "bias_grad.h"
-#include "dropout.h"
-#include "tasks.h"
+#include "decode.h"
 
 namespace posattn::POSATTN_ISA {
 
@@ -23,7 +22,7 @@ struct BackwardScratch {
   float *k_panels, *v_panels, *k_depth, *grad_k, *grad_v;
   float *q_rows, *q_depth, *o_rows, *o_depth;
   float *p, *ds, *ds_rows;  // P and dS as operands of products over rows; dS as operand over keys
-  float *p_float, *ds_float, *cap_slope, *keep, *dq, *lse, *lse_low, *delta;
+  float *p_float, *ds_float, *cap_slope, *keep, *dq;
   BiasTile bias;
   BiasGrad bias_grad;
 
@@ -48,9 +47,6 @@ struct BackwardScratch {
     cap_slope = arena.floats(TILE_STRIDE);
     keep = arena.floats(TILE_STRIDE);
     dq = arena.floats(MR * q_width);
-    lse = arena.floats(ROWS_PER_STEP);
-    lse_low = arena.floats(ROWS_PER_STEP);
-    delta = arena.floats(ROWS_PER_STEP);
     bias.layout(arena, c.bias, longest_q, KEYS_PER_TASK);
     bias_grad.layout(arena, c, c.bias, longest_q, KEYS_PER_TASK);
   }
@@ -62,12 +58,8 @@ inline void turn_back(float* row, const float* cos, const float* sin, int64_t b,
   if (cos) rotate(row, cos + b * batch_stride + t * r.half, sin + b * batch_stride + t * r.half, r.half, r.interleaved, -1.0F);
 }
 
-// Reads a row's lse in units of log2, and what float32 leaves of it; 0 for a row without keys, whose logits are -inf.
-inline void split_lse(float lse, float& high, float& low) {
-  const double lse2 = lse == NEG_INF ? 0.0 : static_cast<double>(lse) * static_cast<double>(LOG2E);
-  high = static_cast<float>(lse2);
-  low = static_cast<float>(lse2 - static_cast<double>(high));
-}
+// A row's lse in units of log2; a row without keys has logits of -inf, for which any number serves.
+inline Log2 row_lse(float lse) { return Log2(lse == NEG_INF ? 0.0F : lse); }
 
 // delta = <dO, O> - dlse.
 inline void row_dots(const Problem& p, int64_t row) {
@@ -89,23 +81,24 @@ struct RowStep {
   const Sequence& s;
   const BiasTile& bias;
   const Dropout& dropout;
-  float lse, lse_low, delta;  // lse in units of log2, and what float32 leaves of it
+  Log2 lse;
+  float rest, delta;  // rest: what the lse lost to float32, in units of log2 (see find_rests)
 
   template <int EXP_DEGREE>
   void run(float* x, float* dp, int64_t i, int64_t j, int64_t n, float mul, float* cap_slope, float* keep,
            BiasGrad& grad) const {
     finish_row(p, s, bias, x, i, allowed(p, s, i), j, n, mul, p.softcap > 0.0F ? cap_slope : nullptr);
-    const vf times = set1(mul * LOG2E), less = set1(-lse), low = set1(lse_low), minus_delta = set1(-delta);
+    const vf times = set1(mul * LOG2E), high = set1(-lse.high), low = set1(lse.low), left = set1(rest), minus_delta = set1(-delta);
     if (p.dropout_p > 0.0) {
       dropout.row(keep, s.b * p.heads + bias.head, s.q0 + i, s.k0 + j, n);
       for (int64_t c = 0; c < n; c += VL) {
-        vf weight = exp2<EXP_DEGREE>(fma(load(x + c), times, less) - low), kept = load(keep + c);
+        vf weight = exp2<EXP_DEGREE>(fma(load(x + c), times, high) - low - left), kept = load(keep + c);
         store(x + c, weight * kept);
         store(dp + c, weight * fma(load(dp + c), kept, minus_delta));
       }
     } else {
       for (int64_t c = 0; c < n; c += VL) {
-        vf weight = exp2<EXP_DEGREE>(fma(load(x + c), times, less) - low);
+        vf weight = exp2<EXP_DEGREE>(fma(load(x + c), times, high) - low - left);
         store(x + c, weight);
         store(dp + c, weight * (load(dp + c) + minus_delta));
       }
@@ -163,7 +156,7 @@ inline void write_key_grads(const Problem& p, const Sequence& s, int64_t kv_head
 
 template <class M>
 void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t j0, int64_t task, int64_t stride,
-                   int64_t earlier, Progress& progress, Progress& flushed, BackwardScratch<M>& t) {
+                   int64_t earlier, const float* rests, Progress& progress, Progress& flushed, BackwardScratch<M>& t) {
   const int64_t group = p.heads / p.kv_heads, keys = imin(KEYS_PER_TASK, s.k_len - j0);
   const int64_t steps = ceil_div(s.q_len, ROWS_PER_STEP);
   const float q_scale = M::pack == 1 ? p.scale : 1.0F, product_scale = M::pack == 1 ? 1.0F : p.scale;
@@ -174,6 +167,9 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
   // Heads or batches that share a broadcast dense bias add to the same entries of its gradient: one after the other.
   const bool shared_dense = p.bias.grad_dense && ((p.bias.grad_dense_head == 0 && p.heads > 1) ||
                                                   (p.bias.grad_dense_batch == 0 && p.batch > 1));
+
+  // Published steps stand for all that came before them, so a step without work waits as well.
+  const int64_t before = task % stride == 0 ? -1 : task - 1;
 
   pack_panels<M>(t.k_panels, key_rows, j0, keys);
   pack_panels<M>(t.v_panels, value_rows, j0, keys);
@@ -193,6 +189,7 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
       const int64_t i0 = step * ROWS_PER_STEP, rows = imin(ROWS_PER_STEP, s.q_len - i0);
       const Interval any = allowed_by_any(p, s, i0, i0 + rows);
       if (any.lo >= j0 + keys || any.hi <= j0) {
+        if (shared_dense) progress.wait(before, (group - 1) * steps + step + 1);
         progress.publish(task, member * steps + step + 1);
         continue;
       }
@@ -202,11 +199,7 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
       pack_rows<M>(t.o_rows, t.o_stride, o_source, i0, rows, groups * MR);
       pack_depth<M>(t.q_depth, t.q_width, q_source, i0, rows, groups * MR);
       pack_depth<M>(t.o_depth, t.v_width, o_source, i0, rows, groups * MR);
-      for (int64_t r = 0; r < rows; ++r) {
-        split_lse(p.lse[first_row + i0 + r], t.lse[r], t.lse_low[r]);
-        t.delta[r] = p.delta[first_row + i0 + r];
-      }
-      if (shared_dense) progress.wait(task % stride == 0 ? -1 : task - 1, (group - 1) * steps + step + 1);
+      if (shared_dense) progress.wait(before, (group - 1) * steps + step + 1);
       progress.wait(earlier, member * steps + step + 1);
 
       for (int64_t g = 0; g < groups; ++g) {
@@ -229,7 +222,8 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
         for (int64_t r = 0; r < MR; ++r) {
           float *x = p_tile + r * TILE_STRIDE, *dp = ds_tile + r * TILE_STRIDE;
           if (r < count) {
-            const RowStep row{p, s, t.bias, dropout, t.lse[r0 + r], t.lse_low[r0 + r], t.delta[r0 + r]};
+            const int64_t at = first_row + i0 + r0 + r;
+            const RowStep row{p, s, t.bias, dropout, row_lse(p.lse[at]), rests[at], p.delta[at]};
             row.template run<M::exp_degree>(x + from, dp + from, i0 + r0 + r, j0 + from, n, product_scale, t.cap_slope,
                                             t.keep, t.bias_grad);
           } else {
@@ -275,6 +269,61 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
   write_key_grads(p, s, kv_head, j0, keys, M::pack == 1 ? 1.0F : p.scale, t.grad_k, t.q_width, t.grad_v, t.v_width);
 }
 
+// From here on float32 rounds a log-sum-exp by more than 3e-5: rows masked with -1e9 or the lowest float, or logits that
+// large. The weights of such a row are summed again, and log2 of their sum is what the lse lacks.
+constexpr float LARGE_LSE = 512.0F;
+
+struct RestScratch {
+  float *q, *k, *logits;
+  BiasTile bias;
+  RestScratch(Arena& arena, const Problem& p) {
+    const int64_t stride = round_up(p.head_dim, 2 * VL);
+    q = arena.floats(stride);
+    k = arena.floats(DECODE_KEYS * stride);
+    logits = arena.floats(ROW_MAX);
+    bias.layout(arena, p.bias, 1, p.max_k_len);
+  }
+};
+
+inline float find_rest(const Problem& p, const Sequence& s, int64_t h, int64_t i, float lse, RestScratch& t) {
+  const int64_t stride = round_up(p.head_dim, 2 * VL);
+  const Source keys = key_source(p, s, h / (p.heads / p.kv_heads));
+  const Log2 base = row_lse(lse);
+  pack_rows<F32>(t.q, stride, query_source(p, s, h, p.scale), i, 1, 1);
+  t.bias.prepare(p, p.bias, s, h, {i, i + 1, 0, s.k_len});
+  const Interval row = allowed(p, s, i);
+  double sum = 0.0;
+  for (int64_t j = row.lo / DECODE_KEYS * DECODE_KEYS; j < row.hi; j += DECODE_KEYS) {
+    const int64_t n = imin(DECODE_KEYS, s.k_len - j), padded = round_up(n, 2 * VL);
+    pack_rows<F32>(t.k, stride, keys, j, n, n);
+    fill(t.logits, 0.0F, padded);
+    dot_keys<F32>(t.logits, t.q, t.k, stride, n, round_up(p.head_dim, VL));
+    float mul = 1.0F;
+    finish_row(p, s, t.bias, t.logits, i, row, j, padded, mul);
+    for (int64_t c = 0; c < padded; c += VL)
+      sum += reduce_add(exp2<5>(fma(load(t.logits + c), set1(mul * LOG2E), set1(-base.high)) - set1(base.low)));
+  }
+  if (p.sinks) sum += ::exp2(static_cast<double>(p.sinks[h]) * LOG2E - base.high - base.low);
+  return sum > 0.0 ? static_cast<float>(::log2(sum)) : 0.0F;
+}
+
+// [B, H, Tq], zero but for rows of a large lse.
+inline void find_rests(const Problem& p, float* rests) {
+  fill(rests, 0.0F, p.batch * p.heads * p.q_len);
+  run_tasks(
+      p.threads, p.n_sequences * p.heads, [&](Arena& arena) { RestScratch(arena, p); },
+      [&](Arena& arena, int64_t task) {
+        const Sequence& s = p.sequences[task / p.heads];
+        const int64_t h = task % p.heads, first = (s.b * p.heads + h) * p.q_len + s.q0;
+        RestScratch scratch(arena, p);
+        for (int64_t i = 0; i < s.q_len; ++i) {
+          const float lse = p.lse[first + i];
+          if (lse < -LARGE_LSE && lse > NEG_INF) rests[first + i] = find_rest(p, s, h, i, lse, scratch);
+          if (lse > LARGE_LSE && lse < -NEG_INF) rests[first + i] = find_rest(p, s, h, i, lse, scratch);
+        }
+      });
+}
+
 // Rows of per-row passes that a task takes at once.
 constexpr int64_t ROWS_PER_PASS = 256;
 
@@ -306,6 +355,8 @@ void backward(const Problem& p) {
   // causal mask the longest tasks come first.
   const int64_t stride = p.n_sequences * p.kv_heads, tasks = ceil_div(p.max_k_len, KEYS_PER_TASK) * stride;
   Progress progress(tasks), flushed(tasks);
+  auto* rests = static_cast<float*>(allocate(static_cast<size_t>(p.batch * p.heads * p.q_len) * 4));
+  find_rests(p, rests);
   run_tasks(
       p.threads, tasks, [&](Arena& arena) { BackwardScratch<M>(arena, p, longest); },
       [&](Arena& arena, int64_t task) {
@@ -313,13 +364,14 @@ void backward(const Problem& p) {
         const int64_t j0 = task / stride * KEYS_PER_TASK;
         if (j0 < s.k_len && s.q_len > 0) {
           BackwardScratch<M> scratch(arena, p, longest);
-          backward_task<M>(p, s, task % p.kv_heads, j0, task, stride, task - stride, progress, flushed, scratch);
+          backward_task<M>(p, s, task % p.kv_heads, j0, task, stride, task - stride, rests, progress, flushed, scratch);
         } else {
           flushed.wait(task - 1, Progress::DONE);
         }
         progress.publish(task, Progress::DONE);
         flushed.publish(task, Progress::DONE);
       });
+  release(rests);
   if (p.grad_q) for_rows(p, finish_grad_q);
 }
 

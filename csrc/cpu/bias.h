@@ -231,7 +231,10 @@ struct BiasTile {
       load_floats(row, from, bias->dense.dtype, count);
     else
       for (int64_t c = 0; c < count; ++c) load_floats(row + c, from + c * key * bytes, bias->dense.dtype, 1);
-    for (int64_t c = 0; c < count; ++c) x[c] = x[c] * mul + row[c];
+    for (int64_t c = 0; c < count; ++c) {
+      const float value = x[c] * mul + row[c];
+      x[c] = value < FLOOR && value > NEG_INF ? FLOOR : value;
+    }
     for (int64_t c = count; c < n; ++c) x[c] = x[c] * mul;
   }
 

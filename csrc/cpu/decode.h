@@ -172,7 +172,7 @@ inline void combine_splits(const Problem& p, const Sequence& s, int64_t kv_head,
     fill(out, 0.0F, partials.width);
     for (int64_t c = 0; c < splits; ++c) {
       if (partials.sum(n, c)[r] == 0.0F) continue;
-      const float weight = exp_scalar(partials.most(n, c)[r] - top);
+      const float weight = exp2_scalar((partials.most(n, c)[r] - top) * LOG2E);
       sum += partials.sum(n, c)[r] * weight;
       const float* part = partials.out(n, c) + r * partials.width;
       for (int64_t d = 0; d < partials.width; ++d) out[d] += part[d] * weight;

@@ -35,14 +35,25 @@ struct ForwardScratch {
   }
 };
 
-// exp(x * mul - m) as elements of P; returns the sum. The product with log2(e) is exact inside the multiply-add, so
-// logits far from zero lose nothing by the change of base.
+// A number times log2(e) as two floats: the product is exact in float64.
+struct Log2 {
+  float high, low;
+  explicit Log2(float x) {
+    const double product = static_cast<double>(x) * static_cast<double>(LOG2E);
+    high = static_cast<float>(product);
+    low = static_cast<float>(product - static_cast<double>(high));
+  }
+};
+
+// exp(x * mul - m) as elements of P; returns the sum. The change of base is exact inside the multiply-add and m's two
+// halves, so logits lose nothing by it however far from zero.
 template <class M>
 inline float exponentiate(float* weights, const float* x, int64_t n, float mul, float m) {
-  vf sum0 = zero(), sum1 = zero(), times = set1(mul * LOG2E), less = set1(-m * LOG2E);
+  const Log2 base(m);
+  vf sum0 = zero(), sum1 = zero(), times = set1(mul * LOG2E), high = set1(-base.high), low = set1(base.low);
   for (int64_t c = 0; c < n; c += 2 * VL) {
-    vf a = exp2<M::exp_degree>(fma(load(x + c), times, less));
-    vf b = exp2<M::exp_degree>(fma(load(x + c + VL), times, less));
+    vf a = exp2<M::exp_degree>(fma(load(x + c), times, high) - low);
+    vf b = exp2<M::exp_degree>(fma(load(x + c + VL), times, high) - low);
     sum0 += a;
     sum1 += b;
     if constexpr (M::pack == 1) {
@@ -59,15 +70,15 @@ inline void scale_row(float* x, float by, int64_t n) {
   for (int64_t c = 0; c < n; c += VL) store(x + c, load(x + c) * by);
 }
 
-// One step of the online softmax: x (times mul) becomes weights against the row's new maximum, and what the
-// row had before is scaled to it.
+// One step of the online softmax: x (times mul) becomes weights against the row's new maximum, and what the row had
+// before is scaled to it.
 template <class M>
 inline void add_tile(float* weights, const float* x, int64_t n, float tile_most, float mul, float& most, float& sum,
                      float* out, int64_t width) {
   const float next = fmax2(most, tile_most), base = next == NEG_INF ? 0.0F : next;
   const float part = exponentiate<M>(weights, x, n, mul, base);
   if (next != most) {
-    const float kept = exp_scalar(most - base);
+    const float kept = exp2_scalar((most - base) * LOG2E);
     sum *= kept;
     scale_row(out, kept, width);
     most = next;
@@ -78,7 +89,7 @@ inline void add_tile(float* weights, const float* x, int64_t n, float tile_most,
 // Divides by the row's sum, adds the sink to it, and writes one row and its log-sum-exp.
 inline void write_row(const Problem& p, const Sequence& s, int64_t h, int64_t i, float* out, float m, float sum) {
   if (p.sinks) {
-    float sink = p.sinks[h], top = fmax2(m, sink);
+    const float sink = p.sinks[h], top = fmax2(m, sink);
     if (top > NEG_INF) {
       const float kept = ::expf(m - top);
       for (int64_t c = 0; c < p.value_dim; ++c) out[c] *= kept;
@@ -86,11 +97,11 @@ inline void write_row(const Problem& p, const Sequence& s, int64_t h, int64_t i,
       m = top;
     }
   }
-  float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;  // a NaN sum must stay NaN
+  const float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;  // a NaN sum must stay NaN
   for (int64_t c = 0; c < p.value_dim; ++c) out[c] *= inverse;
   store_floats(const_cast<char*>(row_pointer(p.out, s.b, h, s.q0 + i)), out, p.out.dtype, p.value_dim);
-  float lse = sum == 0.0F ? NEG_INF : static_cast<float>(m + ::log(sum));
-  p.lse[(s.b * p.heads + h) * p.q_len + s.q0 + i] = lse;
+  const double lse = sum == 0.0F ? NEG_INF : m + ::log(static_cast<double>(sum));
+  p.lse[(s.b * p.heads + h) * p.q_len + s.q0 + i] = static_cast<float>(lse);
 }
 
 // Multiplies a row of P by its dropout factors.

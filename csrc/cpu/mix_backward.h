@@ -71,7 +71,7 @@ struct MixBackwardScratch {
   float *k_panels, *v_panels, *k_depth, *grad_k, *grad_v;
   float *q_rows, *q_depth, *o_rows, *o_depth;  // of all heads
   float *x, *y, *dy, *cap, *hidden;            // [heads][rows][MIX_KEYS] each; hidden [rows][w_pad][MIX_KEYS]
-  float *d_hidden, *transposed, *d_inner, *p_pairs, *ds_pairs, *ds_rows, *keep, *dq, *lse, *lse_low, *delta;
+  float *d_hidden, *transposed, *d_inner, *p_pairs, *ds_pairs, *ds_rows, *keep, *dq;
 
   MixBackwardScratch(Arena& arena, const Problem& c, int64_t longest)
       : weights(arena, c), rows(mix_rows(c)) {
@@ -102,7 +102,6 @@ struct MixBackwardScratch {
     ds_rows = arena.floats(MR * MIX_KEYS);
     keep = arena.floats(MIX_KEYS);
     dq = arena.floats(MR * q_width);
-    lse = arena.floats(c.heads * rows), lse_low = arena.floats(c.heads * rows), delta = arena.floats(c.heads * rows);
   }
 };
 
@@ -236,7 +235,8 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
   const bool shared_dense =
       p.batch > 1 && ((p.bias.grad_dense && p.bias.grad_dense_batch == 0) ||
                       (p.head_mix.inner.grad_dense && p.head_mix.inner.grad_dense_batch == 0));
-  const bool first_of_keys = task % p.n_sequences == 0;
+  // Published steps stand for all that came before them, so a step without work waits as well.
+  const int64_t before = task % p.n_sequences == 0 ? -1 : task - 1;
   const Rectangle area{0, s.q_len, j0, j0 + keys};
   Problem plain = p;  // the softcap comes before the mix
   plain.softcap = 0.0F;
@@ -263,21 +263,17 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
     const int64_t i0 = step * t.rows, count = imin(t.rows, s.q_len - i0), padded = round_up(count, MR);
     const Interval any = allowed_by_any(p, s, i0, i0 + count);
     if (any.lo >= j0 + keys || any.hi <= j0) {
+      if (shared_dense) progress.wait(before, step + 1);
       progress.publish(task, step + 1);
       continue;
     }
     for (int64_t h = 0; h < heads; ++h) {
-      const int64_t first = (s.b * heads + h) * p.q_len + s.q0 + i0;
       const Source q = query_source(p, s, h, q_scale), o{p.grad_out, s.b, h, s.q0, p.value_dim};
       float *q_rows = t.q_rows + h * t.rows * t.q_stride, *o_rows = t.o_rows + h * t.rows * t.o_stride;
       pack_rows<M>(q_rows, t.q_stride, q, i0, count, padded);
       pack_rows<M>(o_rows, t.o_stride, o, i0, count, padded);
       pack_depth<M>(t.q_depth + h * t.rows / M::pack * t.q_width, t.q_width, q, i0, count, padded);
       pack_depth<M>(t.o_depth + h * t.rows / M::pack * t.v_width, t.v_width, o, i0, count, padded);
-      for (int64_t r = 0; r < count; ++r) {
-        split_lse(p.lse[first + r], t.lse[h * t.rows + r], t.lse_low[h * t.rows + r]);
-        t.delta[h * t.rows + r] = p.delta[first + r];
-      }
       float *x = t.x + h * head_tile, *dy = t.dy + h * head_tile;
       const float *k = t.k_panels + h / group * k_tile, *v = t.v_panels + h / group * v_tile;
       for (int64_t r = 0; r < padded; r += MR)
@@ -289,7 +285,7 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
         }
       scale_products(p, x, padded * MIX_KEYS, product_scale, t.cap ? t.cap + h * head_tile : nullptr);
     }
-    if (shared_dense && !first_of_keys) progress.wait(task - 1, step + 1);
+    if (shared_dense) progress.wait(before, step + 1);
     progress.wait(task - p.n_sequences, step + 1);
 
     for (int64_t r = 0; r < count; ++r) {
@@ -306,8 +302,8 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
           fill(dy, 0.0F, MIX_KEYS);
           continue;
         }
-        const RowStep row{plain, s, t.bias[h], dropout, t.lse[h * t.rows + r], t.lse_low[h * t.rows + r],
-                          t.delta[h * t.rows + r]};
+        const int64_t at = (s.b * heads + h) * p.q_len + s.q0 + i0 + r;
+        const RowStep row{plain, s, t.bias[h], dropout, row_lse(p.lse[at]), 0.0F, p.delta[at]};
         row.template run<M::exp_degree>(y, dy, i0 + r, j0, MIX_KEYS, 1.0F, nullptr, t.keep, t.grad.outer[h]);
       }
     }

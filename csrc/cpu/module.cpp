@@ -94,17 +94,32 @@ struct OwnedProblem : Problem {
     max_k_len = 0;
     for (const Sequence& s : list) max_k_len = s.k_len > max_k_len ? s.k_len : max_k_len;
   }
+  // The last line of defence against reads out of bounds: a traced call's values were not there to be checked.
+  static void check_offsets(const char* name, const int32_t* offsets, int64_t documents, int64_t tokens) {
+    bool valid = offsets[0] == 0 && offsets[documents] == tokens;
+    for (int64_t n = 0; valid && n < documents; ++n) valid = offsets[n] <= offsets[n + 1];
+    if (!valid)
+      throw std::invalid_argument(std::string(name) + ": expected offsets rising from 0 to the " +
+                                  std::to_string(tokens) + " tokens");
+  }
   // One sequence a batch entry; with lengths ([B] int32), as many keys as they say.
   void set_batched(uintptr_t lengths) {
     const auto* n = reinterpret_cast<const int32_t*>(lengths);
     list.clear();
-    for (int64_t b = 0; b < batch; ++b) list.push_back({b, 0, q_len, 0, n ? n[b] : k_len});
+    for (int64_t b = 0; b < batch; ++b) {
+      list.push_back({b, 0, q_len, 0, n ? n[b] : k_len});
+      if (list.back().k_len < 0 || list.back().k_len > k_len)
+        throw std::invalid_argument("k_lengths: expected 0 to " + std::to_string(k_len) + " keys, got " +
+                                    std::to_string(list.back().k_len) + " for batch entry " + std::to_string(b));
+    }
     finish();
   }
   // Documents packed along the tokens of batch entry 0.
   void set_packed(uintptr_t cu_q, uintptr_t cu_k, int64_t documents) {
     const auto *q = reinterpret_cast<const int32_t*>(cu_q), *k = reinterpret_cast<const int32_t*>(cu_k);
     list.clear();
+    check_offsets("cu_seqlens_q", q, documents, q_len);
+    check_offsets("cu_seqlens_k", k, documents, k_len);
     for (int64_t n = 0; n < documents; ++n) list.push_back({0, q[n], q[n + 1] - q[n], k[n], k[n + 1] - k[n]});
     finish();
   }

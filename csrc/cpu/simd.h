@@ -53,6 +53,9 @@ inline float fmax2(float a, float b) { return a > b ? a : b; }
 
 constexpr float LOG2E = 1.4426950408889634F;
 constexpr float NEG_INF = -__builtin_inff();
+// Logits are held above this, so that they can change base: a finite bias of -3.4e38 must not become -inf, which
+// forbids a key.
+constexpr float FLOOR = -1e38F;
 
 POSATTN_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
@@ -133,7 +136,7 @@ POSATTN_INLINE vf exp2(vf x) {
 #endif
 }
 
-inline float exp_scalar(float x) { return exp2<5>(set1(x * LOG2E))[0]; }
+inline float exp2_scalar(float x) { return exp2<5>(set1(x))[0]; }
 
 inline float bits_to_float(uint32_t u) {
   float f;
