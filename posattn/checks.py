@@ -92,25 +92,34 @@ def check_backend(backend: str) -> str:
     return backend
 
 
+def _float32(name: str, value: float) -> float:
+    """A number that float32 can hold."""
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a finite number within float32's range, got {value}")
+    return float(value)
+
+
 def check_scale(scale: float | None, head_dim: int) -> float:
     """The scale, 1 / sqrt(head_dim) for None."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    return float(scale)
+    return _float32("scale", scale)
 
 
 def check_softcap(softcap: float | None) -> float:
     """The cap, 0 for none."""
     if softcap is None:
         return 0.0
-    if not (math.isfinite(softcap) and softcap >= 0):
-        raise ValueError(f"softcap: expected a finite number >= 0 (0 or None for no cap), got {softcap}")
+    if _float32("softcap", softcap) < 0:
+        raise ValueError(f"softcap: expected a number >= 0 (0 or None for no cap), got {softcap}")
     return float(softcap)
 
 
 def check_dropout(dropout_p: float) -> float:
+    if isinstance(dropout_p, (bool, str)) or not hasattr(dropout_p, "__float__"):
+        raise TypeError(f"dropout_p: expected a number, got {dropout_p!r}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
     return float(dropout_p)
@@ -130,7 +139,9 @@ def check_window(window: int | tuple[int | None, int | None] | None) -> tuple[in
             raise TypeError(f"window: expected ints or None, got {window!r}")
         if side < 0:
             raise ValueError(f"window: expected sides >= 0 (None for unlimited), got {window!r}")
-    return sides[0], sides[1]
+    # Wider than any sequence: positions plus a side must not overflow.
+    left, right = (side if side is None or isinstance(side, torch.SymInt) else min(side, 2**31) for side in sides)
+    return left, right
 
 
 def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:

@@ -55,11 +55,14 @@ struct BackwardScratch {
 // Undoes the turn that the forward operand had.
 inline void turn_back(float* row, const float* cos, const float* sin, int64_t b, int64_t batch_stride, int64_t t,
                       const Rotary& r) {
-  if (cos) rotate(row, cos + b * batch_stride + t * r.half, sin + b * batch_stride + t * r.half, r.half, r.interleaved, -1.0F);
+  if (cos)
+    rotate(row, cos + b * batch_stride + t * r.half, sin + b * batch_stride + t * r.half, r.half, r.interleaved, -1.0F);
 }
 
 // A row's lse in units of log2; a row without keys has logits of -inf, for which any number serves.
-inline Log2 row_lse(float lse) { return Log2(lse == NEG_INF ? 0.0F : lse); }
+inline Log2 row_lse(float lse) {
+  return Log2(lse == NEG_INF ? 0.0F : lse);
+}
 
 // delta = <dO, O> - dlse.
 inline void row_dots(const Problem& p, int64_t row) {
@@ -88,7 +91,8 @@ struct RowStep {
   void run(float* x, float* dp, int64_t i, int64_t j, int64_t n, float mul, float* cap_slope, float* keep,
            BiasGrad& grad) const {
     finish_row(p, s, bias, x, i, allowed(p, s, i), j, n, mul, p.softcap > 0.0F ? cap_slope : nullptr);
-    const vf times = set1(mul * LOG2E), high = set1(-lse.high), low = set1(lse.low), left = set1(rest), minus_delta = set1(-delta);
+    const vf times = set1(mul * LOG2E), high = set1(-lse.high), low = set1(lse.low), left = set1(rest),
+             minus_delta = set1(-delta);
     if (p.dropout_p > 0.0) {
       dropout.row(keep, s.b * p.heads + bias.head, s.q0 + i, s.k0 + j, n);
       for (int64_t c = 0; c < n; c += VL) {
@@ -269,8 +273,8 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
   write_key_grads(p, s, kv_head, j0, keys, M::pack == 1 ? 1.0F : p.scale, t.grad_k, t.q_width, t.grad_v, t.v_width);
 }
 
-// From here on float32 rounds a log-sum-exp by more than 3e-5: rows masked with -1e9 or the lowest float, or logits that
-// large. The weights of such a row are summed again, and log2 of their sum is what the lse lacks.
+// From here on float32 rounds a log-sum-exp by more than 3e-5: rows masked with -1e9 or the lowest float, or logits
+// that large. The weights of such a row are summed again, and log2 of their sum is what the lse lacks.
 constexpr float LARGE_LSE = 512.0F;
 
 struct RestScratch {

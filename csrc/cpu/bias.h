@@ -44,7 +44,9 @@ struct BiasTile {
   void layout(Arena& arena, const Bias& b, int64_t rows, int64_t keys) {
     int64_t n = capacity(rows, keys);
     if (b.relative()) relative = arena.floats(n);
-    if (b.psi) psi = arena.floats(n), psi_low = arena.floats(n), psi_high = arena.floats(n), tile_low = arena.floats(n), tile_high = arena.floats(n);
+    if (b.psi)
+      psi = arena.floats(n), psi_low = arena.floats(n), psi_high = arena.floats(n), tile_low = arena.floats(n),
+      tile_high = arena.floats(n);
     row = arena.floats(2 * ROW_MAX);
   }
 
@@ -59,7 +61,8 @@ struct BiasTile {
 
   float relative_at(int64_t d) const {
     float value = 0.0F;
-    if (bias->table) value = bias->table[head * bias->table_len + iclamp(d - bias->table_first, 0, bias->table_len - 1)];
+    if (bias->table)
+      value = bias->table[head * bias->table_len + iclamp(d - bias->table_first, 0, bias->table_len - 1)];
     if (bias->slope) value -= slope() * static_cast<float>(bias->slope_signed || d >= 0 ? d : -d);
     return value;
   }
@@ -85,8 +88,7 @@ struct BiasTile {
   }
   int64_t psi_index(int64_t d) const { return iclamp(d - bias->psi_first, 0, bias->psi_len - 1); }
 
-  void prepare(const Problem& problem, const Bias& b, const Sequence& sequence, int64_t h,
-               const Rectangle& rectangle) {
+  void prepare(const Problem& problem, const Bias& b, const Sequence& sequence, int64_t h, const Rectangle& rectangle) {
     p = &problem, bias = &b, s = &sequence, head = h, area = rectangle;
     offset = s->k_len - s->q_len;
     base = area.j0 - (area.i1 - 1);
@@ -98,7 +100,8 @@ struct BiasTile {
       fill(relative + length, 0.0F, PAD);
     }
     if (b.psi) {
-      for (int64_t x = 0; x < padded; ++x) psi[x] = b.psi[psi_index(offset - base - imin(x, length - 1))];
+      // Real distances past the end too: which segments a row's last vectors meet must not depend on the rectangle.
+      for (int64_t x = 0; x < padded; ++x) psi[x] = b.psi[psi_index(offset - base - x)];
       for (int64_t x = 0; x < padded; ++x) psi_low[x] = psi_high[x] = psi[x];
       widen(psi_low, psi_high, padded, 1, NR);
       for (int64_t x = 0; x < padded; ++x) tile_low[x] = psi_low[x], tile_high[x] = psi_high[x];
@@ -136,7 +139,8 @@ struct BiasTile {
     return bias->row_scale[iclamp(query_position(i) - bias->row_first, 0, bias->row_len - 1)];
   }
 
-  // The segments [first, last] that y = psi * scale reaches while psi runs from low to high; `first` is a hint on entry.
+  // The segments [first, last] that y = psi * scale reaches while psi runs from low to high; `first` is a hint on
+  // entry.
   void segments_between(float low, float high, float scale, int64_t& first, int64_t& last) const {
     const float a = low * scale, b = high * scale;
     low = a < b ? a : b, high = a < b ? b : a;
@@ -241,6 +245,11 @@ struct BiasTile {
   // x * mul + all operands, and the maximum of that; without an operand x stays as it is and so does its maximum.
   vf add(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
     if (bias->dense) add_dense(x, i, j, n, mul), mul = 1.0F;
+    return add_smooth(x, i, j, n, mul);
+  }
+
+  // The same without the dense operand.
+  vf add_smooth(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
     if (bias->psi && bias->relative()) add_profile(x, i, j, n, mul), mul = 1.0F;
     if (bias->relative()) return add_relative(x, i, j, n, mul);
     if (bias->psi) return add_profile(x, i, j, n, mul);

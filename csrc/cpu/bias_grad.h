@@ -109,7 +109,8 @@ struct BiasGrad {
             store(gradient + v, fma(d, step, load(gradient + v)));
           }
         }
-        const double beyond = m < last ? reduce_add(next) : 0.0, beyond_moment = m < last ? reduce_add(next_moment) : 0.0;
+        const double beyond = m < last ? reduce_add(next) : 0.0,
+                     beyond_moment = m < last ? reduce_add(next_moment) : 0.0;
         to_slope[m] += (above_moment - beyond_moment) * scale;
         to_intercept[m] += above - beyond;
         to_scale += (above_moment - beyond_moment) * slopes[m];
@@ -151,8 +152,7 @@ struct BiasGrad {
     if (!last_head) return;
     if (b.grad_psi) {
       if (psi)
-        for (int64_t x = 0; x < tile->length; ++x)
-          b.grad_psi[tile->psi_index(tile->offset - tile->base - x)] += psi[x];
+        for (int64_t x = 0; x < tile->length; ++x) b.grad_psi[tile->psi_index(tile->offset - tile->base - x)] += psi[x];
       else
         for (int64_t x = 0; x < b.psi_len; ++x) b.grad_psi[x] += psi_table[x];
     }

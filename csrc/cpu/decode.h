@@ -12,7 +12,9 @@ constexpr int64_t KEYS_PER_SPLIT = 1024;  // half a megabyte of K and V at D = 6
 constexpr int64_t DECODE_KEYS = 128;      // a tile: K and V stay in the first-level caches for all queries
 static_assert(KEYS_PER_SPLIT % DECODE_KEYS == 0 && DECODE_KEYS % (2 * VL) == 0);
 
-inline bool is_decoding(const Problem& p) { return p.q_len <= DECODE_ROWS && p.max_k_len > KEYS_PER_SPLIT; }
+inline bool is_decoding(const Problem& p) {
+  return p.q_len <= DECODE_ROWS && p.max_k_len > KEYS_PER_SPLIT;
+}
 
 // What a run of keys leaves behind: [rows x width] unnormalised output, then [rows] maxima and [rows] sums.
 struct Partials {
@@ -78,24 +80,24 @@ inline void dot_keys(float* x, const float* q, const float* k, int64_t k_row, in
 // into the pairs that the dot product takes. weights has a zero after the last of an odd number.
 template <int BLOCKS>
 inline void add_pairs(float* out, const float* weights, const uint16_t* v, int64_t v_row, int64_t n) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_or_si512(low, _mm512_set1_epi16(16));
   vf acc[BLOCKS][2];
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
   for (int b = 0; b < BLOCKS; ++b) acc[b][0] = load(out + 32 * b), acc[b][1] = load(out + 32 * b + 16);
   for (int64_t c = 0; c < n; c += 2) {
     const uint16_t *even = v + c * v_row, *odd = v + imin(c + 1, n - 1) * v_row;
     const uint32_t pair = float_to_bf16(weights[c]) | static_cast<uint32_t>(float_to_bf16(weights[c + 1])) << 16;
     const vf w = set1(bits_to_float(pair));
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
     for (int b = 0; b < BLOCKS; ++b) {
       const __m512i x = _mm512_loadu_si512(even + 32 * b), y = _mm512_loadu_si512(odd + 32 * b);
       acc[b][0] = BF16::dot(acc[b][0], w, (vf)_mm512_permutex2var_epi16(x, low, y));
       acc[b][1] = BF16::dot(acc[b][1], w, (vf)_mm512_permutex2var_epi16(x, high, y));
     }
   }
-#pragma GCC unroll 8
+#  pragma GCC unroll 8
   for (int b = 0; b < BLOCKS; ++b) store(out + 32 * b, acc[b][0]), store(out + 32 * b + 16, acc[b][1]);
 }
 
@@ -153,7 +155,8 @@ inline void decode_split(const Problem& p, const Sequence& s, int64_t kv_head, i
         fill(t.logits + round_up(n, VL), 0.0F, padded - round_up(n, VL));
         float mul = M::pack == 1 ? 1.0F : p.scale;
         const vf top = finish_row(p, s, t.bias, t.logits, i, allowed(p, s, i), j, padded, mul);
-        add_tile<F32>(t.logits, t.logits, padded, reduce_max(top) * mul, mul, most[r], sum[r], out + r * t.v_stride, t.v_stride);
+        add_tile<F32>(t.logits, t.logits, padded, reduce_max(top) * mul, mul, most[r], sum[r], out + r * t.v_stride,
+                      t.v_stride);
         if (p.dropout_p > 0.0) drop_row<F32>(p, s, dropout, t.keep, t.logits, h, i, j, n);
         float* o = out + r * t.v_stride;
         add_values(M{}, o, t.logits, v, v_row, n, t.v_stride);
@@ -195,7 +198,7 @@ void decode_as(const Problem& p) {
         if (split * KEYS_PER_SPLIT >= s.k_len) return;
         DecodeScratch scratch(arena, p, rows);
         decode_split<M>(p, s, n % p.kv_heads, split * KEYS_PER_SPLIT, partials.out(n, split), partials.most(n, split),
-                     partials.sum(n, split), scratch);
+                        partials.sum(n, split), scratch);
       });
   run_tasks(
       p.threads, groups, [](Arena&) {},

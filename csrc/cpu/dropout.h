@@ -22,8 +22,8 @@ struct Dropout {
     return static_cast<double>(whole) < bound ? whole + 1 : whole;
   }
 
-  // factor[c] = 0 where key j + c of row i is dropped, else 1 / (1 - p); i and j count in the tensors, not in a sequence.
-  // A Philox block's four words belong to four neighbouring keys.
+  // factor[c] = 0 where key j + c of row i is dropped, else 1 / (1 - p); i and j count in the tensors, not in a
+  // sequence. A Philox block's four words belong to four neighbouring keys.
   void row(float* factor, int64_t bh, int64_t i, int64_t j, int64_t n) const {
     for (int64_t block = j / 4; block * 4 < j + n; ++block) {
       uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(i), c2 = static_cast<uint32_t>(bh), c3 = 0;

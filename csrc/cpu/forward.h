@@ -159,8 +159,8 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
         float *x = t.logits + r * ROW_MAX + begin, *w = t.weights + r * ROW_MAX + begin / M::pack;
         float mul = product_scale;
         vf row_most = finish_row(p, s, t.bias, x, i, allowed(p, s, i), j0 + begin, n, mul);
-        add_tile<M>(w, x, n, reduce_max(row_most) * mul, mul, t.most[g + r], t.sum[g + r],
-                    t.out + (g + r) * t.v_stride, t.v_stride);
+        add_tile<M>(w, x, n, reduce_max(row_most) * mul, mul, t.most[g + r], t.sum[g + r], t.out + (g + r) * t.v_stride,
+                    t.v_stride);
         if (drop) drop_row<M>(p, s, dropout, t.keep, w, h, i, j0 + begin, n);
       }
       for (int64_t r = count; r < MR; ++r) fill(t.weights + r * ROW_MAX + begin / M::pack, 0.0F, n / M::pack);
@@ -168,8 +168,7 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
                                t.out + g * t.v_stride, t.v_stride, n / M::pack, v_vectors);
     }
   }
-  for (int64_t r = 0; r < rows; ++r)
-    write_row(p, s, h, i0 + r, t.out + r * t.v_stride, t.most[r], t.sum[r]);
+  for (int64_t r = 0; r < rows; ++r) write_row(p, s, h, i0 + r, t.out + r * t.v_stride, t.most[r], t.sum[r]);
 }
 
 inline int64_t rows_per_task(const Problem& p) {

@@ -35,8 +35,8 @@ struct BF16 {
 enum class Init { zero, load };
 
 template <class M, int ROWS, int NV>
-POSATTN_INLINE void accumulate(vf (&c)[ROWS][NV], const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k,
-                       int64_t k_len) {
+POSATTN_INLINE void accumulate(vf (&c)[ROWS][NV], const float* a, int64_t a_row, int64_t a_k, const float* b,
+                               int64_t b_k, int64_t k_len) {
   for (int64_t k = 0; k < k_len; ++k) {
     vf row[NV];
 #pragma GCC unroll 8
@@ -53,8 +53,8 @@ POSATTN_INLINE void accumulate(vf (&c)[ROWS][NV], const float* a, int64_t a_row,
 }
 
 template <class M, int ROWS, int NV, Init INIT>
-POSATTN_INLINE void micro(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row,
-                  int64_t k_len) {
+POSATTN_INLINE void micro(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c,
+                          int64_t c_row, int64_t k_len) {
   vf acc[ROWS][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)

@@ -44,6 +44,9 @@ const Kernels kernels{POSATTN_NAME(POSATTN_ISA),
 #else
                       false,
 #endif
-                      run_forward, run_backward, probe_flops, probe_read};
+                      run_forward,
+                      run_backward,
+                      probe_flops,
+                      probe_read};
 
 }  // namespace posattn::POSATTN_ISA

@@ -76,9 +76,11 @@ inline vf finish_row(const Problem& p, const Sequence& s, const BiasTile& bias, 
     for (int64_t c = 0; c < n; c += VL) store(x + c, load(x + c) * mul);
     mul = 1.0F;
   }
+  // A dense bias may hold anything at a masked key, so it comes before the masks.
+  if (bias.bias->dense) bias.add_dense(x, i, j, n, mul), mul = 1.0F;
   mask_interval(x, keys, j, n);
   if (p.boolean) mask_boolean(p, s, bias.head, x, i, j, n);
-  vf most = bias.add(x, i, j, n, mul);
+  vf most = bias.add_smooth(x, i, j, n, mul);
   if (bias.any()) mul = 1.0F;
   return most;
 }

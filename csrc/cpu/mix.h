@@ -12,7 +12,6 @@ namespace posattn::POSATTN_ISA {
 
 constexpr int64_t MIX_KEYS = 64;
 static_assert(MIX_KEYS % NR == 0);
-constexpr int64_t MIX_VECTORS = MIX_KEYS / VL;
 constexpr float LEAK = 0.01F;
 
 // ROWS accumulator rows by NV vectors: as many as fit the registers, for counts that 6 or 8 divide best.
@@ -22,7 +21,7 @@ constexpr int64_t padded_rows(int64_t n) {
 
 template <int ROWS, class Start, class Finish>
 POSATTN_INLINE void mix_block(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, int64_t k_len,
-                      int64_t r0, const Start& start, const Finish& finish) {
+                              int64_t r0, const Start& start, const Finish& finish) {
   constexpr int NV = ROWS == 8 && NV_MAX == 4 ? 2 : NV_MAX == 4 ? 4 : (ROWS == 8 ? 1 : 2);
   for (int64_t c = 0; c < MIX_KEYS; c += NV * VL) {
     vf acc[ROWS][NV];
@@ -42,23 +41,21 @@ POSATTN_INLINE void mix_block(const float* a, int64_t a_row, int64_t a_k, const 
 // a has padded_rows(rows) rows; finish must bear the padding ones.
 template <class Start, class Finish>
 POSATTN_INLINE void mix_product(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k,
-                        int64_t k_len, const Start& start, const Finish& finish) {
+                                int64_t k_len, const Start& start, const Finish& finish) {
   const int64_t padded = padded_rows(rows);
   if (padded % 8 == 0)
-    for (int64_t r = 0; r < padded; r += 8)
-      mix_block<8>(a + r * a_row, a_row, a_k, b, b_k, k_len, r, start, finish);
+    for (int64_t r = 0; r < padded; r += 8) mix_block<8>(a + r * a_row, a_row, a_k, b, b_k, k_len, r, start, finish);
   else
-    for (int64_t r = 0; r < padded; r += 6)
-      mix_block<6>(a + r * a_row, a_row, a_k, b, b_k, k_len, r, start, finish);
+    for (int64_t r = 0; r < padded; r += 6) mix_block<6>(a + r * a_row, a_row, a_k, b, b_k, k_len, r, start, finish);
 }
 
 // The MLP's weights, padded and in the orders that the products read.
 struct MixWeights {
   int64_t heads, width, h_pad, w_pad, w_lanes;
-  bool inner, residual, folded;     // residual: the bare + b; folded: b is tabulated by distance
-  float *w1x, *w1b, *b1;            // [w_pad][heads], [w_pad][heads], [w_pad]
-  float *w2, *b2;                   // [h_pad][width], [h_pad]
-  float *w1x_t, *w1b_t, *w2_t;      // transposed, for backward: [h_pad][width], [h_pad][width], [w_pad][heads]
+  bool inner, residual, folded;  // residual: the bare + b; folded: b is tabulated by distance
+  float *w1x, *w1b, *b1;         // [w_pad][heads], [w_pad][heads], [w_pad]
+  float *w2, *b2;                // [h_pad][width], [h_pad]
+  float *w1x_t, *w1b_t, *w2_t;   // transposed, for backward: [h_pad][width], [h_pad][width], [w_pad][heads]
 
   MixWeights(Arena& arena, const Problem& p) {
     const HeadMix& m = p.head_mix;
@@ -159,16 +156,18 @@ inline void mix_hidden(const MixWeights& w, const MixBias& bias, const float* x,
   if (w.folded) {
     const float* start = bias.hidden + (j - i - bias.tiles[0].base);
     const int64_t stride = bias.stride;
-    mix_product(w.width, w.w1x, w.heads, 1, x, x_head, w.heads,
-                [=](int64_t r, int64_t c) { return load(start + r * stride + c); }, leaky);
+    mix_product(
+        w.width, w.w1x, w.heads, 1, x, x_head, w.heads,
+        [=](int64_t r, int64_t c) { return load(start + r * stride + c); }, leaky);
     return;
   }
   auto b1 = [&](int64_t r, int64_t) { return set1(w.b1[r]); };
   if (!w.inner) return mix_product(w.width, w.w1x, w.heads, 1, x, x_head, w.heads, b1, leaky);
   mix_product(w.width, w.w1b, w.heads, 1, bias.rows, MIX_KEYS, w.heads, b1,
               [&](int64_t r, int64_t c, vf v) { store(hidden + r * MIX_KEYS + c, v); });
-  mix_product(w.width, w.w1x, w.heads, 1, x, x_head, w.heads,
-              [&](int64_t r, int64_t c) { return load(hidden + r * MIX_KEYS + c); }, leaky);
+  mix_product(
+      w.width, w.w1x, w.heads, 1, x, x_head, w.heads,
+      [&](int64_t r, int64_t c) { return load(hidden + r * MIX_KEYS + c); }, leaky);
 }
 
 // out[h] = x[h] (+ b[h]) + w2 hidden + b2; out may be x.

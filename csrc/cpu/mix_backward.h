@@ -73,8 +73,7 @@ struct MixBackwardScratch {
   float *x, *y, *dy, *cap, *hidden;            // [heads][rows][MIX_KEYS] each; hidden [rows][w_pad][MIX_KEYS]
   float *d_hidden, *transposed, *d_inner, *p_pairs, *ds_pairs, *ds_rows, *keep, *dq;
 
-  MixBackwardScratch(Arena& arena, const Problem& c, int64_t longest)
-      : weights(arena, c), rows(mix_rows(c)) {
+  MixBackwardScratch(Arena& arena, const Problem& c, int64_t longest) : weights(arena, c), rows(mix_rows(c)) {
     inner.layout(arena, c, weights, longest, MIX_KEYS);
     bias.layout(arena, c.bias, c.heads, longest, MIX_KEYS);
     grad.layout(arena, c, weights, inner, longest);
@@ -123,7 +122,8 @@ inline void add_outer(const MixWeights& w, float* sums, const float* a, int64_t 
 
 inline void transpose_hidden(const MixWeights& w, float* dst, const float* src) {
   for (int64_t o = 0; o < w.w_lanes; o += VL)
-    for (int64_t c = 0; c < MIX_KEYS; c += VL) transpose(dst + c * w.w_lanes + o, w.w_lanes, src + o * MIX_KEYS + c, MIX_KEYS);
+    for (int64_t c = 0; c < MIX_KEYS; c += VL)
+      transpose(dst + c * w.w_lanes + o, w.w_lanes, src + o * MIX_KEYS + c, MIX_KEYS);
 }
 
 // One row of dS (in dy, all heads) back through the MLP: dy becomes dx, and the weights' and inner bias's sums grow.
@@ -132,12 +132,12 @@ void mix_row_backward(MixBackwardScratch<M>& t, const float* x, float* dy, int64
                       int64_t i, int64_t j, bool weights_wanted) {
   const MixWeights& w = t.weights;
   MixGrad& g = t.grad;
-  mix_product(w.width, t.weights.w2_t, w.heads, 1, dy, head_stride, w.heads,
-              [](int64_t, int64_t) { return zero(); },
-              [&](int64_t r, int64_t c, vf v) {
-                vf active = load(hidden + r * MIX_KEYS + c);
-                store(t.d_hidden + r * MIX_KEYS + c, active > 0.0F ? v : v * LEAK);
-              });
+  mix_product(
+      w.width, t.weights.w2_t, w.heads, 1, dy, head_stride, w.heads, [](int64_t, int64_t) { return zero(); },
+      [&](int64_t r, int64_t c, vf v) {
+        vf active = load(hidden + r * MIX_KEYS + c);
+        store(t.d_hidden + r * MIX_KEYS + c, active > 0.0F ? v : v * LEAK);
+      });
   if (weights_wanted) {
     transpose_hidden(w, t.transposed, hidden);
     add_outer(w, g.w2_t, dy, head_stride, t.transposed);
@@ -232,9 +232,8 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
   const float q_scale = M::pack == 1 ? p.scale : 1.0F, product_scale = M::pack == 1 ? 1.0F : p.scale;
   const Dropout dropout(p);
   const bool weights_wanted = p.head_mix.wants_weights();
-  const bool shared_dense =
-      p.batch > 1 && ((p.bias.grad_dense && p.bias.grad_dense_batch == 0) ||
-                      (p.head_mix.inner.grad_dense && p.head_mix.inner.grad_dense_batch == 0));
+  const bool shared_dense = p.batch > 1 && ((p.bias.grad_dense && p.bias.grad_dense_batch == 0) ||
+                                            (p.head_mix.inner.grad_dense && p.head_mix.inner.grad_dense_batch == 0));
   // Published steps stand for all that came before them, so a step without work waits as well.
   const int64_t before = task % p.n_sequences == 0 ? -1 : task - 1;
   const Rectangle area{0, s.q_len, j0, j0 + keys};
@@ -316,12 +315,12 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
       const int64_t first = (s.b * heads + h) * p.q_len + s.q0 + i0, kv = h / group;
       float *y = t.y + h * head_tile, *dx = t.dy + h * head_tile;
       if (t.cap)
-        for (int64_t c = 0; c < count * MIX_KEYS; c += VL) store(dx + c, load(dx + c) * load(t.cap + h * head_tile + c));
+        for (int64_t c = 0; c < count * MIX_KEYS; c += VL)
+          store(dx + c, load(dx + c) * load(t.cap + h * head_tile + c));
       for (int64_t r = 0; p.grad_q && r < padded; r += MR) {
         const float* ds_rows = dx + r * MIX_KEYS;
         if constexpr (M::pack == 2) {
-          for (int64_t q = 0; q < MR; ++q)
-            to_elements<M>(t.ds_rows + q * MIX_KEYS, dx + (r + q) * MIX_KEYS, MIX_KEYS);
+          for (int64_t q = 0; q < MR; ++q) to_elements<M>(t.ds_rows + q * MIX_KEYS, dx + (r + q) * MIX_KEYS, MIX_KEYS);
           ds_rows = t.ds_rows;
         }
         add_to_grad_q<M>(p, first + r, imin(MR, count - r), ds_rows, MIX_KEYS, t.k_depth + kv * k_depth_tile,
@@ -337,14 +336,17 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
           }
         p_rows = t.p_pairs, dx_rows = t.ds_pairs;
       }
-      const float *o_depth = t.o_depth + h * t.rows / M::pack * t.v_width, *q_deep = t.q_depth + h * t.rows / M::pack * t.q_width;
+      const float *o_depth = t.o_depth + h * t.rows / M::pack * t.v_width,
+                  *q_deep = t.q_depth + h * t.rows / M::pack * t.q_width;
       for (int64_t k = 0; k < keys; k += MR) {
         if (p.grad_v)
-          gemm_rows<M, Init::load>(p_rows + k, 1, MIX_KEYS, o_depth, t.v_width, t.grad_v + (kv * key_rows + k) * t.v_width,
-                                   t.v_width, padded / M::pack, t.v_width / VL);
+          gemm_rows<M, Init::load>(p_rows + k, 1, MIX_KEYS, o_depth, t.v_width,
+                                   t.grad_v + (kv * key_rows + k) * t.v_width, t.v_width, padded / M::pack,
+                                   t.v_width / VL);
         if (p.grad_k)
-          gemm_rows<M, Init::load>(dx_rows + k, 1, MIX_KEYS, q_deep, t.q_width, t.grad_k + (kv * key_rows + k) * t.q_width,
-                                   t.q_width, padded / M::pack, t.q_width / VL);
+          gemm_rows<M, Init::load>(dx_rows + k, 1, MIX_KEYS, q_deep, t.q_width,
+                                   t.grad_k + (kv * key_rows + k) * t.q_width, t.q_width, padded / M::pack,
+                                   t.q_width / VL);
       }
     }
     progress.publish(task, step + 1);

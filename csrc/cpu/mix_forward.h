@@ -15,8 +15,7 @@ struct MixForwardScratch {
   int64_t rows, q_stride, v_stride;
   float *q, *k, *v, *logits, *hidden, *p, *out, *most, *sum, *keep;
 
-  MixForwardScratch(Arena& arena, const Problem& c, int64_t task_rows)
-      : weights(arena, c), rows(mix_rows(c)) {
+  MixForwardScratch(Arena& arena, const Problem& c, int64_t task_rows) : weights(arena, c), rows(mix_rows(c)) {
     inner.layout(arena, c, weights, task_rows, c.max_k_len);
     bias.layout(arena, c.bias, c.heads, task_rows, c.max_k_len);
     q_stride = round_up(c.head_dim, 2 * VL) / M::pack, v_stride = round_up(c.value_dim, VL);
@@ -50,6 +49,8 @@ void mix_forward_task(const Problem& p, const Sequence& s, int64_t i0, int64_t i
   const float q_scale = M::pack == 1 ? p.scale : 1.0F, product_scale = M::pack == 1 ? 1.0F : p.scale;
   const Dropout dropout(p);
   const MixWeights& w = t.weights;
+  Problem plain = p;  // the softcap comes before the mix
+  plain.softcap = 0.0F;
 
   t.weights.load(p.head_mix);
   t.inner.prepare(p, w, s, {i0, i1, 0, s.k_len});
@@ -97,9 +98,8 @@ void mix_forward_task(const Problem& p, const Sequence& s, int64_t i0, int64_t i
             }
             const int64_t i = i0 + b0 + g + r, row = h * task_rows + b0 + g + r;
             float* x = t.logits + h * head_logits + (g + r) * MIX_KEYS;
-            mask_interval(x, allowed(p, s, i), j, MIX_KEYS);
-            if (p.boolean) mask_boolean(p, s, h, x, i, j, MIX_KEYS);
-            const float top = reduce_max(t.bias[h].add(x, i, j, MIX_KEYS, 1.0F));
+            float mul = 1.0F;
+            const float top = reduce_max(finish_row(plain, s, t.bias[h], x, i, allowed(p, s, i), j, MIX_KEYS, mul));
             add_tile<M>(weights, x, MIX_KEYS, top, 1.0F, t.most[row], t.sum[row], t.out + row * t.v_stride, t.v_stride);
             if (p.dropout_p > 0.0) drop_row<M>(p, s, dropout, t.keep, weights, h, i, j, MIX_KEYS);
           }

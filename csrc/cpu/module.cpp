@@ -14,8 +14,8 @@
 
 namespace py = pybind11;
 
-#define POSATTN_DECLARE(isa)  \
-  namespace posattn::isa {    \
+#define POSATTN_DECLARE(isa)    \
+  namespace posattn::isa {      \
   extern const Kernels kernels; \
   }
 #if defined(POSATTN_HAVE_baseline)
@@ -134,7 +134,7 @@ View view(uintptr_t data, int64_t batch, int64_t head, int64_t row, int dtype) {
 
 // A pointer member, seen from Python as an address.
 template <class Owner, class Base, class T>
-void address(py::class_<Owner>& cls, const char* name, T* Base::*member) {
+void address(py::class_<Owner>& cls, const char* name, T* Base::* member) {
   cls.def_property(
       name, [member](const Owner& o) { return reinterpret_cast<uintptr_t>(o.*member); },
       [member](Owner& o, uintptr_t value) { o.*member = reinterpret_cast<T*>(value); });
@@ -307,7 +307,6 @@ PYBIND11_MODULE(_cpu, m) {
       .def_readwrite("grad_q", &OwnedProblem::grad_q)
       .def_readwrite("grad_k", &OwnedProblem::grad_k)
       .def_readwrite("grad_v", &OwnedProblem::grad_v)
-      .def_readwrite("want_qk", &OwnedProblem::want_qk)
       .def_readwrite("threads", &OwnedProblem::threads);
   address(problem, "lse", &Problem::lse);
   address(problem, "sinks", &Problem::sinks);
@@ -321,11 +320,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("backward", [](const OwnedProblem& p) { chosen()->backward(p); }, py::call_guard<py::gil_scoped_release>());
   m.def("probe_peak", &probe_peak, py::arg("kind"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "GFLOP/s of a loop of 'fma' or 'bf16dot', or GB/s of 'read', on that many threads.");
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (const Kernels* k : supported()) names.emplace_back(k->name);
-    return names;
-  }, "Instruction sets of this build that this processor runs, fastest last.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Kernels* k : supported()) names.emplace_back(k->name);
+        return names;
+      },
+      "Instruction sets of this build that this processor runs, fastest last.");
   m.def("isa", [] { return std::string(chosen()->name); }, "The instruction set in use.");
   m.def("bf16_dot", [] { return chosen()->bf16_dot; });
   m.def("set_isa", [](const std::string& name) { chosen() = find(name); }, "Use this instruction set from now on.");

@@ -173,7 +173,7 @@ POSATTN_INLINE void transpose_step(vf (&x)[VL]) {
     low[l] = (l & STEP) == 0 ? l : VL + l - STEP;
     high[l] = (l & STEP) == 0 ? l + STEP : VL + l;
   }
-#pragma GCC unroll 16
+#  pragma GCC unroll 16
   for (int i = 0; i < VL; ++i) {
     if (i & STEP) continue;
     vf a = x[i], b = x[i + STEP];

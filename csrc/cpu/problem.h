@@ -101,7 +101,6 @@ struct Problem {
   const float* grad_lse = nullptr;
   float* grad_q_sum = nullptr;
   float* delta = nullptr;
-  bool want_qk = true;  // some gradient that flows through the logits is wanted
 
   int threads = 1;
 };

@@ -7,15 +7,15 @@
 #include <cstring>
 
 #if defined(__x86_64__) || defined(_M_X64)
-#include <immintrin.h>
+#  include <immintrin.h>
 #endif
 
 #if defined(__AVX512F__)
-#define POSATTN_VECTOR_BYTES 64
+#  define POSATTN_VECTOR_BYTES 64
 #elif defined(__AVX__)
-#define POSATTN_VECTOR_BYTES 32
+#  define POSATTN_VECTOR_BYTES 32
 #else
-#define POSATTN_VECTOR_BYTES 16
+#  define POSATTN_VECTOR_BYTES 16
 #endif
 
 // For what holds vectors in its arguments: called, it would pass them through memory.
@@ -30,8 +30,12 @@ typedef float vf __attribute__((vector_size(POSATTN_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(POSATTN_VECTOR_BYTES)));
 typedef float vf_unaligned __attribute__((vector_size(POSATTN_VECTOR_BYTES), aligned(4), may_alias));
 
-POSATTN_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
-POSATTN_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
+POSATTN_INLINE vf load(const float* p) {
+  return *reinterpret_cast<const vf_unaligned*>(p);
+}
+POSATTN_INLINE void store(float* p, vf x) {
+  *reinterpret_cast<vf_unaligned*>(p) = x;
+}
 // Moves bits and never computes: an element may be a pair of bfloat16.
 POSATTN_INLINE vf set1(float x) {
 #if defined(__AVX512F__)
@@ -42,14 +46,28 @@ POSATTN_INLINE vf set1(float x) {
   return vf{x, x, x, x};
 #endif
 }
-POSATTN_INLINE vf zero() { return vf{}; }
+POSATTN_INLINE vf zero() {
+  return vf{};
+}
 
-constexpr int64_t imin(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t imax(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t iclamp(int64_t x, int64_t low, int64_t high) { return imax(low, imin(x, high)); }
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
-inline float fmax2(float a, float b) { return a > b ? a : b; }
+constexpr int64_t imin(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+constexpr int64_t imax(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+constexpr int64_t iclamp(int64_t x, int64_t low, int64_t high) {
+  return imax(low, imin(x, high));
+}
+constexpr int64_t round_up(int64_t x, int64_t to) {
+  return (x + to - 1) / to * to;
+}
+constexpr int64_t ceil_div(int64_t x, int64_t by) {
+  return (x + by - 1) / by;
+}
+inline float fmax2(float a, float b) {
+  return a > b ? a : b;
+}
 
 constexpr float LOG2E = 1.4426950408889634F;
 constexpr float NEG_INF = -__builtin_inff();
@@ -136,7 +154,9 @@ POSATTN_INLINE vf exp2(vf x) {
 #endif
 }
 
-inline float exp2_scalar(float x) { return exp2<5>(set1(x))[0]; }
+inline float exp2_scalar(float x) {
+  return exp2<5>(set1(x))[0];
+}
 
 inline float bits_to_float(uint32_t u) {
   float f;
@@ -149,7 +169,9 @@ inline uint32_t float_to_bits(float f) {
   return u;
 }
 
-inline float bf16_to_float(uint16_t x) { return bits_to_float(static_cast<uint32_t>(x) << 16); }
+inline float bf16_to_float(uint16_t x) {
+  return bits_to_float(static_cast<uint32_t>(x) << 16);
+}
 
 // Round to nearest even; NaN stays NaN.
 inline uint16_t float_to_bf16(float f) {
@@ -179,7 +201,7 @@ inline uint16_t float_to_f16(float f) {
   uint32_t u = float_to_bits(f), sign = (u >> 16) & 0x8000U, a = u & 0x7fffffffU;
   if (a > 0x7f800000U) return static_cast<uint16_t>(sign | 0x7e00U);
   if (a >= 0x477ff000U) return static_cast<uint16_t>(sign | 0x7c00U);  // rounds to infinity
-  if (a < 0x38800000U) {                                              // subnormal: let the adder round
+  if (a < 0x38800000U) {                                               // subnormal: let the adder round
     float shifted = bits_to_float(a) + 0.5F;
     return static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000U));
   }

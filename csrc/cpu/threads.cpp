@@ -10,7 +10,7 @@
 #include <vector>
 
 #if defined(__linux__)
-#include <link.h>
+#  include <link.h>
 #endif
 #include <dlfcn.h>
 
@@ -76,7 +76,9 @@ void enter(void* data) {
 
 }  // namespace
 
-const char* parallel_runtime() { return runtime().name; }
+const char* parallel_runtime() {
+  return runtime().name;
+}
 
 void parallel(int threads, void (*body)(void*, int), void* context) {
   if (threads <= 1) return body(context, 0);
@@ -96,6 +98,8 @@ void* allocate(size_t bytes) {
   return memory;
 }
 
-void release(void* memory) { std::free(memory); }
+void release(void* memory) {
+  std::free(memory);
+}
 
 }  // namespace posattn

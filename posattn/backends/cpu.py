@@ -163,7 +163,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients by operand name (posattn/plan.py). Every sum has one order, whatever the number of threads."""
     binding = _Binding(call)
-    p, (batch, heads, q_len, head_dim) = binding.problem, call.q.shape
+    p, (batch, heads, q_len, _) = binding.problem, call.q.shape
     grads: dict[str, Tensor] = {}
     p.out, p.lse = binding.view(out), binding.address(lse)
     p.grad_out = binding.view(grad_out.to(call.q.dtype))
@@ -180,7 +180,9 @@ def backward(
     covered = call.mask.k_lengths is None and call.mask.cu_seqlens_q is None and q_len > 0
     for name, tensor in (("k", call.k), ("v", call.v)):
         if name in needs:
-            grads[name] = empty(tensor.shape, tensor.dtype) if covered else torch.zeros(tensor.shape, dtype=tensor.dtype)
+            grads[name] = (
+                empty(tensor.shape, tensor.dtype) if covered else torch.zeros(tensor.shape, dtype=tensor.dtype)
+            )
             setattr(p, f"grad_{name}", binding.view(grads[name]))
     _bias_grads(p.bias, call.plan.bias, "", call, needs, grads)
     if call.plan.mix is not None:

@@ -29,18 +29,17 @@ class Sandwich(Encoding):
         self.form = check_choice("form", form, ("centered", "raw"))
 
     def build(self, context: Context) -> Plan:
-        first, count = context.distance_range
+        first, _ = context.distance_range
         pairs = self.dim // 2
         start = 1 if self.form == "centered" else 0
         pair = torch.arange(start, start + pairs, dtype=torch.float64, device=context.device)
         frequencies = torch.exp(pair * (-math.log(10000.0) / pairs))
-        # The cosine is even, so each |d| is worked out once, in float64 because angles reach thousands of radians.
-        reach = torch.arange(max(abs(first), abs(first + count - 1)) + 1, device=context.device)
-        total = (reach[:, None] * frequencies).cos().sum(dim=1)
+        # In float64, because angles reach thousands of radians; only at distances that exist, however far from zero.
+        total = (context.distances()[:, None] * frequencies).cos().sum(dim=1)
         if self.form == "centered":
             total = total - pairs
         head = torch.arange(1, context.num_heads + 1, dtype=torch.float64, device=context.device)
-        values = total[context.distances().abs()] / (8.0 * head / context.num_heads)[:, None]
+        values = total / (8.0 * head / context.num_heads)[:, None]
         return Plan(bias=Bias(table=Table(values.to(context.table_dtype()), first)))
 
     @classmethod

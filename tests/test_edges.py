@@ -1,0 +1,131 @@
+"""Calls that once broke: masks of the lowest float, values that a traced call cannot check, sums shared by a batch."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import posattn
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias, -1) @ v
+
+
+@pytest.mark.parametrize("fill", [LOWEST, -1e38, -1e30, -1e4])
+@pytest.mark.parametrize("encoding", [None, posattn.ALiBi(2)], ids=["none", "ALiBi"])
+def test_rows_masked_by_a_finite_bias_average_their_values(fill: float, encoding: posattn.ALiBi | None) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, 70, 32, requires_grad=True) for _ in range(3)]
+    bias = torch.zeros(1, 1, 70, 70)
+    bias[..., :9, :] = fill
+    bias[..., 20:, 40:] = fill
+    out = posattn.attention(*tensors, encoding, bias=bias)
+    whole = bias if encoding is None else bias + encoding.bias(70, 70)
+    expected = naive(*tensors, whole)
+    weight = torch.randn_like(out)
+    # Where float32 absorbs the product into the bias, naive float32 is the definition.
+    tolerance = 1e-5 if abs(fill) > 1e10 else 1e-3
+    torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
+    ours = torch.autograd.grad(out, tensors, weight)
+    theirs = torch.autograd.grad(expected, tensors, weight)
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+
+
+def test_a_bias_may_hold_anything_at_a_masked_key() -> None:
+    q = torch.randn(1, 1, 33, 16)
+    bias = torch.zeros(33, 33)
+    bias[:, 30] = math.inf
+    out = posattn.attention(q, q, q, bias=bias, causal=True)[:, :, :30]
+    torch.testing.assert_close(out, posattn.attention(q, q, q, causal=True)[:, :, :30])
+
+
+@pytest.mark.parametrize("window", [sys.maxsize, (0, sys.maxsize), (sys.maxsize, 0), (2**63 - 1, None), 2**63])
+def test_a_window_wider_than_any_sequence(window: int | tuple[int | None, int | None]) -> None:
+    q = torch.randn(1, 1, 40, 16)
+    sides = (window, window) if isinstance(window, int) else window
+    narrow = tuple(side if side is None else min(side, 1000) for side in sides)
+    torch.testing.assert_close(posattn.attention(q, q, q, window=window), posattn.attention(q, q, q, window=narrow))
+
+
+@pytest.mark.parametrize("lengths", [[2**30, 64], [-1, 64]])
+def test_lengths_that_a_traced_call_could_not_check(lengths: list[int]) -> None:
+    call = torch.compile(lambda q, n: posattn.attention(q, q, q, k_lengths=n), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="k_lengths"):
+        call(torch.randn(2, 2, 64, 32), torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("starts", [[0, 32, 10**8], [0, 40, 32], [5, 64, 64]])
+def test_documents_that_a_traced_call_could_not_check(starts: list[int]) -> None:
+    call = torch.compile(
+        lambda q, n: posattn.attention(q, q, q, cu_seqlens_q=n, cu_seqlens_k=n), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(ValueError, match="cu_seqlens_q"):
+        call(torch.randn(1, 2, 64, 32), torch.tensor(starts))
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout_p"])
+@pytest.mark.parametrize("value", ["a", True])
+def test_a_number_of_the_wrong_type_is_named(name: str, value: object) -> None:
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(TypeError, match=name):
+        posattn.attention(q, q, q, **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_a_number_beyond_float32(name: str) -> None:
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(ValueError, match=name):
+        posattn.attention(q, q, q, **{name: 1e39})
+
+
+@pytest.mark.parametrize("mix", [False, True], ids=["plain", "DAPE"])
+def test_a_bias_shared_by_sequences_of_unlike_lengths_has_one_gradient(mix: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 200, 16), torch.randn(3, 2, 700, 16), torch.randn(3, 2, 700, 16)
+    bias = torch.randn(1, 2, 200, 700, requires_grad=True)
+    position = posattn.DAPE(None, 2) if mix else None
+    threads = torch.get_num_threads()
+
+    def gradient(count: int) -> Tensor:
+        torch.set_num_threads(count)
+        out = posattn.attention(
+            q, k, v, position, causal=True, window=(150, 0), bias=bias, k_lengths=torch.tensor([700, 300, 500])
+        )
+        return torch.autograd.grad(out.sum(), bias)[0]
+
+    try:
+        first = gradient(1)
+        assert all(torch.equal(first, gradient(count)) for count in (2, 3, 4, 3, 4))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_bidirectional_fire_is_the_same_for_every_number_of_threads() -> None:
+    torch.manual_seed(0)
+    position = posattn.FIRE(4, bidirectional=True)
+    q, k = torch.randn(1, 4, 200, 16), torch.randn(1, 4, 333, 16)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3, 8):
+            torch.set_num_threads(count)
+            out = posattn.attention(q, k, k, position)
+            results.append([out, *torch.autograd.grad(out.square().sum(), list(position.parameters()))])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_sandwich_far_from_zero_needs_memory_for_its_distances_alone() -> None:
+    q = torch.randn(1, 2, 16, 8)
+    far = torch.arange(16)[None] + 2**30
+    out = posattn.attention(q, q, q, posattn.Sandwich(2), q_positions=far, k_positions=torch.arange(16)[None])
+    assert out.isfinite().all()
