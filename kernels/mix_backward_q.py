@@ -31,8 +31,8 @@ def inner_gradient(
 
 @triton.jit
 def _add_outer(acc, left, right, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """acc [PARTS, A, B] plus left.T @ right of rows [R, A] and [R, B], cut into PARTS along the rows: every warp then
-    has products of its own, where one [A, B] product would give them all the same one."""
+    """acc [PARTS, A, B] plus left.T @ right of rows [R, A] and [R, B], cut into PARTS along the rows, so that
+    warps share the product out; each part costs A * B registers among all warps."""
     rows: tl.constexpr = left.shape[0] // PARTS
     left = tl.permute(tl.reshape(left, [PARTS, rows, left.shape[1]]), (0, 2, 1))
     return tl.dot(left, tl.reshape(right, [PARTS, rows, right.shape[1]]), acc, input_precision=PRECISION)
@@ -144,7 +144,7 @@ def mixed_backward_q(
     if EXPLICIT:
         pi = tl.load(QPositions + b64 * stride_qpos + row0 + rows)[None, :, None]
     dq = tl.zeros([HEADS, BLOCK_M, BLOCK_D], tl.float32)
-    PARTS: tl.constexpr = BLOCK_M * BLOCK_N // 16
+    PARTS: tl.constexpr = BLOCK_M * BLOCK_N // 64
     dw1x = tl.zeros([PARTS, HEADS, WIDTH], tl.float32)
     dw1b = tl.zeros([PARTS, HEADS, WIDTH], tl.float32)
     dw2 = tl.zeros([PARTS, WIDTH, HEADS], tl.float32)
