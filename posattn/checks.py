@@ -97,7 +97,7 @@ def _float32(name: str, value: float) -> float:
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     if not abs(value) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"{name}: expected a finite number within float32's range, got {value}")
+        raise ValueError(f"{name}: expected a finite number, within float32's range, got {value}")
     return float(value)
 
 
@@ -113,7 +113,7 @@ def check_softcap(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
     if _float32("softcap", softcap) < 0:
-        raise ValueError(f"softcap: expected a number >= 0 (0 or None for no cap), got {softcap}")
+        raise ValueError(f"softcap: expected a finite number >= 0 (0 or None for no cap), got {softcap}")
     return float(softcap)
 
 
