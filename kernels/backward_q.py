@@ -131,7 +131,8 @@ def attention_backward_q(
                     if EXPLICIT:
                         distance = (pi - pj).to(tl.float32)
                     else:
-                        distance = (i_in + shift - j_in).to(tl.float32)
+                        # Rows and keys apart, so that int becomes float once for each and not for each pair.
+                        distance = (i_in - i0).to(tl.float32) - (j_in - reference).to(tl.float32)
                     dslope -= tl.sum(ds * (distance if SIGNED else tl.abs(distance)), 1)
                 if DRowScale is not None:
                     low, high = segments(
