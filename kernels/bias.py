@@ -98,5 +98,3 @@ def profile_segments(
     # Both counts in one reduction, 16 bits each.
     counts = tl.sum((knots < y_low).to(tl.int32) + ((knots < y_high).to(tl.int32) << 16))
     return counts & 0xFFFF, counts >> 16
-
-

@@ -113,9 +113,7 @@ def weights_w1(W, HEADS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def keep_heads(
-    seed_lo, seed_hi, threshold, i0, j0, bh, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def keep_heads(seed_lo, seed_hi, threshold, i0, j0, bh, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dropout.keep_tile for all heads, [HEADS, BLOCK_M, BLOCK_N]; bh [HEADS]."""
     seed = (seed_hi.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_lo.to(tl.uint32, bitcast=True).to(tl.uint64)
     i = (i0 + tl.arange(0, BLOCK_M))[None, :, None]

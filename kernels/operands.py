@@ -98,9 +98,7 @@ def mask_arguments(call: Call) -> Arguments:
     }
     if mask.boolean is not None:
         values.update(zip(("stride_bb", "stride_bh", "stride_bi", "stride_bj"), _steps(mask.boolean)))
-    return Arguments(
-        values, {"HAS_LEFT": left is not None, "HAS_RIGHT": right is not None, "TOP_LEFT": mask.top_left}
-    )
+    return Arguments(values, {"HAS_LEFT": left is not None, "HAS_RIGHT": right is not None, "TOP_LEFT": mask.top_left})
 
 
 def position_arguments(call: Call) -> dict[str, Any]:

@@ -10,8 +10,16 @@ import triton.language as tl
 
 @triton.jit
 def load_turned(
-    base, rows, stride, Cos, Sin, HALF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SIGN: tl.constexpr,
+    base,
+    rows,
+    stride,
+    Cos,
+    Sin,
+    HALF: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SIGN: tl.constexpr,
 ):
     """Rows of a [T, D] tensor with their first 2 * HALF dimensions turned, float32 [rows, BLOCK_D].
 
@@ -39,9 +47,22 @@ def load_turned(
 
 @triton.jit
 def turn(
-    X, Cos, Sin, Out, stride_xb, stride_xh, stride_xt, stride_angle_b, num_heads, tokens,
-    HALF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SIGN: tl.constexpr,
+    X,
+    Cos,
+    Sin,
+    Out,
+    stride_xb,
+    stride_xh,
+    stride_xt,
+    stride_angle_b,
+    num_heads,
+    tokens,
+    HALF: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SIGN: tl.constexpr,
 ):
     """Out [B, H, T, D] contiguous = X turned by its tokens' angles (back by them for SIGN = -1)."""
     blocks = tl.cdiv(tokens, BLOCK_T)
