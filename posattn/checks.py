@@ -140,8 +140,11 @@ def check_window(window: int | tuple[int | None, int | None] | None) -> tuple[in
         if side < 0:
             raise ValueError(f"window: expected sides >= 0 (None for unlimited), got {window!r}")
     # Wider than any sequence: positions plus a side must not overflow.
-    left, right = (side if side is None or isinstance(side, torch.SymInt) else min(side, 2**31) for side in sides)
-    return left, right
+    return _clamped(sides[0]), _clamped(sides[1])
+
+
+def _clamped(side: int | None) -> int | None:
+    return min(side, 2**31) if type(side) is int else side  # a traced length stays symbolic
 
 
 def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:

@@ -28,7 +28,8 @@ constexpr int VL = POSATTN_VECTOR_BYTES / 4;
 // GCC and Clang vectors: arithmetic operators, and a * b + c becomes an FMA where there is one (-ffp-contract=fast).
 typedef float vf __attribute__((vector_size(POSATTN_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(POSATTN_VECTOR_BYTES)));
-typedef float vf_unaligned __attribute__((vector_size(POSATTN_VECTOR_BYTES), aligned(4), may_alias));
+// Pairs of bfloat16 read as they lie in a tensor are aligned to two bytes only.
+typedef float vf_unaligned __attribute__((vector_size(POSATTN_VECTOR_BYTES), aligned(2), may_alias));
 
 POSATTN_INLINE vf load(const float* p) {
   return *reinterpret_cast<const vf_unaligned*>(p);
