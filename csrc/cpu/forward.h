@@ -181,8 +181,7 @@ inline int64_t rows_per_task(const Problem& p) {
 template <class M>
 void forward(const Problem& p) {
   const int64_t step = rows_per_task(p);
-  int64_t longest = 0;
-  for (int64_t n = 0; n < p.n_sequences; ++n) longest = imax(longest, p.sequences[n].q_len);
+  const int64_t longest = longest_queries(p);
   const int64_t chunks = ceil_div(longest, step), rows = imin(step, round_up(longest, MR));
   run_tasks(
       p.threads, chunks * p.n_sequences * p.heads, [&](Arena& arena) { ForwardScratch<M>(arena, p, rows); },

@@ -10,6 +10,13 @@
 
 namespace posattn::POSATTN_ISA {
 
+// The most queries that any sequence has: what tasks are cut from and scratch is sized by.
+inline int64_t longest_queries(const Problem& p) {
+  int64_t longest = 0;
+  for (int64_t n = 0; n < p.n_sequences; ++n) longest = imax(longest, p.sequences[n].q_len);
+  return longest;
+}
+
 struct Counter {
   alignas(64) int64_t value = 0;
   int64_t next() { return __atomic_fetch_add(&value, 1, __ATOMIC_RELAXED); }
