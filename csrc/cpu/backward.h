@@ -322,8 +322,8 @@ inline void find_rests(const Problem& p, float* rests) {
         RestScratch scratch(arena, p);
         for (int64_t i = 0; i < s.q_len; ++i) {
           const float lse = p.lse[first + i];
-          if (lse < -LARGE_LSE && lse > NEG_INF) rests[first + i] = find_rest(p, s, h, i, lse, scratch);
-          if (lse > LARGE_LSE && lse < -NEG_INF) rests[first + i] = find_rest(p, s, h, i, lse, scratch);
+          const float size = lse < 0.0F ? -lse : lse;
+          if (size > LARGE_LSE && size < -NEG_INF) rests[first + i] = find_rest(p, s, h, i, lse, scratch);
         }
       });
 }
@@ -353,8 +353,7 @@ void for_rows(const Problem& p, const Row& row) {
 template <class M>
 void backward(const Problem& p) {
   for_rows(p, row_dots);
-  int64_t longest = 0;
-  for (int64_t n = 0; n < p.n_sequences; ++n) longest = imax(longest, p.sequences[n].q_len);
+  const int64_t longest = longest_queries(p);
   // Tasks run through the heads, then the sequences, then the keys: neighbours in time touch different sums, and with a
   // causal mask the longest tasks come first.
   const int64_t stride = p.n_sequences * p.kv_heads, tasks = ceil_div(p.max_k_len, KEYS_PER_TASK) * stride;
@@ -370,6 +369,8 @@ void backward(const Problem& p) {
           BackwardScratch<M> scratch(arena, p, longest);
           backward_task<M>(p, s, task % p.kv_heads, j0, task, stride, task - stride, rests, progress, flushed, scratch);
         } else {
+          // Done stands for all before it too: a later sequence may share a dense gradient with an earlier one.
+          progress.wait(task % stride == 0 ? -1 : task - 1, Progress::DONE);
           flushed.wait(task - 1, Progress::DONE);
         }
         progress.publish(task, Progress::DONE);

@@ -359,8 +359,7 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
 template <class M>
 void mix_backward(const Problem& p) {
   for_rows(p, row_dots);
-  int64_t longest = 0;
-  for (int64_t n = 0; n < p.n_sequences; ++n) longest = imax(longest, p.sequences[n].q_len);
+  const int64_t longest = longest_queries(p);
   const int64_t tasks = ceil_div(p.max_k_len, MIX_KEYS) * p.n_sequences;
   Progress progress(tasks), flushed(tasks);
   run_tasks(
@@ -375,6 +374,8 @@ void mix_backward(const Problem& p) {
           flushed.wait(task - 1, Progress::DONE);
           mix_flush(p, scratch);
         } else {
+          // Done stands for all before it too: a later sequence may share a dense gradient with an earlier one.
+          progress.wait(task % p.n_sequences == 0 ? -1 : task - 1, Progress::DONE);
           progress.publish(task, Progress::DONE);
           flushed.wait(task - 1, Progress::DONE);
         }
