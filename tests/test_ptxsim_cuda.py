@@ -1,9 +1,13 @@
 """The machine on PTX from NVIDIA's compilers: shared memory, shuffles, atomics, directed rounding, structs."""
 
+import struct
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from tests.ptxsim import Findings, Kernel
+from tests.ptxsim import Fault, Findings, Kernel, run_cuda
+from tests.ptxsim.cuda_run import Arguments
 from tests.ptxsim.cuda_source import MISSING, available, compile_cuda
 
 pytestmark = pytest.mark.skipif(not available(), reason=MISSING)
@@ -26,7 +30,7 @@ extern "C" __global__ void functions(const float* x, float* y, int n) {
 
 struct Tensor { const float* from; float* to; int rows, columns; };
 
-extern "C" __global__ void transpose(const Tensor t) {
+extern "C" __global__ void transpose(const __grid_constant__ Tensor t) {
   extern __shared__ float tile[];
   for (int i = threadIdx.x; i < t.rows * t.columns; i += blockDim.x) tile[i] = t.from[i];
   BARRIER;
@@ -63,10 +67,31 @@ def test_accurate_functions(ptx: str) -> None:
     torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-5)
 
 
-def test_tensors_inside_a_struct(ptx: str) -> None:
+def transpose(ptx: str, *, rows: int = 6, read_only: bool = True, swap: bool = False) -> torch.Tensor:
+    """What the kernel makes of a [6, 40] tensor when it is told that it has `rows` rows."""
+    kernel = SimpleNamespace(ptx=ptx, name="transpose", arch="sm_80")
     x, y = torch.randn(6, 40), torch.zeros(40, 6)
-    image = torch.tensor([x.data_ptr(), y.data_ptr()]).view(torch.uint8).tolist()
-    sizes = torch.tensor([6, 40], dtype=torch.int32).view(torch.uint8).tolist()
-    kernel = Kernel(ptx, "transpose")
-    kernel.launch((1,), (64,), [bytes(image + sizes)], shared=960, buffers=[y], read_only_buffers=[x]).check()
-    assert torch.equal(y, x.T.contiguous())
+    tensors = (y, x) if swap else (x, y)
+    image = struct.pack("QQii", *(tensor.data_ptr() for tensor in tensors), rows, 40)
+    arguments = Arguments(image, tensors=(x, y), read_only=(x,) if read_only else ())
+    run_cuda(kernel, (1,), (64,), 4 * rows * 40, arguments).check()
+    assert torch.equal(y, x.T)
+    return y
+
+
+def test_tensors_inside_a_struct(ptx: str) -> None:
+    transpose(ptx)
+    transpose(ptx, read_only=False)
+
+
+def test_a_tensor_inside_a_struct_has_bounds(ptx: str) -> None:
+    with pytest.raises(Fault, match="global memory out of bounds: 4 bytes by lane"):
+        transpose(ptx, rows=7)
+    with pytest.raises(Fault, match="write to a read-only tensor"):
+        transpose(ptx, swap=True)
+
+
+def test_a_struct_travels_with_its_tensors(ptx: str) -> None:
+    kernel = SimpleNamespace(ptx=ptx, name="transpose", arch="sm_80")
+    with pytest.raises(TypeError, match="bytes that carry their tensors, got bytes"):
+        run_cuda(kernel, (1,), (64,), 0, bytes(24))

@@ -192,3 +192,40 @@ def test_bank_conflicts_and_sectors_are_counted() -> None:
         report = snippet(body.format(stride=stride), [], [out], declare=WORDS, shared=4096)
         assert report.counters["shared_wavefronts"] == wavefronts
         assert report.counters["global_sectors"] == 4  # the store of %d0: 128 bytes
+
+
+def test_bank_conflicts_are_told_by_instruction_and_loop() -> None:
+    """Two loops store with a stride of two words; one of them multiplies matrices."""
+    mma = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%f0, %f1, %f2, %f3}, {%r, %r}, {%r}, {%f0, %f1, %f2, %f3};"
+    loop = """mov.u32 %w, 0; LOOP{n}: st.shared.b32 [%v], %t;
+    {body} add.u32 %w, %w, 1; setp.lt.u32 %p, %w, 3; @%p bra LOOP{n};"""
+    setup = f"{WORDS} .reg .f32 %f<4>;"
+    body = "shl.b32 %v, %t, 3; add.u32 %v, %v, %s; mov.u32 %r, 0; mov.f32 %f0, 0f00000000; mov.f32 %f1, 0f00000000;"
+    body += "mov.f32 %f2, 0f00000000; mov.f32 %f3, 0f00000000;" + loop.format(n=0, body="") + loop.format(n=1, body=mma)
+    report = snippet(body + "mov.u32 %d0, 0;", [], [torch.zeros(32, dtype=torch.int32)], declare=setup, shared=256)
+    found = [(x.text, x.requests, x.wavefronts, x.ideal, x.main_loop) for x in report.conflicts]
+    assert found == [("st.shared.b32 [%v], %t;", 3, 6, 3, main) for main in (False, True)]
+    assert report.main_loop_conflicts == report.conflicts[1:]
+
+
+@pytest.mark.parametrize(
+    ("access", "stride", "wavefronts"),
+    [
+        # Eight lanes of 16 bytes fill the banks; rows of 128 bytes all start in the same one, of 144 do not.
+        ("st.shared.v4.b32 [%w], {%t, %t, %t, %t};", 16, 4),
+        ("st.shared.v4.b32 [%w], {%t, %t, %t, %t};", 128, 32),
+        ("st.shared.v2.b32 [%w], {%t, %t};", 8, 2),
+        ("st.shared.v2.b32 [%w], {%t, %t};", 128, 32),
+        ("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%w], {%t, %t, %t, %t};", 128, 32),
+        ("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%w], {%t, %t, %t, %t};", 144, 4),
+        ("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%w], {%t, %t};", 144, 2),
+        ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%w, %w, %w, %w}, [%w];", 128, 32),
+        ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%w, %w, %w, %w}, [%w];", 144, 4),
+        ("add.u32 %w, %s, 0; ld.shared.b32 %w, [%w];", 0, 1),
+    ],
+)
+def test_wavefronts_of_wide_accesses(access: str, stride: int, wavefronts: int) -> None:
+    body = f"mul.lo.u32 %w, %t, {stride}; add.u32 %w, %w, %s; {access} mov.u32 %d0, 0;"
+    out = torch.zeros(32, dtype=torch.int32)
+    report = snippet(body, [], [out], declare=WORDS, shared=32 * 144)
+    assert report.counters["shared_wavefronts"] == wavefronts

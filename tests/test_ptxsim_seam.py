@@ -1,5 +1,8 @@
 """The launch seam: the package's own GPU wrapper runs on the machine, and a finding there is an error."""
 
+import struct
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
@@ -8,6 +11,7 @@ import triton.language as tl
 import posattn
 from posattn.backends import launch as seam
 from tests.ptxsim import Findings
+from tests.ptxsim.cuda_run import Arguments
 from tests.ptxsim.seam import Machine, behind_launch, ptx_machine  # noqa: F401
 
 
@@ -45,3 +49,29 @@ def test_a_finding_is_an_error_that_names_the_kernel() -> None:
             seam.launch(every_block_stores, (2,), (out,), {}, 1, 1)
         machine.ignore = ("global_race",)
         seam.launch(every_block_stores, (2,), (out,), {}, 1, 1)
+
+
+STORE = """.version 8.6
+.target sm_90a
+.address_size 64
+.visible .entry every_warp_stores(.param .align 8 .b8 p[16])
+{
+.reg .b64 %at; .reg .b32 %t;
+mov.u32 %t, %tid.x;
+ld.param.b64 %at, [p];
+st.global.b32 [%at], %t;
+ret;
+}
+"""
+
+
+def test_a_cuda_launch() -> None:
+    out = torch.zeros(1, dtype=torch.int32)
+    arguments = Arguments(struct.pack("QQ", out.data_ptr(), 0), tensors=(out,))
+    kernel = SimpleNamespace(ptx=STORE, name="every_warp_stores", arch="sm_90a")
+    with behind_launch(90) as machine:
+        machine.launch_cuda(kernel, (1,), (1,), 0, arguments)
+        with pytest.raises(Findings, match=r"every_warp_stores\(1,\) on sm_90.*\n.*global_race"):
+            machine.launch_cuda(kernel, (1,), (64,), 0, arguments)
+    with behind_launch(80) as machine, pytest.raises(ValueError, match="expected sm_80, got 'sm_90a'"):
+        machine.launch_cuda(kernel, (1,), (1,), 0, arguments)

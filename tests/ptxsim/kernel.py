@@ -47,14 +47,35 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Conflict:
+    """A PTX instruction whose accesses to shared memory took more wavefronts (of 128 bytes) than they had to.
+
+    main_loop: it lies in an innermost loop that holds a tensor-core instruction.
+    """
+
+    line: int
+    text: str
+    requests: int
+    wavefronts: int
+    ideal: int
+    main_loop: bool
+
+
+@dataclass(frozen=True)
 class Report:
-    """What a launch did. findings: kind -> count, only kinds that occurred; first: kind -> where it was first seen."""
+    """What a launch did. findings: kind -> count, only kinds that occurred; first: kind -> where it was first seen.
+    conflicts: the instructions with bank conflicts, if Options.stats was on."""
 
     findings: Mapping[str, int]
     first: Mapping[str, str]
     counters: Mapping[str, int]
     opcodes: Mapping[str, int]
-    conflicts: Sequence[tuple[str, int, int]] = field(default=())
+    conflicts: Sequence[Conflict] = field(default=())
+
+    @property
+    def main_loop_conflicts(self) -> list[Conflict]:
+        """The bank conflicts inside loops that hold a tensor-core instruction (none means zero, if stats were on)."""
+        return [conflict for conflict in self.conflicts if conflict.main_loop]
 
     def check(self, ignore: Sequence[str] = ()) -> None:
         """Raises Findings unless the launch was clean, leaving out the kinds in `ignore`."""
@@ -105,32 +126,29 @@ class Kernel:
         read_only: Sequence[int] = (),
         buffers: Sequence[torch.Tensor] = (),
         read_only_buffers: Sequence[torch.Tensor] = (),
-        isolate: bool = True,
     ) -> Report:
         """Runs every block of the grid to its end.
 
         args: one per kernel parameter, trailing ones may be left out (they are zero). Of a tensor, the bytes from its
         first to its last element may be touched; its index in `read_only` forbids writes. shared: bytes of dynamic
         shared memory. buffers and read_only_buffers: tensors that the kernel reaches through pointers inside a struct
-        parameter. isolate: run on copies that lie far apart, so that no overrun hits a neighbour; not with buffers.
+        parameter, at multiples of 8 bytes in it. The kernel runs on copies that lie far apart, so that no overrun hits
+        a neighbour; the pointers in structs are changed to match.
         """
         if len(args) > len(self.params):
             raise ValueError(f"args: {self.name} has {len(self.params)} parameters, got {len(args)} arguments")
         tensors = [(t, True) for t in buffers] + [(t, False) for t in read_only_buffers]
-        in_structs = bool(tensors)  # their addresses are already written down, so they cannot move
         tensors += [(a, i not in read_only) for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
-        arena = Arena([tensor for tensor, _ in tensors]) if isolate and not in_structs else None
-
-        def address(tensor: torch.Tensor) -> int:
-            return arena.address(tensor) if arena else tensor.data_ptr()
-
-        ranges = [(address(tensor), extent(tensor)[1], writable) for tensor, writable in tensors]
+        arena = Arena([tensor for tensor, _ in tensors])
+        ranges = [(arena.address(tensor), extent(tensor)[1], writable) for tensor, writable in tensors]
         image = bytearray(self._program.param_bytes)
         for arg, (name, offset, size) in zip(args, self.params, strict=False):
-            value = address(arg) if isinstance(arg, torch.Tensor) else arg
+            value = arena.address(arg) if isinstance(arg, torch.Tensor) else arg
+            if isinstance(value, bytes):
+                value = arena.moved(value)
             image[offset : offset + size] = _pack(value, size, name)
         sizes = _triple("grid", grid), _triple("block", block)
         raw = self._program.launch(*sizes, shared, bytes(image), ranges, asdict(options or Options()))
-        if arena:
-            arena.copy_back()
+        arena.copy_back()
+        raw["conflicts"] = [Conflict(*conflict) for conflict in raw["conflicts"]]
         return Report(**raw)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from .cuda_run import CompiledCuda
 from .kernel import Fault, Findings, Kernel, Options, Unsupported
 from .mutants import KINDS, Mutant, mutants
 from .scenarios import SCENARIOS
@@ -37,16 +38,18 @@ class Verdict:
 
 
 @contextmanager
-def _in_place(compiled: Compiled, ptx: str) -> Iterator[None]:
+def _in_place(compiled: Compiled | CompiledCuda, ptx: str) -> Iterator[None]:
     original = compiled.kernel
-    compiled.kernel = Kernel(ptx)
+    compiled.kernel = Kernel(ptx, original.name)
     try:
         yield
     finally:
         compiled.kernel = original
 
 
-def _judge(scenario: Scenario, compiled: Compiled, mutant: Mutant, arch: int, options: Options) -> tuple[str, str]:
+def _judge(
+    scenario: Scenario, compiled: Compiled | CompiledCuda, mutant: Mutant, arch: int, options: Options
+) -> tuple[str, str]:
     try:
         with _in_place(compiled, mutant.ptx), behind_launch(arch, options) as machine:
             scenario(machine)

@@ -10,8 +10,11 @@ a GPU would get. A finding of the machine is an error at the launch that caused 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -19,6 +22,7 @@ from unittest import mock
 import pytest
 import torch
 
+from .cuda_run import CompiledCuda, parsed, run_cuda
 from .kernel import Findings, Options, Report
 from .triton_run import Compiled, compile_triton
 
@@ -28,12 +32,12 @@ _PROCESSORS = {80: 108, 90: 132}
 
 @dataclass(frozen=True)
 class Launched:
-    """One kernel start and what it did."""
+    """One kernel start and what it did. A CUDA kernel has no constexprs: they are in its source."""
 
     kernel: str
     grid: tuple[int, ...]
     constexprs: Mapping[str, Any]
-    compiled: Compiled
+    compiled: Compiled | CompiledCuda
     report: Report
 
 
@@ -59,11 +63,23 @@ class Machine:
             kernel, args, arch=self.arch, num_warps=num_warps, num_stages=num_stages, constexprs=constexprs
         )
         report = compiled.launch(grid, passed, self.options)
-        self.launches.append(Launched(kernel.__name__, tuple(grid), dict(constexprs), compiled, report))
+        self._note(Launched(kernel.__name__, tuple(grid), dict(constexprs), compiled, report))
+
+    def launch_cuda(
+        self, kernel: Any, grid: Sequence[int], block: Sequence[int], shared_bytes: int, arguments: Any
+    ) -> None:
+        """Takes the place of posattn.backends.cuda_launch.launch."""
+        if re.sub(r"\D", "", kernel.arch) != str(self.arch):
+            raise ValueError(f"kernel.arch: expected sm_{self.arch}, got {kernel.arch!r}")
+        report = run_cuda(kernel, grid, block, shared_bytes, arguments, self.options)
+        self._note(Launched(kernel.name, tuple(grid), {}, parsed(kernel.ptx, kernel.name), report))
+
+    def _note(self, launched: Launched) -> None:
+        self.launches.append(launched)
         try:
-            report.check(self.ignore)
+            launched.report.check(self.ignore)
         except Findings as error:
-            raise Findings(f"{kernel.__name__}{tuple(grid)} on sm_{self.arch}: {error}") from None
+            raise Findings(f"{launched.kernel}{launched.grid} on sm_{self.arch}: {error}") from None
 
     def has_device(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -77,14 +93,20 @@ class Machine:
 
 @contextmanager
 def behind_launch(arch: int = 80, options: Options | None = None, ignore: Sequence[str] = ()) -> Iterator[Machine]:
-    """Puts the machine in the place of the GPU for everything that goes through posattn.backends.launch."""
+    """Puts the machine in the place of the GPU for everything that goes through the launch seams of the backends,
+    posattn.backends.launch (Triton) and posattn.backends.cuda_launch (CUDA)."""
     from posattn.backends import launch as seam
 
     if arch not in _PROCESSORS:
         raise ValueError(f"arch: expected one of {sorted(_PROCESSORS)}, got {arch!r}")
     machine = Machine(arch, options or Options(stats=False), tuple(ignore))
-    names = ("launch", "has_device", "architecture", "processors")
-    with mock.patch.multiple(seam, **{name: getattr(machine, name) for name in names}):
+    device = {name: getattr(machine, name) for name in ("has_device", "architecture", "processors")}
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.multiple(seam, launch=machine.launch, **device))
+        if importlib.util.find_spec("posattn.backends.cuda_launch"):
+            cuda_seam = importlib.import_module("posattn.backends.cuda_launch")
+            own = {name: value for name, value in device.items() if hasattr(cuda_seam, name)}
+            patches.enter_context(mock.patch.multiple(cuda_seam, launch=machine.launch_cuda, **own))
         yield machine
 
 

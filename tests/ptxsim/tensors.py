@@ -45,6 +45,16 @@ class Arena:
             return 0
         return self._bases[tensor.untyped_storage().data_ptr()] + extent(tensor)[0]
 
+    def moved(self, image: bytes) -> bytes:
+        """A parameter struct whose pointers (its aligned 64-bit words that lie in a storage) point into the copies."""
+        words = bytearray(image)
+        for at in range(0, len(image) - 7, 8):
+            word = int.from_bytes(image[at : at + 8], "little")
+            for original, storage in self._storages.items():
+                if original <= word < original + storage.nbytes():
+                    words[at : at + 8] = (word - original + self._bases[original]).to_bytes(8, "little")
+        return bytes(words)
+
     def copy_back(self) -> None:
         """Writes every copy into its original."""
         for original, storage in self._storages.items():

@@ -18,8 +18,10 @@ void gather_addresses(Warp& warp, const Instruction& in, const Operand& where, L
 
 void count_traffic(Block& block, const Instruction& in, const uint64_t* addresses, LaneMask mask, int bytes) {
   if (!block.options.stats) return;
-  if (in.space == Space::Shared) count_bank_conflicts(block.report, in, addresses, mask, bytes);
-  if (in.space == Space::Global || in.space == Space::Generic) count_sectors(block.report, addresses, mask, bytes);
+  uint64_t first = addresses[__builtin_ctz(mask)];
+  const Space space = block.resolve(in, first);  // lanes that differ in their space are counted as the first one
+  if (space == Space::Shared) count_bank_conflicts(block.report, in, addresses, mask, bytes);
+  if (space == Space::Global) count_sectors(block.report, addresses, mask, bytes);
 }
 
 void load(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {

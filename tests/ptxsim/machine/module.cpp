@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "launch.h"
+#include "loops.h"
 #include "parser.h"
 
 namespace py = pybind11;
@@ -58,8 +59,10 @@ py::dict to_dict(const Program& program, const Report& report) {
   py::list conflicts;
   for (size_t i = 0; i < report.conflicts.size(); ++i) {
     const Report::Conflict& conflict = report.conflicts[i];
+    const Instruction& in = program.code[i];
     if (conflict.wavefronts > conflict.ideal)
-      conflicts.append(py::make_tuple(program.code[i].where(), conflict.wavefronts, conflict.ideal));
+      conflicts.append(py::make_tuple(in.line, in.text, conflict.requests, conflict.wavefronts, conflict.ideal,
+                                      in_main_loop(program, i)));
   }
   counters["warp_instructions"] = report.warp_instructions;
   counters["diverged_steps"] = report.diverged_steps;

@@ -27,6 +27,7 @@ struct Report {
     std::string first;
   };
   struct Conflict {
+    uint64_t requests = 0;
     uint64_t wavefronts = 0;
     uint64_t ideal = 0;
   };

@@ -32,6 +32,7 @@ void count_bank_conflicts(Report& report, const Instruction& in, const uint64_t*
   report.shared_ideal_wavefronts += ideal;
   ++report.shared_requests;
   Report::Conflict& conflict = report.conflicts[static_cast<size_t>(in.index)];
+  ++conflict.requests;
   conflict.wavefronts += wavefronts;
   conflict.ideal += ideal;
 }

@@ -1,0 +1,79 @@
+"""Runs a CUDA kernel that takes one by-value parameter struct, as the CUDA backend launches its kernels.
+
+    arguments = Arguments(struct.pack("QQi4x", q.data_ptr(), out.data_ptr(), n), tensors=(q, out), read_only=(q,))
+    run_cuda(kernel, grid, block, shared_bytes, arguments).check()
+
+The struct holds device pointers as 64-bit integers, which say nothing about what they point to; so the bytes travel
+with the tensors. Of each, what lies between its first and its last element may be touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+
+from .kernel import Kernel, Options, Report
+
+
+class CudaKernel(Protocol):
+    """What a compiled kernel says of itself: PTX, the name of its entry, the architecture ("sm_90a")."""
+
+    ptx: str
+    name: str
+    arch: str
+
+
+class Arguments(bytes):
+    """A packed parameter struct and the tensors that it points to; read_only ones must not be written."""
+
+    tensors: tuple[torch.Tensor, ...]
+    read_only: tuple[torch.Tensor, ...]
+
+    def __new__(
+        cls, image: bytes, tensors: Sequence[torch.Tensor] = (), read_only: Sequence[torch.Tensor] = ()
+    ) -> Arguments:
+        made = super().__new__(cls, image)
+        made.tensors, made.read_only = tuple(tensors), tuple(read_only)
+        return made
+
+
+@dataclass
+class CompiledCuda:
+    """A kernel ready to launch. Mutation tests replace `kernel`."""
+
+    kernel: Kernel
+    ptx: str
+
+
+@cache
+def parsed(ptx: str, name: str) -> CompiledCuda:
+    """The entry `name` of a PTX module, parsed once in a process."""
+    return CompiledCuda(Kernel(ptx, name), ptx)
+
+
+def run_cuda(
+    kernel: CudaKernel,
+    grid: Sequence[int],
+    block: Sequence[int],
+    shared_bytes: int,
+    arguments: Any,
+    options: Options | None = None,
+) -> Report:
+    """Runs `kernel` with `arguments`: bytes that carry `tensors` and, if they like, `read_only`, as Arguments does."""
+    if not isinstance(arguments, bytes) or not hasattr(arguments, "tensors"):
+        raise TypeError(f"arguments: expected bytes that carry their tensors, got {type(arguments).__name__}")
+    read_only = tuple(getattr(arguments, "read_only", ()))
+    kept = {id(tensor) for tensor in read_only}
+    return parsed(kernel.ptx, kernel.name).kernel.launch(
+        grid,
+        block,
+        [bytes(arguments)],
+        shared=shared_bytes,
+        options=options,
+        buffers=[tensor for tensor in arguments.tensors if id(tensor) not in kept],
+        read_only_buffers=read_only,
+    )
