@@ -49,6 +49,29 @@ def test_a_read_of_another_lanes_word_needs_a_warp_barrier(sync: str) -> None:
     assert out.tolist() == [i ^ 1 for i in range(64)]
 
 
+@pytest.mark.parametrize("sync", ["bar.warp.sync 0xffffffff;", ""])
+def test_a_write_over_another_lanes_read_needs_a_warp_barrier(sync: str) -> None:
+    read = f"{SLOT}{NEIGHBOUR} st.shared.b32 [%w], %t; bar.warp.sync 0xffffffff; ld.shared.b32 %d0, [%v];"
+    report, _ = shared_run(f"{read} {sync} st.shared.b32 [%w], 7;")
+    assert kinds(report) == (set() if sync else {"intra_warp_race"})
+
+
+def matrix_store(value: str, then: str) -> set[str]:
+    """Two warps store the same four 8x8 matrices, all elements `value`, to the same place."""
+    rows = f"and.b32 %w, %t, 31; shl.b32 %w, %w, 4; add.u32 %w, %w, %s; mov.b32 %v, {value};"
+    store = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%w], {%v, %v, %v, %v};"
+    return kinds(shared_run(f"{rows}{store} {then} mov.u32 %d0, 0;", lanes=512)[0])
+
+
+def test_warps_may_store_the_same_value_to_one_place() -> None:
+    assert shared_run("st.shared.b32 [%s], 7; mov.u32 %d0, 0;")[0].findings == {}
+    assert "shared_race" in kinds(shared_run("st.shared.b32 [%s], %t; mov.u32 %d0, 0;")[0])
+    assert matrix_store("7", "") == set()
+    assert matrix_store("%t", "") == {"shared_race"}
+    assert matrix_store("7", "bar.sync 0; ld.shared.b32 %v, [%w];") == set()
+    assert "intra_warp_race" in matrix_store("7", "ld.shared.b32 %v, [%w];")
+
+
 def test_neighbouring_bytes_of_two_warps_are_no_race() -> None:
     report, _ = shared_run("add.u32 %w, %t, %s; st.shared.b8 [%w], %t; mov.u32 %d0, 0;")
     report.check()
@@ -136,6 +159,14 @@ def test_blocks_may_not_write_what_others_touch() -> None:
 def test_atomics_of_blocks_may_meet() -> None:
     assert block_findings("red.global.add.u32 [%x0], 1;") == set()
     assert block_findings("red.global.add.u32 [%x0], 1; ld.global.b32 %w, [%x0];") == {"global_race"}
+
+
+def test_volatile_reads_may_meet_atomics() -> None:
+    poll = "ld.volatile.global.u32 %w, [%x0];"
+    assert block_findings(f"{poll} red.global.add.u32 [%x0], 1;") == set()
+    assert block_findings(f"{poll} ld.relaxed.gpu.global.u32 %w, [%x0];") == set()
+    assert block_findings(f"{poll} @%p st.global.b32 [%x0], 1;") == {"global_race"}
+    assert block_findings("ld.global.u32 %w, [%x0]; red.global.add.u32 [%x0], 1;") == {"global_race"}
 
 
 def test_an_acquire_orders_what_a_release_published() -> None:

@@ -15,14 +15,6 @@ from tests.ptxsim.seam import Machine, ptx_machine  # noqa: F401
 pytestmark = pytest.mark.usefixtures("ptx_machine")
 
 
-@pytest.fixture(autouse=True)
-def _replicated_stores(ptx_machine: Machine) -> None:  # noqa: F811
-    """Converting a layout that several warps hold alike, Triton lets each of them store it: the same values to the same
-    addresses. The machine knows such stores, but not yet when they are stmatrix, which is sm_90's."""
-    if ptx_machine.arch == 90:
-        ptx_machine.ignore = ("shared_race",)
-
-
 def tensors(dtype=torch.bfloat16, heads=3, kv_heads=3, q_len=37, k_len=53, dim=32, batch=1):
     shapes = ((heads, q_len, dim), (kv_heads, k_len, dim), (kv_heads, k_len, dim))
     return [torch.randn(batch, *shape).to(dtype) for shape in shapes]

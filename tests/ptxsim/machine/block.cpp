@@ -271,11 +271,10 @@ uint8_t* Block::memory(Warp& warp, const Instruction& in, uint64_t address, int 
   switch (resolve(in, address)) {
     case Space::Shared: {
       using Access = SharedMemory::Access;
-      return shared.access(warp, in, address, bytes,
-                           atomic  ? Access::Atomic
-                           : write ? Access::Write
-                                   : Access::Read,
-                           lane, report);
+      const Access kind = write    ? (atomic ? Access::Atomic : Access::Write)
+                          : atomic ? Access::AtomicRead
+                                   : Access::Read;
+      return shared.access(warp, in, address, bytes, kind, lane, report);
     }
     case Space::Param: {
       const uint64_t offset = address - kParamWindow;
@@ -291,11 +290,10 @@ uint8_t* Block::memory(Warp& warp, const Instruction& in, uint64_t address, int 
     }
     default: {
       using Access = GlobalMemory::Access;
-      return global.access(warp, in, address, bytes,
-                           atomic  ? Access::Atomic
-                           : write ? Access::Write
-                                   : Access::Read,
-                           lane, report);
+      const Access kind = write    ? (atomic ? Access::Atomic : Access::Write)
+                          : atomic ? Access::AtomicRead
+                                   : Access::Read;
+      return global.access(warp, in, address, bytes, kind, lane, report);
     }
   }
 }

@@ -55,7 +55,7 @@ void store(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
     }
     if (in.mode & kRelease) block.global.release(addresses[lane]);
     uint64_t address = addresses[lane];
-    if (block.resolve(in, address) == Space::Shared) {
+    if (in.mode == 0 && block.resolve(in, address) == Space::Shared) {
       block.shared.store(warp, in, address, data, bytes, lane, block.report);
     } else {
       std::memcpy(block.memory(warp, in, addresses[lane], bytes, true, lane, in.mode != 0), data,
@@ -74,6 +74,8 @@ Handler select_access(Instruction& in) {
   return is_load ? load : store;
 }
 
+constexpr int kRowBytes = 16;  // of an 8x8 matrix of 16-bit values
+
 // Where element (row, column) of an 8x8 matrix of 16-bit values lies: lane and half of its register.
 struct MatrixElement {
   int row, column;
@@ -83,44 +85,55 @@ MatrixElement element_of(int lane, int half, bool transposed) {
   return transposed ? MatrixElement{column, row} : MatrixElement{row, column};
 }
 
-template <bool is_load>
-void matrix_access(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
+// The addresses of the rows of all matrices, one to a lane; counts their bank conflicts.
+void matrix_rows(Block& block, Warp& warp, const Instruction& in, const Operand& where, LaneMask mask,
+                 uint64_t* addresses) {
   if (mask != kAllLanes) throw Fault("the warp is not converged at " + in.where());
+  gather_addresses(warp, in, where, kAllLanes, addresses);
+  if (!block.options.stats) return;
+  for (int matrix = 0; matrix < in.vector; ++matrix)
+    count_bank_conflicts(block.report, in, addresses, LaneMask{0xff} << 8 * matrix, kRowBytes);
+}
+
+void load_matrices(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
   const bool transposed = in.has("trans");
-  const uint64_t* rows = warp.lanes(in.operands[is_load ? 1 : 0].reg);
-  const auto offset = static_cast<uint64_t>(in.operands[is_load ? 1 : 0].offset);
-  const Operand& registers = in.operands[is_load ? 0 : 1];
-  // Every row is read before any register is written: the address register may be a destination.
   uint64_t addresses[kLanes];
-  uint8_t* row_bytes[kLanes];
+  matrix_rows(block, warp, in, in.operands[1], mask, addresses);
+  // Every row is read before any register is written: the address register may be a destination.
+  const uint8_t* rows[kLanes];
+  for (int row = 0; row < 8 * in.vector; ++row)
+    rows[row] =
+        block.shared.access(warp, in, addresses[row], kRowBytes, SharedMemory::Access::Read, kWarpReads, block.report);
   for (int matrix = 0; matrix < in.vector; ++matrix) {
-    LaneMask lanes = 0;
-    for (int row = 8 * matrix; row < 8 * matrix + 8; ++row) {
-      addresses[row] = (rows[row] + offset) & 0xffffffffu;
-      lanes |= LaneMask{1} << row;
-      using Access = SharedMemory::Access;
-      row_bytes[row] =
-          block.shared.access(warp, in, addresses[row], 16, is_load ? Access::Read : Access::Write, -1, block.report);
-    }
-    if (block.options.stats) count_bank_conflicts(block.report, in, addresses, lanes, 16);
-  }
-  for (int matrix = 0; matrix < in.vector; ++matrix) {
-    uint64_t* values = warp.lanes(registers.element(static_cast<size_t>(matrix)));
+    uint64_t* values = warp.lanes(in.operands[0].element(static_cast<size_t>(matrix)));
     for (int lane = 0; lane < kLanes; ++lane) {
-      uint64_t packed = is_load ? 0 : values[lane];
+      values[lane] = 0;
       for (int half = 0; half < 2; ++half) {
         const MatrixElement at = element_of(lane, half, transposed);
-        uint8_t* bytes = row_bytes[8 * matrix + at.row] + 2 * at.column;
-        uint16_t value = static_cast<uint16_t>(packed >> (16 * half));
-        if constexpr (is_load) {
-          std::memcpy(&value, bytes, 2);
-          packed |= static_cast<uint64_t>(value) << (16 * half);
-        } else {
-          std::memcpy(bytes, &value, 2);
-        }
+        uint16_t value;
+        std::memcpy(&value, rows[8 * matrix + at.row] + 2 * at.column, 2);
+        values[lane] |= static_cast<uint64_t>(value) << (16 * half);
       }
-      if constexpr (is_load) values[lane] = packed;
     }
+  }
+}
+
+void store_matrices(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
+  const bool transposed = in.has("trans");
+  uint64_t addresses[kLanes];
+  matrix_rows(block, warp, in, in.operands[0], mask, addresses);
+  for (int matrix = 0; matrix < in.vector; ++matrix) {
+    uint8_t rows[8][kRowBytes];
+    const uint64_t* values = warp.lanes(in.operands[1].element(static_cast<size_t>(matrix)));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int half = 0; half < 2; ++half) {
+        const MatrixElement at = element_of(lane, half, transposed);
+        const auto value = static_cast<uint16_t>(values[lane] >> (16 * half));
+        std::memcpy(&rows[at.row][2 * at.column], &value, 2);
+      }
+    }
+    for (int row = 0; row < 8; ++row)
+      block.shared.store(warp, in, addresses[8 * matrix + row], rows[row], kRowBytes, kWarpWrites, block.report);
   }
 }
 
@@ -130,7 +143,7 @@ Handler select_matrix_access(Instruction& in) {
   if (in.type != Type::B16 || !in.has("m8n8")) unsupported(in, "matrix shape is not modelled");
   in.vector = in.has("x4") ? 4 : in.has("x2") ? 2 : 1;
   in.space = Space::Shared;
-  return matrix_access<is_load>;
+  return is_load ? load_matrices : store_matrices;
 }
 
 }  // namespace

@@ -45,8 +45,9 @@ uint8_t* GlobalMemory::access(const Warp& warp, const Instruction& in, uint64_t 
            " of block " + std::to_string(block_) + ", " + in.where();
   };
   if (address % length) throw Fault("misaligned global access: " + where());
+  const bool reads = kind == Access::Read || kind == Access::AtomicRead;
   const auto holds = [&](const Range& range) {
-    return address >= range.begin && address + length <= range.end && (range.writable || kind == Access::Read);
+    return address >= range.begin && address + length <= range.end && (range.writable || reads);
   };
   if (!last_ || !holds(*last_)) {
     const auto found = std::find_if(ranges_.begin(), ranges_.end(), holds);
@@ -81,16 +82,19 @@ void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, Ac
     });
   };
   const auto own = static_cast<size_t>(warp.id);
+  const bool reads = kind == Access::Read || kind == Access::AtomicRead;
+  const bool atomic = kind == Access::Atomic || kind == Access::AtomicRead;
   // Against the last write, unless both are atomic.
-  if (cell.writer_block != kNobody && !(kind == Access::Atomic && cell.atomic)) {
+  if (cell.writer_block != kNobody && !(atomic && cell.atomic)) {
     const bool other_block = cell.writer_block != block_ && !ordered(cell.writer_block, cell.writer_time);
     const bool other_warp = cell.writer_block == block_ && cell.writer_warp != warp.id &&
                             cell.writer_clock > warp.clock[static_cast<size_t>(cell.writer_warp)];
     if (other_block || other_warp) {
-      race(kind == Access::Read ? "global read after write of" : "global write after write of", cell.writer_block);
+      race(reads ? "global read after write of" : "global write after write of", cell.writer_block);
     }
   }
-  if (kind == Access::Read) {
+  if (reads) {
+    cell.readers_atomic = atomic && (cell.reader_block == kNobody || cell.readers_atomic);
     if (cell.reader_block != block_) {
       cell.reader_block =
           cell.reader_block == kNobody || ordered(cell.reader_block, cell.reader_time) ? block_ : kSeveral;
@@ -110,7 +114,8 @@ void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, Ac
         cell.reader_block == kSeveral || (cell.reader_block != block_ && !ordered(cell.reader_block, cell.reader_time));
     const bool other_warp = cell.reader_block == block_ && cell.reader_warp >= 0 && cell.reader_warp != warp.id &&
                             cell.reader_clock > warp.clock[static_cast<size_t>(cell.reader_warp)];
-    if (other_block || other_warp) race("global write after read of", cell.reader_block);
+    const bool meet = atomic && cell.readers_atomic;
+    if (!meet && (other_block || other_warp)) race("global write after read of", cell.reader_block);
     cell.reader_block = kNobody;
   }
   cell.writer_block = block_;

@@ -16,7 +16,7 @@ namespace ptxsim {
 
 class GlobalMemory {
 public:
-  enum class Access : uint8_t { Read, Write, Atomic };
+  enum class Access : uint8_t { Read, AtomicRead, Write, Atomic };
 
   void allow(uint64_t address, uint64_t bytes, bool writable) {
     ranges_.push_back({address, address + bytes, writable, {}});
@@ -42,7 +42,8 @@ private:
     uint32_t reader_clock = 0;
     int16_t writer_warp = kNobody;
     int16_t reader_warp = kNobody;  // kSeveral
-    bool atomic = false;
+    bool atomic = false;            // the last write was one
+    bool readers_atomic = false;    // all reads since it were
   };
   struct Range {
     uint64_t begin, end;

@@ -4,6 +4,11 @@
 #include "warp.h"
 
 namespace ptxsim {
+namespace {
+
+constexpr int kSeveralLanes = -3;
+
+}  // namespace
 
 void SharedMemory::reset(size_t bytes, int warps, int granule, const Options& options) {
   bytes_.assign(bytes, 0);
@@ -49,8 +54,8 @@ void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access
     return what + " at shared+" + std::to_string(index << shift_) + " by warp " + std::to_string(warp.id) + ", " +
            in.where();
   };
-  const bool reads_only = kind == Access::Read;
-  const bool both_atomic = kind == Access::Atomic && cell.atomic;
+  const bool reads_only = kind == Access::Read || kind == Access::AtomicRead;
+  const bool both_atomic = (kind == Access::Atomic || kind == Access::AtomicRead) && cell.atomic;
   if (cell.in_flight && kind != Access::CopyLand) {
     report.add(Finding::InFlight, [&] { return place("bytes of an unfinished cp.async touched"); });
   }
@@ -72,8 +77,19 @@ void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access
       });
     }
     if (!cell.written) report.add(Finding::UninitialisedShared, [&] { return place("read before any write"); });
-    read_clocks[warp.id] = warp.clock[static_cast<size_t>(warp.id)];
+    const bool again = cell.reader == warp.id && cell.reader_syncs == warp.warp_syncs;
+    cell.reader_lane = static_cast<int8_t>(again && cell.reader_lane != lane ? kSeveralLanes : lane);
+    cell.reader = static_cast<int16_t>(warp.id);
+    cell.reader_syncs = warp.warp_syncs;
+    if (!both_atomic) read_clocks[warp.id] = warp.clock[static_cast<size_t>(warp.id)];
     return;
+  }
+  if (cell.reader == warp.id && cell.reader_syncs == warp.warp_syncs && cell.reader_lane != lane &&
+      kind != Access::CopyLand) {
+    report.add(Finding::IntraWarpRace, [&] {
+      const std::string who = cell.reader_lane < 0 ? "lanes" : "lane " + std::to_string(cell.reader_lane);
+      return place("lane " + std::to_string(lane) + " writes what other " + who + " read");
+    });
   }
   for (int other = 0; other < warps_; ++other) {
     if (other != warp.id && read_clocks[other] > warp.clock[static_cast<size_t>(other)]) {
@@ -93,7 +109,7 @@ void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access
 
 void SharedMemory::async_read(Warp& warp, const Instruction& in, uint64_t address, int bytes,
                               const std::vector<Warp>& warps, Report& report) {
-  access(warp, in, address, bytes, Access::Read, -1, report);
+  access(warp, in, address, bytes, Access::Read, kWarpReads, report);
   if (!checked_) return;
   const size_t last = (address + static_cast<uint64_t>(bytes) - 1) >> shift_;
   for (size_t index = address >> shift_; index <= last; ++index) {

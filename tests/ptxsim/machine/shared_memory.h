@@ -12,6 +12,10 @@
 
 namespace ptxsim {
 
+// Who makes an access when it is no single lane: instructions of a whole warp, which read or write 16 bytes for a lane
+// other than the ones that need or have them.
+inline constexpr int kWarpReads = -1, kWarpWrites = -2;
+
 class SharedMemory {
 public:
   enum class Access : uint8_t {
@@ -19,8 +23,9 @@ public:
     Write,
     Rewrite,  // a write of the value that is there already
     Atomic,
-    CopyIssue,  // cp.async: the bytes are in flight from here
-    CopyLand,   // and readable by their thread from here
+    AtomicRead,  // volatile, relaxed or acquiring: may meet atomics
+    CopyIssue,   // cp.async: the bytes are in flight from here
+    CopyLand,    // and readable by their thread from here
   };
 
   // `granule` is the shadow's unit in bytes: 1, 2 or 4.
@@ -29,7 +34,7 @@ public:
   uint8_t* data() { return bytes_.data(); }
   size_t size() const { return bytes_.size(); }
 
-  // Bounds, alignment and races of one lane's (or, with lane -1, the whole warp's) access; returns its bytes.
+  // Bounds, alignment and races of one lane's (or the whole warp's) access; returns its bytes.
   uint8_t* access(Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind, int lane,
                   Report& report);
 
@@ -53,6 +58,9 @@ private:
     uint16_t holds = 0;       // wgmmas in flight that read it
     int16_t writer = -1;      // warp
     int8_t lane = -1;
+    int16_t reader = -1;      // the last warp that read it, for races inside that warp
+    int8_t reader_lane = -1;  // kSeveralLanes when more than one since reader_syncs
+    uint32_t reader_syncs = 0;
     bool written = false;
     bool in_flight = false;
     bool atomic = false;  // the last write was one
