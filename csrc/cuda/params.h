@@ -1,0 +1,137 @@
+// What kernels take, by value: one struct a kernel family, built from the pieces they share.
+//
+// posattn/backends/cuda_params.py reads this file and packs the same layout, so members come one to a line, of the
+// types it knows: pointers, int32_t, uint32_t, int64_t, float, or a struct above, and arrays of these. Const pointers
+// are never written through. Strides count elements; those of a dimension of size 1 are 0 where it repeats.
+#pragma once
+#include "types.h"
+
+namespace posattn {
+
+struct Strides {
+  int64_t batch;
+  int64_t head;
+  int64_t token;
+};
+
+// [B or 1, H or 1, Tq, Tk]
+struct PairStrides {
+  int64_t batch;
+  int64_t head;
+  int64_t query;
+  int64_t key;
+};
+
+// A sequence is a batch entry, or a packed document.
+struct ShapeParams {
+  int32_t heads;
+  int32_t group;     // query heads that share a key head
+  int32_t q_tokens;  // of the tensors' token axes
+  int32_t k_tokens;
+  int32_t q_blocks;  // of the longest sequence, BLOCK_M queries each
+  int32_t k_blocks;  // BLOCK_N keys each
+};
+
+struct MaskParams {
+  const int32_t* k_lengths;
+  const int32_t* cu_q;
+  const int32_t* cu_k;
+  const uint8_t* boolean;
+  PairStrides boolean_strides;
+  int32_t left;
+  int32_t right;
+};
+
+struct PositionParams {
+  const int64_t* q;
+  const int64_t* k;
+  int64_t q_batch;
+  int64_t k_batch;
+};
+
+struct BiasParams {
+  const float* slope;
+  int64_t slope_batch;
+  const float* table;
+  int64_t table_head;
+  const float* psi;
+  const float* psi_bounds;  // [blocks, 2]: least and greatest of blocks n and n + 1, BOUNDS_BLOCK entries each
+  const float* row_scale;
+  const float* row_bounds;  // the same of row_scale
+  const float* knots;
+  const float* segment_slope;      // [H, knots + 1]
+  const float* segment_intercept;  // [H, knots + 1]
+  const void* dense;
+  PairStrides dense_strides;
+  int32_t table_first;  // the distances of the first and the last entry
+  int32_t table_last;
+  int32_t psi_first;
+  int32_t psi_last;
+  int32_t row_first;  // the positions of the first and the last entry
+  int32_t row_last;
+  int32_t num_knots;
+};
+
+// [B or 1, T, half] each.
+struct AngleParams {
+  const float* cos;
+  const float* sin;
+  int64_t batch;
+};
+
+struct DropoutParams {
+  uint32_t threshold;  // words at least this are kept
+  uint32_t key_low;
+  uint32_t key_high;
+  float keep_scale;
+};
+
+struct ForwardParams {
+  const void* q;
+  const void* k;
+  const void* v;
+  void* out;   // of the element type; float32 partial outputs [splits, ...] when the keys are split
+  float* lse;  // [B, H, Tq] or [splits, B, H, Tq]
+  const float* sinks;
+  Strides q_strides;
+  Strides k_strides;
+  Strides v_strides;
+  Strides out_strides;
+  int64_t out_split;
+  int64_t lse_split;
+  ShapeParams shape;
+  MaskParams mask;
+  PositionParams positions;
+  BiasParams bias;
+  AngleParams q_angles;
+  AngleParams k_angles;
+  DropoutParams dropout;
+  float scale;
+  float softcap;
+  int32_t split_tiles;  // tiles of keys for one split
+};
+
+struct CombineParams {
+  const float* partial;      // [splits, rows, DIM_V]
+  const float* partial_lse;  // [splits, rows]
+  void* out;
+  float* lse;
+  const float* sinks;
+  Strides out_strides;
+  int64_t rows;
+  int32_t heads;
+  int32_t q_tokens;
+  int32_t splits;
+};
+
+// x [B, H, T, DIM] turned by its tokens' angles into out, contiguous.
+struct TurnParams {
+  const void* x;
+  void* out;
+  Strides x_strides;
+  AngleParams angles;
+  int32_t heads;
+  int32_t tokens;
+};
+
+}  // namespace posattn
