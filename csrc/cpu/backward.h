@@ -108,7 +108,7 @@ struct RowStep {
       }
     }
     if (grad.any()) grad.add(dp, i, j, n);
-    if (p.softcap > 0.0F)
+    if (cap_slope && p.softcap > 0.0F)
       for (int64_t c = 0; c < n; c += VL) store(dp + c, load(dp + c) * load(cap_slope + c));
   }
 };

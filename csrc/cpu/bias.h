@@ -36,17 +36,15 @@ struct BiasTile {
   Rectangle area{};
   int64_t base = 0, length = 0;  // entry x of the arrays below belongs to j - i = base + x
   int64_t offset = 0;            // implicit distance d = i + offset - j
-  float *relative = nullptr, *psi = nullptr, *psi_low = nullptr, *psi_high = nullptr, *row = nullptr;
-  float *tile_low = nullptr, *tile_high = nullptr;  // the extremes of psi over TILE_KEYS entries; psi_low's: over NR
+  float *relative = nullptr, *psi = nullptr, *row = nullptr;
+  float *psi_low = nullptr, *psi_high = nullptr;  // the extremes of psi over NR entries from each on
 
   static int64_t capacity(int64_t rows, int64_t keys) { return rows + keys + PAD + MR; }
 
   void layout(Arena& arena, const Bias& b, int64_t rows, int64_t keys) {
     int64_t n = capacity(rows, keys);
     if (b.relative()) relative = arena.floats(n);
-    if (b.psi)
-      psi = arena.floats(n), psi_low = arena.floats(n), psi_high = arena.floats(n), tile_low = arena.floats(n),
-      tile_high = arena.floats(n);
+    if (b.psi) psi = arena.floats(n), psi_low = arena.floats(n), psi_high = arena.floats(n);
     row = arena.floats(2 * ROW_MAX);
   }
 
@@ -93,6 +91,7 @@ struct BiasTile {
     offset = s->k_len - s->q_len;
     base = area.j0 - (area.i1 - 1);
     length = area.j1 - area.j0 + area.i1 - area.i0 - 1;
+    reaches.block = -1;
     if (positions()) return;
     int64_t padded = length + PAD;
     if (b.relative()) {
@@ -103,18 +102,16 @@ struct BiasTile {
       // Real distances past the end too: which segments a row's last vectors meet must not depend on the rectangle.
       for (int64_t x = 0; x < padded; ++x) psi[x] = b.psi[psi_index(offset - base - x)];
       for (int64_t x = 0; x < padded; ++x) psi_low[x] = psi_high[x] = psi[x];
-      widen(psi_low, psi_high, padded, 1, NR);
-      for (int64_t x = 0; x < padded; ++x) tile_low[x] = psi_low[x], tile_high[x] = psi_high[x];
-      widen(tile_low, tile_high, padded, NR, TILE_KEYS);
+      widen(psi_low, psi_high, padded);
     }
   }
 
-  // Extremes over `span` entries from each on become extremes over `to`, by doubling; past the end they end there.
-  static void widen(float* low, float* high, int64_t n, int64_t span, int64_t to) {
-    for (; span < to; span *= 2)
+  // Extremes over one entry become extremes over NR, by doubling; past the end they end there.
+  static void widen(float* low, float* high, int64_t n) {
+    for (int64_t span = 1; span < NR; span *= 2)
       for (int64_t x = 0; x + span < n; ++x) {
-        low[x] = low[x + span] < low[x] ? low[x + span] : low[x];
-        high[x] = high[x + span] > high[x] ? high[x + span] : high[x];
+        low[x] = fmin2(low[x], low[x + span]);
+        high[x] = fmax2(high[x], high[x + span]);
       }
   }
 
@@ -139,72 +136,95 @@ struct BiasTile {
     return bias->row_scale[iclamp(query_position(i) - bias->row_first, 0, bias->row_len - 1)];
   }
 
-  // The segments [first, last] that y = psi * scale reaches while psi runs from low to high; `first` is a hint on
-  // entry.
-  void segments_between(float low, float high, float scale, int64_t& first, int64_t& last) const {
-    const float a = low * scale, b = high * scale;
-    low = a < b ? a : b, high = a < b ? b : a;
-    while (first < bias->n_knots && bias->knots[first] < low) ++first;
-    while (first > 0 && !(bias->knots[first - 1] < low)) --first;
-    last = first;
-    while (last < bias->n_knots && bias->knots[last] < high) ++last;
-  }
-
-  // The same over NR keys from j.
-  void segments(const float* psi_values, int64_t i, int64_t j, float scale, int64_t& first, int64_t& last) const {
-    if (!positions()) return segments_between(psi_low[j - i - base], psi_high[j - i - base], scale, first, last);
-    float low = psi_values[0], high = low;
-    for (int64_t c = 1; c < NR; ++c) {
-      low = psi_values[c] < low ? psi_values[c] : low;
-      high = psi_values[c] > high ? psi_values[c] : high;
-    }
-    segments_between(low, high, scale, first, last);
-  }
-
   const float* profile_slope() const { return bias->profile_slope + head * (bias->n_knots + 1); }
   const float* profile_intercept() const { return bias->profile_intercept + head * (bias->n_knots + 1); }
 
-  // The segment where the last row ended: the next row's is seldom far. A tile belongs to one thread.
-  mutable int64_t hint = 0;
+  // The segments that y = psi * row scale reaches over NR keys.
+  struct Reach {
+    int64_t first = 0, last = 0;
+  };
+  // Those of a block of rows and n keys, found once for the whole block: a wider reach is exact too. A tile belongs to
+  // one thread.
+  struct Reaches {
+    int64_t block = -1, j = -1, n = 0;
+    Reach at[ROW_MAX / NR];
+  };
+  mutable Reaches reaches;
+
+  // `reach` is a hint on entry: where one row or tile ended, the next is seldom far.
+  void find_reach(float low, float high, Reach& reach) const {
+    int64_t m = reach.first;
+    while (m < bias->n_knots && bias->knots[m] < low) ++m;
+    while (m > 0 && !(bias->knots[m - 1] < low)) --m;
+    reach.first = m;
+    while (m < bias->n_knots && bias->knots[m] < high) ++m;
+    reach.last = m;
+  }
+
+  // Of row i over keys j .. j + n, NR at a time; `values` is its psi_row.
+  const Reach* find_reaches(const float* values, int64_t i, int64_t j, int64_t n) const {
+    const int64_t block = i / MR * MR;
+    if (!positions() && reaches.block == block && reaches.j == j && reaches.n == n) return reaches.at;
+    const int64_t i0 = positions() ? i : imax(block, area.i0), i1 = positions() ? i + 1 : imin(block + MR, area.i1);
+    float scale_low = row_scale(i0), scale_high = scale_low;
+    for (int64_t r = i0 + 1; r < i1; ++r) {
+      const float scale = row_scale(r);
+      scale_low = scale < scale_low ? scale : scale_low;
+      scale_high = scale > scale_high ? scale : scale_high;
+    }
+    Reach reach = reaches.at[0];
+    for (int64_t c = 0; c < n; c += NR) {
+      float low, high;
+      if (positions()) {
+        low = high = values[c];
+        for (int64_t v = 1; v < NR; ++v) {
+          low = fmin2(low, values[c + v]);
+          high = fmax2(high, values[c + v]);
+        }
+      } else {  // NR keys of the first row and of the last overlap, so they cover those of the rows between
+        const int64_t x = j + c - i0 - base, y = j + c - (i1 - 1) - base;
+        low = fmin2(psi_low[x], psi_low[y]);
+        high = fmax2(psi_high[x], psi_high[y]);
+      }
+      const float a = low * scale_low, b = low * scale_high, d = high * scale_low, e = high * scale_high;
+      find_reach(fmin2(fmin2(a, b), fmin2(d, e)), fmax2(fmax2(a, b), fmax2(d, e)), reach);
+      reaches.at[c / NR] = reach;
+    }
+    reaches.block = block, reaches.j = j, reaches.n = n;
+    return reaches.at;
+  }
 
   // x = x * mul + profile over n keys (a multiple of VL) from j of row i; returns the running maximum.
   vf add_profile(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
     const float *slopes = profile_slope(), *intercepts = profile_intercept(), *knots = bias->knots;
     const float* values = psi_row(i, j, round_up(n, NR));
-    float scale = row_scale(i);
-    int64_t first = hint, last = 0;
+    const Reach* reach = find_reaches(values, i, j, n);
+    const float scale = row_scale(i);
     vf most = set1(NEG_INF), times = set1(mul), vscale = set1(scale);
-    if (!positions() && n > NR) {
-      // Far from the diagonal a whole tile lies in one segment.
-      segments_between(tile_low[j - i - base], tile_high[j - i - base], scale, first, last);
+    for (int64_t c = 0; c < n;) {
+      const auto [first, last] = reach[c / NR];
+      int64_t end = c + NR;
+      const vf steep = set1(slopes[first] * scale), level = set1(intercepts[first]);
       if (first == last) {
-        const vf steep = set1(slopes[first] * scale), level = set1(intercepts[first]);
-        for (int64_t c = 0; c < n; c += VL) {
+        // Far from the diagonal many tiles lie in one segment.
+        while (end < n && reach[end / NR].first == first && reach[end / NR].last == first) end += NR;
+        for (end = imin(end, n); c < end; c += VL) {
           const vf value = fma(load(x + c), times, fma(load(values + c), steep, level));
           store(x + c, value);
           most = max(most, value);
         }
-        hint = first;
-        return most;
+        continue;
       }
-    }
-    for (int64_t c = 0; c < n; c += NR) {
-      segments(values + c, i, j + c, scale, first, last);
-      int64_t end = imin(n, c + NR);
-      vf steep = set1(slopes[first] * scale), level = set1(intercepts[first]);
-      for (int64_t v = c; v < end; v += VL) {
-        vf value = fma(load(values + v), steep, level);
-        if (__builtin_expect(last > first, 0)) {
-          vf y = load(values + v) * vscale;
-          for (int64_t m = first; m < last; ++m)
-            value = fma(set1(slopes[m + 1] - slopes[m]), max(y - set1(knots[m]), zero()), value);
-        }
-        value = fma(load(x + v), times, value);
-        store(x + v, value);
+      for (end = imin(end, n); c < end; c += VL) {
+        const vf psi_c = load(values + c), y = psi_c * vscale;
+        vf value = fma(psi_c, steep, level);
+        for (int64_t m = first; m < last; ++m)
+          value = fma(set1(slopes[m + 1] - slopes[m]), max(y - set1(knots[m]), zero()), value);
+        value = fma(load(x + c), times, value);
+        store(x + c, value);
         most = max(most, value);
       }
     }
-    hint = first;
     return most;
   }
 

@@ -12,6 +12,9 @@ struct BiasGrad {
   float *relative = nullptr, *psi = nullptr, *rows = nullptr;  // by j - i - base; psi likewise; rows by query position
   float *table = nullptr, *psi_table = nullptr;                // explicit positions: by entry of the operand
   double* profile = nullptr;                                   // [2][n_knots + 1]: slope, then intercept
+  float* lanes = nullptr;  // [n_knots + 1][2][VL]: what `profile` has still to get
+  int pending = 0;         // rows in `lanes`, and the segments that they touched
+  int64_t touched_first = 0, touched_last = -1;
   double slope_sum = 0.0;
 
   void layout(Arena& arena, const Problem& p, const Bias& b, int64_t n_rows, int64_t n_keys) {
@@ -26,6 +29,7 @@ struct BiasGrad {
         psi = arena.floats(n);
       rows = arena.floats(b.row_len);
       profile = reinterpret_cast<double*>(arena.floats(4 * (b.n_knots + 1)));
+      lanes = arena.floats(2 * VL * (b.n_knots + 1));
     }
   }
 
@@ -41,8 +45,12 @@ struct BiasGrad {
       if (psi_table) fill(psi_table, 0.0F, b.psi_len);
       if (rows) fill(rows, 0.0F, b.row_len);
     }
-    if (profile)
+    if (profile) {
+      fill(lanes, 0.0F, 2 * VL * (b.n_knots + 1));
+      touched_first = 0, touched_last = -1;
+      settle();
       for (int64_t m = 0; m < 2 * (b.n_knots + 1); ++m) profile[m] = 0.0;
+    }
     slope_sum = 0.0;
   }
 
@@ -79,53 +87,80 @@ struct BiasGrad {
   }
 
   // With y = psi * scale in segment m: dA[m] += dS y, dC[m] += dS, dpsi += dS A[m] scale, dscale += dS A[m] psi.
-  // Over NR keys the segments run from `first` to `last`; sums over y > knot give each segment's by difference.
+  // Over a run of keys that reaches segments `first` to `last`, sums over y > knot give each one's by difference.
   void add_profile(const float* ds, int64_t i, int64_t j, int64_t n) {
     const Bias& b = *tile->bias;
     const float *values = tile->psi_row(i, j, round_up(n, NR)), *slopes = tile->profile_slope();
+    const auto* reach = tile->find_reaches(values, i, j, n);
     const float scale = tile->row_scale(i);
-    double *to_slope = profile, *to_intercept = profile + b.n_knots + 1, to_scale = 0.0;
-    alignas(64) float gradient[NR];
-    int64_t first = tile->hint, last = 0;
-    for (int64_t c = 0; c < n; c += NR) {
-      const int64_t count = imin(n - c, NR);
-      tile->segments(values + c, i, j + c, scale, first, last);
-      vf sum = zero(), moment = zero();
-      for (int64_t v = 0; v < count; v += VL) {
-        vf d = load(ds + c + v);
-        sum += d;
-        moment = fma(d, load(values + c + v), moment);
-        store(gradient + v, d * set1(slopes[first] * scale));
+    alignas(64) float gradient[ROW_MAX];
+    vf to_scale = zero();
+    for (int64_t c = 0; c < n;) {
+      const auto [first, last] = reach[c / NR];
+      int64_t end = c + NR;
+      if (first == last)
+        while (end < n && reach[end / NR].first == first && reach[end / NR].last == first) end += NR;
+      end = imin(end, n);
+      vf above = zero(), above_moment = zero();
+      const vf steep = set1(slopes[first] * scale);
+      for (int64_t v = c; v < end; v += VL) {
+        const vf d = load(ds + v);
+        above += d;
+        above_moment = fma(d, load(values + v), above_moment);
+        store(gradient + v, d * steep);
       }
-      double above = reduce_add(sum), above_moment = reduce_add(moment);
       for (int64_t m = first; m <= last; ++m) {
-        vf next = zero(), next_moment = zero();
+        vf beyond = zero(), beyond_moment = zero();
         if (m < last) {
           const vf knot = set1(b.knots[m]), step = set1((slopes[m + 1] - slopes[m]) * scale);
-          for (int64_t v = 0; v < count; v += VL) {
-            vf psi_v = load(values + c + v), d = psi_v * scale > knot ? load(ds + c + v) : zero();
-            next += d;
-            next_moment = fma(d, psi_v, next_moment);
+          for (int64_t v = c; v < end; v += VL) {
+            const vf psi_v = load(values + v), d = psi_v * scale > knot ? load(ds + v) : zero();
+            beyond += d;
+            beyond_moment = fma(d, psi_v, beyond_moment);
             store(gradient + v, fma(d, step, load(gradient + v)));
           }
         }
-        const double beyond = m < last ? reduce_add(next) : 0.0,
-                     beyond_moment = m < last ? reduce_add(next_moment) : 0.0;
-        to_slope[m] += (above_moment - beyond_moment) * scale;
-        to_intercept[m] += above - beyond;
-        to_scale += (above_moment - beyond_moment) * slopes[m];
+        add_to_segment(m, above - beyond, above_moment - beyond_moment, scale);
+        to_scale = fma(above_moment - beyond_moment, set1(slopes[m]), to_scale);
         above = beyond, above_moment = beyond_moment;
       }
-      if (psi) {
-        float* sums = psi + (j + c - i - tile->base);
-        for (int64_t v = 0; v < count; v += VL) store(sums + v, load(sums + v) + load(gradient + v));
-      } else {
-        const int64_t q = tile->query_position(i), valid = imin(count, tile->s->k_len - j - c);
-        const int64_t* keys = tile->key_positions(j + c);
-        for (int64_t v = 0; v < valid; ++v) psi_table[tile->psi_index(q - keys[v])] += gradient[v];
-      }
+      c = end;
     }
-    rows[iclamp(tile->query_position(i) - b.row_first, 0, b.row_len - 1)] += static_cast<float>(to_scale);
+    add_to_psi(gradient, i, j, n);
+    rows[iclamp(tile->query_position(i) - b.row_first, 0, b.row_len - 1)] += reduce_add(to_scale);
+    if (++pending == PENDING_ROWS) settle();
+  }
+
+  void add_to_psi(const float* gradient, int64_t i, int64_t j, int64_t n) {
+    if (psi) {
+      float* sums = psi + (j - i - tile->base);
+      for (int64_t v = 0; v < n; v += VL) store(sums + v, load(sums + v) + load(gradient + v));
+    } else {
+      const int64_t q = tile->query_position(i), valid = imin(n, tile->s->k_len - j);
+      const int64_t* keys = tile->key_positions(j);
+      for (int64_t v = 0; v < valid; ++v) psi_table[tile->psi_index(q - keys[v])] += gradient[v];
+    }
+  }
+
+  // Segments are summed lane by lane over a few rows, then in float64.
+  static constexpr int PENDING_ROWS = 48;
+
+  void add_to_segment(int64_t m, vf sum, vf moment, float scale) {
+    float* at = lanes + 2 * VL * m;
+    store(at, load(at) + sum);
+    store(at + VL, fma(moment, set1(scale), load(at + VL)));
+    touched_first = imin(touched_first, m), touched_last = imax(touched_last, m);
+  }
+
+  void settle() {
+    double *to_slope = profile, *to_intercept = profile + tile->bias->n_knots + 1;
+    for (int64_t m = touched_first; m <= touched_last; ++m) {
+      float* at = lanes + 2 * VL * m;
+      to_intercept[m] += reduce_add(load(at));
+      to_slope[m] += reduce_add(load(at + VL));
+      fill(at, 0.0F, 2 * VL);
+    }
+    pending = 0, touched_first = tile->bias->n_knots + 1, touched_last = -1;
   }
 
   // After each head: adds its sums to the call's gradients. The caller holds the order.
@@ -144,6 +179,7 @@ struct BiasGrad {
       for (int64_t x = 0; x < b.table_len; ++x) b.grad_table[head * b.table_len + x] += table[x];
     if (b.grad_slope) b.grad_slope[tile->s->b * tile->p->heads + head] += static_cast<float>(slope_sum);
     if (!profile) return;
+    settle();
     for (int64_t m = 0; m <= b.n_knots; ++m) {
       const int64_t at = head * (b.n_knots + 1) + m;
       if (b.grad_profile_slope) b.grad_profile_slope[at] += static_cast<float>(profile[m]);

@@ -41,19 +41,26 @@ inline void store_floats(void* dst, const float* src, DType dtype, int64_t n) {
 }
 
 // Turns one row by its angles; sign -1 is the inverse turn, which is also the gradient's.
-inline void rotate(float* x, const float* cos, const float* sin, int64_t half, bool interleaved, float sign) {
+inline void rotate(float* x, const float* __restrict cos, const float* __restrict sin, int64_t half, bool interleaved,
+                   float sign) {
   if (interleaved) {
     for (int64_t c = 0; c < half; ++c) {
-      float a = x[2 * c], b = x[2 * c + 1], s = sign * sin[c];
+      const float a = x[2 * c], b = x[2 * c + 1], s = sign * sin[c];
       x[2 * c] = a * cos[c] - b * s;
       x[2 * c + 1] = b * cos[c] + a * s;
     }
-  } else {
-    for (int64_t c = 0; c < half; ++c) {
-      float a = x[c], b = x[c + half], s = sign * sin[c];
-      x[c] = a * cos[c] - b * s;
-      x[c + half] = b * cos[c] + a * s;
-    }
+    return;
+  }
+  int64_t c = 0;
+  for (const vf signs = set1(sign); c + VL <= half; c += VL) {
+    const vf a = load(x + c), b = load(x + half + c), turn = load(cos + c), s = signs * load(sin + c);
+    store(x + c, a * turn - b * s);
+    store(x + half + c, b * turn + a * s);
+  }
+  for (; c < half; ++c) {
+    const float a = x[c], b = x[c + half], s = sign * sin[c];
+    x[c] = a * cos[c] - b * s;
+    x[c + half] = b * cos[c] + a * s;
   }
 }
 

@@ -69,6 +69,9 @@ constexpr int64_t ceil_div(int64_t x, int64_t by) {
 inline float fmax2(float a, float b) {
   return a > b ? a : b;
 }
+inline float fmin2(float a, float b) {
+  return a < b ? a : b;
+}
 
 constexpr float LOG2E = 1.4426950408889634F;
 constexpr float NEG_INF = -__builtin_inff();
