@@ -124,6 +124,36 @@ struct CombineParams {
   int32_t splits;
 };
 
+// DAPE's MLP, contiguous: w1 [WIDTH, INPUTS], b1 [WIDTH], w2 [HEADS, WIDTH], b2 [HEADS].
+struct MixParams {
+  const float* w1;
+  const float* b1;
+  const float* w2;
+  const float* b2;
+};
+
+struct MixForwardParams {
+  const void* q;
+  const void* k;
+  const void* v;
+  void* out;
+  float* lse;  // [B, H, Tq]
+  const float* sinks;
+  Strides q_strides;
+  Strides k_strides;
+  Strides v_strides;
+  Strides out_strides;
+  ShapeParams shape;
+  MaskParams mask;
+  PositionParams positions;
+  BiasParams inner;
+  BiasParams outer;
+  MixParams mix;
+  DropoutParams dropout;
+  float scale;
+  float softcap;
+};
+
 // x [B, H, T, DIM] turned by its tokens' angles into out, contiguous.
 struct TurnParams {
   const void* x;
@@ -132,6 +162,71 @@ struct TurnParams {
   AngleParams angles;
   int32_t heads;
   int32_t tokens;
+};
+
+// The backward pass keeps what it needs of queries by padded rows: a sequence begins at a multiple of BLOCK_M, so
+// `rows` is a little more than the tokens of all sequences.
+struct BackwardRowsParams {
+  const void* out;
+  const void* grad_out;
+  const float* lse;       // [B, H, Tq]
+  const float* grad_lse;  // the same, or null
+  float* lse2;            // [H, rows]
+  float* delta;           // [H, rows]
+  Strides out_strides;
+  Strides grad_out_strides;
+  ShapeParams shape;
+  MaskParams mask;
+  int64_t rows;
+};
+
+struct BackwardParams {
+  const void* q;  // turned, as k
+  const void* k;
+  const void* v;
+  const void* grad_out;
+  const float* lse2;   // [H, rows]
+  const float* delta;  // [H, rows]
+  float* dq;           // [H, rows / BLOCK_M, BLOCK_M * PADDED], in the order of the fragments
+  void* dk;
+  void* dv;
+  float* dslope;      // [S, H, slices]
+  float* dtable;      // [S, H, slices, diagonals]; [S, H, entries] with explicit positions
+  float* dpsi;        // the same
+  float* drow_scale;  // [slices, H, rows]
+  float* dsegments;   // [S, H, slices, 2, knots + 1]
+  float* ddense;
+  int32_t* turns;  // ordered: a ticket, then [H, rows / BLOCK_M] counts of key blocks
+  Strides q_strides;
+  Strides k_strides;
+  Strides v_strides;
+  Strides grad_out_strides;
+  Strides dk_strides;
+  Strides dv_strides;
+  PairStrides ddense_strides;
+  ShapeParams shape;
+  MaskParams mask;
+  PositionParams positions;
+  BiasParams bias;
+  AngleParams k_angles;
+  DropoutParams dropout;
+  int64_t rows;
+  int64_t diagonals;
+  float scale;
+  float softcap;
+  int32_t first_distance;  // of entry 0 of the diagonals
+};
+
+// The accumulated gradient of the queries, scaled, turned back and rounded.
+struct BackwardQueriesParams {
+  const float* accumulated;  // BackwardParams.dq
+  void* dq;
+  Strides dq_strides;
+  AngleParams angles;
+  ShapeParams shape;
+  MaskParams mask;
+  int64_t rows;
+  float scale;
 };
 
 }  // namespace posattn

@@ -148,6 +148,31 @@ __device__ __forceinline__ float cvt_f32_f16(uint16_t x) {
   return y;
 }
 
+// On two packed elements.
+__device__ __forceinline__ uint32_t fma_rn_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
+__device__ __forceinline__ uint32_t fma_rn_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
+__device__ __forceinline__ uint32_t max_f16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
 // Whether this thread's block reached here as a whole; memory before is seen after.
 __device__ __forceinline__ void bar_sync() {
   asm volatile("bar.sync 0;" ::: "memory");
@@ -221,6 +246,10 @@ __device__ __forceinline__ void st_shared(uint32_t p, float x) {
 
 __device__ __forceinline__ void st_shared(uint32_t p, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(p), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void ld_shared_v2(uint32_t (&x)[2], uint32_t p) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(p) : "memory");
 }
 
 __device__ __forceinline__ void st_shared_v4(uint32_t p, const uint32_t (&x)[4]) {

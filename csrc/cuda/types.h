@@ -20,7 +20,10 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 // Below every finite logit in base 2, so that a row with no key yet has weight exp2(-inf - LOWEST) = 0 and never NaN.
 constexpr float LOWEST = -3.0e38f;
-constexpr float INFINITE = __builtin_huge_valf();
+
+__device__ __forceinline__ float infinity() {
+  return __int_as_float(0x7f800000);
+}
 
 __host__ __device__ constexpr int ceil_div(int a, int b) {
   return (a + b - 1) / b;

@@ -149,7 +149,7 @@ def _compile(text: str, entry: str, arch: str) -> tuple[bytes, bytes]:
         try:
             cubin = program.compile("cubin").code
         except Exception as error:  # NVRTCError, whose module is private
-            raise CompileError(f"{entry} for {arch} does not compile: {error}\n{text}") from error
+            raise CompileError(f"{entry} for {arch} does not compile: {error}") from error
     # cuda.core gives PTX only where there is a driver to check it against; NVRTC has it beside the machine code.
     handle = program.handle
     ptx = bytearray(nvrtc.nvrtcGetPTXSize(handle)[1])

@@ -1,0 +1,28 @@
+"""Fused kernels in CUDA C++ for NVIDIA GPUs of compute capability 8.0 and later, compiled at first use."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from posattn.backends import cuda_compile, cuda_forward, cuda_launch
+from posattn.backends.cuda_operands import DTYPES, HEAD_DIMS
+from posattn.plan import Call
+
+
+def unsupported(call: Call) -> str | None:
+    """Why these kernels cannot run `call`; None if they can."""
+    q, v = call.q, call.v
+    if not cuda_launch.has_device(q.device):
+        return f"it needs an NVIDIA GPU, got {q.device.type} tensors"
+    if q.dtype not in DTYPES:
+        return f"it computes float16 and bfloat16, got {q.dtype}"
+    if max(q.shape[3], v.shape[3]) > HEAD_DIMS[-1]:
+        return f"it takes head dimensions up to {HEAD_DIMS[-1]}, got {max(q.shape[3], v.shape[3])}"
+    if call.plan.mix is not None:
+        return "it has no kernels that mix heads"
+    return cuda_compile.missing() or cuda_compile.unsupported(cuda_launch.architecture(q.device))
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
+    return cuda_forward.forward(call)

@@ -1,0 +1,142 @@
+"""Host side of the CUDA forward pass: which kernels run for a call, and with what."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from posattn.backends import cuda_compile, cuda_launch
+from posattn.backends import cuda_operands as operands
+from posattn.backends.cuda_operands import Constants
+from posattn.backends.cuda_params import Values, pack
+from posattn.backends.cuda_tiles import ForwardTile, forward_tile
+from posattn.kernels.operands import k_max, q_max, sequences
+from posattn.plan import Call, Rotary
+
+# Turning K in the kernel costs each query block one pass over K; ahead of time it costs two passes over memory and a
+# launch. With one or two query blocks a head the first is less.
+TURN_IN_KERNEL_BLOCKS = 2
+
+
+def architecture(device: torch.device) -> str:
+    """What kernels are compiled for: sm_90 with the instructions that only it has."""
+    name = cuda_launch.architecture(device)
+    return "sm_90a" if name == "sm_90" else name
+
+
+def run(
+    source: str,
+    entry: str,
+    struct: str,
+    constants: Constants,
+    values: Values,
+    grid: tuple[int, ...],
+    threads: int,
+    shared_bytes: int,
+    device: torch.device,
+) -> None:
+    """Compile (or find) a kernel and launch it."""
+    kernel = cuda_compile.compile_kernel(source, entry, struct, constants, architecture(device))
+    cuda_launch.launch(kernel, grid, (threads,), shared_bytes, pack(struct, values))
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
+    """x [B, H, T, D] with its pairs turned, contiguous."""
+    batch, heads, tokens, dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    values = {
+        "x": x,
+        "out": out,
+        "x_strides": operands.strides(x),
+        "angles": operands.angles(cos, sin),
+        "heads": heads,
+        "tokens": tokens,
+    }
+    threads = 128
+    constants: Constants = {
+        "BF16": x.dtype == torch.bfloat16,
+        "DIM": dim,
+        "HALF": cos.shape[-1],
+        "INTERLEAVED": rotary.interleaved,
+        "THREADS": threads,
+    }
+    grid = (-(-tokens * (dim // 8) // threads), heads, batch)
+    run("turn.cu", "turn", "TurnParams", constants, values, grid, threads, 0, x.device)
+    return out
+
+
+def shared_bytes(tile: ForwardTile, constants: Constants) -> int:
+    """Dynamic shared memory of attention_forward; it asserts that this is enough."""
+    dim, dim_v = 2 * constants["HEAD_DIM"], 2 * constants["HEAD_DIM_V"]
+    staged = (constants["HAS_TABLE"] or constants["HAS_PROFILE"]) and not constants["EXPLICIT"]
+    values = 8 * (tile.block_m + tile.block_n) if staged else 0
+    stages = tile.stages * (tile.block_n * (dim + dim_v) + values)
+    return max(tile.block_m * dim + stages, tile.block_m * dim_v)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
+    q, k, v = (operands.in_chunks(x) for x in (call.q, call.k, call.v))
+    batch, heads, q_tokens, _ = q.shape
+    device = q.device
+    # Packed documents may leave tokens outside every document, which no block would write.
+    create = torch.empty if call.mask.cu_seqlens_q is None else torch.zeros
+    out = create((batch, heads, q_tokens, v.shape[3]), dtype=q.dtype, device=device)
+    lse = create((batch, heads, q_tokens), dtype=torch.float32, device=device)
+
+    tile = forward_tile(cuda_launch.architecture(device), call)
+    rows = tile.block_m // tile.warps
+    blocks = -(-q_max(call) // tile.block_m)
+    mask, mask_constants = operands.mask(call)
+    positions, position_constants = operands.positions(call)
+    bias, bias_constants = operands.bias(call, call.plan.bias, rows, tile.block_n)
+    dropout, dropout_constants = operands.dropout(call)
+    rotary = call.plan.rotary
+    turn_here = rotary is not None and blocks <= TURN_IN_KERNEL_BLOCKS
+    if rotary is not None and not turn_here:
+        k = turned(k, rotary.k_cos, rotary.k_sin, rotary)
+    constants: Constants = {
+        **operands.element(call),
+        **mask_constants,
+        **position_constants,
+        **bias_constants,
+        **dropout_constants,
+        **tile.constants(),
+        "NATURAL": operands.natural(call),
+        "HAS_SOFTCAP": call.softcap != 0.0,
+        "HAS_SINKS": call.sinks is not None,
+        "ROTARY_Q": rotary is not None,
+        "ROTARY_K": turn_here,
+        "INTERLEAVED": rotary is not None and rotary.interleaved,
+        "HALF": 1 if rotary is None else rotary.q_cos.shape[-1],
+        "SPLITS": 1,
+    }
+    constants["SHARED_BYTES"] = shared_bytes(tile, constants)
+    values = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": out,
+        "lse": lse,
+        "sinks": call.sinks,
+        "q_strides": operands.strides(q),
+        "k_strides": operands.strides(k),
+        "v_strides": operands.strides(v),
+        "out_strides": operands.strides(out),
+        "shape": operands.shape(call, tile.block_m, tile.block_n),
+        "mask": mask,
+        "positions": positions,
+        "bias": bias,
+        "q_angles": operands.angles(rotary.q_cos, rotary.q_sin) if rotary is not None else {},
+        "k_angles": operands.angles(rotary.k_cos, rotary.k_sin) if rotary is not None and turn_here else {},
+        "dropout": dropout,
+        "scale": call.scale,
+        "softcap": call.softcap,
+        "split_tiles": -(-k_max(call) // tile.block_n),
+    }
+    grid = (blocks * sequences(call) * heads,)
+    run(
+        "forward.cu", "attention_forward", "ForwardParams", constants, values, grid, 32 * tile.warps,
+        int(constants["SHARED_BYTES"]), device,
+    )  # fmt: skip
+    return out[..., : call.v.shape[3]].contiguous(), lse

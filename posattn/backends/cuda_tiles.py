@@ -1,0 +1,45 @@
+"""Tile shapes of the CUDA kernels, by architecture, head dimension and kind of plan, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from posattn.backends.cuda_operands import Constants, padded
+from posattn.plan import Call
+
+
+@dataclass(frozen=True)
+class ForwardTile:
+    """One choice for attention_forward. `reason` is the modelled ground: "2P" is the two-phase figure of the static
+    pipe model, cycles for a 64 x 64 tile of one head, bf16, unmasked inner loop, on sm_80."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    blocks: int  # on a multiprocessor, which limits registers to 65536 / (32 warps blocks)
+    q_in_registers: bool
+    reason: str
+
+    def constants(self) -> Constants:
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "WARPS": self.warps,
+            "THREADS": 32 * self.warps,
+            "STAGES": self.stages,
+            "BLOCKS_PER_SM": self.blocks,
+            "Q_IN_REGISTERS": self.q_in_registers,
+        }
+
+
+_FORWARD = {
+    64: ForwardTile(128, 64, 4, 2, 2, True, "two blocks of 48 KiB fit sm_86's 100 KiB as well"),
+    128: ForwardTile(128, 64, 4, 1, 2, False, "a ring of two stages would leave one block a multiprocessor"),
+    256: ForwardTile(64, 32, 4, 1, 1, False, "256 output columns for 32 rows a warp would not fit its registers"),
+}
+
+
+def forward_tile(arch: str, call: Call) -> ForwardTile:
+    dim = max(padded(call.q.shape[3]), padded(call.v.shape[3]))
+    return _FORWARD[min(d for d in _FORWARD if d >= dim)]
