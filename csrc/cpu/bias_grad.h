@@ -12,8 +12,8 @@ struct BiasGrad {
   float *relative = nullptr, *psi = nullptr, *rows = nullptr;  // by j - i - base; psi likewise; rows by query position
   float *table = nullptr, *psi_table = nullptr;                // explicit positions: by entry of the operand
   double* profile = nullptr;                                   // [2][n_knots + 1]: slope, then intercept
-  float* lanes = nullptr;  // [n_knots + 1][2][VL]: what `profile` has still to get
-  int pending = 0;         // rows in `lanes`, and the segments that they touched
+  float* lanes = nullptr;                                      // [n_knots + 1][2][VL]: what `profile` has still to get
+  int pending = 0;                                             // rows in `lanes`, and the segments that they touched
   int64_t touched_first = 0, touched_last = -1;
   double slope_sum = 0.0;
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "problem.h"
 #include "threads.h"
 
@@ -331,5 +332,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(chosen()->name); }, "The instruction set in use.");
   m.def("bf16_dot", [] { return chosen()->bf16_dot; });
   m.def("set_isa", [](const std::string& name) { chosen() = find(name); }, "Use this instruction set from now on.");
+  m.def(
+      "prefer_huge_pages",
+      [](uintptr_t address, size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"), "Advise the system to back this memory with 2 MB pages.");
   m.def("runtime", &parallel_runtime, "The threading runtime in use.");
 }

@@ -6,6 +6,7 @@
 #include <sched.h>
 
 #include "bias.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace posattn::POSATTN_ISA {

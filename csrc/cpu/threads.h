@@ -1,8 +1,6 @@
 // Parallel regions on the OpenMP runtime that the process already has, so that there is never a second one.
 #pragma once
 
-#include <cstddef>
-
 namespace posattn {
 
 // Run body(context, thread) for thread = 0 .. threads - 1, concurrently where the runtime grants it.
@@ -10,9 +8,5 @@ void parallel(int threads, void (*body)(void* context, int thread), void* contex
 
 // "libgomp", "libomp", ... or "std::thread": what `parallel` runs on.
 const char* parallel_runtime();
-
-// 64-byte aligned memory; throws std::bad_alloc.
-void* allocate(size_t bytes);
-void release(void* memory);
 
 }  // namespace posattn

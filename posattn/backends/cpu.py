@@ -22,6 +22,8 @@ except ImportError as error:  # a source tree that was never built: every other 
 
 MAX_HEAD_DIM = 256
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Bytes from which a result is sure to hold a 2 MB page.
+_HUGE = 4 << 20
 _FORMS = {"concat-residual": 0, "concat": 1, "add": 2}
 
 
@@ -144,7 +146,14 @@ class _Binding:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for a result; tests replace it to fill results with NaN beforehand."""
-    return torch.empty(tuple(shape), dtype=dtype)
+    result = torch.empty(tuple(shape), dtype=dtype)
+    if (size := result.numel() * result.element_size()) >= _HUGE:
+        native.prefer_huge_pages(result.data_ptr(), size)
+    return result
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return empty(shape, dtype).zero_()
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -173,23 +182,21 @@ def backward(
     if "q" in needs:
         grads["q"] = empty(call.q.shape, call.q.dtype)
         # float32 gradients are summed in place; the others in a float32 copy that is rounded once at the end.
-        total = grads["q"].zero_() if call.q.dtype == torch.float32 else torch.zeros(call.q.shape)
+        total = grads["q"].zero_() if call.q.dtype == torch.float32 else _zeros(call.q.shape)
         binding.keep.append(total)
         p.grad_q, p.grad_q_sum = binding.view(grads["q"]), total.data_ptr()
     # Keys past a sequence's length, and those of a document without queries, are in no task.
     covered = call.mask.k_lengths is None and call.mask.cu_seqlens_q is None and q_len > 0
     for name, tensor in (("k", call.k), ("v", call.v)):
         if name in needs:
-            grads[name] = (
-                empty(tensor.shape, tensor.dtype) if covered else torch.zeros(tensor.shape, dtype=tensor.dtype)
-            )
+            grads[name] = empty(tensor.shape, tensor.dtype) if covered else _zeros(tensor.shape, tensor.dtype)
             setattr(p, f"grad_{name}", binding.view(grads[name]))
     _bias_grads(p.bias, call.plan.bias, "", call, needs, grads)
     if call.plan.mix is not None:
         _bias_grads(p.head_mix.inner, call.plan.mix.inner, "inner.", call, needs, grads)
         for name in ("w1", "b1", "w2", "b2"):
             if name in needs:
-                grads[name] = torch.zeros(getattr(call.plan.mix, name).shape)
+                grads[name] = _zeros(getattr(call.plan.mix, name).shape)
                 setattr(p.head_mix, f"grad_{name}", grads[name].data_ptr())
     native.backward(p)
     if "sinks" in needs and call.sinks is not None:
@@ -210,7 +217,7 @@ def _bias_grads(to: Any, bias: Bias, prefix: str, call: Call, needs: frozenset[s
 
     def want(name: str, operand: Tensor | None, shape: Sequence[int], field: str) -> None:
         if operand is not None and prefix + name in needs:
-            grads[prefix + name] = torch.zeros(tuple(shape))
+            grads[prefix + name] = _zeros(shape)
             setattr(to, field, grads[prefix + name].data_ptr())
 
     if bias.slope is not None:
