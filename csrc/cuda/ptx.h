@@ -222,6 +222,24 @@ __device__ __forceinline__ void red_add(float* p, float x) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");
 }
 
+// The old value of *p, to which x is added.
+__device__ __forceinline__ int32_t atom_add(int32_t* p, int32_t x) {
+  int32_t old;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(x) : "memory");
+  return old;
+}
+
+// *p += x, after everything that this thread has seen or done.
+__device__ __forceinline__ void red_release_add(int32_t* p, int32_t x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ int32_t ld_acquire(const int32_t* p) {
+  int32_t x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ void red_shared_add(uint32_t p, float x) {
   asm volatile("red.shared.add.f32 [%0], %1;" ::"r"(p), "f"(x) : "memory");
 }
