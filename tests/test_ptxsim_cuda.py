@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from posattn.backends.cuda_params import Arguments
 from tests.ptxsim import Fault, Findings, Kernel, run_cuda
-from tests.ptxsim.cuda_run import Arguments
 from tests.ptxsim.cuda_source import MISSING, available, compile_cuda
 
 pytestmark = pytest.mark.skipif(not available(), reason=MISSING)

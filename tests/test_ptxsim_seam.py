@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 import posattn
+from posattn.backends import cuda_launch
 from posattn.backends import launch as seam
+from posattn.backends.cuda_params import Arguments
 from tests.ptxsim import Findings
-from tests.ptxsim.cuda_run import Arguments
 from tests.ptxsim.seam import Machine, behind_launch, ptx_machine  # noqa: F401
 
 
@@ -69,9 +70,9 @@ def test_a_cuda_launch() -> None:
     out = torch.zeros(1, dtype=torch.int32)
     arguments = Arguments(struct.pack("QQ", out.data_ptr(), 0), tensors=(out,))
     kernel = SimpleNamespace(ptx=STORE, name="every_warp_stores", arch="sm_90a")
-    with behind_launch(90) as machine:
-        machine.launch_cuda(kernel, (1,), (1,), 0, arguments)
+    with behind_launch(90):
+        cuda_launch.launch(kernel, (1,), (1,), 0, arguments)
         with pytest.raises(Findings, match=r"every_warp_stores\(1,\) on sm_90.*\n.*global_race"):
-            machine.launch_cuda(kernel, (1,), (64,), 0, arguments)
-    with behind_launch(80) as machine, pytest.raises(ValueError, match="expected sm_80, got 'sm_90a'"):
-        machine.launch_cuda(kernel, (1,), (1,), 0, arguments)
+            cuda_launch.launch(kernel, (1,), (64,), 0, arguments)
+    with behind_launch(80), pytest.raises(ValueError, match="expected sm_80, got 'sm_90a'"):
+        cuda_launch.launch(kernel, (1,), (1,), 0, arguments)

@@ -4,7 +4,8 @@
     run_cuda(kernel, grid, block, shared_bytes, arguments).check()
 
 The struct holds device pointers as 64-bit integers, which say nothing about what they point to; so the bytes travel
-with the tensors. Of each, what lies between its first and its last element may be touched.
+with the tensors (posattn.backends.cuda_params.Arguments). Of each tensor, what lies between its first and its last
+element may be touched.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
+from posattn.backends.cuda_params import Arguments
 
 from .kernel import Kernel, Options, Report
 
@@ -25,20 +26,6 @@ class CudaKernel(Protocol):
     ptx: str
     name: str
     arch: str
-
-
-class Arguments(bytes):
-    """A packed parameter struct and the tensors that it points to; read_only ones must not be written."""
-
-    tensors: tuple[torch.Tensor, ...]
-    read_only: tuple[torch.Tensor, ...]
-
-    def __new__(
-        cls, image: bytes, tensors: Sequence[torch.Tensor] = (), read_only: Sequence[torch.Tensor] = ()
-    ) -> Arguments:
-        made = super().__new__(cls, image)
-        made.tensors, made.read_only = tuple(tensors), tuple(read_only)
-        return made
 
 
 @dataclass
@@ -60,14 +47,13 @@ def run_cuda(
     grid: Sequence[int],
     block: Sequence[int],
     shared_bytes: int,
-    arguments: Any,
+    arguments: Arguments,
     options: Options | None = None,
 ) -> Report:
-    """Runs `kernel` with `arguments`: bytes that carry `tensors` and, if they like, `read_only`, as Arguments does."""
-    if not isinstance(arguments, bytes) or not hasattr(arguments, "tensors"):
+    """Runs `kernel` on CPU tensors."""
+    if not isinstance(arguments, Arguments):
         raise TypeError(f"arguments: expected bytes that carry their tensors, got {type(arguments).__name__}")
-    read_only = tuple(getattr(arguments, "read_only", ()))
-    kept = {id(tensor) for tensor in read_only}
+    kept = {id(tensor) for tensor in arguments.read_only}
     return parsed(kernel.ptx, kernel.name).kernel.launch(
         grid,
         block,
@@ -75,5 +61,5 @@ def run_cuda(
         shared=shared_bytes,
         options=options,
         buffers=[tensor for tensor in arguments.tensors if id(tensor) not in kept],
-        read_only_buffers=read_only,
+        read_only_buffers=arguments.read_only,
     )

@@ -10,11 +10,9 @@ a GPU would get. A finding of the machine is an error at the launch that caused 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -95,18 +93,16 @@ class Machine:
 def behind_launch(arch: int = 80, options: Options | None = None, ignore: Sequence[str] = ()) -> Iterator[Machine]:
     """Puts the machine in the place of the GPU for everything that goes through the launch seams of the backends,
     posattn.backends.launch (Triton) and posattn.backends.cuda_launch (CUDA)."""
-    from posattn.backends import launch as seam
+    from posattn.backends import cuda_launch, launch
 
     if arch not in _PROCESSORS:
         raise ValueError(f"arch: expected one of {sorted(_PROCESSORS)}, got {arch!r}")
     machine = Machine(arch, options or Options(stats=False), tuple(ignore))
     device = {name: getattr(machine, name) for name in ("has_device", "architecture", "processors")}
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.multiple(seam, launch=machine.launch, **device))
-        if importlib.util.find_spec("posattn.backends.cuda_launch"):
-            cuda_seam = importlib.import_module("posattn.backends.cuda_launch")
-            own = {name: value for name, value in device.items() if hasattr(cuda_seam, name)}
-            patches.enter_context(mock.patch.multiple(cuda_seam, launch=machine.launch_cuda, **own))
+    with (
+        mock.patch.multiple(launch, launch=machine.launch, **device),
+        mock.patch.multiple(cuda_launch, launch=machine.launch_cuda, **device),
+    ):
         yield machine
 
 

@@ -25,22 +25,26 @@ def snippet(
     grid: Sequence[int] = (1,),
     options: Options | None = None,
     extra: Sequence[torch.Tensor] = (),
+    maps: Sequence[bytes] = (),
 ) -> Report:
     """Runs `body` once for each element of the inputs and outputs, which all have as many elements as there are lanes.
 
     In the body, %a0, %a1, ... hold the lane's inputs (as bits), %d0, %d1, ... become its outputs, %t is its index,
     %x0, %x1, ... are the addresses of the `extra` tensors, %s the shared address of `shared` bytes, and %p, %q are
-    predicates; `declare` may add registers.
+    predicates; `declare` may add registers. %m0, %m1, ... are the addresses of tensor maps (of `extra` tensors).
     """
     everything = [*inputs, *outputs, *extra]
     lanes = (inputs[0] if inputs else outputs[0]).numel()
-    parts = [_HEADER, ".extern .shared .align 16 .b8 dynamic[];\n", ".visible .entry snippet("]
-    parts.append(", ".join(f".param .u64 p{i}" for i in range(len(everything))) + ")\n{\n")
+    parts = [_HEADER, ".extern .shared .align 1024 .b8 dynamic[];\n", ".visible .entry snippet("]
+    params = [f".param .u64 p{i}" for i in range(len(everything))]
+    params += [f".param .align 64 .b8 map{i}[128]" for i in range(len(maps))]
+    parts.append(", ".join(params) + ")\n{\n")
     parts.append(".reg .pred %p, %q;\n.reg .b32 %t, %s;\n.reg .b64 %base, %at;\n" + declare + "\n")
     for letter, group in (("a", inputs), ("d", outputs)):
         # PTX has no 8-bit registers: 8-bit values live in 16-bit ones.
         parts += [f".reg .b{max(16, _bits(tensor))} %{letter}{i};\n" for i, tensor in enumerate(group)]
     parts += [f".reg .b64 %x{i};\n" for i in range(len(extra))]
+    parts += [f".reg .b64 %m{i};\nmov.b64 %m{i}, map{i};\n" for i in range(len(maps))]
     parts.append("mov.u32 %t, %tid.x;\nmov.u32 %s, dynamic;\n")
 
     def place(i: int, tensor: torch.Tensor) -> str:
@@ -55,4 +59,4 @@ def snippet(
         parts.append(place(len(inputs) + i, tensor) + f"st.global.b{_bits(tensor)} [%at], %d{i};\n")
     parts.append("ret;\n}\n")
     kernel = Kernel("".join(parts))
-    return kernel.launch(grid, (lanes,), everything, shared=shared, options=options)
+    return kernel.launch(grid, (lanes,), [*everything, *maps], shared=shared, options=options)

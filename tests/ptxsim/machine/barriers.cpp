@@ -5,11 +5,6 @@
 
 namespace ptxsim {
 
-void Barriers::reset(size_t warps) {
-  barriers_.clear();
-  warps_ = warps;
-}
-
 void Barriers::arrive(Warp& warp, const Instruction& in) {
   const auto operand = [&](size_t i) {
     return static_cast<int>(warp.lanes(in.operands[i].reg)[__builtin_ctz(warp.live)]);
@@ -18,12 +13,16 @@ void Barriers::arrive(Warp& warp, const Instruction& in) {
   const int threads = in.operands.size() > 1 ? operand(1) : 0;
   if (threads % kLanes) throw Fault("barrier count is no multiple of the warp size, " + in.where());
   Barrier& barrier = barriers_[id];
+  if (id < 0 || id > 15) throw Fault("barrier " + std::to_string(id) + " does not exist, " + in.where());
+  if (barrier.arrived && barrier.needed != threads / kLanes) {
+    throw Fault("barrier " + std::to_string(id) + " with another number of threads than before, " + in.where());
+  }
   barrier.needed = threads / kLanes;
-  barrier.clock.resize(warps_);
-  for (size_t i = 0; i < warps_; ++i) barrier.clock[i] = std::max(barrier.clock[i], warp.clock[i]);
+  barrier.clock.resize(warp.clock.size());
+  for (size_t i = 0; i < warp.clock.size(); ++i) barrier.clock[i] = std::max(barrier.clock[i], warp.clock[i]);
   ++barrier.arrived;
   ++warp.clock[static_cast<size_t>(warp.id)];
-  ++warp.warp_syncs;  // a block barrier orders the lanes of its warps too
+  warp.synchronise_lanes();  // a block barrier orders the lanes of its warps too
   if (in.control == Control::BarrierSync) {
     barrier.waiting.push_back(warp.id);
     warp.state = Warp::State::AtBarrier;
@@ -39,7 +38,7 @@ bool Barriers::release(std::vector<Warp>& warps) {
     if (barrier.waiting.empty() || barrier.arrived < needed) continue;
     for (const int waiter : barrier.waiting) {
       Warp& warp = warps[static_cast<size_t>(waiter)];
-      for (size_t i = 0; i < warps.size(); ++i) {
+      for (size_t i = 0; i < warp.clock.size(); ++i) {
         if (static_cast<int>(i) != waiter) warp.clock[i] = std::max(warp.clock[i], barrier.clock[i]);
       }
       warp.state = Warp::State::Running;

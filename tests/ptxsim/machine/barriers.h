@@ -10,7 +10,7 @@ namespace ptxsim {
 
 class Barriers {
 public:
-  void reset(size_t warps);
+  void reset() { barriers_.clear(); }
   // Counts the warp in and, for a sync, puts it to wait.
   void arrive(Warp& warp, const Instruction& in);
   // Lets the warps of every complete barrier go on; false if there was none.
@@ -24,7 +24,6 @@ private:
     std::vector<int> waiting;
   };
   std::map<int, Barrier> barriers_;
-  size_t warps_ = 0;
 };
 
 }  // namespace ptxsim

@@ -11,6 +11,8 @@ namespace {
 
 // A stuck kernel is a finding too; no test needs this many turns.
 constexpr uint64_t kMaxTurns = 200'000'000;
+// Turns for each running warp, all of them asking in vain, until they are taken to wait for ever.
+constexpr size_t kMaxIdle = 100;
 
 }  // namespace
 
@@ -98,9 +100,10 @@ void Block::start_warp(Warp& warp, int id, Dim at) {
   // A register read before it is written shows as an impossible value, not as a lucky zero.
   warp.registers.assign(static_cast<size_t>(program.registers) * kLanes, 0xDEADBEEFCAFEBABEull);
   warp.local.assign(static_cast<size_t>(program.local_bytes) * kLanes, 0xAB);
-  warp.clock.assign(warps.size(), 0);
+  const size_t agents = warps.size() + (program.uses_mbarriers ? Mbarriers::kMost : 0);
+  warp.clock.assign(agents, 0);
   warp.clock[static_cast<size_t>(id)] = 1;
-  warp.fenced_clock.assign(warps.size(), 0);
+  warp.fenced_clock.assign(agents, 0);
   if (program.uses_wgmma) {
     warp.pending.assign(static_cast<size_t>(program.registers), 0);
     warp.written_epoch.assign(static_cast<size_t>(program.registers), 0);
@@ -118,7 +121,8 @@ void Block::start(Dim at) {
   const auto count = static_cast<int>((threads_.count() + kLanes - 1) / kLanes);
   shared.reset(static_cast<size_t>(program.static_shared + dynamic_shared_), count, program.shared_granule, options);
   global.start_block(static_cast<int>(at.x + grid_.x * (at.y + grid_.y * at.z)));
-  barriers_.reset(static_cast<size_t>(count));
+  barriers_.reset();
+  mbarriers.reset(static_cast<size_t>(count));
   warps.assign(static_cast<size_t>(count), Warp{});
   for (int id = 0; id < count; ++id) start_warp(warps[static_cast<size_t>(id)], id, at);
 }
@@ -126,6 +130,7 @@ void Block::start(Dim at) {
 void Block::run(Dim at) {
   start(at);
   std::vector<int> ready;
+  size_t idle = 0;  // turns in a row in which a warp only asked an mbarrier in vain
   for (uint64_t turn = 0;; ++turn) {
     if (turn > kMaxTurns || (options.limit && report.warp_instructions > options.limit)) {
       throw Fault("the block does not end");
@@ -141,13 +146,28 @@ void Block::run(Dim at) {
       if (done) break;
       throw Fault("deadlock: some warps wait at a barrier that the others never reach");
     }
+    if (idle > kMaxIdle * ready.size()) throw Fault("deadlock: all warps that run wait" + mbarriers.describe());
     Warp& warp = warps[static_cast<size_t>(ready[random() % ready.size()])];
+    warp.waits = false;
     // Turns of random length: a race whose order matters then shows in the numbers for some seed.
     for (uint64_t steps = 1 + random() % 400; steps && step(warp); --steps) {
     }
+    idle = warp.waits ? idle + 1 : 0;
     barriers_.release(warps);
   }
-  for (const Warp& warp : warps) report.unwaited_copies += warp.copies.size();
+  finish();
+}
+
+void Block::finish() {
+  report.unwaited_copies += mbarriers.unwaited();
+  for (const Warp& warp : warps) {
+    report.unwaited_copies += warp.copies.size();
+    for (const BulkStore& store : warp.bulk_stores) {
+      if (store.read) continue;
+      report.add(Finding::InFlight,
+                 [&] { return "the block ends before its bulk copy has read shared memory, " + store.in->where(); });
+    }
+  }
 }
 
 void Block::set_pc(Warp& warp, LaneMask active, uint32_t pc) {
@@ -207,7 +227,7 @@ bool Block::step(Warp& warp) {
   if (!mask || !in.handler) return true;
   if (program.uses_wgmma) check_wgmma_registers(warp, in);
   in.handler(*this, warp, in, mask);
-  return true;
+  return !warp.waits;
 }
 
 bool Block::take_branch(Warp& warp, const Instruction& in, LaneMask active, LaneMask taken) {

@@ -6,6 +6,7 @@
 
 #include "barriers.h"
 #include "global_memory.h"
+#include "mbarrier.h"
 #include "program.h"
 #include "report.h"
 #include "shared_memory.h"
@@ -32,6 +33,8 @@ public:
   // The space and space-relative address that a generic address means.
   Space resolve(const Instruction& in, uint64_t& address) const;
 
+  const std::vector<uint8_t>& params() const { return params_; }
+
   // Xorshift: a schedule is a function of the seed alone.
   uint64_t random();
   // An approximate function's result, moved by up to 2 ulp if the options ask for it.
@@ -42,10 +45,12 @@ public:
   GlobalMemory& global;
   Report& report;
   SharedMemory shared;
+  Mbarriers mbarriers;
   std::vector<Warp> warps;
 
 private:
   void start(Dim at);
+  void finish();
   void start_warp(Warp& warp, int id, Dim at);
   uint64_t special(Special name, int warp, int lane, Dim at) const;
   // Runs one instruction; false when the warp should give way.

@@ -99,6 +99,11 @@ void fence_proxy(Block&, Warp& warp, const Instruction&, LaneMask) {
   warp.fenced_clock = warp.clock;
 }
 
+// Publishes the initialisation of mbarriers to the async proxy.
+void fence_mbarriers(Block&, Warp& warp, const Instruction&, LaneMask) {
+  ++warp.mbarrier_fences;
+}
+
 }  // namespace
 
 const OpcodeRows& async_opcodes() {
@@ -108,6 +113,7 @@ const OpcodeRows& async_opcodes() {
       {"cp.async.wait_group", "", always<wait_group>, false},
       {"cp.async.wait_all", "", always<wait_all>, false},
       {"fence.proxy.async", "shared::cta global", always<fence_proxy>, false},
+      {"fence.mbarrier_init", "release cluster", always<fence_mbarriers>, false},
   };
   return rows;
 }

@@ -22,6 +22,19 @@ Handler select_trap(Instruction&) {
   return trap;
 }
 
+// Registers move between warpgroups, which no result shows; but their number must be one that exists.
+void set_registers(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
+  if (mask != warp.live) throw Fault("setmaxnreg that some live lanes of the warp do not reach, " + in.where());
+  const uint64_t count = operand(warp, in, 0)[0];
+  if (count < 24 || count > 256 || count % 8) {
+    throw Fault("setmaxnreg takes 24 to 256 registers in steps of 8, " + in.where());
+  }
+}
+Handler select_set_registers(Instruction& in) {
+  require_operands(in, 1);
+  return set_registers;
+}
+
 }  // namespace
 
 const OpcodeRows& control_opcodes() {
@@ -38,9 +51,9 @@ const OpcodeRows& control_opcodes() {
       {"fence", "sc acq_rel acquire release cta gpu sys cluster", select_nothing, false},
       {"membar", "cta gl sys", select_nothing, false},
       {"nanosleep", "", select_nothing, false},
-      {"prefetch", "global L1 L2 cache", select_nothing, false},
+      {"prefetch", "global param L1 L2 cache tensormap", select_nothing, false},
       {"griddepcontrol", "wait launch_dependents", select_nothing, false},
-      {"setmaxnreg", "inc dec sync aligned", select_nothing, false},
+      {"setmaxnreg", "inc dec sync aligned", select_set_registers, false},
       {"createpolicy", "fractional range cache global", select_nothing},
       {"trap", "", select_trap, false},
   };

@@ -165,7 +165,7 @@ void elect(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
 
 void warp_sync(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
   require_members(warp, in, first_lane_value(warp, in, 0, mask), mask);
-  ++warp.warp_syncs;
+  warp.synchronise_lanes();
 }
 
 template <Handler handler, size_t operands>

@@ -18,9 +18,10 @@ struct Row {
 const std::unordered_map<std::string, Row>& table() {
   static const auto rows = [] {
     std::unordered_map<std::string, Row> all;
-    for (const OpcodeRows* list : {&arithmetic_opcodes(), &bitwise_opcodes(), &compare_opcodes(), &convert_opcodes(),
-                                   &function_opcodes(), &memory_opcodes(), &atomic_opcodes(), &async_opcodes(),
-                                   &matrix_opcodes(), &wgmma_opcodes(), &warp_opcodes(), &control_opcodes()}) {
+    for (const OpcodeRows* list :
+         {&arithmetic_opcodes(), &bitwise_opcodes(), &compare_opcodes(), &convert_opcodes(), &function_opcodes(),
+          &memory_opcodes(), &atomic_opcodes(), &async_opcodes(), &matrix_opcodes(), &wgmma_opcodes(), &warp_opcodes(),
+          &control_opcodes(), &mbarrier_opcodes(), &bulk_opcodes()}) {
       for (const Opcode& opcode : *list) {
         Row row{opcode, {}};
         std::istringstream words(opcode.modifiers);
@@ -121,6 +122,9 @@ void finish_instruction(const Opcode& opcode, Instruction& in, Program& program)
     if (generic || in.space == Space::Shared) program.shared_granule = std::min(program.shared_granule, bytes);
     if (generic || in.space == Space::Global) program.global_granule = std::min(program.global_granule, bytes);
   }
+  // The box of a tensor copy may end at any element.
+  if (in.name == "cp.async.bulk.tensor") program.global_granule = std::min(program.global_granule, 2);
+  program.uses_mbarriers |= in.name == "mbarrier.init";
   in.is_wgmma = in.name == "wgmma.mma_async";
   in.is_copy = in.name == "mov";
   program.uses_wgmma |= in.is_wgmma;

@@ -31,6 +31,8 @@ const OpcodeRows& matrix_opcodes();
 const OpcodeRows& wgmma_opcodes();
 const OpcodeRows& warp_opcodes();
 const OpcodeRows& control_opcodes();
+const OpcodeRows& mbarrier_opcodes();
+const OpcodeRows& bulk_opcodes();
 
 // Fills what the dotted parts say; throws Unsupported for an opcode or a modifier that no row lists.
 const Opcode& decode_opcode(Instruction& in, const std::string& full);

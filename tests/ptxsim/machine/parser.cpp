@@ -294,6 +294,12 @@ Operand Parser::address() {
     lex_.eat('+');  // number() takes a minus itself, also after the plus
     op.offset += static_cast<int64_t>(lex_.number(Type::B64));
   }
+  if (lex_.eat(',')) {
+    lex_.expect('{');
+    do op.elements.push_back(scalar(Type::S32));
+    while (lex_.eat(','));
+    lex_.expect('}');
+  }
   lex_.expect(']');
   return op;
 }

@@ -42,7 +42,7 @@ struct Operand {
   int reg = -1;               // the register, or the base of an address
   int second = -1;            // the register after '|', as in setp's %p|%q
   int64_t offset = 0;         // of an address
-  std::vector<int> elements;  // of a vector
+  std::vector<int> elements;  // of a vector, or the coordinates in an address of a tensor
 
   // The register that holds element i, whether or not braces were written.
   int element(size_t i) const { return kind == Kind::Vector ? elements[i] : reg; }
@@ -134,6 +134,7 @@ struct Program {
   int shared_granule = 4;  // the smallest shared or global access, in bytes, 4 at most: what the
   int global_granule = 4;  // race checks may take as one cell
   bool uses_wgmma = false;
+  bool uses_mbarriers = false;
   bool has_fence = false;  // some fence or membar: relaxed atomics may then order other accesses
   std::vector<std::pair<int, uint64_t>> constants;                   // register, value in every lane
   std::map<Special, int> specials;                                   // special register -> register

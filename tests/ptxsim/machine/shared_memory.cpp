@@ -6,7 +6,7 @@
 namespace ptxsim {
 namespace {
 
-constexpr int kSeveralLanes = -3;
+constexpr int kSeveralLanes = -4;
 
 }  // namespace
 
@@ -49,6 +49,7 @@ void SharedMemory::store(Warp& warp, const Instruction& in, uint64_t address, co
 
 void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access kind, int lane, Report& report) {
   Cell& cell = cells_[index];
+  if (lane >= 0) warp.touched |= LaneMask{1} << lane;
   uint32_t* read_clocks = &read_clocks_[index * static_cast<size_t>(warps_)];
   const auto place = [&](const std::string& what) {
     return what + " at shared+" + std::to_string(index << shift_) + " by warp " + std::to_string(warp.id) + ", " +
@@ -57,17 +58,17 @@ void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access
   const bool reads_only = kind == Access::Read || kind == Access::AtomicRead;
   const bool both_atomic = (kind == Access::Atomic || kind == Access::AtomicRead) && cell.atomic;
   if (cell.in_flight && kind != Access::CopyLand) {
-    report.add(Finding::InFlight, [&] { return place("bytes of an unfinished cp.async touched"); });
+    report.add(Finding::InFlight, [&] { return place("bytes of an unfinished asynchronous copy touched"); });
+    if (reads_only) return;  // by whom they are written is not settled yet
   }
   if (cell.holds && !reads_only) {
-    report.add(Finding::InFlight, [&] { return place("operand of an unfinished wgmma overwritten"); });
+    report.add(Finding::InFlight, [&] { return place("what an unfinished wgmma or bulk copy reads is overwritten"); });
   }
   if (kind == Access::Rewrite && cell.written && cell.writer != warp.id) return;
   if (cell.writer >= 0 && cell.writer != warp.id && cell.write_clock > warp.clock[static_cast<size_t>(cell.writer)] &&
       !both_atomic) {
     report.add(Finding::SharedRace, [&] {
-      return place((reads_only ? "read after write of warp " : "write after write of warp ") +
-                   std::to_string(cell.writer));
+      return place((reads_only ? "read after write of " : "write after write of ") + name_of_writer(cell.writer));
     });
   }
   if (reads_only) {
@@ -77,10 +78,12 @@ void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access
       });
     }
     if (!cell.written) report.add(Finding::UninitialisedShared, [&] { return place("read before any write"); });
-    const bool again = cell.reader == warp.id && cell.reader_syncs == warp.warp_syncs;
-    cell.reader_lane = static_cast<int8_t>(again && cell.reader_lane != lane ? kSeveralLanes : lane);
-    cell.reader = static_cast<int16_t>(warp.id);
-    cell.reader_syncs = warp.warp_syncs;
+    if (lane != kAsyncReads) {
+      const bool again = cell.reader == warp.id && cell.reader_syncs == warp.warp_syncs;
+      cell.reader_lane = static_cast<int8_t>(again && cell.reader_lane != lane ? kSeveralLanes : lane);
+      cell.reader = static_cast<int16_t>(warp.id);
+      cell.reader_syncs = warp.warp_syncs;
+    }
     if (!both_atomic) read_clocks[warp.id] = warp.clock[static_cast<size_t>(warp.id)];
     return;
   }
@@ -107,22 +110,55 @@ void SharedMemory::check(Warp& warp, const Instruction& in, size_t index, Access
   if (kind == Access::CopyLand) cell.in_flight = false;
 }
 
+bool SharedMemory::fenced(const Warp& warp, const Cell& cell, const std::vector<Warp>& warps) const {
+  if (cell.writer < 0 || cell.writer >= warps_) return true;  // nobody, or the async proxy itself
+  const auto writer = static_cast<size_t>(cell.writer);
+  const bool by_writer = warps[writer].proxy_fences > cell.fences;
+  const bool by_reader = cell.writer != warp.id && warp.fenced_clock[writer] >= cell.write_clock;
+  return by_writer || by_reader;
+}
+
+std::string SharedMemory::name_of_writer(int writer) const {
+  return writer < warps_ ? "warp " + std::to_string(writer) : "a bulk copy";
+}
+
 void SharedMemory::async_read(Warp& warp, const Instruction& in, uint64_t address, int bytes,
                               const std::vector<Warp>& warps, Report& report) {
-  access(warp, in, address, bytes, Access::Read, kWarpReads, report);
+  access(warp, in, address, bytes, Access::Read, kAsyncReads, report);
   if (!checked_) return;
   const size_t last = (address + static_cast<uint64_t>(bytes) - 1) >> shift_;
   for (size_t index = address >> shift_; index <= last; ++index) {
     const Cell& cell = cells_[index];
-    if (cell.writer < 0) continue;
-    const auto writer = static_cast<size_t>(cell.writer);
-    const bool by_writer = warps[writer].proxy_fences > cell.fences;
-    const bool by_reader = cell.writer != warp.id && warp.fenced_clock[writer] >= cell.write_clock;
-    if (by_writer || by_reader) continue;
+    if (fenced(warp, cell, warps)) continue;
     report.add(Finding::ProxyFence, [&] {
-      return "wgmma reads shared+" + std::to_string(index << shift_) + " written by warp " +
+      return "read through the async proxy of shared+" + std::to_string(index << shift_) + " written by warp " +
              std::to_string(cell.writer) + " without a later fence.proxy.async, " + in.where();
     });
+  }
+}
+
+void SharedMemory::bulk_issue(Warp& warp, const Instruction& in, uint64_t address, const std::vector<Warp>& warps,
+                              Report& report) {
+  if (checked_ && address + 16 <= bytes_.size()) {
+    const Cell& cell = cells_[address >> shift_];
+    if (!fenced(warp, cell, warps)) {
+      report.add(Finding::ProxyFence, [&] {
+        return "bulk copy over shared+" + std::to_string(address) + " written by warp " + std::to_string(cell.writer) +
+               " without a later fence.proxy.async, " + in.where();
+      });
+    }
+  }
+  access(warp, in, address, 16, Access::CopyIssue, kWarpWrites, report);
+}
+
+void SharedMemory::land(uint64_t address, const std::array<uint8_t, 16>& data, int writer, uint32_t clock) {
+  std::memcpy(&bytes_[address], data.data(), data.size());
+  if (!checked_) return;
+  for (size_t index = address >> shift_; index <= (address + 15) >> shift_; ++index) {
+    Cell& cell = cells_[index];
+    cell.writer = static_cast<int16_t>(writer);
+    cell.write_clock = clock;
+    cell.in_flight = false;
   }
 }
 

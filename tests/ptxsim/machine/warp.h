@@ -17,6 +17,20 @@ struct AsyncCopy {
   uint8_t data[16];
 };
 
+// One bulk copy from shared to global memory, of 16-byte pieces of which some bytes may lie outside the tensor.
+struct BulkStore {
+  struct Piece {
+    uint32_t source;
+    uint64_t destination;
+    uint8_t first, last;  // the bytes that are stored
+  };
+  const Instruction* in;
+  std::vector<Piece> pieces;
+  uint32_t group;
+  int8_t lane;
+  bool read = false;  // its source may be used again
+};
+
 // One wgmma.mma_async with its operands as they were at its issue.
 struct AsyncMatrix {
   const Instruction* in;
@@ -42,13 +56,18 @@ struct Warp {
   std::vector<uint64_t> registers;  // [register][lane]
   std::vector<uint8_t> local;       // [lane][byte]
 
-  std::vector<uint32_t> clock;         // vector clock over the block's warps
+  std::vector<uint32_t> clock;         // vector clock over the block's warps, then its mbarriers
   std::vector<uint32_t> fenced_clock;  // the same at the last fence.proxy.async
   uint32_t proxy_fences = 0;
+  uint32_t mbarrier_fences = 0;
   uint32_t warp_syncs = 0;
+  LaneMask touched = 0;  // lanes that accessed shared memory since the last of them
+  bool waits = false;    // its last instruction asked an mbarrier in vain
 
   std::vector<AsyncCopy> copies;
   uint32_t commits[kLanes] = {};
+  std::vector<BulkStore> bulk_stores;
+  uint32_t bulk_commits[kLanes] = {};
 
   std::vector<AsyncMatrix> open_matrices;               // issued, not committed
   std::vector<std::vector<AsyncMatrix>> matrix_groups;  // committed, not waited for
@@ -57,6 +76,11 @@ struct Warp {
   std::vector<uint32_t> written_epoch;  // per register: the wgmma.fence epoch of its last ordinary write
   uint32_t fence_epoch = kBeforeAnyFence;
 
+  // All lanes have met: what each did before is behind what any does next.
+  void synchronise_lanes() {
+    ++warp_syncs;
+    touched = 0;
+  }
   uint64_t* lanes(int reg) { return &registers[static_cast<size_t>(reg) * kLanes]; }
   const uint64_t* lanes(int reg) const { return &registers[static_cast<size_t>(reg) * kLanes]; }
 };
