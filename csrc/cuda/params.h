@@ -160,6 +160,7 @@ struct TurnParams {
   void* out;
   Strides x_strides;
   AngleParams angles;
+  int32_t batch;
   int32_t heads;
   int32_t tokens;
 };

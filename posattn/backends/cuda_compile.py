@@ -144,7 +144,7 @@ def _compile(text: str, entry: str, arch: str) -> tuple[bytes, bytes]:
     folder = files("posattn.cuda_source")
     place = nullcontext(folder) if isinstance(folder, Path) else as_file(folder)
     with place as include:
-        options = ProgramOptions(name=f"{entry}.cu", arch=arch, std=_STANDARD, include_path=str(include))
+        options = ProgramOptions(name=f"specialised_{entry}", arch=arch, std=_STANDARD, include_path=str(include))
         program = Program(text, "c++", options)
         try:
             cubin = program.compile("cubin").code

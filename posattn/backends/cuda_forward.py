@@ -35,13 +35,15 @@ def run(
     shared_bytes: int,
     device: torch.device,
 ) -> None:
-    """Compile (or find) a kernel and launch it."""
+    """Compile (or find) a kernel and launch it; a grid without blocks needs neither."""
+    if 0 in grid:
+        return
     kernel = cuda_compile.compile_kernel(source, entry, struct, constants, architecture(device))
     cuda_launch.launch(kernel, grid, (threads,), shared_bytes, pack(struct, values))
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
-    """x [B, H, T, D] with its pairs turned, contiguous."""
+def turned(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary, back: bool = False) -> Tensor:
+    """x [B, H, T, D], D a multiple of 8, with its pairs turned (back), contiguous."""
     batch, heads, tokens, dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     values = {
@@ -49,6 +51,7 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
         "out": out,
         "x_strides": operands.strides(x),
         "angles": operands.angles(cos, sin),
+        "batch": batch,
         "heads": heads,
         "tokens": tokens,
     }
@@ -58,9 +61,10 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
         "DIM": dim,
         "HALF": cos.shape[-1],
         "INTERLEAVED": rotary.interleaved,
+        "BACK": back,
         "THREADS": threads,
     }
-    grid = (-(-tokens * (dim // 8) // threads), heads, batch)
+    grid = (-(-out.numel() // (8 * threads)),)
     run("turn.cu", "turn", "TurnParams", constants, values, grid, threads, 0, x.device)
     return out
 
