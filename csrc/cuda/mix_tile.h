@@ -1,0 +1,59 @@
+// The tiling of the HeadMix kernels, from the constants that a source is compiled with, and where things lie in shared
+// memory.
+//
+// A block owns BLOCK_M queries of all heads and walks the keys BLOCK_N at a time. A warp owns HEADS_PER_WARP heads: it
+// alone needs their keys and values, so it reads those from global memory straight into fragments, and no tile of them
+// ever lies in shared memory. What the heads exchange does:
+//   x   [INPUTS][BLOCK_M][BLOCK_N]           16-bit inputs of the MLP: logits, after them the inner bias (concat forms)
+//   mix [heads, padded][BLOCK_M / 2][BLOCK_N] what the MLP adds to the logits of rows i and i + 8 of a fragment, as a
+//   pair
+// Both have strides without bank conflicts: eight heads' rows of x for ldmatrix, four heads' pairs of mix for stores.
+#pragma once
+#include "params.h"
+#include "ptx.h"
+
+namespace posattn::mix {
+
+constexpr int GROUPS = BLOCK_M / 16;
+constexpr int N8 = BLOCK_N / 8;
+constexpr int INPUTS = CONCAT ? 2 * HEADS : HEADS;
+constexpr int INPUT_BLOCKS = ceil_div(INPUTS, 8);
+constexpr int HEAD_BLOCKS = ceil_div(HEADS, 8);
+constexpr int WIDTH_PAIRS = ceil_div(WIDTH, 16);  // sixteen hidden units: two n8 tiles of layer 1, one k16 step of 2
+static_assert(N8 % 2 == 1, "eight rows of 2 * BLOCK_N bytes then fall into different banks");
+static_assert(BLOCK_M % 16 == 0 && BLOCK_M <= 32);
+static_assert(WARPS == ceil_div(HEADS, HEADS_PER_WARP) && THREADS == WARPS * WARP);
+static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM_V % 32 == 0);
+
+// Sixteen positions, the rows of an MLP product: eight keys of row i and of row i + 8.
+constexpr int POSITION_TILES = BLOCK_M * BLOCK_N / 16;
+
+constexpr int X_ROW = BLOCK_N * 2;
+constexpr int X_HEAD = BLOCK_M * X_ROW + 16;
+constexpr int MIX_HEAD = (BLOCK_M / 2 * BLOCK_N + 4) * 4;
+constexpr int Q_HEAD = BLOCK_M * HEAD_DIM * 2;
+constexpr int Q_BYTES = HEADS * Q_HEAD;
+constexpr int X_BYTES = INPUTS * X_HEAD;
+constexpr int MIX_BYTES = HEAD_BLOCKS * 8 * MIX_HEAD;
+
+struct Lane {
+  int lane, warp, g, t;
+};
+
+__device__ __forceinline__ Lane this_lane() {
+  const int lane = threadIdx.x % WARP;
+  return {lane, static_cast<int>(threadIdx.x) / WARP, lane / 4, lane % 4};
+}
+
+// A tile of positions: where its first row's keys lie in x, and its pairs in mix. The second row is 8 X_ROW further.
+struct Position {
+  int x, mix;
+};
+
+__device__ __forceinline__ Position position(int step, int warp) {
+  const int tile = step * WARPS + warp;
+  const int block = GROUPS == 1 ? 0 : BLOCK_N % WARPS == 0 ? step * WARPS / BLOCK_N : tile >= BLOCK_N;
+  return {16 * tile + block * 8 * X_ROW, 32 * tile};
+}
+
+}  // namespace posattn::mix
