@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from posattn.backends import cuda_compile, cuda_forward, cuda_launch
+from posattn.backends import cuda_backward, cuda_compile, cuda_forward, cuda_launch
 from posattn.backends.cuda_operands import DTYPES, HEAD_DIMS
 from posattn.plan import Call
 
@@ -20,9 +20,19 @@ def unsupported(call: Call) -> str | None:
         return f"it takes head dimensions up to {HEAD_DIMS[-1]}, got {max(q.shape[3], v.shape[3])}"
     if call.plan.mix is not None:
         return "it has no kernels that mix heads"
+    by_distance = call.plan.bias.table is not None or call.plan.bias.profile is not None
+    if call.deterministic and call.q_positions is not None and by_distance:
+        return "with explicit positions it sums a table's gradient by atomics, whose order is not deterministic"
     return cuda_compile.missing() or cuda_compile.unsupported(cuda_launch.architecture(q.device))
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
     return cuda_forward.forward(call)
+
+
+def backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients named in `needs`, parameters' in float32."""
+    return cuda_backward.backward(call, out, lse, grad_out, grad_lse, needs)

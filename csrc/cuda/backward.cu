@@ -1,0 +1,421 @@
+// Backward pass for sm_80 and later: dK, dV, dQ and the gradients of every operand in one pass, five products a tile.
+//
+// A block owns BLOCK_N keys of one key head and walks the query blocks that see them, of all query heads that share the
+// key head. dK and dV stay in registers. dQ, to which every block of keys adds, is accumulated in float32 in global
+// memory, in the order of the fragments, so that a warp's addition is one contiguous line and needs no addresses.
+// backward_rows.cu turns it into rows. Recomputing it in a pass of its own would make seven products of five, and at
+// D = 128 those alone take longer than this kernel.
+//
+// ORDERED: blocks of keys add to a block of queries one after the other, in the order of the keys, so the result does
+// not depend on which runs first. A block draws a ticket, so all that it may have to wait for are already running.
+#include "backward_sums.h"
+#include "backward_turn.h"
+#include "dropout.h"
+#include "load.h"
+
+namespace posattn {
+
+// Shared memory: K, V, two stages of Q and GRAD_STAGES of dO, P^T if it does not stay in registers, dS^T, two stages of
+// what belongs to rows, the warps' strips. At the end dK and dV take the place of K and V, as float32.
+using Wide = Tile<PADDED>;
+constexpr int K_AT = 0;
+constexpr int V_AT = K_AT + Wide::bytes(BLOCK_N);
+constexpr int Q_AT = V_AT + Wide::bytes(BLOCK_N);
+constexpr int Q_BYTES = Wide::bytes(BLOCK_M);
+constexpr int GRAD_AT = Q_AT + 2 * Q_BYTES;
+constexpr int P_AT = GRAD_AT + GRAD_STAGES * Q_BYTES;
+constexpr int DS_AT = P_AT + (WEIGHTS_IN_REGISTERS ? 0 : Tile<BLOCK_M>::bytes(BLOCK_N));
+constexpr int ROWS_AT = DS_AT + Tile<BLOCK_M>::bytes(BLOCK_N);
+constexpr int STRIP_AT = ROWS_AT + 2 * RowStage::FLOATS * 4;
+static_assert(SHARED_BYTES == STRIP_AT + WARPS * Strip::FLOATS * 4);
+static_assert(GRAD_STAGES == 1 || GRAD_STAGES == 2);
+static_assert(RowStage::FLOATS % 4 == 0 && BLOCK_M % 32 == 0);
+
+extern __shared__ __align__(128) unsigned char shared[];
+
+// The blocks of queries that see keys first .. last: [lo, hi), all of whose queries see all of the keys in
+// [full_lo, full_hi). Queries past the end have weight zero and need no mask.
+struct QuerySpans {
+  int lo = 0;
+  int full_lo = 0;
+  int full_hi;
+  int hi;
+
+  __device__ __forceinline__ QuerySpans(const Sequence& s, const MaskParams& mask, int first, int last) {
+    hi = full_hi = ceil_div(s.q_len, BLOCK_M);
+    if constexpr (HAS_RIGHT) {
+      lo = max(first - s.offset() - mask.right, 0) / BLOCK_M;
+      full_lo = ceil_div(max(last - s.offset() - mask.right, 0), BLOCK_M);
+    }
+    if constexpr (HAS_LEFT) {
+      hi = min(hi, ceil_div(max(last - s.offset() + mask.left + 1, 0), BLOCK_M));
+      full_hi = min(full_hi, max(first - s.offset() + mask.left + 1, 0) / BLOCK_M);
+    }
+    if (last >= s.k_len) full_lo = hi;
+  }
+
+  __device__ __forceinline__ bool border(int block) const { return block < full_lo || block >= full_hi; }
+};
+
+// A block of queries of one of the heads that share the key head.
+struct Cursor {
+  int head;
+  int block;
+};
+
+struct Backward {
+  const BackwardParams& p;
+  Sequence sequence;
+  int index;  // of the sequence
+  int key_head;
+  int key_block;
+  QuerySpans spans;
+  int thread;
+  int warp;
+  int lane;
+  int64_t first_row;  // of the sequence, in padded rows
+  Loader<PADDED, DIM, BLOCK_M, THREADS> q_loader;
+  Loader<PADDED, DIM_V, BLOCK_M, THREADS> grad_loader;
+
+  __device__ __forceinline__ Backward(const BackwardParams& p, const Sequence& sequence, int index, int key_head,
+                                      int key_block, int thread)
+      : p(p),
+        sequence(sequence),
+        index(index),
+        key_head(key_head),
+        key_block(key_block),
+        spans(sequence, p.mask, key_block * BLOCK_N, key_block * BLOCK_N + BLOCK_N - 1),
+        thread(thread),
+        warp(thread / WARP),
+        lane(thread % WARP),
+        first_row(PACKED ? (sequence.q_start / BLOCK_M + index) * int64_t{BLOCK_M}
+                         : static_cast<int64_t>(index) * p.shape.q_blocks * BLOCK_M),
+        q_loader(static_cast<const Element*>(p.q), p.q_strides.token, 0, ptx::shared_address(shared) + Q_AT, thread),
+        grad_loader(static_cast<const Element*>(p.grad_out), p.grad_out_strides.token, 0,
+                    ptx::shared_address(shared) + GRAD_AT, thread) {}
+
+  __device__ __forceinline__ int64_t row_of(const Cursor& at) const {
+    return at.head * p.rows + first_row + at.block * BLOCK_M;
+  }
+
+  __device__ __forceinline__ void load_keys() {
+    const int64_t kv = sequence.batch;
+    const int j0 = key_block * BLOCK_N;
+    const uint32_t memory = ptx::shared_address(shared);
+    Loader<PADDED, DIM, BLOCK_N, THREADS> k(
+        static_cast<const Element*>(p.k) + kv * p.k_strides.batch + key_head * p.k_strides.head, p.k_strides.token,
+        sequence.k_start + j0, memory + K_AT, thread);
+    k.next(0, sequence.k_len - j0);
+    Loader<PADDED, DIM_V, BLOCK_N, THREADS> v(
+        static_cast<const Element*>(p.v) + kv * p.v_strides.batch + key_head * p.v_strides.head, p.v_strides.token,
+        sequence.k_start + j0, memory + V_AT, thread);
+    v.next(0, sequence.k_len - j0);
+  }
+
+  __device__ __forceinline__ void load_queries(const Cursor& at, int stage) {
+    if (at.block == spans.lo) {
+      const int64_t token = sequence.q_start + at.block * BLOCK_M + q_loader.row;
+      q_loader.from = static_cast<const Element*>(p.q) + sequence.batch * p.q_strides.batch +
+                      at.head * p.q_strides.head + token * p.q_strides.token + q_loader.column * 8;
+    }
+    q_loader.next(stage * Q_BYTES, sequence.q_len - at.block * BLOCK_M);
+    load_rows(at, ptx::shared_address(shared) + ROWS_AT + stage * RowStage::FLOATS * 4);
+  }
+
+  __device__ __forceinline__ void load_grad(const Cursor& at, int stage) {
+    if (at.block == spans.lo) {
+      const int64_t token = sequence.q_start + at.block * BLOCK_M + grad_loader.row;
+      grad_loader.from = static_cast<const Element*>(p.grad_out) + sequence.batch * p.grad_out_strides.batch +
+                         at.head * p.grad_out_strides.head + token * p.grad_out_strides.token + grad_loader.column * 8;
+    }
+    grad_loader.next(stage % GRAD_STAGES * Q_BYTES, sequence.q_len - at.block * BLOCK_M);
+  }
+
+  __device__ __forceinline__ void load_rows(const Cursor& at, uint32_t to) {
+    // Four floats a thread; padded rows are there to be read.
+    if (thread < BLOCK_M / 2) {
+      const int quarter = BLOCK_M / 4;
+      const float* from = (thread < quarter ? p.lse2 : p.delta) + row_of(at) + thread % quarter * 4;
+      ptx::cp_async_16(to + thread * 16, from);
+    }
+    const int i0 = at.block * BLOCK_M;
+    if constexpr (HAS_PROFILE) {
+      if (thread < BLOCK_M) {
+        const int64_t i = min(i0 + thread, sequence.q_len - 1);
+        const int64_t position = EXPLICIT ? p.positions.q[sequence.batch * p.positions.q_batch + sequence.q_start + i]
+                                          : i + sequence.shift();
+        const int64_t entry = min(max(position, int64_t{p.bias.row_first}), int64_t{p.bias.row_last});
+        ptx::cp_async_4(to + (RowStage::SCALE + thread) * 4, p.bias.row_scale + (entry - p.bias.row_first));
+      }
+    }
+    if constexpr (!EXPLICIT && (HAS_TABLE || HAS_PROFILE)) {
+      const int least = i0 + sequence.shift() - (key_block * BLOCK_N + BLOCK_N - 1);
+      for (int x = thread; x < RowStage::STRIP; x += THREADS) {
+        if constexpr (HAS_TABLE) {
+          const int entry = min(max(least + x, p.bias.table_first), p.bias.table_last) - p.bias.table_first;
+          ptx::cp_async_4(to + (RowStage::TABLE + x) * 4, p.bias.table + at.head * p.bias.table_head + entry);
+        }
+        if constexpr (HAS_PROFILE) {
+          const int entry = min(max(least + x, p.bias.psi_first), p.bias.psi_last) - p.bias.psi_first;
+          ptx::cp_async_4(to + (RowStage::PSI + x) * 4, p.bias.psi + entry);
+        }
+      }
+    }
+  }
+
+  // Weights and their gradients with dropout: what is kept is scaled, what is dropped is zero.
+  __device__ __forceinline__ void drop(Fragments<Logits>& weights, Fragments<Logits>& grads, const LogitPlace& at,
+                                       int head) const {
+    if constexpr (HAS_DROPOUT) {
+      const Dropout dropout(p.dropout, sequence.batch * p.shape.heads + head);
+      for_logits([&](int group, int n, int e) {
+        const uint32_t i = sequence.q_start + at.query(n, e), j = sequence.k_start + at.key(group, e);
+        uint32_t word[4];
+        dropout.words(word, i, j >> 2);
+        const uint32_t low = j & 1 ? word[1] : word[0], high = j & 1 ? word[3] : word[2];
+        const bool kept = (j & 2 ? high : low) >= dropout.threshold;
+        weights[group][n][e] *= kept ? p.dropout.keep_scale : 0.0f;
+        grads[group][n][e] *= kept ? p.dropout.keep_scale : 0.0f;
+      });
+    }
+  }
+
+  __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at) const {
+    float* to = p.dq + row_of(at) * PADDED + thread;
+    int32_t* turn = p.turns + 1 + row_of(at) / BLOCK_M;
+    if constexpr (ORDERED) {
+      // The first block of keys that these queries see has nobody before it.
+      const int offset = sequence.offset();
+      const int first = HAS_LEFT ? max(at.block * BLOCK_M + offset - p.mask.left, 0) / BLOCK_N : 0;
+      if (thread == 0) {
+        while (ptx::ld_acquire(turn) < key_block - first) {
+        }
+      }
+      ptx::bar_sync();
+    }
+#pragma unroll
+    for (int group = 0; group < QueryGradients::GROUPS; ++group) {
+#pragma unroll
+      for (int n = 0; n < QueryGradients::EIGHTS; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          ptx::red_add(to + ((group * QueryGradients::EIGHTS + n) * 4 + e) * THREADS, dq[group][n][e]);
+        }
+      }
+    }
+    if constexpr (ORDERED) {
+      ptx::bar_sync();
+      if (thread == 0) ptx::red_release_add(turn, 1);
+    }
+  }
+
+  template <bool KEYS>
+  __device__ __forceinline__ void store(const Fragments<KeyGradients>& sums, float factor) const;
+  __device__ __forceinline__ void run();
+};
+
+// A fragment's sums through shared memory into rows of dK or dV.
+template <bool KEYS>
+__device__ __forceinline__ void Backward::store(const Fragments<KeyGradients>& sums, float factor) const {
+  constexpr int USED = KEYS ? DIM : DIM_V;
+  float* rows = reinterpret_cast<float*>(shared);
+  // Half a warp stores two chunks of four floats in each of four rows: the swizzle puts these eight in all banks.
+  const auto place = [](int row, int column) {
+    return row * PADDED + (((column >> 2) ^ ((row & 3) << 1)) << 2) + (column & 3);
+  };
+  ptx::bar_sync();
+  const int row0 = warp / KEY_COLUMNS * (16 * KeyGradients::GROUPS) + lane / 4;
+  const int column0 = warp % KEY_COLUMNS * (8 * KeyGradients::EIGHTS) + lane % 4 * 2;
+#pragma unroll
+  for (int group = 0; group < KeyGradients::GROUPS; ++group) {
+#pragma unroll
+    for (int n = 0; n < KeyGradients::EIGHTS; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = place(row0 + 16 * group + 8 * half, column0 + 8 * n);
+        ptx::st_shared_v2(ptx::shared_address(rows + at), sums[group][n][2 * half] * factor,
+                          sums[group][n][2 * half + 1] * factor);
+      }
+    }
+  }
+  ptx::bar_sync();
+  const Strides& strides = KEYS ? p.dk_strides : p.dv_strides;
+  Element* to = static_cast<Element*>(KEYS ? p.dk : p.dv) + sequence.batch * strides.batch + key_head * strides.head;
+  const int j0 = key_block * BLOCK_N;
+  for (int x = thread; x < BLOCK_N * (USED / 8); x += THREADS) {
+    const int row = x / (USED / 8), column = x % (USED / 8) * 8;
+    if (j0 + row >= sequence.k_len) break;
+    const int64_t token = sequence.k_start + j0 + row;
+    alignas(16) float value[8];
+    *reinterpret_cast<float4*>(value) = *reinterpret_cast<const float4*>(rows + place(row, column));
+    *reinterpret_cast<float4*>(value + 4) = *reinterpret_cast<const float4*>(rows + place(row, column + 4));
+    if constexpr (KEYS && ROTARY) {
+      const int64_t angles = sequence.batch * p.k_angles.batch + token * HALF;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const Turned turned(column + c);
+        if (turned.turns) {
+          const float other = rows[place(row, turned.partner)];
+          value[c] =
+              turned.back(value[c], other, p.k_angles.cos[angles + turned.pair], p.k_angles.sin[angles + turned.pair]);
+        }
+      }
+    }
+    const uint4 words{pack(value[0], value[1]), pack(value[2], value[3]), pack(value[4], value[5]),
+                      pack(value[6], value[7])};
+    *reinterpret_cast<uint4*>(to + token * strides.token + column) = words;
+  }
+}
+
+__device__ __forceinline__ void Backward::run() {
+  const uint32_t memory = ptx::shared_address(shared);
+  const int logit_row = warp / LOGIT_COLUMNS * WARP_KEYS, logit_column = warp % LOGIT_COLUMNS * WARP_QUERIES;
+  const int j0 = key_block * BLOCK_N;
+
+  // Where this lane reads operands. Rows of K and V: of this warp's keys, as A, and all, as B transposed.
+  const auto keys_as_a = Reader<PADDED>::a_operand(memory + K_AT, logit_row, lane);
+  const Reader<PADDED> keys_as_b(memory + K_AT, lane & 15, (lane >> 4) + warp % QUERY_COLUMNS * QueryGradients::EIGHTS);
+  // Queries of this warp's logits as B, and all of them, at this warp's dimensions, as B transposed.
+  const Reader<PADDED> queries_as_b(memory + Q_AT, logit_column + (lane & 7) + (lane >> 4 << 3), (lane >> 3) & 1);
+  const Reader<PADDED> queries_as_rows(memory + Q_AT, lane & 15,
+                                       (lane >> 4) + warp % KEY_COLUMNS * KeyGradients::EIGHTS);
+  // P^T and dS^T by this warp's keys, and dS by its queries.
+  const auto pairs_as_a =
+      Reader<BLOCK_M>::a_operand(memory + P_AT, warp / KEY_COLUMNS * (16 * KeyGradients::GROUPS), lane);
+  const Reader<BLOCK_M> pairs_as_queries(memory + P_AT, (lane & 7) + (lane >> 4 << 3),
+                                         ((lane >> 3) & 1) + warp / QUERY_COLUMNS * (2 * QueryGradients::GROUPS));
+  const PairTile pairs(memory + P_AT, warp, lane);
+  constexpr uint32_t DS = DS_AT - P_AT;      // from P^T to dS^T
+  constexpr uint32_t GRAD = GRAD_AT - Q_AT;  // from Q to dO
+  const Strip strip(reinterpret_cast<float*>(shared + STRIP_AT), warp, lane);
+
+  Fragments<KeyGradients> dk = {}, dv = {};
+  const int heads = p.shape.group, blocks = max(spans.hi - spans.lo, 0);
+  Cursor at{key_head * heads, spans.lo};
+  const int total = heads * blocks;
+
+  Sums sums(p, lane, ORDERED ? p.shape.k_blocks * WARPS : 1, ORDERED ? key_block * WARPS + warp : 0);
+  HeadBias head(p.bias, sequence.batch, at.head);
+  sums.head_sequence = static_cast<int64_t>(index) * p.shape.heads + at.head;
+
+  load_keys();
+  if (total) {
+    load_queries(at, 0);
+    load_grad(at, 0);
+  }
+  ptx::cp_async_commit_group();
+
+#pragma unroll 1
+  for (int step = 0; step < total; ++step) {
+    const int stage = step & 1;
+    ptx::cp_async_wait_group<0>();
+    ptx::bar_sync();  // this step's queries are there, and nobody needs the last step's
+    const bool last_of_head = at.block + 1 == spans.hi;
+    const Cursor next{at.head + last_of_head, last_of_head ? spans.lo : at.block + 1};
+    const bool more = step + 1 < total;
+    if (more) {
+      load_queries(next, stage ^ 1);
+      if constexpr (GRAD_STAGES == 2) load_grad(next, stage ^ 1);
+    }
+    ptx::cp_async_commit_group();
+
+    const uint32_t q_base = stage * Q_BYTES, grad_base = GRAD + stage % GRAD_STAGES * Q_BYTES;
+    const float* rows = reinterpret_cast<const float*>(shared + ROWS_AT) + stage * RowStage::FLOATS;
+    const LogitPlace place{at.block * BLOCK_M + logit_column, j0 + logit_row, lane / 4, lane % 4};
+    const int column = logit_column + 2 * place.t;
+    const Operands operands(p, sequence, place, rows, column - logit_row - place.g - 8 * BANDS_BEFORE + BLOCK_N - 1,
+                            column);
+    SegmentRange range;
+    if constexpr (HAS_PROFILE) range = operands.segments(p.bias, place, sequence.shift());
+
+    Fragments<Logits> s = {}, slack;
+    product<PADDED / 16, As::IS, As::IS>(s, keys_as_a, 0, queries_as_b, q_base);
+    add_terms(s, slack, p, sequence, place, operands, head, range, at.head, rows + RowStage::LSE2 + column);
+    mask_logits(s, p, sequence, place, at.head, spans.border(at.block));
+    for_logits([&](int group, int n, int e) { s[group][n][e] = ptx::ex2_approx(s[group][n][e]); });
+
+    // dP^T - delta: the product starts from -delta, unless dropout stands between the two.
+    Fragments<Logits> ds;
+#pragma unroll
+    for (int n = 0; n < Logits::EIGHTS; ++n) {
+      const float2 delta = *reinterpret_cast<const float2*>(rows + RowStage::DELTA + column + 8 * n);
+#pragma unroll
+      for (int group = 0; group < Logits::GROUPS; ++group) {
+        ds[group][n][0] = ds[group][n][2] = HAS_DROPOUT ? 0.0f : -delta.x;
+        ds[group][n][1] = ds[group][n][3] = HAS_DROPOUT ? 0.0f : -delta.y;
+      }
+    }
+    product<PADDED / 16, As::IS, As::IS>(ds, keys_as_a, V_AT - K_AT, queries_as_b, grad_base);
+
+    uint32_t weights[Logits::GROUPS][Logits::EIGHTS / 2][4];
+    if constexpr (HAS_DROPOUT) {
+      Fragments<Logits> kept;
+      for_logits([&](int group, int n, int e) { kept[group][n][e] = s[group][n][e]; });
+      drop(kept, ds, place, at.head);
+      for_logits([&](int group, int n, int e) { ds[group][n][e] -= rows[RowStage::DELTA + column + 8 * n + (e & 1)]; });
+      round_fragments(weights, kept);
+    } else {
+      round_fragments(weights, s);
+    }
+    if constexpr (!WEIGHTS_IN_REGISTERS) pairs.store(weights, 0);
+    for_logits([&](int group, int n, int e) { ds[group][n][e] *= s[group][n][e]; });
+    sums.add(ds, sequence, place, operands, head, range, strip, at.head, row_of(at) + logit_column);
+    if constexpr (HAS_SOFTCAP) {
+      for_logits([&](int group, int n, int e) { ds[group][n][e] *= slack[group][n][e]; });
+    }
+    uint32_t rounded[Logits::GROUPS][Logits::EIGHTS / 2][4];
+    round_fragments(rounded, ds);
+    pairs.store(rounded, DS);
+
+    if constexpr (WEIGHTS_IN_REGISTERS) {
+      product<As::TRANSPOSED>(dv, weights, queries_as_rows, grad_base);
+      product<As::TRANSPOSED>(dk, rounded, queries_as_rows, q_base);
+      ptx::bar_sync();  // dS^T is there as a whole
+    } else {
+      ptx::bar_sync();  // P^T and dS^T are
+      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dv, pairs_as_a, 0, queries_as_rows, grad_base);
+      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dk, pairs_as_a, DS, queries_as_rows, q_base);
+    }
+    if constexpr (GRAD_STAGES == 1) {
+      ptx::bar_sync();  // nobody needs dO
+      if (more) load_grad(next, 0);
+      ptx::cp_async_commit_group();
+    }
+    Fragments<QueryGradients> dq = {};
+    product<BLOCK_N / 16, As::TRANSPOSED, As::TRANSPOSED>(dq, pairs_as_queries, DS, keys_as_b, 0);
+    add_to_queries(dq, at);
+
+    if (last_of_head) {
+      sums.finish_head((sums.head_sequence * p.shape.k_blocks + key_block) * WARPS + warp);
+      if (more) {
+        head = HeadBias(p.bias, sequence.batch, next.head);
+        ++sums.head_sequence;
+      }
+    }
+    at = next;
+  }
+  ptx::cp_async_wait_group<0>();  // K and V, if no query sees them
+
+  store<true>(dk, p.scale);
+  store<false>(dv, 1.0f);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    attention_backward(const __grid_constant__ BackwardParams p) {
+  int index = blockIdx.x;
+  if constexpr (ORDERED) {
+    int* ticket = reinterpret_cast<int*>(shared);
+    if (threadIdx.x == 0) *ticket = ptx::atom_add(p.turns, 1);
+    ptx::bar_sync();
+    index = *ticket;
+    ptx::bar_sync();
+  }
+  const int key_block = index % p.shape.k_blocks;
+  const int key_heads = p.shape.heads / p.shape.group;
+  const int sequence_index = index / p.shape.k_blocks / key_heads;
+  const Sequence sequence(p.shape, p.mask, sequence_index);
+  if (key_block * BLOCK_N >= sequence.k_len) return;
+  Backward(p, sequence, sequence_index, index / p.shape.k_blocks % key_heads, key_block, threadIdx.x).run();
+}
+
+}  // namespace posattn

@@ -1,0 +1,148 @@
+// How the backward pass's five products are cut over the warps of a block, and the product of one warp.
+//
+// The logits of BLOCK_N keys and BLOCK_M queries are held transposed, keys by queries: their fragments are then, two by
+// two, the A operands of dV += P^T dO and dK += dS^T Q. Where a warp holds whole rows of P^T (LOGIT_COLUMNS = 1) they
+// go there from registers; else P^T is passed through shared memory. dS^T always is, since dQ += dS K needs all keys.
+#pragma once
+#include "element.h"
+#include "swizzle.h"
+
+namespace posattn {
+
+constexpr int THREADS = WARPS * WARP;
+// Warps along queries and keys of the logits, along the head dimension of dK and dV, and of dQ.
+constexpr int LOGIT_ROWS = WARPS / LOGIT_COLUMNS;
+constexpr int KEY_ROWS = WARPS / KEY_COLUMNS;
+constexpr int QUERY_ROWS = WARPS / QUERY_COLUMNS;
+// Elements of a warp's part.
+constexpr int WARP_KEYS = BLOCK_N / LOGIT_ROWS;
+constexpr int WARP_QUERIES = BLOCK_M / LOGIT_COLUMNS;
+
+// The same in fragments of mma.m16n8k16: groups of 16 rows, eights of columns.
+struct Logits {
+  static constexpr int GROUPS = WARP_KEYS / 16;
+  static constexpr int EIGHTS = WARP_QUERIES / 8;
+};
+struct KeyGradients {
+  static constexpr int GROUPS = BLOCK_N / KEY_ROWS / 16;
+  static constexpr int EIGHTS = PADDED / KEY_COLUMNS / 8;
+};
+struct QueryGradients {
+  static constexpr int GROUPS = BLOCK_M / QUERY_ROWS / 16;
+  static constexpr int EIGHTS = PADDED / QUERY_COLUMNS / 8;
+};
+
+constexpr bool WEIGHTS_IN_REGISTERS = LOGIT_COLUMNS == 1 && KEY_COLUMNS == 1;
+
+static_assert(Logits::GROUPS * LOGIT_ROWS * 16 == BLOCK_N && Logits::EIGHTS * LOGIT_COLUMNS * 8 == BLOCK_M);
+static_assert(KeyGradients::GROUPS * KEY_ROWS * 16 == BLOCK_N && KeyGradients::EIGHTS * KEY_COLUMNS * 8 == PADDED);
+static_assert(QueryGradients::GROUPS * QUERY_ROWS * 16 == BLOCK_M);
+static_assert(QueryGradients::EIGHTS * QUERY_COLUMNS * 8 == PADDED);
+static_assert(Logits::EIGHTS % 2 == 0 && KeyGradients::EIGHTS % 2 == 0 && QueryGradients::EIGHTS % 2 == 0);
+
+template <class Part>
+using Fragments = float[Part::GROUPS][Part::EIGHTS][4];
+
+// An operand whose tile holds it as it is multiplied (A by rows, B by columns), or transposed.
+enum class As { IS, TRANSPOSED };
+
+template <As as, class Rows>
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const Rows& from, uint32_t base, int group, int step) {
+  if constexpr (as == As::IS) {
+    ptx::ldmatrix_x4(a, from.at(base, 16 * group, step));
+  } else {
+    ptx::ldmatrix_x4_trans(a, from.at(base, 16 * step, group));
+  }
+}
+
+// Columns 16 pair .. 16 pair + 15 of B.
+template <As as, class Rows>
+__device__ __forceinline__ void load_b(uint32_t (&b)[4], const Rows& from, uint32_t base, int pair, int step) {
+  if constexpr (as == As::IS) {
+    ptx::ldmatrix_x4(b, from.at(base, 16 * pair, step));
+  } else {
+    ptx::ldmatrix_x4_trans(b, from.at(base, 16 * step, pair));
+  }
+}
+
+// d += a b for one step of 16, a being step `at` of a's.
+template <As b_as, int GROUPS, int EIGHTS, int STEPS, class Rows>
+__device__ __forceinline__ void multiply(float (&d)[GROUPS][EIGHTS][4], const uint32_t (&a)[GROUPS][STEPS][4], int at,
+                                         const Rows& b, uint32_t b_base, int step) {
+#pragma unroll
+  for (int pair = 0; pair < EIGHTS / 2; ++pair) {
+    uint32_t columns[4];
+    load_b<b_as>(columns, b, b_base, pair, step);
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) {
+      mma(d[group][2 * pair], a[group][at], columns[0], columns[1]);
+      mma(d[group][2 * pair + 1], a[group][at], columns[2], columns[3]);
+    }
+  }
+}
+
+// d [16 GROUPS, 8 EIGHTS] += a b over 16 STEPS, both from shared memory.
+template <int STEPS, As a_as, As b_as, int GROUPS, int EIGHTS, class RowsA, class RowsB>
+__device__ __forceinline__ void product(float (&d)[GROUPS][EIGHTS][4], const RowsA& a, uint32_t a_base, const RowsB& b,
+                                        uint32_t b_base) {
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    uint32_t rows[GROUPS][1][4];
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) load_a<a_as>(rows[group][0], a, a_base, group, step);
+    multiply<b_as>(d, rows, 0, b, b_base, step);
+  }
+}
+
+// The same with a in registers.
+template <As b_as, int GROUPS, int EIGHTS, int GROUPS_A, int STEPS, class Rows>
+__device__ __forceinline__ void product(float (&d)[GROUPS][EIGHTS][4], const uint32_t (&a)[GROUPS_A][STEPS][4],
+                                        const Rows& b, uint32_t b_base) {
+  static_assert(GROUPS_A == GROUPS);
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) multiply<b_as>(d, a, step, b, b_base, step);
+}
+
+// Fragments of a product rounded to elements: [group][step] is an A operand.
+template <int GROUPS, int EIGHTS>
+__device__ __forceinline__ void round_fragments(uint32_t (&to)[GROUPS][EIGHTS / 2][4],
+                                                const float (&from)[GROUPS][EIGHTS][4]) {
+#pragma unroll
+  for (int group = 0; group < GROUPS; ++group) {
+#pragma unroll
+    for (int n = 0; n < EIGHTS; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        to[group][n / 2][n % 2 * 2 + half] = pack(from[group][n][2 * half], from[group][n][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// A tile [BLOCK_N, BLOCK_M] in shared memory that fragments of logits are stored into.
+struct PairTile {
+  uint32_t columns[Logits::EIGHTS];  // where this lane's first row has its elements of each eight
+
+  __device__ __forceinline__ PairTile(uint32_t tile, int warp, int lane) {
+    const int row = warp / LOGIT_COLUMNS * WARP_KEYS + lane / 4;
+#pragma unroll
+    for (int n = 0; n < Logits::EIGHTS; ++n) {
+      columns[n] = tile + Tile<BLOCK_M>::offset(row, warp % LOGIT_COLUMNS * Logits::EIGHTS + n) + lane % 4 * 4;
+    }
+  }
+
+  __device__ __forceinline__ void store(const uint32_t (&from)[Logits::GROUPS][Logits::EIGHTS / 2][4],
+                                        uint32_t base) const {
+#pragma unroll
+    for (int group = 0; group < Logits::GROUPS; ++group) {
+#pragma unroll
+      for (int n = 0; n < Logits::EIGHTS; ++n) {
+        const uint32_t to = columns[n] + base + 16 * group * Tile<BLOCK_M>::PITCH;
+        ptx::st_shared(to, from[group][n / 2][n % 2 * 2]);
+        ptx::st_shared(to + 8 * Tile<BLOCK_M>::PITCH, from[group][n / 2][n % 2 * 2 + 1]);
+      }
+    }
+  }
+};
+
+}  // namespace posattn

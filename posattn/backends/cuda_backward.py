@@ -1,0 +1,286 @@
+"""Host side of the CUDA backward pass: its launches, their scratch, and the gradients that come of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posattn.backends import cuda_gradients as gradients
+from posattn.backends import cuda_launch
+from posattn.backends import cuda_operands as operands
+from posattn.backends.cuda_backward_tiles import BackwardTile, backward_tile, shared_bytes
+from posattn.backends.cuda_forward import run, turned
+from posattn.backends.cuda_operands import Constants, Members
+from posattn.kernels.operands import k_max, q_max, sequences
+from posattn.plan import Call
+
+_LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
+_EACH_ONCE, _SHARED = 1, 2  # WANT_DENSE: elements of the dense gradient are stored, or added up
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the launches of one backward pass share. Tensors come in 16-byte chunks, q and k turned."""
+
+    call: Call
+    needs: frozenset[str]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad_out: Tensor
+    tile: BackwardTile
+    constants: Constants
+    values: Members  # of BackwardParams, as far as they do not hold results
+
+    @property
+    def rows(self) -> int:
+        """Padded rows of all sequences, see BackwardRowsParams."""
+        block, count = self.tile.block_m, sequences(self.call)
+        if self.call.mask.cu_seqlens_q is not None:
+            return (self.call.q.shape[2] // block + count) * block
+        return -(-self.call.q.shape[2] // block) * block * count
+
+    @property
+    def slices(self) -> int:
+        """Into how many parts sums are kept that would else be added to in any order."""
+        return self.key_blocks * self.tile.warps if self.call.deterministic else 1
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-k_max(self.call) // self.tile.block_n)
+
+    @property
+    def first_distance(self) -> int:
+        """Of the first diagonal that a tile can meet."""
+        return -(q_max(self.call) + self.tile.block_n)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=self.q.device)
+
+    def run_rows(self, entry: str, struct: str, values: Members, rows_a_block: int, constants: Constants) -> None:
+        """A kernel of backward_rows.cu over all queries of a sequence and head."""
+        shape, mask = self.values["shape"], self.values["mask"]
+        blocks = -(-q_max(self.call) // self.tile.block_m) * self.tile.block_m
+        grid = (-(-blocks // rows_a_block), self.call.q.shape[1], sequences(self.call))
+        run(
+            "backward_rows.cu", entry, struct, {**self.constants, **constants},
+            {"shape": shape, "mask": mask, "rows": self.rows, **values}, grid, 32 * self.tile.warps, 0, self.q.device,
+        )  # fmt: skip
+
+
+def _wants(call: Call, needs: frozenset[str]) -> Constants:
+    """WANT_*: which operands' gradients the kernel sums."""
+    dense = 0
+    if "dense" in needs and call.plan.bias.dense is not None:
+        batch, heads = call.plan.bias.dense.bias.shape[:2]
+        alone = (batch == call.q.shape[0]) and heads == call.q.shape[1]
+        dense = _EACH_ONCE if alone or call.deterministic else _SHARED
+    return {
+        "WANT_SLOPE": "slope" in needs,
+        "WANT_TABLE": "table" in needs,
+        "WANT_PSI": "psi" in needs,
+        "WANT_LINES": bool(needs & _LINES),
+        "WANT_DENSE": dense,
+        "ORDERED": call.deterministic,
+    }
+
+
+def _prepared(call: Call, out: Tensor, grad_out: Tensor, needs: frozenset[str]) -> _Pass:
+    q, k, v, grad_out = (operands.in_chunks(x) for x in (call.q, call.k, call.v, grad_out))
+    rotary = call.plan.rotary
+    if rotary is not None:
+        q = turned(q, rotary.q_cos, rotary.q_sin, rotary)
+        k = turned(k, rotary.k_cos, rotary.k_sin, rotary)
+    mask, mask_constants = operands.mask(call)
+    positions, position_constants = operands.positions(call)
+    dropout, dropout_constants = operands.dropout(call)
+    element = operands.element(call)
+    dim = max(int(element.pop("HEAD_DIM")), int(element.pop("HEAD_DIM_V")))
+    constants: Constants = {
+        **element,
+        **mask_constants,
+        **position_constants,
+        **dropout_constants,
+        **_wants(call, needs),
+        "PADDED": dim,
+        "HAS_SOFTCAP": call.softcap != 0.0,
+        "HAS_TABLE": call.plan.bias.table is not None,
+        "HAS_PROFILE": call.plan.bias.profile is not None,
+        "ROTARY": rotary is not None,
+        "INTERLEAVED": rotary is not None and rotary.interleaved,
+        "HALF": 1 if rotary is None else rotary.q_cos.shape[-1],
+    }
+    tile = backward_tile(cuda_launch.architecture(q.device), dim, constants)
+    bias, bias_constants = operands.bias(call, call.plan.bias, tile.warp_queries, tile.warp_keys)
+    values = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "grad_out": grad_out,
+        "q_strides": operands.strides(q),
+        "k_strides": operands.strides(k),
+        "v_strides": operands.strides(v),
+        "grad_out_strides": operands.strides(grad_out),
+        "shape": operands.shape(call, tile.block_m, tile.block_n),
+        "mask": mask,
+        "positions": positions,
+        "bias": bias,
+        "k_angles": operands.angles(rotary.k_cos, rotary.k_sin) if rotary is not None else {},
+        "dropout": dropout,
+        "scale": call.scale,
+        "softcap": call.softcap,
+    }
+    return _Pass(call, needs, q, k, v, grad_out, tile, {**constants, **bias_constants, **tile.constants()}, values)
+
+
+def backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients named in `needs`, of a call without HeadMix; those of parameters in float32."""
+    of = _prepared(call, out, grad_out, needs)
+    lse2, delta = _row_statistics(of, out, lse, grad_lse)
+    grads: dict[str, Tensor] = {}
+    if call.sinks is not None and "sinks" in needs:
+        # A sink is a logit without a value. Padded rows and rows that see nothing have lse2 = +inf, so weight zero.
+        weight = torch.exp2(call.sinks.float()[:, None] * 1.4426950408889634 - lse2)
+        grads["sinks"] = -(weight * delta).sum(1)
+    accumulated, sums, grads_of_keys = _main(of, lse2, delta)
+    if "q" in needs:
+        grads["q"] = _rows_of_queries(of, accumulated)
+    grads.update(grads_of_keys)
+    grads.update(_operand_gradients(of, sums))
+    return {name: grads[name] for name in needs}
+
+
+def _row_statistics(of: _Pass, out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """lse2 and delta of backward_rows, [H, rows]."""
+    out = operands.in_chunks(out)
+    shape = (of.call.q.shape[1], of.rows)
+    lse2 = torch.full(shape, float("inf"), dtype=torch.float32, device=out.device)
+    delta = of.zeros(*shape)
+    values = {
+        "out": out,
+        "grad_out": of.grad_out,
+        "lse": lse.contiguous(),
+        "grad_lse": None if grad_lse is None else grad_lse.float().contiguous(),
+        "lse2": lse2,
+        "delta": delta,
+        "out_strides": operands.strides(out),
+        "grad_out_strides": operands.strides(of.grad_out),
+    }
+    lanes = max(4, 1 << (int(of.constants["DIM_V"]) // 8 - 1).bit_length())
+    of.run_rows("backward_rows", "BackwardRowsParams", values, 32 * of.tile.warps // lanes, {})
+    return lse2, delta
+
+
+def _rows_of_queries(of: _Pass, accumulated: Tensor) -> Tensor:
+    """dQ in rows, from accumulators in the order of fragments."""
+    call, rotary = of.call, of.call.plan.rotary
+    create = torch.empty if call.mask.cu_seqlens_q is None else torch.zeros
+    dq = create(of.q.shape, dtype=of.q.dtype, device=of.q.device)
+    values = {
+        "accumulated": accumulated,
+        "dq": dq,
+        "dq_strides": operands.strides(dq),
+        "angles": operands.angles(rotary.q_cos, rotary.q_sin) if rotary is not None else {},
+        "scale": call.scale,
+    }
+    rows_a_block = 8 * of.tile.warps * 32 // int(of.constants["PADDED"])
+    of.run_rows("backward_queries", "BackwardQueriesParams", values, max(1, rows_a_block), {})
+    return dq[..., : call.q.shape[3]].contiguous()
+
+
+def _main(of: _Pass, lse2: Tensor, delta: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Runs attention_backward: dQ's accumulators, the sums of operands, and the gradients of k and v."""
+    call, tile, bias = of.call, of.tile, of.call.plan.bias
+    batch, heads, q_tokens, _ = call.q.shape
+    count, device = sequences(call), of.q.device
+    accumulated = of.zeros(heads, of.rows * int(of.constants["PADDED"]))
+    # Keys of no sequence are written by nobody.
+    partial = call.mask.cu_seqlens_k is not None or call.mask.k_lengths is not None
+    create = torch.zeros if partial else torch.empty
+    dk, dv = (create(x.shape, dtype=x.dtype, device=device) for x in (of.k, of.v))
+    sums: dict[str, Tensor] = {}
+    want = of.constants
+    diagonals = k_max(call) + tile.block_m - of.first_distance
+    explicit = call.q_positions is not None
+    if want["WANT_SLOPE"]:
+        sums["dslope"] = of.zeros(count, heads, of.key_blocks * tile.warps)
+    if want["WANT_TABLE"] and bias.table is not None:
+        entries = (bias.table.values.shape[1],) if explicit else (of.slices, diagonals)
+        sums["dtable"] = of.zeros(count, heads, *entries)
+    if want["WANT_PSI"] and bias.profile is not None:
+        entries = (bias.profile.psi.shape[0],) if explicit else (of.slices, diagonals)
+        sums["dpsi"] = of.zeros(count, heads, *entries)
+    if want["WANT_LINES"] and bias.profile is not None:
+        sums["drow_scale"] = of.zeros(of.slices, heads, of.rows)
+        sums["dsegments"] = of.zeros(count, heads, of.slices, 2, bias.profile.knots.shape[0] + 1)
+    ddense = {}
+    if want["WANT_DENSE"] and bias.dense is not None:
+        shape = bias.dense.bias.shape if want["WANT_DENSE"] == _SHARED else (batch, heads)
+        sums["ddense"] = of.zeros(*shape[:2], q_tokens, call.k.shape[2])
+        steps = (0 if size == 1 else step for size, step in zip(sums["ddense"].shape, sums["ddense"].stride()))
+        ddense = dict(zip(("batch", "head", "query", "key"), steps))
+    turns = None
+    if call.deterministic:
+        turns = torch.zeros(1 + heads * of.rows // tile.block_m, dtype=torch.int32, device=device)
+    values = {
+        **of.values,
+        **sums,
+        "lse2": lse2,
+        "delta": delta,
+        "dq": accumulated,
+        "dk": dk,
+        "dv": dv,
+        "turns": turns,
+        "dk_strides": operands.strides(dk),
+        "dv_strides": operands.strides(dv),
+        "ddense_strides": ddense,
+        "rows": of.rows,
+        "diagonals": diagonals,
+        "first_distance": of.first_distance,
+    }
+    shared = shared_bytes(tile, int(of.constants["PADDED"]), of.constants)
+    constants = {
+        **of.constants,
+        "BLOCKS_PER_SM": tile.blocks,
+        "GRAD_STAGES": tile.grad_stages,
+        "STRIP_ROWS": tile.strip_rows,
+        "SHARED_BYTES": shared,
+    }
+    grid = (of.key_blocks * call.k.shape[1] * count,)
+    run("backward.cu", "attention_backward", "BackwardParams", constants, values, grid, 32 * tile.warps, shared, device)
+    keys = {"k": dk[..., : call.k.shape[3]].contiguous(), "v": dv[..., : call.v.shape[3]].contiguous()}
+    return accumulated, sums, {name: grad for name, grad in keys.items() if name in of.needs}
+
+
+def _operand_gradients(of: _Pass, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    call, bias = of.call, of.call.plan.bias
+    explicit = call.q_positions is not None
+    grads: dict[str, Tensor] = {}
+    if "dslope" in sums and bias.slope is not None:
+        grads["slope"] = gradients.slope(call, bias.slope, sums["dslope"].sum(2))
+    if "dtable" in sums and bias.table is not None:
+        if explicit:
+            grads["table"] = sums["dtable"].sum(0)
+        else:
+            by_distance = sums["dtable"].sum((0, 2))
+            length = bias.table.values.shape[1]
+            grads["table"] = gradients.by_entry(by_distance, of.first_distance, bias.table.first, length)
+    profile = bias.profile
+    if "dpsi" in sums and profile is not None:
+        if explicit:
+            grads["psi"] = sums["dpsi"].sum((0, 1))
+        else:
+            by_distance = sums["dpsi"].sum((0, 1, 2))[None]
+            grads["psi"] = gradients.by_entry(by_distance, of.first_distance, profile.first, profile.psi.shape[0])[0]
+    if "dsegments" in sums and profile is not None:
+        segments = sums["dsegments"].sum((0, 2))
+        grads["profile_intercept"], grads["profile_slope"] = segments[:, 0], segments[:, 1]
+        rows = sums["drow_scale"].sum((0, 1))
+        grads["row_scale"] = gradients.row_scale(call, profile, rows, of.tile.block_m)
+    if "ddense" in sums and bias.dense is not None:
+        grads["dense"] = sums["ddense"].sum_to_size(bias.dense.bias.shape)
+    return grads
