@@ -14,53 +14,30 @@ _FLOAT32 = Tile(32, 32, 4, 1, "exact float32 products run on FMA units, unrolled
 _FLOAT32_WIDE = Tile(16, 16, 4, 1, "exact float32 at D = 256")
 _SMALL = Tile(64, 64, 4, 2, "no spills with operands of every kind")
 
-QUERIES: Table = {
-    "sm_80": {
-        64: {
-            "plain": Tile(128, 32, 4, 3, "2P 1024 at D = 64, bound by tensor cores, no spills; [64, 64] gives 1280"),
-            "profile": Tile(64, 32, 4, 2, "registers"),
-            "dense": _SMALL,
-            "float32": _FLOAT32,
-        },
-        128: {
-            "plain": Tile(128, 32, 8, 2, "registers"),
-            "profile": Tile(64, 32, 4, 2, "registers"),
-            "float32": _FLOAT32,
-        },
-        256: {"plain": Tile(64, 32, 8, 1, "registers and shared memory"), "float32": _FLOAT32_WIDE},
-    },
-    "sm_90": {
-        64: {
-            "plain": Tile(128, 128, 8, 2, "2P 640 at D = 64, bound by tensor cores; [128, 64] gives 650"),
-            "profile": Tile(128, 64, 8, 2, "registers"),
-            "dense": Tile(128, 64, 8, 2, "registers"),
-            "float32": _FLOAT32,
-        },
-        128: {"plain": Tile(128, 64, 8, 2, "registers"), "float32": _FLOAT32},
-        256: {"plain": Tile(64, 32, 4, 1, "shared memory"), "float32": _FLOAT32_WIDE},
-    },
-    "gfx942": {
-        64: {"plain": Tile(64, 64, 4, 1, "LDS"), "float32": _FLOAT32},
-        128: {"plain": Tile(64, 32, 4, 1, "LDS"), "float32": _FLOAT32},
-        256: {"plain": Tile(32, 32, 4, 1, "LDS"), "float32": _FLOAT32_WIDE},
-    },
+# Each element of dq must belong to one warp, since programs add to it in memory: a narrow head takes fewer warps.
+_NARROW = {
+    16: {"plain": Tile(32, 32, 1, 2, "dq of 16 dimensions is one warp's"), "float32": _FLOAT32},
+    32: {"plain": Tile(32, 64, 2, 2, "dq of 32 dimensions is two warps'"), "float32": _FLOAT32},
 }
-QUERIES = {**QUERIES, "sm_100": QUERIES["sm_90"]}
-
-KEYS: Table = {
+_NARROW_90 = {
+    32: {"plain": Tile(64, 64, 4, 2, "wgmma over 64 keys; warps share dq by its queries"), "float32": _FLOAT32},
+}
+MAIN: Table = {
     "sm_80": {
+        **_NARROW,
         64: {
-            "plain": Tile(32, 128, 4, 2, "2P 1313 at D = 64, bound by tensor cores; [64, 64] gives 1714"),
+            "plain": Tile(32, 128, 4, 2, "2P 1871 at D = 64, bound by shared memory; 8 warps of 16 keys: 2782"),
             "profile": Tile(32, 64, 4, 2, "registers"),
             "dense": Tile(32, 64, 4, 2, "registers"),
             "float32": _FLOAT32,
         },
-        128: {"plain": Tile(32, 64, 4, 2, "registers"), "float32": _FLOAT32},
+        128: {"plain": Tile(32, 128, 8, 2, "registers"), "float32": _FLOAT32},
         256: {"plain": Tile(32, 32, 8, 1, "registers and shared memory"), "float32": _FLOAT32_WIDE},
     },
     "sm_90": {
+        **_NARROW_90,
         64: {
-            "plain": Tile(64, 128, 8, 3, "2P 942 at D = 64, bound by shared memory; no spills in the loop"),
+            "plain": Tile(64, 128, 8, 2, "2P 1378 at D = 64, bound by shared memory; no spills in the loop"),
             "profile": Tile(64, 64, 4, 2, "registers"),
             "dense": Tile(64, 64, 4, 2, "registers"),
             "float32": _FLOAT32,
@@ -69,12 +46,13 @@ KEYS: Table = {
         256: {"plain": Tile(32, 64, 8, 1, "shared memory"), "float32": _FLOAT32_WIDE},
     },
     "gfx942": {
+        **_NARROW,
         64: {"plain": Tile(32, 64, 4, 1, "LDS"), "float32": _FLOAT32},
         128: {"plain": Tile(32, 64, 4, 1, "LDS"), "float32": _FLOAT32},
         256: {"plain": Tile(32, 32, 4, 1, "LDS"), "float32": _FLOAT32_WIDE},
     },
 }
-KEYS = {**KEYS, "sm_100": KEYS["sm_90"]}
+MAIN = {**MAIN, "sm_100": MAIN["sm_90"]}
 
 # Square, as the walk along diagonals needs.
 _BIAS_WIDE = Tile(32, 32, 4, 1, "square; shared memory at D = 256")
@@ -88,12 +66,8 @@ BIASES: Table = {
 }
 
 
-def query_tile(arch: str, call: Call) -> Tile:
-    return look_up(QUERIES, arch, call)
-
-
-def key_tile(arch: str, call: Call) -> Tile:
-    return look_up(KEYS, arch, call)
+def main_tile(arch: str, call: Call) -> Tile:
+    return look_up(MAIN, arch, call)
 
 
 def bias_tile(arch: str, call: Call) -> Tile:

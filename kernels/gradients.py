@@ -11,10 +11,9 @@ from posattn.plan import Call, Profile, Slope
 from posattn.positions import token_indices
 
 from .attention import turned
+from .backward import attention_backward
 from .backward_bias import gradient_by_distance, gradient_by_tile
-from .backward_kv import attention_backward_kv
-from .backward_q import attention_backward_q
-from .configs_backward import bias_tile, key_tile, query_tile
+from .configs_backward import bias_tile, main_tile
 from .operands import Arguments, Launch, common_arguments, k_max, padded, q_max, sequences, strides, unit_stride
 from .prepare import prepare
 from .tiles import Tile
@@ -76,11 +75,8 @@ def backward(
     grads: dict[str, Tensor] = {}
     if "sinks" in needs and call.sinks is not None:
         grads["sinks"] = sink_gradient(call.sinks, lse, shared["Delta"])
-    along_rows = needs & {"q", "slope", "row_scale", "profile_slope", "profile_intercept"}
-    if along_rows:
-        grads.update(_query_gradients(call, shared, needs, launch, query_tile(arch, call)))
-    if needs & {"k", "v"}:
-        grads.update(_key_gradients(call, shared, launch, key_tile(arch, call)))
+    if needs & {"q", "k", "v", "slope", "row_scale", "profile_slope", "profile_intercept"}:
+        grads.update(_gradients(call, shared, needs, launch, main_tile(arch, call)))
     if needs & {"table", "psi", "dense"}:
         grads.update(_bias_gradients(call, shared, needs, launch, bias_tile(arch, call)))
     if rotary is not None:
@@ -130,42 +126,52 @@ def band_range(call: Call, block: int) -> tuple[int, int]:
     return first_corner, -(-(k_max(call) + block - 1 - first_corner) // block)
 
 
-def _query_gradients(
+def _gradients(
     call: Call, shared: dict[str, Any], needs: frozenset[str], launch: Launch, tile: Tile
 ) -> dict[str, Tensor]:
-    q, bias = call.q, call.plan.bias
-    batch, heads, q_tokens, _ = q.shape
-    blocks = -(-q_max(call) // tile.block_m)
-    programs = blocks * sequences(call) * heads
-    zeros = {"dtype": torch.float32, "device": q.device}
-    dq = grad_like(call, q)
-    dslope = torch.zeros(programs, **zeros) if "slope" in needs else None
-    lines = bias.profile is not None and bool(needs & {"row_scale", "profile_slope", "profile_intercept"})
-    drow_scale = torch.zeros((batch, heads, q_tokens), **zeros) if lines else None
-    width = 0 if bias.profile is None else bias.profile.knots.shape[0] + 1
-    dsegments = torch.zeros((programs, 2, width), **zeros) if lines else None
-    values = {**shared, "DQ": dq, "DSlope": dslope, "DRowScale": drow_scale, "DSegments": dsegments}
+    """Those of q, k and v, and of what adds up along rows: slopes, row scales and the lines of a profile."""
+    q, k, v, bias = call.q, call.k, call.v, call.plan.bias
+    batch, heads, q_tokens, dim = q.shape
+    kv_heads = k.shape[1]
+    blocks = -(-k_max(call) // tile.block_n)
+    count = sequences(call)
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=q.device)
+
+    dq = zeros(batch, heads, q_tokens, padded(dim))
+    dk, dv = grad_like(call, k), torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+    dslope = zeros(count, heads, blocks) if "slope" in needs else None
+    profile = bias.profile
+    lines = profile is not None and bool(needs & {"row_scale", "profile_slope", "profile_intercept"})
+    drow_scale = zeros(batch, heads, q_tokens) if lines else None
+    width = 0 if profile is None else profile.knots.shape[0] + 1
+    dsegments = zeros(count, heads, blocks, 2, width) if lines else None
+    values = {
+        **shared,
+        "DQ": dq,
+        "DK": dk,
+        "DV_": dv,
+        "DSlope": dslope,
+        "DRowScale": drow_scale,
+        "DSegments": dsegments,
+        "Ticket": zeros(1, dtype=torch.int32),
+        "Progress": zeros(count, kv_heads, blocks, dtype=torch.int32),
+        "num_sequences": count,
+    }
     arguments = common_arguments(call, tile.block_m, tile.block_n).with_(values, {})
-    arguments.launch_with(launch, attention_backward_q, (programs,), tile.num_warps, tile.num_stages)
+    arguments.launch_with(launch, attention_backward, (blocks * count * kv_heads,), tile.num_warps, tile.num_stages)
 
-    grads = {"q": dq}
+    # With rotary still to be turned back, dq stays float32 so that it is rounded once.
+    dq = dq[..., :dim].mul_(call.scale)
+    grads = {"q": dq if call.plan.rotary is not None else dq.to(q.dtype), "k": dk, "v": dv}
     if dslope is not None and bias.slope is not None:
-        grads["slope"] = slope_gradient(call, bias.slope, dslope.view(-1, heads, blocks).sum(-1))
-    if dsegments is not None and drow_scale is not None and bias.profile is not None:
-        sums = dsegments.view(-1, heads, blocks, 2, width).sum((0, 2))
+        grads["slope"] = slope_gradient(call, bias.slope, dslope.sum(2))
+    if dsegments is not None and drow_scale is not None and profile is not None:
+        sums = dsegments.sum((0, 2))
         grads["profile_intercept"], grads["profile_slope"] = sums[:, 0], sums[:, 1]
-        grads["row_scale"] = row_scale_gradient(call, bias.profile, drow_scale.sum(1))
+        grads["row_scale"] = row_scale_gradient(call, profile, drow_scale.sum(1))
     return grads
-
-
-def _key_gradients(call: Call, shared: dict[str, Any], launch: Launch, tile: Tile) -> dict[str, Tensor]:
-    k, v = call.k, call.v
-    dk = grad_like(call, k)
-    dv = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    programs = -(-k_max(call) // tile.block_n) * sequences(call) * k.shape[1]
-    arguments = common_arguments(call, tile.block_m, tile.block_n).with_({**shared, "DK": dk, "DV_": dv}, {})
-    arguments.launch_with(launch, attention_backward_kv, (programs,), tile.num_warps, tile.num_stages)
-    return {"k": dk, "v": dv}
 
 
 def fold_bands(bands: Tensor, block: int) -> Tensor:

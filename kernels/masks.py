@@ -57,11 +57,11 @@ def key_spans(
 def query_spans(
     first, last, q_len, offset, left, right, BLOCK_M: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
 ):
-    """key_spans for keys first .. last: the queries that see one of them, and those that see them all."""
+    """key_spans for keys first .. last: the queries that see one of them, and whole tiles that see them all."""
     lo = 0
     full_lo = 0
     hi = q_len
-    full_hi = tl.cdiv(q_len, BLOCK_M) * BLOCK_M  # rows past the end have weight zero and need no mask
+    full_hi = q_len // BLOCK_M * BLOCK_M
     if HAS_RIGHT:
         lo = tl.maximum(first - offset - right, 0) // BLOCK_M * BLOCK_M
         full_lo = tl.cdiv(tl.maximum(last - offset - right, 0), BLOCK_M) * BLOCK_M

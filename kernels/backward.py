@@ -1,8 +1,9 @@
-"""Gradients of the keys and values.
+"""Gradients of the queries, keys and values, and of a slope, in one pass of five products a tile.
 
 One program owns BLOCK_N keys of one key-value head and walks the queries that see them, of every query head in the
-group, so that no two programs add to the same element. Tiles are held transposed, [BLOCK_N, BLOCK_M]: the weights then
-go from one product to the next in registers.
+group. Tiles are held transposed, [BLOCK_N, BLOCK_M]: the weights then go from one product to the next in registers.
+What a tile adds to its queries' gradient goes to float32 memory, one block of keys after another (turns.py), so the
+order of summation is fixed and no atomic adds to it.
 """
 
 import triton
@@ -10,12 +11,15 @@ import triton.language as tl
 
 from .dropout import RANDOM_BITS, keep_tile
 from .masks import mask_offset, query_spans, sequence
+from .profile import profile_sums
 from .scores import LOG2E, load_rows, logits_tile
+from .turns import load_shared, opaque, publish, store_shared, wait_for
 
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
-def attention_backward_kv(
-    Q, K, V, GradOut, Lse2, Delta, DK, DV_,
+def attention_backward(
+    Q, K, V, GradOut, Lse2, Delta, DQ, DK, DV_, DSlope, DRowScale, DSegments, Ticket, Progress,
+    num_sequences,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm,
     scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
@@ -32,18 +36,25 @@ def attention_backward_kv(
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """DK [B, Hkv, Tk, D] and DV_ [B, Hkv, Tk, DV] contiguous; keys of no sequence are not written."""
+    """DQ [B, H, Tq, BLOCK_D] float32, zeroed, takes the gradient of the queries times 1 / scale. DK [B, Hkv, Tk, D] and
+    DV_ [B, Hkv, Tk, DV] are contiguous; keys of no sequence are not written. DSlope [sequences, H, blocks], DRowScale
+    [B, H, Tq] and DSegments [sequences, H, blocks, 2, W + 1] (sums of ds and of ds * y on each segment) are float32 and
+    zeroed, or None where not wanted. Ticket [1] and Progress [sequences, Hkv, blocks] are int32 and zeroed."""
     EXPLICIT: tl.constexpr = QPositions is not None
     PACKED: tl.constexpr = CuQ is not None
     blocks = tl.cdiv(k_max, BLOCK_N)
-    pid = tl.program_id(0)
-    j0 = (pid % blocks) * BLOCK_N  # the keys that most queries of a causal head see come first
     kv_heads = num_heads // group
-    kv = (pid // blocks) % kv_heads
-    b = pid // blocks // kv_heads
+    pid = tl.atomic_add(Ticket, 1, sem="relaxed")
+    walks = num_sequences * kv_heads
+    n = blocks - 1 - pid // walks  # the last keys first: their programs are whom the others wait for
+    j0 = n * BLOCK_N
+    kv = pid % walks % kv_heads
+    b = pid % walks // kv_heads
+    progress = Progress + (pid % walks) * blocks + n
     q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, b, q_tokens, k_tokens)
     if j0 >= k_len:
         return
+    sequence64 = b.to(tl.int64)
     if PACKED:
         b = b * 0
     b64 = b.to(tl.int64)
@@ -52,7 +63,15 @@ def attention_backward_kv(
     offset = mask_offset(q_len, k_len, TOP_LEFT)
     last = tl.minimum(j0 + BLOCK_N, k_len) - 1
     reference = j0
+    # The next block of keys sees the queries from next_lo on. The last block waits for nobody.
+    next_lo = tl.cdiv(q_len, BLOCK_M) * BLOCK_M
+    awaited = progress
+    if j0 + BLOCK_N < k_len:
+        awaited = progress + 1
+        next_lo = tl.maximum(j0 + BLOCK_N - offset - right, 0) // BLOCK_M * BLOCK_M if HAS_RIGHT else 0
+    done = 0
 
+    own = tl.arange(0, BLOCK_N) < k_len - j0
     cols = tl.minimum(tl.arange(0, BLOCK_N), k_len - 1 - j0)
     j = (j0 + tl.arange(0, BLOCK_N))[:, None]  # [BLOCK_N, 1]
     j_in = (j0 + cols)[:, None]
@@ -67,17 +86,25 @@ def attention_backward_kv(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
     lo, full_lo, full_hi, hi = query_spans(j0, last, q_len, offset, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    if j0 + BLOCK_N > k_len:
+        full_hi = full_lo  # keys past the end are masked everywhere: their logits must not reach dq
     for h in range(kv * group, (kv + 1) * group):
         h64 = h.to(tl.int64)
         q_base = Q + b64 * stride_qb + h64 * stride_qh + q_start.to(tl.int64) * stride_qm
         do_base = GradOut + b64 * stride_gb + h64 * stride_gh + q_start.to(tl.int64) * stride_gm
         stat_base = (b64 * num_heads + h64) * q_tokens + q_start
+        dq_base = DQ + stat_base * BLOCK_D
         slope = None
+        dslope = tl.zeros([BLOCK_N], tl.float32)
+        slot = (sequence64 * num_heads + h64) * blocks + n  # where this program's sums for this head go
+        sums = DSegments
+        if DSegments is not None:
+            sums = DSegments + slot * 2 * (num_knots + 1)
         if Slope is not None:
             slope = tl.load(Slope + b * stride_slope_b + h)
         for span in tl.static_range(0, 3):
-            # Span 0 is the border on the side of causal masking, span 2 the window's left border.
-            if span == 1 or (span == 0 and HAS_RIGHT) or (span == 2 and HAS_LEFT):
+            # Span 0 is the border on the side of causal masking; span 2 the window's, and rows past the end.
+            if span != 0 or HAS_RIGHT:
                 if span == 0:
                     span_lo, span_hi = lo, full_lo
                 elif span == 1:
@@ -85,15 +112,19 @@ def attention_backward_kv(
                 else:
                     span_lo, span_hi = full_hi, hi
                 for i0 in tl.range(span_lo, span_hi, BLOCK_M):
-                    rows = tl.minimum(tl.arange(0, BLOCK_M), q_len - 1 - i0)
+                    rows = tl.arange(0, BLOCK_M)
+                    if span != 1:
+                        rows = tl.minimum(rows, q_len - 1 - i0)
                     i = (i0 + tl.arange(0, BLOCK_M))[None, :]  # [1, BLOCK_M]
                     i_in = (i0 + rows)[None, :]
                     row0 = i0.to(tl.int64)
                     q = load_rows(q_base + row0 * stride_qm, rows, stride_qm, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
                     do = load_rows(do_base + row0 * stride_gm, rows, stride_gm, DV, BLOCK_DV)
-                    inside = tl.arange(0, BLOCK_M) < q_len - i0
-                    lse2 = tl.load(Lse2 + stat_base + row0 + tl.arange(0, BLOCK_M), mask=inside, other=float("inf"))
-                    delta = tl.load(Delta + stat_base + row0 + tl.arange(0, BLOCK_M), mask=inside, other=0.0)
+                    lse2 = tl.load(Lse2 + stat_base + row0 + rows)
+                    delta = tl.load(Delta + stat_base + row0 + rows)
+                    if span != 1:
+                        # A row past the end has no weight.
+                        lse2 = tl.where(tl.arange(0, BLOCK_M) < q_len - i0, lse2, float("inf"))
                     if LINEAR:
                         lse2 += slope * (i0 + shift - reference + tl.arange(0, BLOCK_M)).to(tl.float32) * LOG2E
                     pi = i_in
@@ -126,10 +157,38 @@ def attention_backward_kv(
                         kept = tl.where(keep, p * keep_scale, 0.0)
                         dp = tl.where(keep, dp * keep_scale, 0.0)
                     dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
-                    ds = p * (dp - delta[None, :]) * slack
-                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                    ds = p * (dp - delta[None, :])
+                    if DSlope is not None:
+                        if EXPLICIT:
+                            distance = (pi - pj).to(tl.float32)
+                        else:
+                            distance = (i_in - i0).to(tl.float32) - (j_in - (i0 + shift)).to(tl.float32)
+                        dslope += tl.sum(ds * (distance if SIGNED else tl.abs(distance)), 1)
+                    if DRowScale is not None:
+                        drow_scale = profile_sums(
+                            ds, i0, j0, pi, pj, shift, row_scale, sums, Psi, psi_first, psi_last, PsiBounds,
+                            row_first, row_last, RowBounds, Knots, num_knots, SegmentSlope + h * (num_knots + 1),
+                            CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+                        )  # fmt: skip
+                    ds = (ds * slack).to(q.dtype)
+                    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+                    turn = wait_for(awaited, tl.where(i0 >= next_lo, done + i0 + BLOCK_M, 0), NVIDIA)
+                    dq_tile = dq_base + row0 * BLOCK_D + tl.arange(0, BLOCK_D)[:, None]
+                    dq_tile = opaque(dq_tile, turn, NVIDIA) + rows[None, :] * BLOCK_D  # [BLOCK_D, BLOCK_M]
+                    dq = load_shared(dq_tile, turn, NVIDIA)  # [BLOCK_D, BLOCK_M]
+                    dq = tl.dot(tl.trans(k), ds, dq, input_precision=PRECISION)
+                    store_shared(dq_tile, dq, (tl.arange(0, BLOCK_M) < q_len - i0)[None, :], span != 1, NVIDIA)
+                    if DRowScale is not None:
+                        # In turn, as above, so the order of these additions is fixed too.
+                        inside = tl.arange(0, BLOCK_M) < q_len - i0
+                        tl.atomic_add(DRowScale + stat_base + row0 + rows + turn, drow_scale, inside, sem="relaxed")
+                    publish(progress, done + i0 + BLOCK_M, NVIDIA)
+        if DSlope is not None:
+            tl.store(DSlope + slot, -tl.sum(tl.where(own, dslope, 0.0)))
+        done += tl.cdiv(q_len, BLOCK_M) * BLOCK_M
+        publish(progress, done, NVIDIA)
 
-    inside = (tl.arange(0, BLOCK_N) < k_len - j0)[:, None]
+    inside = own[:, None]
     out0 = (b64 * kv_heads + kv64) * k_tokens + col0
     offs_n = tl.arange(0, BLOCK_N)[:, None]
     offs_d = tl.arange(0, BLOCK_D)[None, :]
