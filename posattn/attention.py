@@ -123,6 +123,7 @@ def attention(
         q, k, v = (_autocast(tensor) for tensor in (q, k, v))
     checks.check_qkv(q, k, v, ("q", "k", "v"), 4)
     checks.check_heads(q, k, v)
+    causal, return_lse = checks.check_flag("causal", causal), checks.check_flag("return_lse", return_lse)
     left, right = checks.check_window(window)
     cu_q, cu_k, max_q, max_k = checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q, k)
     lengths = checks.check_k_lengths(k_lengths, q, k)
@@ -134,7 +135,7 @@ def attention(
         v,
         position,
         Mask(
-            causal=bool(causal),
+            causal=causal,
             left=left,
             right=None if causal else right,  # causal is the closer limit
             boolean=checks.check_mask(mask, q, k),
@@ -150,7 +151,7 @@ def attention(
         bias=checks.check_bias(bias, q, k),
         positions=checks.check_positions(q_positions, k_positions, q, k),
         dropout_p=dropout_p,
-        deterministic=deterministic,
+        deterministic=checks.check_flag("deterministic", deterministic),
         backend=checks.check_backend(backend),
     )
     return (out, lse) if return_lse else out
@@ -195,13 +196,14 @@ def scaled_dot_product_attention(
         query, key, value = (_autocast(tensor) for tensor in (query, key, value))
         attn_mask = None if attn_mask is None else _autocast(attn_mask)
     checks.check_qkv(query, key, value, ("query", "key", "value"), None)
+    is_causal, enable_gqa = checks.check_flag("is_causal", is_causal), checks.check_flag("enable_gqa", enable_gqa)
     checks.check_attn_mask(attn_mask, is_causal, query)
     q, k, v, attn_mask, shape = folding.fold(query, key, value, attn_mask, enable_gqa)
     boolean = bias = None
     if attn_mask is not None:
         attn_mask = checks.check_logit_shaped("attn_mask", attn_mask, q, k)
         boolean, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    mask = Mask(causal=bool(is_causal), top_left=True, boolean=boolean, max_q=q.shape[2], max_k=k.shape[2])
+    mask = Mask(causal=is_causal, top_left=True, boolean=boolean, max_q=q.shape[2], max_k=k.shape[2])
     out, _ = _attend(q, k, v, position, mask, scale=scale, bias=bias, dropout_p=dropout_p)
     return out if out.shape == shape else out.reshape(shape)
 

@@ -38,6 +38,15 @@ def _readable(tensor: Tensor) -> bool:
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: expected a dense tensor with strides, got {layout}")
+
+
+def check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
 
 
 def check_same(name: str, tensor: Tensor, q: Tensor, q_name: str) -> None:
@@ -160,18 +169,18 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def check_logit_shaped(name: str, tensor: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """A bias or mask that broadcasts to [B, Hq, Tq, Tk], as a view [B or 1, Hq or 1, Tq, Tk]."""
+    """A bias or mask that broadcasts to [B, Hq, Tq, Tk], as a view of four dimensions."""
     target = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if tensor.device != q.device:
         raise ValueError(f"{name}: expected device {q.device} like the queries, got {tensor.device}")
-    fits = 2 <= tensor.dim() <= 4 and all(
+    fits = tensor.dim() <= 4 and all(
         have == 1 or have == want for have, want in zip(reversed(tensor.shape), reversed(target))
     )
     if not fits:
         raise ValueError(f"{name}: expected a shape that broadcasts to {list(target)}, got {_shape(tensor)}")
     while tensor.dim() < 4:
         tensor = tensor[None]
-    return tensor.expand(-1, -1, target[2], target[3])
+    return tensor
 
 
 def check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -201,8 +210,6 @@ def check_attn_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor) ->
         raise ValueError("attn_mask, is_causal: expected one or the other, got both")
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise TypeError(f"attn_mask: expected torch.bool, torch.float32 or {query.dtype}, got {attn_mask.dtype}")
-    if attn_mask.dim() < 2:
-        raise ValueError(f"attn_mask: expected at least 2 dimensions, got {_shape(attn_mask)}")
 
 
 def check_k_lengths(k_lengths: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

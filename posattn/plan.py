@@ -67,7 +67,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Dense:
-    """bias[b, h, i, j], [B or 1, H or 1, Tq, Tk], any floating dtype, any strides; -inf forbids a key."""
+    """bias[b, h, i, j], [B or 1, H or 1, Tq or 1, Tk or 1], any floating dtype, any strides; -inf forbids a key."""
 
     bias: Tensor
 

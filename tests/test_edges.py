@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 import posattn
+from posattn.encodings.base import Context, Encoding
+from posattn.plan import Bias, Plan, Slope
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -129,3 +132,100 @@ def test_sandwich_far_from_zero_needs_memory_for_its_distances_alone() -> None:
     far = torch.arange(16)[None] + 2**30
     out = posattn.attention(q, q, q, posattn.Sandwich(2), q_positions=far, k_positions=torch.arange(16)[None])
     assert out.isfinite().all()
+
+
+BROADCASTS = [
+    (1, 1, 1, 1),
+    (2, 4, 1, 300),
+    (2, 1, 300, 1),
+    (1, 4, 300, 1),
+    (1, 4, 1, 300),
+    (2, 4, 1, 1),
+    (300, 1),
+    (1, 300),
+]
+
+
+@pytest.mark.parametrize("shape", BROADCASTS, ids=str)
+@pytest.mark.parametrize("position", [None, posattn.DAPE(posattn.Kerple(4), 4)], ids=["plain", "DAPE"])
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_the_gradient_of_a_bias_that_broadcasts(
+    shape: tuple[int, ...], position: posattn.DAPE | None, packed: bool
+) -> None:
+    batch = 1 if packed else 2
+    if len(shape) == 4 and shape[0] > batch:
+        shape = (batch, *shape[1:])
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, 4, 300, 16) for _ in range(3))
+    starts = torch.tensor([0, 70, 300], dtype=torch.int32) if packed else None
+    options = {"causal": True, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    narrow = torch.randn(shape, requires_grad=True)
+    wide = narrow.detach().expand(batch, 4, 300, 300).contiguous().requires_grad_()
+    weight = torch.randn(batch, 4, 300, 16)
+    threads = torch.get_num_threads()
+    try:
+        grads = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            out = posattn.attention(q, k, v, position, bias=narrow, **options)
+            grads.append(torch.autograd.grad(out, narrow, weight)[0])
+    finally:
+        torch.set_num_threads(threads)
+    expected = torch.autograd.grad(posattn.attention(q, k, v, position, bias=wide, **options), wide, weight)[0]
+    assert torch.equal(*grads)
+    scale = expected.abs().double().sum_to_size(grads[0].reshape((1,) * (4 - len(shape)) + shape).shape)
+    error = (grads[0].double() - expected.double().sum_to_size(scale.shape).reshape(shape)).abs()
+    assert (error <= 1e-5 * scale.reshape(shape) + 1e-6).all()
+
+
+class PerSequence(Encoding):
+    """Slopes of each sequence and head."""
+
+    def __init__(self, slopes: Tensor, signed: bool) -> None:
+        super().__init__()
+        self.num_heads, self.slopes, self.signed = slopes.shape[1], slopes, signed
+
+    def build(self, context: Context) -> Plan:
+        return Plan(bias=Bias(slope=Slope(self.slopes, self.signed)))
+
+
+def test_signed_slopes_beside_slopes_of_each_sequence() -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 3, 40, 16)
+    rows = torch.rand(2, 3)
+    both = PerSequence(rows, signed=False) + posattn.ALiBi(3, signed=True)
+    distance = torch.arange(40)[:, None] - torch.arange(40)
+    bias = -rows[:, :, None, None] * distance.abs() - posattn.ALiBi(3).slopes[:, None, None] * distance
+    torch.testing.assert_close(posattn.attention(q, q, q, both), naive(q, q, q, bias), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="signed and unsigned"):
+        posattn.attention(q, q, q, PerSequence(rows, signed=False) + PerSequence(rows, signed=True))
+
+
+def test_the_gradient_of_a_key_bias_takes_linear_memory() -> None:
+    code = """
+import resource, torch, posattn
+q, k, v = (torch.randn(1, 2, 8192, 16) for _ in range(3))
+bias = torch.zeros(1, 1, 1, 8192, requires_grad=True)
+posattn.attention(q[:, :, :64], k, v, bias=bias).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+posattn.attention(q, k, v, bias=bias).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 60_000, "kilobytes; one [Tq, Tk] float32 matrix is 262144"
+
+
+def test_a_2d_table_trains_to_the_same_bits_on_every_number_of_threads() -> None:
+    torch.manual_seed(0)
+    encoding = posattn.RelativeTable2D(4, (24, 24))
+    q, k, v, weight = (torch.randn(1, 4, 576, 16) for _ in range(4))
+    threads = torch.get_num_threads()
+    grads = []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            out = posattn.attention(q, k, v, encoding)
+            grads.append(torch.autograd.grad(out, encoding.weight, weight)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(grads[0], grad) for grad in grads)

@@ -16,8 +16,13 @@ struct BiasGrad {
   int pending = 0;                                             // rows in `lanes`, and the segments that they touched
   int64_t touched_first = 0, touched_last = -1;
   double slope_sum = 0.0;
+  float *dense_rows = nullptr, *dense_keys = nullptr;  // of a dense bias that broadcasts over keys, over rows
 
   void layout(Arena& arena, const Problem& p, const Bias& b, int64_t n_rows, int64_t n_keys) {
+    if (b.grad_dense && b.grad_dense_key == 0)
+      dense_rows = arena.floats(n_rows);
+    else if (b.grad_dense && b.grad_dense_row == 0)
+      dense_keys = arena.floats(n_keys + PAD);
     const int64_t n = BiasTile::capacity(n_rows, n_keys);
     const bool positions = p.q_positions != nullptr;
     if (b.wants_relative() && !positions) relative = arena.floats(n);
@@ -52,6 +57,8 @@ struct BiasGrad {
       for (int64_t m = 0; m < 2 * (b.n_knots + 1); ++m) profile[m] = 0.0;
     }
     slope_sum = 0.0;
+    if (dense_rows) fill(dense_rows, 0.0F, of.area.i1 - of.area.i0);
+    if (dense_keys) fill(dense_keys, 0.0F, of.area.j1 - of.area.j0 + PAD);
   }
 
   bool any() const { return tile->bias->wants_relative() || tile->bias->wants_profile() || tile->bias->grad_dense; }
@@ -66,13 +73,25 @@ struct BiasGrad {
       add_relative_at_positions(ds, i, j, n);
     }
     if (profile) add_profile(ds, i, j, n);
-    if (b.grad_dense) {
-      const Sequence& s = *tile->s;
-      float* out = b.grad_dense + s.b * b.grad_dense_batch + tile->head * b.grad_dense_head +
-                   (s.q0 + i) * b.grad_dense_row + s.k0 + j;
-      const int64_t count = imin(n, s.k_len - j);
+    if (dense_rows) {
+      vf sum = zero();
+      for (int64_t c = 0; c < n; c += VL) sum += load(ds + c);
+      dense_rows[i - tile->area.i0] += reduce_add(sum);
+    } else if (dense_keys) {
+      float* sum = dense_keys + (j - tile->area.j0);
+      for (int64_t c = 0; c < n; c += VL) store(sum + c, load(sum + c) + load(ds + c));
+    } else if (b.grad_dense) {
+      float* out = dense_at(i, j);
+      const int64_t count = imin(n, tile->s->k_len - j);
       for (int64_t c = 0; c < count; ++c) out[c] += ds[c];
     }
+  }
+
+  float* dense_at(int64_t i, int64_t j) const {
+    const Bias& b = *tile->bias;
+    const Sequence& s = *tile->s;
+    return b.grad_dense + s.b * b.grad_dense_batch + tile->head * b.grad_dense_head + (s.q0 + i) * b.grad_dense_row +
+           (s.k0 + j) * b.grad_dense_key;
   }
 
   void add_relative_at_positions(const float* ds, int64_t i, int64_t j, int64_t n) {
@@ -177,6 +196,11 @@ struct BiasGrad {
     }
     if (table)
       for (int64_t x = 0; x < b.table_len; ++x) b.grad_table[head * b.table_len + x] += table[x];
+    const Rectangle& area = tile->area;
+    if (dense_rows)
+      for (int64_t i = area.i0; i < area.i1; ++i) *dense_at(i, area.j0) += dense_rows[i - area.i0];
+    if (dense_keys)
+      for (int64_t j = area.j0; j < area.j1; ++j) *dense_at(area.i0, j) += dense_keys[j - area.j0];
     if (b.grad_slope) b.grad_slope[tile->s->b * tile->p->heads + head] += static_cast<float>(slope_sum);
     if (!profile) return;
     settle();

@@ -249,7 +249,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def_readwrite("dense_key", &Bias::dense_key)
       .def_readwrite("grad_dense_batch", &Bias::grad_dense_batch)
       .def_readwrite("grad_dense_head", &Bias::grad_dense_head)
-      .def_readwrite("grad_dense_row", &Bias::grad_dense_row);
+      .def_readwrite("grad_dense_row", &Bias::grad_dense_row)
+      .def_readwrite("grad_dense_key", &Bias::grad_dense_key);
 
   py::class_<HeadMix> mix(m, "HeadMix");
   address(mix, "w1", &HeadMix::w1);

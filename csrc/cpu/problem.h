@@ -51,7 +51,7 @@ struct Bias {
   View dense;
   int64_t dense_key = 1;  // the last dimension's stride: a bias may broadcast over keys
   float* grad_dense = nullptr;
-  int64_t grad_dense_batch = 0, grad_dense_head = 0, grad_dense_row = 0;
+  int64_t grad_dense_batch = 0, grad_dense_head = 0, grad_dense_row = 0, grad_dense_key = 1;  // 0: broadcast
 
   bool relative() const { return slope || table; }
   bool wants_relative() const { return grad_slope || grad_table; }

@@ -65,11 +65,9 @@ class _Binding:
         return native.View(tensor.data_ptr(), batch, head, row, _DTYPES[tensor.dtype])
 
     def broadcast_view(self, tensor: Tensor, dtype: int) -> tuple[Any, int]:
-        """A [B or 1, H or 1, Tq, Tk] tensor and its stride over keys."""
+        """A tensor that broadcasts to [B, H, Tq, Tk], and its stride over keys."""
         self.keep.append(tensor)
-        batch, head, row, key = tensor.stride()
-        batch = 0 if tensor.shape[0] == 1 else batch
-        head = 0 if tensor.shape[1] == 1 else head
+        batch, head, row, key = _steps(tensor)
         return native.View(tensor.data_ptr(), batch, head, row, dtype), key
 
     def _call(self, call: Call) -> None:
@@ -208,6 +206,11 @@ def backward(
     return grads
 
 
+def _steps(tensor: Tensor) -> list[int]:
+    """Strides that repeat a dimension of size 1."""
+    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())]
+
+
 def _inner(call: Call) -> Bias:
     return Bias() if call.plan.mix is None else call.plan.mix.inner
 
@@ -234,6 +237,6 @@ def _bias_grads(to: Any, bias: Bias, prefix: str, call: Call, needs: frozenset[s
         dense = bias.dense.bias
         want("dense", dense, dense.shape, "grad_dense")
         if prefix + "dense" in grads:
-            batch, head, to.grad_dense_row, _ = grads[prefix + "dense"].stride()
-            to.grad_dense_batch = 0 if dense.shape[0] == 1 else batch
-            to.grad_dense_head = 0 if dense.shape[1] == 1 else head
+            to.grad_dense_batch, to.grad_dense_head, to.grad_dense_row, to.grad_dense_key = _steps(
+                grads[prefix + "dense"]
+            )

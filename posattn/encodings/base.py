@@ -137,13 +137,19 @@ def _add_biases(a: Bias, b: Bias, context: Context) -> Bias:
         if a.slope.signed == b.slope.signed:
             slope = Slope(a.slope.slope + b.slope.slope, a.slope.signed)
         else:
-            # One operand cannot be both signed and symmetric, so the second slope becomes a table.
-            extra = _slope_table(b.slope, context)
-            slope, table = a.slope, extra if table is None else Table(table.values + extra.values, table.first)
+            # One operand cannot be both signed and symmetric, so one of the slopes becomes a table.
+            slope, other = (a.slope, b.slope) if b.slope.slope.dim() == 1 else (b.slope, a.slope)
+            extra = _slope_table(other, context)
+            table = extra if table is None else Table(table.values + extra.values, table.first)
     return Bias(slope, table, a.profile or b.profile, dense)
 
 
 def _slope_table(slope: Slope, context: Context) -> Table:
+    if slope.slope.dim() > 1:
+        raise ValueError(
+            "+: expected at most one encoding with slopes [B, H] where signed and unsigned ones meet, got two; "
+            "a table of distances is shared by the batch"
+        )
     distance = context.distances()
     values = -slope.slope[:, None] * (distance if slope.signed else distance.abs())
     return Table(values, context.distance_range[0])

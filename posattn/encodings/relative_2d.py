@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posattn.encodings._checks import check_positive_int
@@ -49,7 +50,8 @@ class RelativeTable2D(Encoding):
         down = _differences(q_positions // self.width, k_positions // self.width) + self.height - 1
         right = _differences(q_positions % self.width, k_positions % self.width) + self.width - 1
         weight = self.weight.to(context.table_dtype(self.weight))
-        bias = weight[down * (2 * self.width - 1) + right]
+        # Not weight[...], whose gradient is summed in an order that depends on threads.
+        bias = F.embedding(down * (2 * self.width - 1) + right, weight)
         return Plan(bias=Bias(dense=Dense(bias.permute(0, 3, 1, 2))))
 
     @classmethod
