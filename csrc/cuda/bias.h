@@ -65,9 +65,10 @@ struct DistanceBias {
       for (int e = 0; e < 2; ++e) {
         const int step = 8 * (x - (N8 - 1)) - e;
         value[x][e] = segments.intercept;
-        if constexpr (HAS_SLOPE) {
-          const float d = d0 + static_cast<float>(step);
-          value[x][e] = fmaf(-slope, SIGNED ? d : fabsf(d), value[x][e]);
+        if constexpr (HAS_SLOPE && LINEAR) {
+          value[x][e] = fmaf(-slope, static_cast<float>(step), value[x][e] - slope * d0);
+        } else if constexpr (HAS_SLOPE) {
+          value[x][e] = fmaf(-slope, fabsf(d0 + static_cast<float>(step)), value[x][e]);
         }
         if constexpr (HAS_TABLE) value[x][e] += staged[step];
       }

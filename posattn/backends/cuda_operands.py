@@ -95,7 +95,8 @@ def positions(call: Call) -> tuple[Members, Constants]:
 
 def bias(call: Call, bias: Bias, rows: int, columns: int) -> tuple[Members, Constants]:
     """BiasParams of one bias of the plan; `rows` x `columns` logits share bounds of a profile (a warp's tile)."""
-    values = operands.bias_arguments(call, bias, rows, columns).values
+    found = operands.bias_arguments(call, bias, rows, columns)
+    values = found.values
     members = {
         "slope": values["Slope"],
         "slope_batch": values["stride_slope_b"],
@@ -117,6 +118,7 @@ def bias(call: Call, bias: Bias, rows: int, columns: int) -> tuple[Members, Cons
     constants: Constants = {
         "HAS_SLOPE": bias.slope is not None,
         "SIGNED": bias.slope is not None and bias.slope.signed,
+        "LINEAR": found.constants["LINEAR"],  # no visible distance is negative, or the slope keeps its sign
         "HAS_TABLE": bias.table is not None,
         "HAS_PROFILE": bias.profile is not None,
         "KNOTS": max(1, values["num_knots"]),

@@ -34,9 +34,11 @@ class ForwardTile:
 
 
 _FORWARD = {
-    64: ForwardTile(128, 64, 4, 2, 2, True, "two blocks of 48 KiB fit sm_86's 100 KiB as well"),
-    128: ForwardTile(128, 64, 4, 1, 2, False, "a ring of two stages would leave one block a multiprocessor"),
-    256: ForwardTile(64, 32, 4, 1, 1, False, "256 output columns for 32 rows a warp would not fit its registers"),
+    64: ForwardTile(128, 64, 4, 2, 2, True, "2P 768 at D = 64; two blocks of 48 KiB fit sm_86's 100 KiB as well"),
+    96: ForwardTile(128, 64, 4, 2, 2, False, "2P 1024; Q in registers would leave room for 32 keys: 1024, Table 1069"),
+    128: ForwardTile(128, 32, 4, 2, 2, False, "2P 1280; with 64 keys a bias needs more than 255 registers"),
+    192: ForwardTile(64, 64, 4, 1, 2, False, "2P 2398, bound by shared memory: 32 rows a warp do not fit registers"),
+    256: ForwardTile(128, 32, 8, 1, 1, False, "2P 3118; 64 x 64 in 4 warps gives 3116 with half the warps to hide in"),
 }
 
 
