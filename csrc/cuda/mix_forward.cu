@@ -20,23 +20,21 @@ static_assert(SHARED_BYTES >= STAGE_AT + 2 * HEADS * STAGE_BYTES);
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-__device__ __forceinline__ Rows rows_of(const void* x, const Strides& strides, int batch, int head, int start,
-                                        int length) {
-  const Element* first = static_cast<const Element*>(x) + batch * strides.batch + head * strides.head;
-  return {reinterpret_cast<const unsigned char*>(first + start * strides.token), static_cast<int>(strides.token * 2),
-          length - 1};
-}
-
 // One head of a warp, from the first tile to the last.
 struct Head {
   HeadScores scores;
+  Rows keys;
+  Rows values;
   Softmax<GROUPS> softmax;
   float out[GROUPS][OUT8][4];
   float s[GROUPS][N8][4];
 
   __device__ __forceinline__ Head(const MixForwardParams& p, const Sequence& sequence, int h, Place place,
                                   const Lane& lane)
-      : scores(p.inner, sequence, h, place, lane) {
+      : scores(p.inner, sequence, h, place, lane),
+        keys(p.k, p.k_strides, sequence.batch, h / p.shape.group, sequence.k_start, sequence.k_len, 8 * lane.t),
+        values(p.v, p.v_strides, sequence.batch, h / p.shape.group, sequence.k_start, sequence.k_len,
+               VALUE_COLUMNS * lane.g) {
 #pragma unroll
     for (int x = 0; x < GROUPS * OUT8 * 4; ++x) out[x / 4 / OUT8][x / 4 % OUT8][x % 4] = 0.0f;
   }
@@ -64,15 +62,8 @@ struct Forward {
 
   __device__ __forceinline__ Head head(int h) const { return Head(p, sequence, h, place, lane); }
 
-  __device__ __forceinline__ Rows keys(int h) const {
-    return rows_of(p.k, p.k_strides, sequence.batch, h / p.shape.group, sequence.k_start, sequence.k_len);
-  }
-  __device__ __forceinline__ Rows values(int h) const {
-    return rows_of(p.v, p.v_strides, sequence.batch, h / p.shape.group, sequence.k_start, sequence.k_len);
-  }
-
   __device__ __forceinline__ void load_queries(int h) const {
-    const Rows rows = rows_of(p.q, p.q_strides, sequence.batch, h, sequence.q_start, sequence.q_len);
+    const Rows rows(p.q, p.q_strides, sequence.batch, h, sequence.q_start, sequence.q_len, 8 * lane.t);
     mix::load_queries(memory + h * Q_HEAD, rows, i0, lane);
   }
 
@@ -183,21 +174,21 @@ __device__ __forceinline__ void step(const Forward& f, Head (&heads)[HEADS_PER_W
 #pragma unroll
   for (int x = 0; x < HEADS_PER_WARP; ++x) {
     if (!owned(x, count)) break;
-    if (!ONE) fragments.load(f.keys(heads[x].scores.h), j0, f.lane);
+    if (!ONE) fragments.load(heads[x].keys, j0, f.lane);
     f.start(heads[x], fragments, j0, buffer);
     f.stage(heads[x], ahead, buffer ^ 1);
   }
   ptx::bar_sync();
   mix_tile(f.mlp, f.inputs, f.memory + MIX_AT, f.lane);
   ValueFragments values;
-  if (ONE) values.load(f.values(heads[0].scores.h), j0, f.lane);
+  if (ONE) values.load<!BORDER>(heads[0].values, j0, f.lane);
   ptx::bar_sync();
 #pragma unroll
   for (int x = 0; x < HEADS_PER_WARP; ++x) {
     if (!owned(x, count)) break;
     f.finish<BORDER>(heads[x], j0);
-    if (!ONE) values.load(f.values(heads[x].scores.h), j0, f.lane);
-    if (ONE) fragments.load(f.keys(heads[x].scores.h), ahead, f.lane);
+    if (!ONE) values.load<!BORDER>(heads[x].values, j0, f.lane);
+    if (ONE) fragments.load(heads[x].keys, ahead, f.lane);
     multiply_values(heads[x].out, heads[x].s, values);
   }
   buffer ^= 1;
@@ -217,7 +208,7 @@ __device__ __forceinline__ void run(const Forward& f, Head (&heads)[HEADS_PER_WA
       f.load_queries(heads[x].scores.h);
       f.stage(heads[x], first, 0);
     }
-    if (HEADS_PER_WARP == 1) fragments.load(f.keys(heads[0].scores.h), first, f.lane);
+    if (HEADS_PER_WARP == 1) fragments.load(heads[0].keys, first, f.lane);
     ptx::cp_async_wait_group<0>();
     ptx::bar_warp_sync();
   }

@@ -28,11 +28,13 @@ __device__ __forceinline__ void mma_to(float (&d)[4], const uint32_t (&a)[2], ui
 
 constexpr float ZEROS[4] = {};
 
-// max(h, 0.01 h), two elements at once.
-__device__ __forceinline__ uint32_t leaky_relu(uint32_t h) {
+// max(h, 0.01 h) of h + bias, two elements at once.
+__device__ __forceinline__ uint32_t leaky_relu(uint32_t h, uint32_t bias) {
   if constexpr (BF16) {
+    h = ptx::fma_rn_bf16x2(h, 0x3f803f80u, bias);
     return ptx::max_bf16x2(h, ptx::fma_rn_bf16x2(h, 0x3c243c24u, 0x80008000u));
   } else {
+    h = ptx::fma_rn_f16x2(h, 0x3c003c00u, bias);
     return ptx::max_f16x2(h, ptx::fma_rn_f16x2(h, 0x211f211fu, 0x80008000u));
   }
 }
@@ -50,7 +52,7 @@ constexpr bool SCALED = !BF16 || HAS_SOFTCAP || (HAS_INNER && !CONCAT);
 // without b2: a constant along a row leaves the softmax alone and is added to the log-sum-exp.
 struct Mlp {
   uint32_t w1[2 * WIDTH_PAIRS][INPUT_BLOCKS];  // (inputs 8 b + 2t.., unit 8 n + g)
-  float b1[2 * WIDTH_PAIRS][2];                // units 8 n + 2t, 8 n + 2t + 1
+  uint32_t b1[2 * WIDTH_PAIRS];                // units 8 n + 2t, 8 n + 2t + 1
   uint32_t w2[2 * WIDTH_PAIRS][HEAD_BLOCKS];   // (units 8 n + 2t.., head 8 a + g)
 
   __device__ __forceinline__ Mlp(const MixParams& p, float scale, const Lane& lane) {
@@ -63,8 +65,8 @@ struct Mlp {
         w1[n][b] = pack(x * padded_element(p.w1, unit, WIDTH, input, INPUTS),
                         y * padded_element(p.w1, unit, WIDTH, input + 1, INPUTS));
       }
-#pragma unroll
-      for (int e = 0; e < 2; ++e) b1[n][e] = padded_element(p.b1, 0, 1, 8 * n + 2 * lane.t + e, WIDTH);
+      const int at = 8 * n + 2 * lane.t;
+      b1[n] = pack(padded_element(p.b1, 0, 1, at, WIDTH), padded_element(p.b1, 0, 1, at + 1, WIDTH));
 #pragma unroll
       for (int a = 0; a < HEAD_BLOCKS; ++a) {
         const int head = 8 * a + lane.g, unit = 8 * n + 2 * lane.t;
@@ -81,8 +83,9 @@ struct Mlp {
       float h[2][4];  // [positions, hidden units 16 u + 8 n ..]
       hidden(h[0], z, 2 * u);
       hidden(h[1], z, 2 * u + 1);
-      const uint32_t active[4] = {leaky_relu(pack(h[0][0], h[0][1])), leaky_relu(pack(h[0][2], h[0][3])),
-                                  leaky_relu(pack(h[1][0], h[1][1])), leaky_relu(pack(h[1][2], h[1][3]))};
+      const uint32_t b = b1[2 * u], c = b1[2 * u + 1];
+      const uint32_t active[4] = {leaky_relu(pack(h[0][0], h[0][1]), b), leaky_relu(pack(h[0][2], h[0][3]), b),
+                                  leaky_relu(pack(h[1][0], h[1][1]), c), leaky_relu(pack(h[1][2], h[1][3]), c)};
 #pragma unroll
       for (int a = 0; a < HEAD_BLOCKS; ++a) {
         const uint32_t b0 = w2[2 * u][a], b1 = w2[2 * u + 1][a];
@@ -96,18 +99,17 @@ struct Mlp {
   }
 
   __device__ __forceinline__ void hidden(float (&h)[4], const uint32_t (&z)[INPUT_BLOCKS][2], int n) const {
-    const float start[4] = {b1[n][0], b1[n][1], b1[n][0], b1[n][1]};
 #pragma unroll
     for (int b = 0; b + 1 < INPUT_BLOCKS; b += 2) {
       const uint32_t both[4] = {z[b][0], z[b][1], z[b + 1][0], z[b + 1][1]};
       if (b == 0) {
-        mma_to(h, both, w1[n][b], w1[n][b + 1], start);
+        mma_to(h, both, w1[n][b], w1[n][b + 1], ZEROS);
       } else {
         mma_to(h, both, w1[n][b], w1[n][b + 1], h);
       }
     }
     if constexpr (INPUT_BLOCKS == 1) {
-      mma_to(h, z[0], w1[n][0], start);
+      mma_to(h, z[0], w1[n][0], ZEROS);
     } else if constexpr (INPUT_BLOCKS % 2) {
       mma_to(h, z[INPUT_BLOCKS - 1], w1[n][INPUT_BLOCKS - 1], h);
     }

@@ -8,15 +8,24 @@
 
 namespace posattn::mix {
 
-// Rows of one head, from the first token of the sequence on; rows past the last are the last one. The stride is in
-// bytes and below 2^31, so that an address is one multiply-add.
+// Rows of one head, from the first token of the sequence on, at the column where this lane reads; rows past the last
+// are the last one. The stride is in bytes and below 2^31, so that an address is one multiply-add.
 struct Rows {
   const unsigned char* from;
   int stride;
   int last;
 
+  __device__ __forceinline__ Rows(const void* x, const Strides& strides, int batch, int head, int start, int length,
+                                  int column)
+      : from(reinterpret_cast<const unsigned char*>(static_cast<const Element*>(x) + batch * strides.batch +
+                                                    head * strides.head + start * strides.token + column)),
+        stride(static_cast<int>(strides.token) * 2),
+        last(length - 1) {}
+
+  // INSIDE: row i is known to exist.
+  template <bool INSIDE = false>
   __device__ __forceinline__ const Element* row(int i) const {
-    return reinterpret_cast<const Element*>(from + static_cast<int64_t>(min(i, last)) * stride);
+    return reinterpret_cast<const Element*>(from + static_cast<int64_t>(INSIDE ? i : min(i, last)) * stride);
   }
 };
 
@@ -27,7 +36,7 @@ struct KeyFragments {
   __device__ __forceinline__ void load(const Rows& keys, int j0, const Lane& lane) {
 #pragma unroll
     for (int c = 0; c < N8; ++c) {
-      const Element* row = keys.row(j0 + 8 * c + lane.g) + 8 * lane.t;
+      const Element* row = keys.row(j0 + 8 * c + lane.g);
 #pragma unroll
       for (int d = 0; d < HEAD_DIM / 32; ++d) r[c][d] = *reinterpret_cast<const uint4*>(row + 32 * d);
     }
@@ -45,9 +54,8 @@ __device__ __forceinline__ void load_queries(uint32_t q, const Rows& queries, in
   for (int r = 0; r < GROUPS; ++r) {
 #pragma unroll
     for (int d = 0; d < HEAD_DIM / 32; ++d) {
-      const int at = 32 * d + 8 * lane.t;
-      const uint4 low = *reinterpret_cast<const uint4*>(queries.row(i0 + 16 * r + lane.g) + at);
-      const uint4 high = *reinterpret_cast<const uint4*>(queries.row(i0 + 16 * r + 8 + lane.g) + at);
+      const uint4 low = *reinterpret_cast<const uint4*>(queries.row(i0 + 16 * r + lane.g) + 32 * d);
+      const uint4 high = *reinterpret_cast<const uint4*>(queries.row(i0 + 16 * r + 8 + lane.g) + 32 * d);
       ptx::st_shared_v4(query_operand(q, r, 2 * d, lane), {low.x, high.x, low.y, high.y});
       ptx::st_shared_v4(query_operand(q, r, 2 * d + 1, lane), {low.z, high.z, low.w, high.w});
     }
@@ -81,21 +89,25 @@ constexpr int VALUES_64 =
     HEAD_DIM_V / 64;  // blocks of 64 dimensions, 8 to a lane, and one of 32 where HEAD_DIM_V is odd
 constexpr int VALUES_32 = HEAD_DIM_V / 32 % 2;
 constexpr int OUT8 = HEAD_DIM_V / 8;
+constexpr int VALUE_COLUMNS = VALUES_64 ? 8 : 4;  // where lane g begins, times g
 
 // Rows 8 c + 2t and 8 c + 2t + 1 of the values; lane g has dimensions 64 b + 8 g .. (4 g .. in a block of 32).
 struct ValueFragments {
   uint4 wide[N8][2][VALUES_64 ? VALUES_64 : 1];
   uint2 narrow[N8][2][VALUES_32 ? VALUES_32 : 1];
 
+  template <bool INSIDE>
   __device__ __forceinline__ void load(const Rows& values, int j0, const Lane& lane) {
 #pragma unroll
     for (int c = 0; c < N8; ++c) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const Element* row = values.row(j0 + 8 * c + 2 * lane.t + e);
+        const int j = j0 + 8 * c + 2 * lane.t + e;
+        const Element* row = values.row<INSIDE>(j);
 #pragma unroll
-        for (int b = 0; b < VALUES_64; ++b) wide[c][e][b] = *reinterpret_cast<const uint4*>(row + 64 * b + 8 * lane.g);
-        if constexpr (VALUES_32) narrow[c][e][0] = *reinterpret_cast<const uint2*>(row + 64 * VALUES_64 + 4 * lane.g);
+        for (int b = 0; b < VALUES_64; ++b) wide[c][e][b] = *reinterpret_cast<const uint4*>(row + 64 * b);
+        if constexpr (VALUES_32)
+          narrow[c][e][0] = *reinterpret_cast<const uint2*>(row + 64 * VALUES_64 + (4 - VALUE_COLUMNS) * lane.g);
       }
     }
   }
