@@ -142,7 +142,6 @@ def _common(call: Call, mix: HeadMix, tile: MixTile) -> tuple[operands.Members, 
         "HAS_INNER": bool(mix.inner),
         "CONCAT": bool(mix.inner) and mix.form != "add",
         "RESIDUAL": bool(mix.inner) and mix.form != "concat",
-        "LINEAR": False,  # the MLP needs what is constant along a row as well
         "NATURAL": True,
         "HAS_SOFTCAP": call.softcap != 0.0,
     }
