@@ -219,12 +219,12 @@ struct Forward {
 
 // Normalises the rows and writes out and lse.
 __device__ __forceinline__ void Forward::store() {
-  if constexpr (HAS_SINKS && SPLITS == 1) {
+  if constexpr (HAS_SINKS && !SPLIT) {
 #pragma unroll
     for (int a = 0; a < 2 * GROUPS; ++a) softmax.add_sink(a, p.sinks[h], out, lane % 4 == 0);
   }
   softmax.finish();
-  const int64_t split = SPLITS > 1 ? blockIdx.y : 0;
+  const int64_t split = SPLIT ? blockIdx.y : 0;
   float* lse = p.lse + split * p.lse_split +
                (static_cast<int64_t>(sequence.batch) * p.shape.heads + h) * p.shape.q_tokens + sequence.q_start;
   float weight[2 * GROUPS];
@@ -235,7 +235,7 @@ __device__ __forceinline__ void Forward::store() {
     if constexpr (HAS_DROPOUT) weight[a] *= p.dropout.keep_scale;
   }
   const int64_t first = split * p.out_split + sequence.batch * p.out_strides.batch + h * p.out_strides.head;
-  if constexpr (SPLITS > 1) {
+  if constexpr (SPLIT) {
     float* to = static_cast<float*>(p.out) + first;
 #pragma unroll
     for (int a = 0; a < 2 * GROUPS; ++a) {
@@ -334,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const int i0 = block * BLOCK_M;
   if (i0 >= sequence.q_len) return;
   KeySpans spans(sequence, p.mask, i0, min(i0 + BLOCK_M, sequence.q_len) - 1);
-  if constexpr (SPLITS > 1) {
+  if constexpr (SPLIT) {
     const int from = blockIdx.y * p.split_tiles * BLOCK_N;
     spans.clip(from, from + p.split_tiles * BLOCK_N);
   }

@@ -7,17 +7,17 @@
 
 namespace posattn {
 
-// `tile` is generic; angles point at the tile's first row; rows from `rows` on are left alone.
-template <int DIM, int ROWS, int THREADS>
-__device__ __forceinline__ void turn_tile(unsigned char* tile, const float* cos, const float* sin, int rows,
-                                          int thread) {
+// The angles of row r are those of token token_of(r); rows from `rows` on are left alone.
+template <int DIM, int ROWS, int THREADS, typename TokenOf>
+__device__ __forceinline__ void turn_tile(unsigned char* tile, const float* cos, const float* sin, int rows, int thread,
+                                          TokenOf token_of) {
   constexpr int BOTH = HALF % 2 == 0 && !INTERLEAVED ? 2 : 1;  // neighbouring pairs that one thread turns at once
   constexpr int WORK = HALF / BOTH;
   for (int x = thread; x < ROWS * WORK; x += THREADS) {
     const int row = x / WORK, c = x % WORK * BOTH;
     if (row >= rows) break;
-    const float* row_cos = cos + static_cast<int64_t>(row) * HALF + c;
-    const float* row_sin = sin + static_cast<int64_t>(row) * HALF + c;
+    const float* row_cos = cos + static_cast<int64_t>(token_of(row)) * HALF + c;
+    const float* row_sin = sin + static_cast<int64_t>(token_of(row)) * HALF + c;
     if constexpr (BOTH == 2) {
       uint32_t& first = *reinterpret_cast<uint32_t*>(tile + Tile<DIM>::element(row, c));
       uint32_t& second = *reinterpret_cast<uint32_t*>(tile + Tile<DIM>::element(row, c + HALF));
@@ -32,6 +32,13 @@ __device__ __forceinline__ void turn_tile(unsigned char* tile, const float* cos,
       second = from_float(y0 * row_cos[0] + x0 * row_sin[0]);
     }
   }
+}
+
+// The same where angles point at the tile's first row.
+template <int DIM, int ROWS, int THREADS>
+__device__ __forceinline__ void turn_tile(unsigned char* tile, const float* cos, const float* sin, int rows,
+                                          int thread) {
+  turn_tile<DIM, ROWS, THREADS>(tile, cos, sin, rows, thread, [](int row) { return row; });
 }
 
 }  // namespace posattn

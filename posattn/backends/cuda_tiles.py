@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from posattn.backends.cuda_operands import Constants, padded
+from posattn.kernels.operands import q_max
 from posattn.plan import Call
 
 
@@ -40,6 +41,51 @@ _FORWARD = {
     192: ForwardTile(64, 64, 4, 1, 2, False, "2P 2398, bound by shared memory: 32 rows a warp do not fit registers"),
     256: ForwardTile(128, 32, 8, 1, 1, False, "2P 3118; 64 x 64 in 4 warps gives 3116 with half the warps to hide in"),
 }
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """One choice for attention_decode: its rows, and warps of 16 keys each."""
+
+    block_m: int
+    warps: int
+    stages: int
+    reason: str
+
+    @property
+    def block_n(self) -> int:
+        return 16 * self.warps
+
+    def constants(self) -> Constants:
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "WARPS": self.warps,
+            "THREADS": 32 * self.warps,
+            "STAGES": self.stages,
+        }
+
+
+# Rows (queries times the heads that share a key head) up to which reading K and V binds, not the tensor cores: a byte
+# read serves one row's multiply-add, and sm_80 has 70 of them a byte, sm_90 150.
+DECODE_ROWS = 32
+
+_DECODE = {
+    64: DecodeTile(16, 4, 3, "three stages of 16 KiB: bytes in flight are what binds"),
+    128: DecodeTile(16, 4, 2, "two stages of 32 KiB, so that sm_86 holds them too"),
+    256: DecodeTile(16, 2, 2, "16 rows of 256 columns and Q fill a warp's registers; two stages of 32 KiB"),
+}
+
+
+def decode_tile(call: Call) -> DecodeTile | None:
+    """The tile of a call with few rows for a key head; None if it has more."""
+    rows = q_max(call) * (call.q.shape[1] // call.k.shape[1])
+    if rows > DECODE_ROWS:
+        return None
+    dim = max(padded(call.q.shape[3]), padded(call.v.shape[3]))
+    tile = _DECODE[min(d for d in _DECODE if d >= dim)]
+    # Twice the rows read K and V once; beyond D = 128 registers do not hold them.
+    return replace(tile, block_m=32) if rows > 16 and dim <= 128 else tile
 
 
 def forward_tile(arch: str, call: Call) -> ForwardTile:
