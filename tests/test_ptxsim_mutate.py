@@ -4,7 +4,7 @@ import pytest
 
 from tests.ptxsim.mutants import mutants
 from tests.ptxsim.mutate import run, table
-from tests.ptxsim.scenarios import attention_full
+from tests.ptxsim.scenarios import SCENARIOS
 
 PTX = """\
 \tst.shared.b32 [%r1], %r2;
@@ -51,7 +51,7 @@ def test_mutants_change_one_thing() -> None:
 @pytest.mark.parametrize("arch", [80, 90])
 def test_broken_synchronisation_of_the_attention_pattern_is_noticed(arch: int) -> None:
     """Deleting a wait or a barrier inside the loop is caught; the drain after the loop is the known survivor."""
-    verdicts = list(run(attention_full, arch, ("sync",), limit=12))
+    verdicts = list(run(SCENARIOS["attention_full"], arch, ("sync",), limit=12))
     caught = [verdict for verdict in verdicts if verdict.caught_by != "survived"]
     assert len(caught) >= 7, table(verdicts)
     assert all(verdict.caught_by == "machine" for verdict in caught), table(verdicts)

@@ -64,13 +64,14 @@ class Conflict:
 @dataclass(frozen=True)
 class Report:
     """What a launch did. findings: kind -> count, only kinds that occurred; first: kind -> where it was first seen.
-    conflicts: the instructions with bank conflicts, if Options.stats was on."""
+    If Options.stats was on, conflicts: the instructions with bank conflicts; lines: the PTX lines that were executed."""
 
     findings: Mapping[str, int]
     first: Mapping[str, str]
     counters: Mapping[str, int]
     opcodes: Mapping[str, int]
     conflicts: Sequence[Conflict] = field(default=())
+    lines: frozenset[int] = frozenset()
 
     @property
     def main_loop_conflicts(self) -> list[Conflict]:
@@ -151,4 +152,5 @@ class Kernel:
         raw = self._program.launch(*sizes, shared, bytes(image), ranges, asdict(options or Options()))
         arena.copy_back()
         raw["conflicts"] = [Conflict(*conflict) for conflict in raw["conflicts"]]
+        raw["lines"] = frozenset(raw["lines"])
         return Report(**raw)

@@ -8,11 +8,27 @@ bound can be off by one at: a tile's, and those of the rows that one thread of a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 
+import posattn
+
 from . import calibration
 from .seam import Machine
+
+Run = Callable[[Machine], None]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What to run, and the kernels (a pattern of their names) whose mutants it should notice."""
+
+    run: Run
+    what: str
+    kernels: str = ""
 
 
 def _attention(machine: Machine, causal: bool) -> None:
@@ -32,57 +48,85 @@ def _attention(machine: Machine, causal: bool) -> None:
         assert (lse.double() - scores.logsumexp(-1)).abs().max() < 1e-5
 
 
-def attention(machine: Machine) -> None:
-    """The calibration kernel, causal."""
-    _attention(machine, causal=True)
+@dataclass(frozen=True)
+class _Case:
+    """A causal call with 2 heads of 64 channels; `loud` scales the queries until exponents could overflow."""
+
+    q_len: int
+    k_len: int
+    loud: float = 1.0
 
 
-def attention_full(machine: Machine) -> None:
-    """The calibration kernel, every key."""
-    _attention(machine, causal=False)
+# Several blocks of queries and several tiles of keys that need no mask, so that every loop runs more than once in one
+# specialisation; both lengths end in every part of a tile that one thread loads; diagonals cross at many offsets.
+_FORWARD = (
+    _Case(250, 250), _Case(133, 573, 150.0), _Case(150, 610), _Case(148, 211), _Case(165, 318), _Case(180, 463), _Case(198, 201),
+    _Case(213, 409), _Case(229, 342), _Case(243, 388), _Case(143, 97),
+)  # fmt: skip
+_BACKWARD = (_Case(250, 250), _Case(133, 317, 150.0), _Case(180, 211), _Case(213, 342), _Case(143, 97))
+_MIX = (_Case(37, 37), _Case(20, 53), _Case(33, 90), _Case(52, 41))
 
 
-def _parity(bias: bool, backward: bool) -> None:
-    """The Triton backend, at most twice as wrong as naive PyTorch, at lengths whose inner loops run unmasked too."""
-    import posattn
-
-    for tokens in (70, 250, 323, 10, 20, 40, 52, 84, 100):
-        torch.manual_seed(tokens)
-        encoding = posattn.ALiBi(2) if bias else posattn.RoPE(64)
-        leaves = [torch.randn(1, 2, tokens, 64, dtype=torch.float16) for _ in range(3)]
-        if tokens == 323:
-            leaves[0] *= 40  # logits of several hundred: exponents overflow if the running maximum is not right
-        results = []
-        for backend, dtype in (("triton", torch.float16), ("reference", torch.float16), ("reference", torch.float64)):
-            q, k, v = (leaf.to(dtype, copy=True).requires_grad_(backward) for leaf in leaves)
-            out, lse = posattn.attention(q, k, v, encoding, causal=True, return_lse=True, backend=backend)
-            found = [out.detach(), lse.detach()]
-            if backward:
-                out.backward(torch.ones_like(out))
-                found += [tensor.grad for tensor in (q, k, v)]
-            results.append([tensor.double() for tensor in found])
-        for got, naive, want in zip(*results, strict=True):
-            assert got.isfinite().all()
-            allowed = 2 * (naive - want).abs().max() + 2.0**-10 * want.abs().max()
-            assert (got - want).abs().max() <= allowed
+def _encoding(name: str) -> posattn.Encoding | None:
+    torch.manual_seed(0)
+    makers = {"slope": lambda: posattn.ALiBi(2), "rotary": lambda: posattn.RoPE(64)}
+    makers["mix"] = lambda: posattn.DAPE(posattn.Kerple(2), 2, width=16)
+    return makers[name]() if name in makers else None
 
 
-def forward_slope(machine: Machine) -> None:
-    """posattn.attention with ALiBi, forward."""
-    _parity(bias=True, backward=False)
+def _results(name: str, case: _Case, backward: bool, backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(case.q_len)
+    q = torch.randn(1, 2, case.q_len, 64, dtype=torch.float16) * case.loud
+    k, v = (torch.randn(1, 2, case.k_len, 64, dtype=torch.float16) for _ in range(2))
+    upstream = torch.randn_like(q).to(dtype)
+    leaves = [x.to(dtype, copy=True).requires_grad_(backward) for x in (q, k, v)]
+    encoding = _encoding(name)
+    if encoding is not None and dtype == torch.float64:
+        encoding = encoding.double()
+    out, lse = posattn.attention(*leaves, encoding, causal=True, return_lse=True, backend=backend)
+    found = [out, lse]
+    if backward:
+        out.backward(upstream)
+        found += [x.grad for x in (*leaves, *(encoding.parameters() if encoding is not None else ()))]
+    return [x.detach().double() for x in found if x is not None]
 
 
-def forward_rotary(machine: Machine) -> None:
-    """posattn.attention with rotary embeddings, forward."""
-    _parity(bias=False, backward=False)
+@cache
+def _expected(name: str, case: _Case, backward: bool) -> list[tuple[torch.Tensor, float]]:
+    """What is right, and how far from it twice naive PyTorch's error and a few roundings allow."""
+    exact = _results(name, case, backward, "reference", torch.float64)
+    naive = _results(name, case, backward, "reference", torch.float16)
+
+    def largest(x: torch.Tensor) -> float:
+        return x[x.isfinite()].abs().max().item()
+
+    return [(x, 2 * largest(y - x) + 2.0**-10 * largest(x)) for x, y in zip(exact, naive, strict=True)]
 
 
-def backward_slope(machine: Machine) -> None:
-    """posattn.attention with ALiBi, forward and backward."""
-    _parity(bias=True, backward=True)
+def _parity(name: str, cases: Sequence[_Case], backward: bool = False, backend: str = "triton") -> Run:
+    def run(machine: Machine) -> None:
+        for case in cases:
+            found = _results(name, case, backward, backend, torch.float16)
+            for got, (want, allowed) in zip(found, _expected(name, case, backward), strict=True):
+                seen = want.isfinite()
+                assert torch.equal(got.isfinite(), seen), case
+                assert (got - want)[seen].abs().max() <= allowed, case
+
+    return run
 
 
 SCENARIOS = {
-    function.__name__: function
-    for function in (attention, attention_full, forward_slope, forward_rotary, backward_slope)
+    "attention": Scenario(partial(_attention, causal=True), "the calibration kernel, causal"),
+    "attention_full": Scenario(partial(_attention, causal=False), "the calibration kernel, every key"),
+    "forward_plain": Scenario(_parity("plain", _FORWARD), "Triton forward, no encoding"),
+    "forward_slope": Scenario(_parity("slope", _FORWARD), "Triton forward, ALiBi"),
+    "forward_rotary": Scenario(_parity("rotary", _FORWARD), "Triton forward, rotary"),
+    "backward_slope": Scenario(
+        _parity("slope", _BACKWARD, backward=True), "Triton gradients, ALiBi", "attention_backward|prepare"
+    ),
+    "mix": Scenario(_parity("mix", _MIX), "Triton forward, HeadMix over Kerple", "mixed"),
+    "mix_backward": Scenario(
+        _parity("mix", _MIX, backward=True), "Triton gradients, HeadMix over Kerple", "mixed_backward"
+    ),
+    "cuda_slope": Scenario(_parity("slope", _FORWARD, backend="cuda"), "CUDA forward, ALiBi"),
 }

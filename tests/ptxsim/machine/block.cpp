@@ -207,7 +207,10 @@ bool Block::step(Warp& warp) {
     mask &= in.guard_negated ? ~holds : holds;
   }
   ++report.warp_instructions;
-  if (mask) ++report.opcodes[static_cast<size_t>(in.statistic)];
+  if (mask) {
+    ++report.opcodes[static_cast<size_t>(in.statistic)];
+    ++report.executed[pc];
+  }
   switch (in.control) {
     case Control::Branch:
       return take_branch(warp, in, active, mask);

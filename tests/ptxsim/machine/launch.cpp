@@ -11,6 +11,7 @@ Report run(const Program& program, Launch launch, const Options& options) {
   launch.params.resize(static_cast<size_t>(program.param_bytes));
   Report report;
   report.opcodes.assign(program.statistic_names.size(), 0);
+  report.executed.assign(program.code.size(), 0);
   report.conflicts.assign(program.code.size(), {});
   GlobalMemory global;
   for (const TensorRange& tensor : launch.tensors) global.allow(tensor.address, tensor.bytes, tensor.writable);

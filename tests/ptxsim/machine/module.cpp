@@ -44,7 +44,7 @@ Options options_from(const py::dict& given) {
   return options;
 }
 
-py::dict to_dict(const Program& program, const Report& report) {
+py::dict to_dict(const Program& program, const Report& report, const Options& options) {
   py::dict findings, first, opcodes, counters;
   for (int i = 0; i < kFindings; ++i) {
     const Report::Seen& seen = report.findings[static_cast<size_t>(i)];
@@ -56,7 +56,10 @@ py::dict to_dict(const Program& program, const Report& report) {
   for (size_t i = 0; i < report.opcodes.size(); ++i) {
     if (report.opcodes[i]) opcodes[program.statistic_names[i].c_str()] = report.opcodes[i];
   }
-  py::list conflicts;
+  py::list conflicts, lines;
+  for (size_t i = 0; options.stats && i < report.executed.size(); ++i) {
+    if (report.executed[i]) lines.append(program.code[i].line);
+  }
   for (size_t i = 0; i < report.conflicts.size(); ++i) {
     const Report::Conflict& conflict = report.conflicts[i];
     const Instruction& in = program.code[i];
@@ -79,6 +82,7 @@ py::dict to_dict(const Program& program, const Report& report) {
   all["counters"] = counters;
   all["opcodes"] = opcodes;
   all["conflicts"] = conflicts;
+  all["lines"] = lines;
   return all;
 }
 
@@ -97,7 +101,7 @@ py::dict launch(const Program& program, Size grid, Size threads, int shared, con
     py::gil_scoped_release unlocked;
     report = run(program, std::move(request), options);
   }
-  return to_dict(program, report);
+  return to_dict(program, report, options);
 }
 
 }  // namespace

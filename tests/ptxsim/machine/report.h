@@ -38,6 +38,7 @@ struct Report {
   uint64_t global_requests = 0, global_sectors = 0, global_ideal_sectors = 0;
   uint64_t unwaited_copies = 0;     // cp.async that no wait covered when their block ended
   std::vector<uint64_t> opcodes;    // executed, by Program::statistic_names
+  std::vector<uint64_t> executed;   // by instruction, in some lane
   std::vector<Conflict> conflicts;  // by instruction
 
   // `place` is called for the first one only: making the text costs more than finding the fault.
