@@ -76,6 +76,7 @@ struct Backward {
   int64_t first_row;  // of the sequence, in padded rows
   Loader<PADDED, DIM, BLOCK_M, THREADS> q_loader;
   Loader<PADDED, DIM_V, BLOCK_M, THREADS> grad_loader;
+  const float* rows_from;  // lse2 or minus_delta, four numbers of which this thread copies
 
   __device__ __forceinline__ Backward(const BackwardParams& p, const Sequence& sequence, int index, int key_head,
                                       int key_block, int thread)
@@ -90,9 +91,30 @@ struct Backward {
         lane(thread % WARP),
         first_row(PACKED ? (sequence.q_start / BLOCK_M + index) * int64_t{BLOCK_M}
                          : static_cast<int64_t>(index) * p.shape.q_blocks * BLOCK_M),
-        q_loader(static_cast<const Element*>(p.q), p.q_strides.token, 0, ptx::shared_address(shared) + Q_AT, thread),
-        grad_loader(static_cast<const Element*>(p.grad_out), p.grad_out_strides.token, 0,
-                    ptx::shared_address(shared) + GRAD_AT, thread) {}
+        q_loader(first_of(p.q, p.q_strides), p.q_strides.token, sequence.q_start + spans.lo * BLOCK_M,
+                 ptx::shared_address(shared) + Q_AT, thread),
+        grad_loader(first_of(p.grad_out, p.grad_out_strides), p.grad_out_strides.token,
+                    sequence.q_start + spans.lo * BLOCK_M, ptx::shared_address(shared) + Q_AT, thread),
+        rows_from((thread < BLOCK_M / 4 ? p.lse2 : p.minus_delta) + row_of({key_head * p.shape.group, spans.lo}) +
+                  thread % (BLOCK_M / 4) * 4) {}
+
+  // The first of the heads that share the key head.
+  __device__ __forceinline__ const Element* first_of(const void* tensor, const Strides& strides) const {
+    return static_cast<const Element*>(tensor) + sequence.batch * strides.batch +
+           int64_t{key_head} * p.shape.group * strides.head;
+  }
+
+  // From behind the last block of one head to the first of the next, for a tensor of these strides.
+  __device__ __forceinline__ int64_t to_next_head(int64_t head, int64_t token) const {
+    return head - (spans.hi - spans.lo) * BLOCK_M * token;
+  }
+
+  // Blocks are loaded in the order in which they are walked; after the last one of a head:
+  __device__ __forceinline__ void load_next_head() {
+    q_loader.from += to_next_head(p.q_strides.head, p.q_strides.token);
+    grad_loader.from += to_next_head(p.grad_out_strides.head, p.grad_out_strides.token);
+    rows_from += to_next_head(p.rows, 1);
+  }
 
   __device__ __forceinline__ int64_t row_of(const Cursor& at) const {
     return at.head * p.rows + first_row + at.block * BLOCK_M;
@@ -113,31 +135,18 @@ struct Backward {
   }
 
   __device__ __forceinline__ void load_queries(const Cursor& at, int stage) {
-    if (at.block == spans.lo) {
-      const int64_t token = sequence.q_start + at.block * BLOCK_M + q_loader.row;
-      q_loader.from = static_cast<const Element*>(p.q) + sequence.batch * p.q_strides.batch +
-                      at.head * p.q_strides.head + token * p.q_strides.token + q_loader.column * 8;
-    }
     q_loader.next(stage * Q_BYTES, sequence.q_len - at.block * BLOCK_M);
     load_rows(at, ptx::shared_address(shared) + ROWS_AT + stage * RowStage::FLOATS * 4);
   }
 
   __device__ __forceinline__ void load_grad(const Cursor& at, int stage) {
-    if (at.block == spans.lo) {
-      const int64_t token = sequence.q_start + at.block * BLOCK_M + grad_loader.row;
-      grad_loader.from = static_cast<const Element*>(p.grad_out) + sequence.batch * p.grad_out_strides.batch +
-                         at.head * p.grad_out_strides.head + token * p.grad_out_strides.token + grad_loader.column * 8;
-    }
-    grad_loader.next(stage % GRAD_STAGES * Q_BYTES, sequence.q_len - at.block * BLOCK_M);
+    grad_loader.next(GRAD_AT - Q_AT + stage % GRAD_STAGES * Q_BYTES, sequence.q_len - at.block * BLOCK_M);
   }
 
   __device__ __forceinline__ void load_rows(const Cursor& at, uint32_t to) {
-    // Four floats a thread; padded rows are there to be read.
-    if (thread < BLOCK_M / 2) {
-      const int quarter = BLOCK_M / 4;
-      const float* from = (thread < quarter ? p.lse2 : p.delta) + row_of(at) + thread % quarter * 4;
-      ptx::cp_async_16(to + thread * 16, from);
-    }
+    // Padded rows are there to be read.
+    if (thread < BLOCK_M / 2) ptx::cp_async_16(to + thread * 16, rows_from);
+    rows_from += BLOCK_M;
     const int i0 = at.block * BLOCK_M;
     if constexpr (HAS_PROFILE) {
       if (thread < BLOCK_M) {
@@ -180,8 +189,9 @@ struct Backward {
     }
   }
 
-  __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at) const {
-    float* to = p.dq + row_of(at) * PADDED + thread;
+  // `to` is this thread's place in the accumulators of a block of queries.
+  __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at,
+                                                 float* to) const {
     int32_t* turn = p.turns + 1 + row_of(at) / BLOCK_M;
     if constexpr (ORDERED) {
       // The first block of keys that these queries see has nobody before it.
@@ -272,54 +282,58 @@ __device__ __forceinline__ void Backward::run() {
   const int logit_row = warp / LOGIT_COLUMNS * WARP_KEYS, logit_column = warp % LOGIT_COLUMNS * WARP_QUERIES;
   const int j0 = key_block * BLOCK_N;
 
-  // Where this lane reads operands. Rows of K and V: of this warp's keys, as A, and all, as B transposed.
-  const auto keys_as_a = Reader<PADDED>::a_operand(memory + K_AT, logit_row, lane);
-  const Reader<PADDED> keys_as_b(memory + K_AT, lane & 15, (lane >> 4) + warp % QUERY_COLUMNS * QueryGradients::EIGHTS);
-  // Queries of this warp's logits as B, and all of them, at this warp's dimensions, as B transposed.
-  const Reader<PADDED> queries_as_b(memory + Q_AT, logit_column + (lane & 7) + (lane >> 4 << 3), (lane >> 3) & 1);
-  const Reader<PADDED> queries_as_rows(memory + Q_AT, lane & 15,
-                                       (lane >> 4) + warp % KEY_COLUMNS * KeyGradients::EIGHTS);
-  // P^T and dS^T by this warp's keys, and dS by its queries.
-  const auto pairs_as_a =
-      Reader<BLOCK_M>::a_operand(memory + P_AT, warp / KEY_COLUMNS * (16 * KeyGradients::GROUPS), lane);
-  const Reader<BLOCK_M> pairs_as_queries(memory + P_AT, (lane & 7) + (lane >> 4 << 3),
-                                         ((lane >> 3) & 1) + warp / QUERY_COLUMNS * (2 * QueryGradients::GROUPS));
-  const PairTile pairs(memory + P_AT, warp, lane);
-  constexpr uint32_t DS = DS_AT - P_AT;      // from P^T to dS^T
-  constexpr uint32_t GRAD = GRAD_AT - Q_AT;  // from Q to dO
+  // Where this lane reads operands. Keys: this warp's, as A; all of them, at this warp's dimensions of dQ, as B.
+  const auto keys = Rows<PADDED>::by_rows(memory + K_AT, logit_row, 0, lane);
+  const auto values = keys.moved(V_AT - K_AT);
+  const auto all_keys = Rows<PADDED, QueryGradients::EIGHTS>::by_rows(
+      memory + K_AT, 0, warp % QUERY_COLUMNS * QueryGradients::EIGHTS, lane);
+  // Queries: this warp's as B, and all of them, at this warp's dimensions of dK and dV, as B.
+  const auto stage_queries = Rows<PADDED>::by_columns(memory + Q_AT, logit_column, 0, lane);
+  const auto stage_all_queries = Rows<PADDED, KeyGradients::EIGHTS>::by_rows(
+      memory + Q_AT, 0, warp % KEY_COLUMNS * KeyGradients::EIGHTS, lane);
+  // P^T by this warp's keys of dV, and dS by its queries of dQ.
+  const auto pairs = Rows<BLOCK_M>::by_rows(memory + P_AT, warp / KEY_COLUMNS * (16 * KeyGradients::GROUPS), 0, lane);
+  const auto pairs_by_query = Rows<BLOCK_M, 2 * QueryGradients::GROUPS>::by_columns(
+      memory + DS_AT, 0, warp / QUERY_COLUMNS * (2 * QueryGradients::GROUPS), lane);
+  const uint32_t own_pairs = first_pair(memory + P_AT, warp, lane);
+  constexpr uint32_t DS = DS_AT - P_AT;  // from P^T to dS^T
   const Strip strip(reinterpret_cast<float*>(shared + STRIP_AT), warp, lane);
 
   Fragments<KeyGradients> dk = {}, dv = {};
-  const int heads = p.shape.group, blocks = max(spans.hi - spans.lo, 0);
-  Cursor at{key_head * heads, spans.lo};
-  const int total = heads * blocks;
+  Cursor at{key_head * p.shape.group, spans.lo};
+  const int end_head = spans.lo < spans.hi ? at.head + p.shape.group : at.head;
+  int stage = 0;
 
   Sums sums(p, lane, ORDERED ? p.shape.k_blocks * WARPS : 1, ORDERED ? key_block * WARPS + warp : 0);
   HeadBias head(p.bias, sequence.batch, at.head);
   sums.head_sequence = static_cast<int64_t>(index) * p.shape.heads + at.head;
 
+  float* to_queries = p.dq + row_of(at) * PADDED + thread;
+
   load_keys();
-  if (total) {
+  if (at.head < end_head) {
     load_queries(at, 0);
     load_grad(at, 0);
   }
   ptx::cp_async_commit_group();
 
 #pragma unroll 1
-  for (int step = 0; step < total; ++step) {
-    const int stage = step & 1;
+  while (at.head < end_head) {
     ptx::cp_async_wait_group<0>();
     ptx::bar_sync();  // this step's queries are there, and nobody needs the last step's
-    const bool last_of_head = at.block + 1 == spans.hi;
-    const Cursor next{at.head + last_of_head, last_of_head ? spans.lo : at.block + 1};
-    const bool more = step + 1 < total;
+    const bool last = at.block + 1 == spans.hi;
+    if (last) load_next_head();
+    const Cursor next{at.head + last, last ? spans.lo : at.block + 1};
+    const bool more = next.head < end_head;
     if (more) {
       load_queries(next, stage ^ 1);
       if constexpr (GRAD_STAGES == 2) load_grad(next, stage ^ 1);
     }
     ptx::cp_async_commit_group();
 
-    const uint32_t q_base = stage * Q_BYTES, grad_base = GRAD + stage % GRAD_STAGES * Q_BYTES;
+    const uint32_t to_grad = GRAD_AT - Q_AT - (GRAD_STAGES == 1 ? stage * Q_BYTES : 0);
+    const auto queries = stage_queries.moved(stage * Q_BYTES);
+    const auto all_queries = stage_all_queries.moved(stage * Q_BYTES);
     const float* rows = reinterpret_cast<const float*>(shared + ROWS_AT) + stage * RowStage::FLOATS;
     const LogitPlace place{at.block * BLOCK_M + logit_column, j0 + logit_row, lane / 4, lane % 4};
     const int column = logit_column + 2 * place.t;
@@ -329,7 +343,7 @@ __device__ __forceinline__ void Backward::run() {
     if constexpr (HAS_PROFILE) range = operands.segments(p.bias, place, sequence.shift());
 
     Fragments<Logits> s = {}, slack;
-    product<PADDED / 16, As::IS, As::IS>(s, keys_as_a, 0, queries_as_b, q_base);
+    product<PADDED / 16, As::IS, As::IS>(s, keys, queries);
     add_terms(s, slack, p, sequence, place, operands, head, range, at.head, rows + RowStage::LSE2 + column);
     mask_logits(s, p, sequence, place, at.head, spans.border(at.block));
     for_logits([&](int group, int n, int e) { s[group][n][e] = ptx::ex2_approx(s[group][n][e]); });
@@ -338,26 +352,26 @@ __device__ __forceinline__ void Backward::run() {
     Fragments<Logits> ds;
 #pragma unroll
     for (int n = 0; n < Logits::EIGHTS; ++n) {
-      const float2 delta = *reinterpret_cast<const float2*>(rows + RowStage::DELTA + column + 8 * n);
+      const float2 delta = *reinterpret_cast<const float2*>(rows + RowStage::MINUS_DELTA + column + 8 * n);
 #pragma unroll
       for (int group = 0; group < Logits::GROUPS; ++group) {
-        ds[group][n][0] = ds[group][n][2] = HAS_DROPOUT ? 0.0f : -delta.x;
-        ds[group][n][1] = ds[group][n][3] = HAS_DROPOUT ? 0.0f : -delta.y;
+        ds[group][n][0] = ds[group][n][2] = HAS_DROPOUT ? 0.0f : delta.x;
+        ds[group][n][1] = ds[group][n][3] = HAS_DROPOUT ? 0.0f : delta.y;
       }
     }
-    product<PADDED / 16, As::IS, As::IS>(ds, keys_as_a, V_AT - K_AT, queries_as_b, grad_base);
+    product<PADDED / 16, As::IS, As::IS>(ds, values, queries.moved(to_grad));
 
     uint32_t weights[Logits::GROUPS][Logits::EIGHTS / 2][4];
     if constexpr (HAS_DROPOUT) {
       Fragments<Logits> kept;
       for_logits([&](int group, int n, int e) { kept[group][n][e] = s[group][n][e]; });
       drop(kept, ds, place, at.head);
-      for_logits([&](int group, int n, int e) { ds[group][n][e] -= rows[RowStage::DELTA + column + 8 * n + (e & 1)]; });
+      for_logits([&](int group, int n, int e) { ds[group][n][e] += rows[RowStage::MINUS_DELTA + column + 8 * n + (e & 1)]; });
       round_fragments(weights, kept);
     } else {
       round_fragments(weights, s);
     }
-    if constexpr (!WEIGHTS_IN_REGISTERS) pairs.store(weights, 0);
+    if constexpr (!WEIGHTS_IN_REGISTERS) store_pairs(own_pairs, weights);
     for_logits([&](int group, int n, int e) { ds[group][n][e] *= s[group][n][e]; });
     sums.add(ds, sequence, place, operands, head, range, strip, at.head, row_of(at) + logit_column);
     if constexpr (HAS_SOFTCAP) {
@@ -365,16 +379,17 @@ __device__ __forceinline__ void Backward::run() {
     }
     uint32_t rounded[Logits::GROUPS][Logits::EIGHTS / 2][4];
     round_fragments(rounded, ds);
-    pairs.store(rounded, DS);
+    if constexpr (SLOPE_BY_PRODUCT) sums.add_slope(rounded, place, sequence.shift());
+    store_pairs(own_pairs + DS, rounded);
 
     if constexpr (WEIGHTS_IN_REGISTERS) {
-      product<As::TRANSPOSED>(dv, weights, queries_as_rows, grad_base);
-      product<As::TRANSPOSED>(dk, rounded, queries_as_rows, q_base);
+      product<As::TRANSPOSED>(dv, weights, all_queries.moved(to_grad));
+      product<As::TRANSPOSED>(dk, rounded, all_queries);
       ptx::bar_sync();  // dS^T is there as a whole
     } else {
       ptx::bar_sync();  // P^T and dS^T are
-      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dv, pairs_as_a, 0, queries_as_rows, grad_base);
-      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dk, pairs_as_a, DS, queries_as_rows, q_base);
+      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dv, pairs, all_queries.moved(to_grad));
+      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dk, pairs.moved(DS), all_queries);
     }
     if constexpr (GRAD_STAGES == 1) {
       ptx::bar_sync();  // nobody needs dO
@@ -382,10 +397,13 @@ __device__ __forceinline__ void Backward::run() {
       ptx::cp_async_commit_group();
     }
     Fragments<QueryGradients> dq = {};
-    product<BLOCK_N / 16, As::TRANSPOSED, As::TRANSPOSED>(dq, pairs_as_queries, DS, keys_as_b, 0);
-    add_to_queries(dq, at);
+    product<BLOCK_N / 16, As::TRANSPOSED, As::TRANSPOSED>(dq, pairs_by_query, all_keys);
+    add_to_queries(dq, at, to_queries);
+    to_queries += BLOCK_M * PADDED;
+    stage ^= 1;
 
-    if (last_of_head) {
+    if (last) {
+      to_queries += to_next_head(p.rows * PADDED, PADDED);
       sums.finish_head((sums.head_sequence * p.shape.k_blocks + key_block) * WARPS + warp);
       if (more) {
         head = HeadBias(p.bias, sequence.batch, next.head);

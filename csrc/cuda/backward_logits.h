@@ -19,6 +19,9 @@ __device__ constexpr int band(int group, int n, int e) {
 
 using Banded = float[BANDS][2];
 
+// A slope's bias is a sum of a number for the query and one for the key where no visible distance is negative.
+constexpr bool SLOPE_IS_LINEAR = HAS_SLOPE && LINEAR && !EXPLICIT;
+
 // A warp's part of the logits: its first query and key inside the sequence, and the lane.
 struct LogitPlace {
   int i0;
@@ -128,7 +131,7 @@ struct RowStage {
   static constexpr int STRIP = BLOCK_M + BLOCK_N;
   static constexpr bool STRIPS = !EXPLICIT;
   static constexpr int LSE2 = 0;
-  static constexpr int DELTA = BLOCK_M;
+  static constexpr int MINUS_DELTA = BLOCK_M;
   static constexpr int SCALE = 2 * BLOCK_M;
   static constexpr int TABLE = SCALE + (HAS_PROFILE ? BLOCK_M : 0);
   static constexpr int PSI = TABLE + (HAS_TABLE && STRIPS ? STRIP : 0);
@@ -160,7 +163,7 @@ struct Operands {
         for (int e = 0; e < 2; ++e) k_position[group][e] = k[at.key_token(s, group, 2 * e)];
       }
     } else {
-      if constexpr (HAS_SLOPE) {
+      if constexpr (HAS_SLOPE && !LINEAR) {
         // One conversion for all: the other distances are small whole numbers away, exact in float32 as far as 2^24.
         const float first = static_cast<float>(at.first_distance(s.shift()));
         for_bands([&](int k, int c) { distance[k][c] = first + static_cast<float>(8 * k + c); });
@@ -259,9 +262,25 @@ __device__ __forceinline__ void add_terms(Fragments<Logits>& s, Fragments<Logits
     }
   }
   const float slope = HAS_SLOPE ? -head.slope * LOG2E : 0.0f;
+  float keys[Logits::GROUPS][2];
+  if constexpr (SLOPE_IS_LINEAR) {
+    // slope (i - j) in two parts, one for each query and one for each key.
+#pragma unroll
+    for (int n = 0; n < Logits::EIGHTS; ++n) {
+      rows[n][0] = fmaf(slope, static_cast<float>(8 * n), rows[n][0]);
+      rows[n][1] = fmaf(slope, static_cast<float>(8 * n + 1), rows[n][1]);
+    }
+    const float first = static_cast<float>(at.i0 + 2 * at.t + sequence.shift() - at.j0 - at.g);
+#pragma unroll
+    for (int x = 0; x < 2 * Logits::GROUPS; ++x) keys[x / 2][x % 2] = slope * (first - static_cast<float>(8 * x));
+  }
   for_logits([&](int group, int n, int e) {
     float term = rows[n][e & 1];
-    if constexpr (HAS_SLOPE) term = fmaf(slope, of.distance_of(group, n, e), term);
+    if constexpr (SLOPE_IS_LINEAR) {
+      term += keys[group][e >> 1];
+    } else if constexpr (HAS_SLOPE) {
+      term = fmaf(slope, of.distance_of(group, n, e), term);
+    }
     if constexpr (HAS_TABLE) term = fmaf(of.table_at(p.bias, head, group, n, e), LOG2E, term);
     if constexpr (HAS_PROFILE) term = fmaf(lines[n][e & 1], of.psi_at(p.bias, group, n, e), term);
     if constexpr (DENSE != NO_DENSE) {

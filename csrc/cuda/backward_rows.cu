@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_rows(const __grid
   }
   const int64_t to = head * p.rows + first_row(p.shape, sequence, index) + row;
   p.lse2[to] = lse == -infinity() ? infinity() : lse * LOG2E;
-  p.delta[to] = delta;
+  p.minus_delta[to] = -delta;
 }
 
 // The accumulated dQ of one query at one dimension; a block's accumulators are in the order of its fragments.

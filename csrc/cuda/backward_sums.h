@@ -14,6 +14,8 @@
 
 namespace posattn {
 
+// Sums of dS over queries, and of dS times the query's number, are two more columns of dK += dS^T Q.
+constexpr bool SLOPE_BY_PRODUCT = WANT_SLOPE && SLOPE_IS_LINEAR && !HAS_SOFTCAP;
 constexpr bool SUMS_BY_DISTANCE = (WANT_TABLE || WANT_PSI) && !EXPLICIT;
 
 struct Strip {
@@ -156,7 +158,7 @@ struct Sums {
   __device__ __forceinline__ void add(const Fragments<Logits>& ds, const Sequence& sequence, const LogitPlace& at,
                                       const Operands& of, const HeadBias& head, const SegmentRange& range,
                                       const Strip& strip, int head_index, int64_t row) {
-    if constexpr (WANT_SLOPE) {
+    if constexpr (WANT_SLOPE && !SLOPE_BY_PRODUCT) {
       for_logits([&](int group, int n, int e) { slope = fmaf(ds[group][n][e], of.distance_of(group, n, e), slope); });
     }
     if constexpr (WANT_TABLE) {
@@ -185,6 +187,31 @@ struct Sums {
           }
         }
       });
+    }
+  }
+
+  // The slope's sum from dS^T rounded, as A operands: one product of 8 columns, of which the first is ones and the second
+  // counts the queries.
+  __device__ __forceinline__ void add_slope(const uint32_t (&ds)[Logits::GROUPS][Logits::EIGHTS / 2][4],
+                                            const LogitPlace& at, int shift) {
+    float product[Logits::GROUPS][4] = {};
+#pragma unroll
+    for (int step = 0; step < Logits::EIGHTS / 2; ++step) {
+      uint32_t b[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float i = static_cast<float>(16 * step + 8 * half) + 2.0f * static_cast<float>(at.t);
+        b[half] = at.g == 0 ? pack(1.0f, 1.0f) : at.g == 1 ? pack(i, i + 1.0f) : 0;
+      }
+#pragma unroll
+      for (int group = 0; group < Logits::GROUPS; ++group) mma(product[group], ds[group][step], b[0], b[1]);
+    }
+    // Lanes with t = 0 hold both columns, the others zeros.
+    const float first = static_cast<float>(at.i0 + shift - at.j0 - at.g);
+#pragma unroll
+    for (int x = 0; x < 2 * Logits::GROUPS; ++x) {
+      const float distance = first - static_cast<float>(8 * x);
+      slope += fmaf(product[x / 2][x % 2 * 2], distance, product[x / 2][x % 2 * 2 + 1]);
     }
   }
 

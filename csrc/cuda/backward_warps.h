@@ -43,36 +43,77 @@ static_assert(Logits::EIGHTS % 2 == 0 && KeyGradients::EIGHTS % 2 == 0 && QueryG
 template <class Part>
 using Fragments = float[Part::GROUPS][Part::EIGHTS][4];
 
+// Where one lane reads an operand of ldmatrix in a tile [rows, DIM], as swizzle.h's Reader, but in one register: the
+// chunk of 16 columns k differs from that of columns 0 in bits that only the swizzle sets, so it is one exclusive or
+// away. That needs the PART chunks of a warp not to straddle the swizzle's period; else there is an offset for each.
+template <int DIM, int PART = DIM / 8>
+struct Rows {
+  static constexpr int PERIOD = Tile<DIM>::PERIOD;
+  static constexpr int STEPS = PERIOD / 2;
+  static constexpr bool ONE = PART % PERIOD == 0 || PERIOD % PART == 0;
+  uint32_t offsets[ONE ? 1 : STEPS];
+
+  // A lane's row, and its chunk among the columns' first two.
+  __device__ __forceinline__ Rows(uint32_t tile, int row, int chunk) {
+#pragma unroll
+    for (int k = 0; k < (ONE ? 1 : STEPS); ++k) offsets[k] = tile + Tile<DIM>::offset(row, 2 * k + chunk);
+  }
+
+  // The rows of a tile `base` bytes further.
+  __device__ __forceinline__ Rows moved(uint32_t base) const {
+    Rows to = *this;
+#pragma unroll
+    for (uint32_t& offset : to.offsets) offset += base;
+    return to;
+  }
+
+  // For rows from `row` (a multiple of 8) on, columns 16 k .. 16 k + 15.
+  __device__ __forceinline__ uint32_t at(int row, int k) const {
+    const uint32_t first = ONE ? offsets[0] ^ (k % STEPS * 32) : offsets[ONE ? 0 : k % STEPS];
+    return first + row * Tile<DIM>::PITCH + k / STEPS * (STEPS * 32);
+  }
+
+  // Rows of the tile are rows of A, or rows of B: lanes 0 .. 15 give rows, the others the chunk beside.
+  __device__ static __forceinline__ Rows by_rows(uint32_t tile, int row, int chunk, int lane) {
+    return Rows(tile, row + (lane & 15), chunk + (lane >> 4));
+  }
+
+  // Rows of the tile are columns of B, or columns of A.
+  __device__ static __forceinline__ Rows by_columns(uint32_t tile, int row, int chunk, int lane) {
+    return Rows(tile, row + (lane & 7) + (lane >> 4 << 3), chunk + ((lane >> 3) & 1));
+  }
+};
+
 // An operand whose tile holds it as it is multiplied (A by rows, B by columns), or transposed.
 enum class As { IS, TRANSPOSED };
 
-template <As as, class Rows>
-__device__ __forceinline__ void load_a(uint32_t (&a)[4], const Rows& from, uint32_t base, int group, int step) {
+template <As as, class From>
+__device__ __forceinline__ void load_a(uint32_t (&a)[4], const From& from, int group, int step) {
   if constexpr (as == As::IS) {
-    ptx::ldmatrix_x4(a, from.at(base, 16 * group, step));
+    ptx::ldmatrix_x4(a, from.at(16 * group, step));
   } else {
-    ptx::ldmatrix_x4_trans(a, from.at(base, 16 * step, group));
+    ptx::ldmatrix_x4_trans(a, from.at(16 * step, group));
   }
 }
 
 // Columns 16 pair .. 16 pair + 15 of B.
-template <As as, class Rows>
-__device__ __forceinline__ void load_b(uint32_t (&b)[4], const Rows& from, uint32_t base, int pair, int step) {
+template <As as, class From>
+__device__ __forceinline__ void load_b(uint32_t (&b)[4], const From& from, int pair, int step) {
   if constexpr (as == As::IS) {
-    ptx::ldmatrix_x4(b, from.at(base, 16 * pair, step));
+    ptx::ldmatrix_x4(b, from.at(16 * pair, step));
   } else {
-    ptx::ldmatrix_x4_trans(b, from.at(base, 16 * step, pair));
+    ptx::ldmatrix_x4_trans(b, from.at(16 * step, pair));
   }
 }
 
 // d += a b for one step of 16, a being step `at` of a's.
-template <As b_as, int GROUPS, int EIGHTS, int STEPS, class Rows>
+template <As b_as, int GROUPS, int EIGHTS, int STEPS, class From>
 __device__ __forceinline__ void multiply(float (&d)[GROUPS][EIGHTS][4], const uint32_t (&a)[GROUPS][STEPS][4], int at,
-                                         const Rows& b, uint32_t b_base, int step) {
+                                         const From& b, int step) {
 #pragma unroll
   for (int pair = 0; pair < EIGHTS / 2; ++pair) {
     uint32_t columns[4];
-    load_b<b_as>(columns, b, b_base, pair, step);
+    load_b<b_as>(columns, b, pair, step);
 #pragma unroll
     for (int group = 0; group < GROUPS; ++group) {
       mma(d[group][2 * pair], a[group][at], columns[0], columns[1]);
@@ -82,25 +123,24 @@ __device__ __forceinline__ void multiply(float (&d)[GROUPS][EIGHTS][4], const ui
 }
 
 // d [16 GROUPS, 8 EIGHTS] += a b over 16 STEPS, both from shared memory.
-template <int STEPS, As a_as, As b_as, int GROUPS, int EIGHTS, class RowsA, class RowsB>
-__device__ __forceinline__ void product(float (&d)[GROUPS][EIGHTS][4], const RowsA& a, uint32_t a_base, const RowsB& b,
-                                        uint32_t b_base) {
+template <int STEPS, As a_as, As b_as, int GROUPS, int EIGHTS, class FromA, class FromB>
+__device__ __forceinline__ void product(float (&d)[GROUPS][EIGHTS][4], const FromA& a, const FromB& b) {
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     uint32_t rows[GROUPS][1][4];
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) load_a<a_as>(rows[group][0], a, a_base, group, step);
-    multiply<b_as>(d, rows, 0, b, b_base, step);
+    for (int group = 0; group < GROUPS; ++group) load_a<a_as>(rows[group][0], a, group, step);
+    multiply<b_as>(d, rows, 0, b, step);
   }
 }
 
 // The same with a in registers.
-template <As b_as, int GROUPS, int EIGHTS, int GROUPS_A, int STEPS, class Rows>
+template <As b_as, int GROUPS, int EIGHTS, int GROUPS_A, int STEPS, class From>
 __device__ __forceinline__ void product(float (&d)[GROUPS][EIGHTS][4], const uint32_t (&a)[GROUPS_A][STEPS][4],
-                                        const Rows& b, uint32_t b_base) {
+                                        const From& b) {
   static_assert(GROUPS_A == GROUPS);
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step) multiply<b_as>(d, a, step, b, b_base, step);
+  for (int step = 0; step < STEPS; ++step) multiply<b_as>(d, a, step, b, step);
 }
 
 // Fragments of a product rounded to elements: [group][step] is an A operand.
@@ -119,30 +159,25 @@ __device__ __forceinline__ void round_fragments(uint32_t (&to)[GROUPS][EIGHTS / 
   }
 }
 
-// A tile [BLOCK_N, BLOCK_M] in shared memory that fragments of logits are stored into.
-struct PairTile {
-  uint32_t columns[Logits::EIGHTS];  // where this lane's first row has its elements of each eight
+// Stores fragments of a warp's logits into a tile [BLOCK_N, BLOCK_M] in shared memory. `first` is where this lane has its
+// first elements; the eights that follow are, as in Rows, an exclusive or away.
+__device__ __forceinline__ uint32_t first_pair(uint32_t tile, int warp, int lane) {
+  static_assert(Tile<BLOCK_M>::PERIOD % Logits::EIGHTS == 0);
+  const int row = warp / LOGIT_COLUMNS * WARP_KEYS + lane / 4, eight = warp % LOGIT_COLUMNS * Logits::EIGHTS;
+  return tile + Tile<BLOCK_M>::offset(row, eight) + lane % 4 * 4;
+}
 
-  __device__ __forceinline__ PairTile(uint32_t tile, int warp, int lane) {
-    const int row = warp / LOGIT_COLUMNS * WARP_KEYS + lane / 4;
+__device__ __forceinline__ void store_pairs(uint32_t first,
+                                            const uint32_t (&from)[Logits::GROUPS][Logits::EIGHTS / 2][4]) {
 #pragma unroll
-    for (int n = 0; n < Logits::EIGHTS; ++n) {
-      columns[n] = tile + Tile<BLOCK_M>::offset(row, warp % LOGIT_COLUMNS * Logits::EIGHTS + n) + lane % 4 * 4;
-    }
-  }
-
-  __device__ __forceinline__ void store(const uint32_t (&from)[Logits::GROUPS][Logits::EIGHTS / 2][4],
-                                        uint32_t base) const {
+  for (int n = 0; n < Logits::EIGHTS; ++n) {
+    const uint32_t to = first ^ (n * 16);
 #pragma unroll
     for (int group = 0; group < Logits::GROUPS; ++group) {
-#pragma unroll
-      for (int n = 0; n < Logits::EIGHTS; ++n) {
-        const uint32_t to = columns[n] + base + 16 * group * Tile<BLOCK_M>::PITCH;
-        ptx::st_shared(to, from[group][n / 2][n % 2 * 2]);
-        ptx::st_shared(to + 8 * Tile<BLOCK_M>::PITCH, from[group][n / 2][n % 2 * 2 + 1]);
-      }
+      ptx::st_shared(to + 16 * group * Tile<BLOCK_M>::PITCH, from[group][n / 2][n % 2 * 2]);
+      ptx::st_shared(to + (16 * group + 8) * Tile<BLOCK_M>::PITCH, from[group][n / 2][n % 2 * 2 + 1]);
     }
   }
-};
+}
 
 }  // namespace posattn

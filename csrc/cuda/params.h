@@ -154,6 +154,49 @@ struct MixForwardParams {
   float softcap;
 };
 
+// Where the gradient of a bias is added up, zeroed; null where it is not wanted.
+struct BiasGradParams {
+  float* slope;      // [key blocks, H]
+  float* table;      // [H, entries]
+  float* psi;        // [entries]
+  float* row_scale;  // [B, Tq]
+  float* segments;   // [H, 2, knots + 1]: sums of dS, sums of dS y
+  float* dense;
+  PairStrides dense_strides;
+};
+
+struct MixBackwardParams {
+  const void* q;  // turned, as k
+  const void* k;
+  const void* v;
+  const void* grad_out;
+  const float* lse2;   // [B, H, Tq]: log-sum-exp less b2, in base 2; +inf where a row sees nothing
+  const float* delta;  // [B, H, Tq]
+  float* dq;           // [H, rows / 8, 8 HEAD_DIM], zeroed, in the order of the fragments
+  float* dk;           // [B, H, Tk, HEAD_DIM], by query head
+  float* dv;           // [B, H, Tk, HEAD_DIM_V]
+  float* dw1;          // [key blocks, MLP warps, WIDTH, INPUTS]
+  float* db1;          // [key blocks, MLP warps, WIDTH]
+  float* dw2;          // [key blocks, MLP warps, HEADS, WIDTH]
+  float* db2;          // [key blocks, H]
+  BiasGradParams dinner;
+  BiasGradParams douter;
+  Strides q_strides;
+  Strides k_strides;
+  Strides v_strides;
+  Strides grad_out_strides;
+  ShapeParams shape;
+  MaskParams mask;
+  PositionParams positions;
+  BiasParams inner;
+  BiasParams outer;
+  MixParams mix;
+  DropoutParams dropout;
+  int64_t rows;  // padded query rows of all sequences, each beginning at a multiple of 8
+  float scale;
+  float softcap;
+};
+
 // x [B, H, T, DIM] turned by its tokens' angles into out, contiguous.
 struct TurnParams {
   const void* x;
@@ -173,7 +216,7 @@ struct BackwardRowsParams {
   const float* lse;       // [B, H, Tq]
   const float* grad_lse;  // the same, or null
   float* lse2;            // [H, rows]
-  float* delta;           // [H, rows]
+  float* minus_delta;     // [H, rows]
   Strides out_strides;
   Strides grad_out_strides;
   ShapeParams shape;
@@ -187,7 +230,7 @@ struct BackwardParams {
   const void* v;
   const void* grad_out;
   const float* lse2;   // [H, rows]
-  const float* delta;  // [H, rows]
+  const float* minus_delta;  // [H, rows]
   float* dq;           // [H, rows / BLOCK_M, BLOCK_M * PADDED], in the order of the fragments
   void* dk;
   void* dv;

@@ -140,13 +140,13 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients named in `needs`, of a call without HeadMix; those of parameters in float32."""
     of = _prepared(call, out, grad_out, needs)
-    lse2, delta = _row_statistics(of, out, lse, grad_lse)
+    lse2, minus_delta = _row_statistics(of, out, lse, grad_lse)
     grads: dict[str, Tensor] = {}
     if call.sinks is not None and "sinks" in needs:
         # A sink is a logit without a value. Padded rows and rows that see nothing have lse2 = +inf, so weight zero.
         weight = torch.exp2(call.sinks.float()[:, None] * 1.4426950408889634 - lse2)
-        grads["sinks"] = -(weight * delta).sum(1)
-    accumulated, sums, grads_of_keys = _main(of, lse2, delta)
+        grads["sinks"] = (weight * minus_delta).sum(1)
+    accumulated, sums, grads_of_keys = _main(of, lse2, minus_delta)
     if "q" in needs:
         grads["q"] = _rows_of_queries(of, accumulated)
     grads.update(grads_of_keys)
@@ -155,24 +155,24 @@ def backward(
 
 
 def _row_statistics(of: _Pass, out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """lse2 and delta of backward_rows, [H, rows]."""
+    """lse2 and minus_delta of backward_rows, [H, rows]."""
     out = operands.in_chunks(out)
     shape = (of.call.q.shape[1], of.rows)
     lse2 = torch.full(shape, float("inf"), dtype=torch.float32, device=out.device)
-    delta = of.zeros(*shape)
+    minus_delta = of.zeros(*shape)
     values = {
         "out": out,
         "grad_out": of.grad_out,
         "lse": lse.contiguous(),
         "grad_lse": None if grad_lse is None else grad_lse.float().contiguous(),
         "lse2": lse2,
-        "delta": delta,
+        "minus_delta": minus_delta,
         "out_strides": operands.strides(out),
         "grad_out_strides": operands.strides(of.grad_out),
     }
     lanes = max(4, 1 << (int(of.constants["DIM_V"]) // 8 - 1).bit_length())
     of.run_rows("backward_rows", "BackwardRowsParams", values, 32 * of.tile.warps // lanes, {})
-    return lse2, delta
+    return lse2, minus_delta
 
 
 def _rows_of_queries(of: _Pass, accumulated: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def _rows_of_queries(of: _Pass, accumulated: Tensor) -> Tensor:
     return dq[..., : call.q.shape[3]].contiguous()
 
 
-def _main(of: _Pass, lse2: Tensor, delta: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def _main(of: _Pass, lse2: Tensor, minus_delta: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Runs attention_backward: dQ's accumulators, the sums of operands, and the gradients of k and v."""
     call, tile, bias = of.call, of.tile, of.call.plan.bias
     batch, heads, q_tokens, _ = call.q.shape
@@ -230,7 +230,7 @@ def _main(of: _Pass, lse2: Tensor, delta: Tensor) -> tuple[Tensor, dict[str, Ten
         **of.values,
         **sums,
         "lse2": lse2,
-        "delta": delta,
+        "minus_delta": minus_delta,
         "dq": accumulated,
         "dk": dk,
         "dv": dv,
