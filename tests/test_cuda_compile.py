@@ -1,0 +1,217 @@
+"""CUDA kernels compiled at first use: the cache and its damage, races, absent packages, parameters, the launch."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import posattn
+from posattn.backends import cuda, cuda_cache, cuda_compile, cuda_launch, cuda_params
+from posattn.check import plain_call
+from tests.ptxsim.seam import behind_launch
+
+pytest.importorskip("cuda.core")
+
+# The smallest kernel of the package.
+COMBINE = ("combine.cu", "attention_combine", "CombineParams")
+CONSTANTS = {"BF16": True, "DIM_V": 32, "HAS_SINKS": False, "MAX_SPLITS": 64, "THREADS": 128}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty cache, on disk and in memory."""
+    monkeypatch.setenv("POSATTN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cuda_compile, "_kernels", {})
+    return tmp_path / "cuda"
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """How often NVRTC ran."""
+    count = []
+    compile_ = cuda_compile._compile
+    monkeypatch.setattr(cuda_compile, "_compile", lambda *given: count.append(given) or compile_(*given))
+    return count
+
+
+def compiled(arch="sm_80", **constants):
+    return cuda_compile.compile_kernel(*COMBINE, CONSTANTS | constants, arch)
+
+
+def forget():
+    cuda_compile._kernels.clear()
+
+
+def test_a_kernel_is_compiled_once_and_then_found(folder, compilations):
+    first = compiled()
+    assert first.name == "attention_combine"
+    assert ".target sm_80" in first.ptx
+    assert first.cubin.startswith(b"\x7fELF")
+    assert compiled() is first
+    forget()
+    assert compiled() == first  # from disk
+    assert len(compilations) == 1
+
+
+def test_every_part_of_a_specialisation_has_its_own_entry(folder, compilations):
+    for arch, constants in (("sm_80", {}), ("sm_90a", {}), ("sm_80", {"DIM_V": 64}), ("sm_80", {"HAS_SINKS": True})):
+        compiled(arch, **constants)
+    assert len(compilations) == len(list(folder.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda whole: b"", lambda whole: whole[:-100], lambda whole: whole[:200] + b"x" + whole[201:], lambda whole: b"?"],
+    ids=["empty", "cut short", "a byte changed", "something else"],
+)
+def test_a_damaged_entry_is_compiled_again(folder, compilations, damage):
+    first = compiled()
+    (entry,) = folder.iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(damage(whole))
+    forget()
+    assert compiled() == first
+    assert len(compilations) == 2
+    assert cuda_cache.load(entry.name) == [first.cubin, first.ptx.encode()]
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, folder, compilations):
+    folder.write_text("a file where the folder should be")
+    cuda_cache._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match="POSATTN_CACHE_DIR names another place"):
+        first = compiled()
+    forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled() == first  # compiled anew, and said nothing more
+    assert len(compilations) == 2
+
+
+def test_threads_wait_for_one_compilation(folder, compilations):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(compiled())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len({id(kernel) for kernel in found}) == len(compilations) == 1
+
+
+def test_processes_share_a_cache(folder):
+    program = (
+        "from posattn.backends import cuda_compile\n"
+        f"print(len(cuda_compile.compile_kernel(*{COMBINE!r}, {CONSTANTS!r}, 'sm_80').cubin))"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(2)]
+    sizes = {process.communicate()[0] for process in running}
+    assert [process.returncode for process in running] == [0, 0]
+    assert len(sizes) == 1
+    (entry,) = folder.iterdir()  # one entry, and nothing half written beside it
+    assert cuda_cache.load(entry.name) is not None
+
+
+def test_a_changed_header_changes_the_key(folder, compilations, monkeypatch):
+    compiled()
+    forget()
+    monkeypatch.setattr(cuda_compile, "_source_hash", lambda: b"another source tree")
+    compiled()
+    assert len(compilations) == 2
+
+
+def test_what_nvrtc_refuses_is_said(folder):
+    with pytest.raises(cuda_compile.CompileError, match=r"attention_combine for sm_80 does not compile(.|\n)*DIM_V"):
+        cuda_compile.compile_kernel(*COMBINE, {name: c for name, c in CONSTANTS.items() if name != "DIM_V"}, "sm_80")
+
+
+def test_a_wrong_layout_does_not_compile(folder, monkeypatch):
+    monkeypatch.setattr(cuda_params, "size", lambda struct: 8)
+    with pytest.raises(cuda_compile.CompileError, match="static assertion failed"):
+        compiled()
+
+
+@pytest.mark.parametrize("absent", ["cuda.core", "cuda.bindings"])
+def test_a_missing_package_is_a_reason(absent, monkeypatch):
+    monkeypatch.setitem(sys.modules, absent, None)
+    for found in (cuda_compile.missing, cuda_compile._nvrtc_version):
+        monkeypatch.setattr(cuda_compile, found.__name__, found.__wrapped__)
+    q = torch.zeros(1, 1, 2, 32, dtype=torch.float16)
+    with behind_launch(80), pytest.raises(ValueError, match=r"cannot run this call: .*pip install 'posattn\[cuda\]'"):
+        posattn.attention(q, q, q, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("arch", "reason"),
+    [("sm_75", "8.0 or later, got 7.5"), ("sm_990", "does not know sm_990"), ("sm_80", None), ("sm_90", None)],
+)
+def test_an_unsupported_architecture_is_a_reason(arch, reason, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "has_device", lambda device: True)
+    monkeypatch.setattr(cuda_launch, "architecture", lambda device: arch)
+    call = plain_call("cpu")
+    half = type(call)(call.q.half(), call.k.half(), call.v.half(), call.plan, call.mask, call.scale)
+    found = cuda.unsupported(half)
+    assert found is None if reason is None else reason in found
+
+
+def test_float32_and_cpu_tensors_are_refused(monkeypatch):
+    q = torch.zeros(1, 1, 2, 32)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU, got cpu tensors"):
+        posattn.attention(q, q, q, backend="cuda")
+    monkeypatch.setattr(cuda_launch, "has_device", lambda device: True)
+    with pytest.raises(ValueError, match=r"computes float16 and bfloat16, got torch\.float32"):
+        posattn.attention(q, q, q, backend="cuda")
+
+
+def test_parameters_are_packed_as_the_compiler_lays_them_out():
+    q, out, cos = torch.zeros(2), torch.zeros(3), torch.zeros(4)
+    packed = cuda_params.pack(
+        "ForwardParams",
+        {"q": q, "out": out, "sinks": None, "q_angles": {"cos": cos, "batch": 7}, "scale": 0.5, "split_tiles": -1},
+    )
+    assert len(packed) == cuda_params.size("ForwardParams")
+    addresses = [int.from_bytes(packed[at : at + 8], "little") for at in (0, 24, 40)]
+    assert addresses == [q.data_ptr(), out.data_ptr(), 0]
+    assert {id(tensor) for tensor in packed.tensors} == {id(q), id(out), id(cos)}
+    assert {id(tensor) for tensor in packed.read_only} == {id(q), id(cos)}
+    with pytest.raises(ValueError, match="no member 'scales'"):
+        cuda_params.pack("ForwardParams", {"scales": 1.0})
+    with pytest.raises(ValueError, match=r"expected one of .*ForwardParams.*, got 'Forward'"):
+        cuda_params.pack("Forward", {})
+
+
+def test_the_driver_is_given_the_packed_parameters(folder, monkeypatch):
+    from cuda.bindings import driver
+
+    seen = []
+
+    def launch(function, *rest):
+        *sizes, shared, stream, pointers, extra = rest
+        (address,) = (ctypes.c_void_p * 1).from_address(pointers)
+        seen.append((function, sizes, shared, stream, ctypes.string_at(address, len(packed)), extra))
+        return (driver.CUresult.CUDA_SUCCESS,)
+
+    packed = cuda_params.pack("CombineParams", {"partial": torch.zeros(2), "rows": 5})
+    monkeypatch.setattr(driver, "cuLaunchKernel", launch)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(cuda_launch, "_loaded", lambda kernel, device, shared: ("owner", "function"))
+    cuda_launch.launch(compiled(), (3,), (128,), 64, packed)
+    assert seen == [("function", [3, 1, 1, 128, 1, 1], 64, 77, bytes(packed), 0)]
+    monkeypatch.setattr(driver, "cuLaunchKernel", lambda *given: (driver.CUresult.CUDA_ERROR_INVALID_VALUE,))
+    with pytest.raises(RuntimeError, match=r"attention_combine \(grid \(3,\)\): CUDA_ERROR_INVALID_VALUE"):
+        cuda_launch.launch(compiled(), (3,), (128,), 64, packed)
+
+
+def test_the_cache_lies_where_it_is_told(monkeypatch):
+    monkeypatch.setenv("POSATTN_CACHE_DIR", "/given")
+    assert cuda_cache.directory() == Path("/given/cuda")
+    monkeypatch.delenv("POSATTN_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/user")
+    assert cuda_cache.directory() == Path("/user/posattn/cuda")
