@@ -19,6 +19,14 @@ def _seeded() -> None:
     random.seed(2)
 
 
+def test_movmatrix_transposes_what_the_lanes_hold_together() -> None:
+    matrix = torch.tensor([random.randrange(1 << 16) for _ in range(64)]).view(8, 8)
+    words = (matrix[:, 0::2] | matrix[:, 1::2] << 16).flatten().tolist()
+    turned = matrix.T
+    want = (turned[:, 0::2] | turned[:, 1::2] << 16).flatten().tolist()
+    assert run("movmatrix.sync.aligned.m8n8.trans.b16 %d0, %a0;", [(words, 32)], 32) == want
+
+
 @pytest.mark.parametrize("width", [32, 16, 8, 2])
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
 def test_shuffles_stay_in_their_segment(mode: str, width: int) -> None:

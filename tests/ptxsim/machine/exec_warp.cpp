@@ -147,6 +147,24 @@ Handler select_redux(Instruction& in) {
   return reduce;
 }
 
+// Lane 4 r + c holds elements 2 c and 2 c + 1 of row r of an 8 x 8 matrix; afterwards, of row r of its transpose.
+void transpose_matrix(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
+  if (mask != kAllLanes) throw Fault("the warp is not converged at " + in.where());
+  uint64_t source[kLanes];
+  std::copy_n(operand(warp, in, 1), kLanes, source);
+  uint64_t* d = operand(warp, in, 0);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int row = lane / 4, column = lane % 4 * 2;
+    const auto element = [&](int from) { return source[4 * from + row / 2] >> (row % 2 * 16) & 0xffff; };
+    d[lane] = element(column) | element(column + 1) << 16;
+  }
+}
+Handler select_movmatrix(Instruction& in) {
+  require_operands(in, 2);
+  if (in.type != Type::B16 || !in.has("m8n8") || !in.has("trans")) unsupported(in, "matrix shape is not modelled");
+  return transpose_matrix;
+}
+
 void active_mask(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
   uint64_t* d = operand(warp, in, 0);
   for_lanes(mask, [&](int lane) { d[lane] = mask; });
@@ -178,10 +196,15 @@ Handler plain(Instruction& in) {
 
 const OpcodeRows& warp_opcodes() {
   static const OpcodeRows rows = {
-      {"shfl.sync", "up down bfly idx", select_shuffle}, {"vote.sync", "all any uni ballot", select_vote},
-      {"match", "any all sync", select_match},           {"redux.sync", "add min max and or xor", select_redux},
-      {"activemask", "", plain<active_mask, 1>},         {"elect.sync", "", plain<elect, 2>},
-      {"bar.warp.sync", "", plain<warp_sync, 1>, false}, {"barrier.warp.sync", "", plain<warp_sync, 1>, false},
+      {"shfl.sync", "up down bfly idx", select_shuffle},
+      {"vote.sync", "all any uni ballot", select_vote},
+      {"match", "any all sync", select_match},
+      {"redux.sync", "add min max and or xor", select_redux},
+      {"activemask", "", plain<active_mask, 1>},
+      {"elect.sync", "", plain<elect, 2>},
+      {"movmatrix", "sync aligned m8n8 trans", select_movmatrix},
+      {"bar.warp.sync", "", plain<warp_sync, 1>, false},
+      {"barrier.warp.sync", "", plain<warp_sync, 1>, false},
   };
   return rows;
 }
