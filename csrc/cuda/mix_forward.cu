@@ -13,6 +13,7 @@
 namespace posattn::mix {
 
 // Shared memory: queries, x, mix, and two buffers of staged values for each head.
+constexpr int OUT8 = HEAD_DIM_V / 8;
 constexpr int X_AT = Q_BYTES;
 constexpr int MIX_AT = X_AT + X_BYTES;
 constexpr int STAGE_AT = MIX_AT + MIX_BYTES;
@@ -34,7 +35,7 @@ struct Head {
       : scores(p.inner, sequence, h, place, lane),
         keys(p.k, p.k_strides, sequence.batch, h / p.shape.group, sequence.k_start, sequence.k_len, 8 * lane.t),
         values(p.v, p.v_strides, sequence.batch, h / p.shape.group, sequence.k_start, sequence.k_len,
-               VALUE_COLUMNS * lane.g) {
+               Run<HEAD_DIM_V>::FIRST * lane.g) {
 #pragma unroll
     for (int x = 0; x < GROUPS * OUT8 * 4; ++x) out[x / 4 / OUT8][x / 4 % OUT8][x % 4] = 0.0f;
   }
@@ -64,7 +65,7 @@ struct Forward {
 
   __device__ __forceinline__ void load_queries(int h) const {
     const Rows rows(p.q, p.q_strides, sequence.batch, h, sequence.q_start, sequence.q_len, 8 * lane.t);
-    mix::load_queries(memory + h * Q_HEAD, rows, i0, lane);
+    keep_rows<HEAD_DIM>(memory + h * Q_HEAD, rows, i0, lane);
   }
 
   // The least distance of the tile at j0, whose values come first in a staged buffer.
@@ -81,10 +82,11 @@ struct Forward {
   }
 
   // Dot products, and from them the head's inputs to the MLP, which go to x, and the logits without its output.
-  __device__ __forceinline__ void start(Head& head, const KeyFragments& fragments, int j0, int buffer) const {
+  __device__ __forceinline__ void start(Head& head, const ColumnFragments<HEAD_DIM>& fragments, int j0,
+                                        int buffer) const {
     const int h = head.scores.h;
     const uint32_t plane = memory + X_AT + h * X_HEAD;
-    multiply_keys(head.s, memory + h * Q_HEAD, fragments, lane);
+    multiply_columns(head.s, memory + h * Q_HEAD, fragments, lane);
     if constexpr (SCALED) scale_logits(head.s, p.scale, p.softcap);
     if constexpr (CONCAT || !HAS_INNER) store_inputs(plane, head.s, lane);
     if constexpr (HAS_INNER) {
@@ -153,7 +155,12 @@ __device__ __forceinline__ void Forward::store(Head& head) const {
     if constexpr (HAS_DROPOUT) weight *= p.dropout.keep_scale;
     if (i >= sequence.q_len) continue;
     if (lane.t == 0) lse[i] = head.softmax.lse(a) + b2;
-    store_row(to + (sequence.q_start + i) * p.out_strides.token, head.out[a / 2], a % 2, weight, lane);
+    Element* row = to + (sequence.q_start + i) * p.out_strides.token;
+    for_runs<HEAD_DIM_V>(head.out[a / 2], a % 2, lane, [&](int column, const float (&x)[8]) {
+      *reinterpret_cast<uint4*>(row + column) =
+          uint4{pack(x[0] * weight, x[1] * weight), pack(x[2] * weight, x[3] * weight),
+                pack(x[4] * weight, x[5] * weight), pack(x[6] * weight, x[7] * weight)};
+    });
   }
 }
 
@@ -165,7 +172,7 @@ __device__ __forceinline__ bool owned(int x, int count) {
 // One tile of keys. `fragments` holds its keys, and takes those of the tile at `ahead`.
 template <bool BORDER>
 __device__ __forceinline__ void step(const Forward& f, Head (&heads)[HEADS_PER_WARP], int count,
-                                     KeyFragments& fragments, int& buffer, int j0, int ahead) {
+                                     ColumnFragments<HEAD_DIM>& fragments, int& buffer, int j0, int ahead) {
   constexpr bool ONE = HEADS_PER_WARP == 1;  // with two heads a warp has no registers to fetch ahead
   if constexpr (STAGED_VALUES) {
     ptx::cp_async_wait_group<0>();
@@ -180,16 +187,16 @@ __device__ __forceinline__ void step(const Forward& f, Head (&heads)[HEADS_PER_W
   }
   ptx::bar_sync();
   mix_tile(f.mlp, f.inputs, f.memory + MIX_AT, f.lane);
-  ValueFragments values;
-  if (ONE) values.load<!BORDER>(heads[0].values, j0, f.lane);
+  RowFragments<HEAD_DIM_V, N8> values;
+  if (ONE) values.template load<!BORDER>(heads[0].values, j0, f.lane);
   ptx::bar_sync();
 #pragma unroll
   for (int x = 0; x < HEADS_PER_WARP; ++x) {
     if (!owned(x, count)) break;
     f.finish<BORDER>(heads[x], j0);
-    if (!ONE) values.load<!BORDER>(heads[x].values, j0, f.lane);
+    if (!ONE) values.template load<!BORDER>(heads[x].values, j0, f.lane);
     if (ONE) fragments.load(heads[x].keys, ahead, f.lane);
-    multiply_values(heads[x].out, heads[x].s, values);
+    multiply_rows(heads[x].out, heads[x].s, values);
   }
   buffer ^= 1;
 }
@@ -199,7 +206,7 @@ __device__ __forceinline__ void run(const Forward& f, Head (&heads)[HEADS_PER_WA
   const int count = min(HEADS - heads[0].scores.h, HEADS_PER_WARP);
   const int border = spans.lo < spans.full_lo ? spans.lo : spans.full_hi;
   const int first = spans.full_lo < spans.full_hi ? spans.full_lo : border;
-  KeyFragments fragments;
+  ColumnFragments<HEAD_DIM> fragments;
   int buffer = 0;
   if (spans.lo < spans.hi) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Queries from shared memory, keys and values from global memory, as the fragments of one warp's products.
+// One warp's products: operands from global memory as fragments, without a tile of them in shared memory.
 //
 // The order in which a product sums is free, so that a lane's 16 bytes of a row serve as they come: lane t of a row
 // takes dimensions 32 d + 8 t .. 8 t + 7, and products k16 number 2 d and 2 d + 1 take four of them each. The columns
@@ -29,51 +29,55 @@ struct Rows {
   }
 };
 
-// B operands of keys 8 c + g, [BLOCK_N, HEAD_DIM] for a warp.
-struct KeyFragments {
-  uint4 r[N8][HEAD_DIM / 32];
+// B operands whose columns are rows 8 c + g of a tensor [tokens, DIM], BLOCK_N of them.
+template <int DIM>
+struct ColumnFragments {
+  uint4 r[N8][DIM / 32];
 
-  __device__ __forceinline__ void load(const Rows& keys, int j0, const Lane& lane) {
+  __device__ __forceinline__ void load(const Rows& rows, int j0, const Lane& lane) {
 #pragma unroll
     for (int c = 0; c < N8; ++c) {
-      const Element* row = keys.row(j0 + 8 * c + lane.g);
+      const Element* row = rows.row(j0 + 8 * c + lane.g);
 #pragma unroll
-      for (int d = 0; d < HEAD_DIM / 32; ++d) r[c][d] = *reinterpret_cast<const uint4*>(row + 32 * d);
+      for (int d = 0; d < DIM / 32; ++d) r[c][d] = *reinterpret_cast<const uint4*>(row + 32 * d);
     }
   }
 };
 
-// Queries lie in shared memory as A operands, 16 bytes a lane: [GROUPS][k16 products][lane].
-__device__ __forceinline__ uint32_t query_operand(uint32_t q, int r, int k, const Lane& lane) {
-  return q + ((r * (HEAD_DIM / 16) + k) * WARP + lane.lane) * 16;
+// A operands that a warp keeps in shared memory: 16 bytes a lane, [groups of 16 rows][k16 products][lane].
+template <int DIM>
+__device__ __forceinline__ uint32_t kept_operand(uint32_t kept, int r, int k, const Lane& lane) {
+  return kept + ((r * (DIM / 16) + k) * WARP + lane.lane) * 16;
 }
 
-// A head's queries into shared memory, by the lanes that will read them.
-__device__ __forceinline__ void load_queries(uint32_t q, const Rows& queries, int i0, const Lane& lane) {
+// Rows i0 .. of a tensor as A operands into shared memory, by the lanes that will read them.
+template <int DIM>
+__device__ __forceinline__ void keep_rows(uint32_t kept, const Rows& rows, int i0, const Lane& lane) {
 #pragma unroll
   for (int r = 0; r < GROUPS; ++r) {
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM / 32; ++d) {
-      const uint4 low = *reinterpret_cast<const uint4*>(queries.row(i0 + 16 * r + lane.g) + 32 * d);
-      const uint4 high = *reinterpret_cast<const uint4*>(queries.row(i0 + 16 * r + 8 + lane.g) + 32 * d);
-      ptx::st_shared_v4(query_operand(q, r, 2 * d, lane), {low.x, high.x, low.y, high.y});
-      ptx::st_shared_v4(query_operand(q, r, 2 * d + 1, lane), {low.z, high.z, low.w, high.w});
+    for (int d = 0; d < DIM / 32; ++d) {
+      const uint4 low = *reinterpret_cast<const uint4*>(rows.row(i0 + 16 * r + lane.g) + 32 * d);
+      const uint4 high = *reinterpret_cast<const uint4*>(rows.row(i0 + 16 * r + 8 + lane.g) + 32 * d);
+      ptx::st_shared_v4(kept_operand<DIM>(kept, r, 2 * d, lane), {low.x, high.x, low.y, high.y});
+      ptx::st_shared_v4(kept_operand<DIM>(kept, r, 2 * d + 1, lane), {low.z, high.z, low.w, high.w});
     }
   }
 }
 
-// s[r][c] = products of rows 16 r .. with keys 8 c .., queries at `q` in shared memory.
-__device__ __forceinline__ void multiply_keys(float (&s)[GROUPS][N8][4], uint32_t q, const KeyFragments& keys,
-                                              const Lane& lane) {
+// s[r][c] = products of kept rows 16 r .. with columns 8 c .. .
+template <int DIM>
+__device__ __forceinline__ void multiply_columns(float (&s)[GROUPS][N8][4], uint32_t kept,
+                                                 const ColumnFragments<DIM>& columns, const Lane& lane) {
 #pragma unroll
   for (int r = 0; r < GROUPS; ++r) {
 #pragma unroll
-    for (int k = 0; k < HEAD_DIM / 16; ++k) {
+    for (int k = 0; k < DIM / 16; ++k) {
       uint32_t a[4];
-      ptx::ld_shared_v4(a, query_operand(q, r, k, lane));
+      ptx::ld_shared_v4(a, kept_operand<DIM>(kept, r, k, lane));
 #pragma unroll
       for (int c = 0; c < N8; ++c) {
-        const uint4& b = keys.r[c][k / 2];
+        const uint4& b = columns.r[c][k / 2];
         const uint32_t b0 = k % 2 ? b.z : b.x, b1 = k % 2 ? b.w : b.y;
         if (k == 0) {
           mma_to(s[r][c], a, b0, b1, ZEROS);
@@ -85,41 +89,47 @@ __device__ __forceinline__ void multiply_keys(float (&s)[GROUPS][N8][4], uint32_
   }
 }
 
-constexpr int VALUES_64 =
-    HEAD_DIM_V / 64;  // blocks of 64 dimensions, 8 to a lane, and one of 32 where HEAD_DIM_V is odd
-constexpr int VALUES_32 = HEAD_DIM_V / 32 % 2;
-constexpr int OUT8 = HEAD_DIM_V / 8;
-constexpr int VALUE_COLUMNS = VALUES_64 ? 8 : 4;  // where lane g begins, times g
+// How the columns of a [tokens, DIM] tensor fall to lanes g: blocks of 64, eight neighbours to a lane, and one block of
+// 32, four to a lane, where DIM is an odd multiple of it.
+template <int DIM>
+struct Run {
+  static constexpr int WIDE = DIM / 64;
+  static constexpr int NARROW = DIM / 32 % 2;
+  static constexpr int FIRST = WIDE ? 8 : 4;  // lane g begins at column FIRST g
+  static constexpr int EIGHTS = DIM / 8;
+};
 
-// Rows 8 c + 2t and 8 c + 2t + 1 of the values; lane g has dimensions 64 b + 8 g .. (4 g .. in a block of 32).
-struct ValueFragments {
-  uint4 wide[N8][2][VALUES_64 ? VALUES_64 : 1];
-  uint2 narrow[N8][2][VALUES_32 ? VALUES_32 : 1];
+// B operands whose rows are rows of a tensor: 8 c + 2t and 8 c + 2t + 1 of COUNT eights, as they lie in memory.
+template <int DIM, int COUNT>
+struct RowFragments {
+  static constexpr int WIDE = Run<DIM>::WIDE, NARROW = Run<DIM>::NARROW;
+  uint4 wide[COUNT][2][WIDE ? WIDE : 1];
+  uint2 narrow[COUNT][2][NARROW ? NARROW : 1];
 
   template <bool INSIDE>
-  __device__ __forceinline__ void load(const Rows& values, int j0, const Lane& lane) {
+  __device__ __forceinline__ void load(const Rows& rows, int j0, const Lane& lane) {
 #pragma unroll
-    for (int c = 0; c < N8; ++c) {
+    for (int c = 0; c < COUNT; ++c) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int j = j0 + 8 * c + 2 * lane.t + e;
-        const Element* row = values.row<INSIDE>(j);
+        const Element* row = rows.row<INSIDE>(j0 + 8 * c + 2 * lane.t + e);
 #pragma unroll
-        for (int b = 0; b < VALUES_64; ++b) wide[c][e][b] = *reinterpret_cast<const uint4*>(row + 64 * b);
-        if constexpr (VALUES_32)
-          narrow[c][e][0] = *reinterpret_cast<const uint2*>(row + 64 * VALUES_64 + (4 - VALUE_COLUMNS) * lane.g);
+        for (int b = 0; b < WIDE; ++b) wide[c][e][b] = *reinterpret_cast<const uint4*>(row + 64 * b);
+        if constexpr (NARROW) {
+          narrow[c][e][0] = *reinterpret_cast<const uint2*>(row + 64 * WIDE + (4 - Run<DIM>::FIRST) * lane.g);
+        }
       }
     }
   }
 
-  // B operand of output columns n: (keys 8 c + 2t.., dimension n of lane g's run).
+  // (rows 8 c + 2t.., column n of lane g's run)
   __device__ __forceinline__ uint32_t operand(int c, int n) const {
     const uint32_t a = word(c, 0, n), b = word(c, 1, n);
     return __byte_perm(a, b, n % 2 ? 0x7632 : 0x5410);
   }
 
   __device__ __forceinline__ uint32_t word(int c, int e, int n) const {
-    if (n / 8 < VALUES_64) {
+    if (n / 8 < WIDE) {
       const uint4& w = wide[c][e][n / 8];
       return n / 2 % 4 == 0 ? w.x : n / 2 % 4 == 1 ? w.y : n / 2 % 4 == 2 ? w.z : w.w;
     }
@@ -128,35 +138,31 @@ struct ValueFragments {
   }
 };
 
-// A row of outputs, times `weight`; `half` says which of the fragment's two rows.
-__device__ __forceinline__ void store_row(Element* row, const float (&out)[OUT8][4], int half, float weight,
-                                          const Lane& lane) {
+// f(column, pieces of 8 neighbours) for a row of the accumulators: `half` says which of the fragment's two rows.
+template <int DIM, class F>
+__device__ __forceinline__ void for_runs(const float (&out)[DIM / 8][4], int half, const Lane& lane, F f) {
 #pragma unroll
-  for (int b = 0; b < VALUES_64; ++b) {
+  for (int b = 0; b < Run<DIM>::WIDE; ++b) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      uint32_t w[4];
+      float x[8];
 #pragma unroll
-      for (int x = 0; x < 4; ++x) {
-        w[x] = pack(out[8 * b + 2 * x][2 * half + e] * weight, out[8 * b + 2 * x + 1][2 * half + e] * weight);
-      }
-      *reinterpret_cast<uint4*>(row + 64 * b + 16 * lane.t + 8 * e) = uint4{w[0], w[1], w[2], w[3]};
+      for (int n = 0; n < 8; ++n) x[n] = out[8 * b + n][2 * half + e];
+      f(64 * b + 16 * lane.t + 8 * e, x);
     }
   }
-  if constexpr (VALUES_32) {
-    uint32_t w[4];
+  if constexpr (Run<DIM>::NARROW) {
+    float x[8];
 #pragma unroll
-    for (int x = 0; x < 4; ++x) {
-      const int n = 8 * VALUES_64 + x % 2 * 2, at = 2 * half + x / 2;
-      w[x] = pack(out[n][at] * weight, out[n + 1][at] * weight);
-    }
-    *reinterpret_cast<uint4*>(row + 64 * VALUES_64 + 8 * lane.t) = uint4{w[0], w[1], w[2], w[3]};
+    for (int n = 0; n < 8; ++n) x[n] = out[8 * Run<DIM>::WIDE + n % 4][2 * half + n / 4];
+    f(64 * Run<DIM>::WIDE + 8 * lane.t, x);
   }
 }
 
-// out += p v, p in the fragments of the logits.
-__device__ __forceinline__ void multiply_values(float (&out)[GROUPS][OUT8][4], const float (&p)[GROUPS][N8][4],
-                                                const ValueFragments& values) {
+// out += p rows, p in the fragments of the logits.
+template <int DIM>
+__device__ __forceinline__ void multiply_rows(float (&out)[GROUPS][DIM / 8][4], const float (&p)[GROUPS][N8][4],
+                                              const RowFragments<DIM, N8>& rows) {
 #pragma unroll
   for (int c = 0; c < N8; c += 2) {
     uint32_t a[GROUPS][2][2];
@@ -169,9 +175,9 @@ __device__ __forceinline__ void multiply_values(float (&out)[GROUPS][OUT8][4], c
       }
     }
 #pragma unroll
-    for (int n = 0; n < OUT8; ++n) {
-      const uint32_t b0 = values.operand(c, n);
-      const uint32_t b1 = c + 1 < N8 ? values.operand(c + 1, n) : 0;
+    for (int n = 0; n < DIM / 8; ++n) {
+      const uint32_t b0 = rows.operand(c, n);
+      const uint32_t b1 = c + 1 < N8 ? rows.operand(c + 1, n) : 0;
 #pragma unroll
       for (int r = 0; r < GROUPS; ++r) {
         if (c + 1 < N8) {
