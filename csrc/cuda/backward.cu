@@ -61,6 +61,7 @@ struct QuerySpans {
 struct Cursor {
   int head;
   int block;
+  uint32_t row;  // its first padded row, of all heads; their accumulators fit in memory, so their number fits here
 };
 
 struct Backward {
@@ -73,10 +74,9 @@ struct Backward {
   int thread;
   int warp;
   int lane;
-  int64_t first_row;  // of the sequence, in padded rows
+  uint32_t first_row;  // of the sequence, in padded rows
   Loader<PADDED, DIM, BLOCK_M, THREADS> q_loader;
   Loader<PADDED, DIM_V, BLOCK_M, THREADS> grad_loader;
-  const float* rows_from;  // lse2 or minus_delta, four numbers of which this thread copies
 
   __device__ __forceinline__ Backward(const BackwardParams& p, const Sequence& sequence, int index, int key_head,
                                       int key_block, int thread)
@@ -89,14 +89,11 @@ struct Backward {
         thread(thread),
         warp(thread / WARP),
         lane(thread % WARP),
-        first_row(PACKED ? (sequence.q_start / BLOCK_M + index) * int64_t{BLOCK_M}
-                         : static_cast<int64_t>(index) * p.shape.q_blocks * BLOCK_M),
+        first_row((PACKED ? sequence.q_start / BLOCK_M + index : index * p.shape.q_blocks) * BLOCK_M),
         q_loader(first_of(p.q, p.q_strides), p.q_strides.token, sequence.q_start + spans.lo * BLOCK_M,
                  ptx::shared_address(shared) + Q_AT, thread),
         grad_loader(first_of(p.grad_out, p.grad_out_strides), p.grad_out_strides.token,
-                    sequence.q_start + spans.lo * BLOCK_M, ptx::shared_address(shared) + Q_AT, thread),
-        rows_from((thread < BLOCK_M / 4 ? p.lse2 : p.minus_delta) + row_of({key_head * p.shape.group, spans.lo}) +
-                  thread % (BLOCK_M / 4) * 4) {}
+                    sequence.q_start + spans.lo * BLOCK_M, ptx::shared_address(shared) + Q_AT, thread) {}
 
   // The first of the heads that share the key head.
   __device__ __forceinline__ const Element* first_of(const void* tensor, const Strides& strides) const {
@@ -113,11 +110,10 @@ struct Backward {
   __device__ __forceinline__ void load_next_head() {
     q_loader.from += to_next_head(p.q_strides.head, p.q_strides.token);
     grad_loader.from += to_next_head(p.grad_out_strides.head, p.grad_out_strides.token);
-    rows_from += to_next_head(p.rows, 1);
   }
 
-  __device__ __forceinline__ int64_t row_of(const Cursor& at) const {
-    return at.head * p.rows + first_row + at.block * BLOCK_M;
+  __device__ __forceinline__ Cursor first_block(int head) const {
+    return {head, spans.lo, head * static_cast<uint32_t>(p.rows) + first_row + spans.lo * BLOCK_M};
   }
 
   __device__ __forceinline__ void load_keys() {
@@ -144,9 +140,12 @@ struct Backward {
   }
 
   __device__ __forceinline__ void load_rows(const Cursor& at, uint32_t to) {
-    // Padded rows are there to be read.
-    if (thread < BLOCK_M / 2) ptx::cp_async_16(to + thread * 16, rows_from);
-    rows_from += BLOCK_M;
+    // Four numbers a thread; padded rows are there to be read.
+    if (thread < BLOCK_M / 2) {
+      constexpr int HALF_OF_THEM = BLOCK_M / 4;
+      const float* from = (thread < HALF_OF_THEM ? p.lse2 : p.minus_delta) + at.row + thread % HALF_OF_THEM * 4;
+      ptx::cp_async_16(to + thread * 16, from);
+    }
     const int i0 = at.block * BLOCK_M;
     if constexpr (HAS_PROFILE) {
       if (thread < BLOCK_M) {
@@ -189,10 +188,9 @@ struct Backward {
     }
   }
 
-  // `to` is this thread's place in the accumulators of a block of queries.
-  __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at,
-                                                 float* to) const {
-    int32_t* turn = p.turns + 1 + row_of(at) / BLOCK_M;
+  __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at) const {
+    float* to = p.dq + at.row * int64_t{PADDED} + thread;
+    int32_t* turn = p.turns + 1 + at.row / BLOCK_M;
     if constexpr (ORDERED) {
       // The first block of keys that these queries see has nobody before it.
       const int offset = sequence.offset();
@@ -300,15 +298,12 @@ __device__ __forceinline__ void Backward::run() {
   const Strip strip(reinterpret_cast<float*>(shared + STRIP_AT), warp, lane);
 
   Fragments<KeyGradients> dk = {}, dv = {};
-  Cursor at{key_head * p.shape.group, spans.lo};
+  Cursor at = first_block(key_head * p.shape.group);
   const int end_head = spans.lo < spans.hi ? at.head + p.shape.group : at.head;
   int stage = 0;
 
-  Sums sums(p, lane, ORDERED ? p.shape.k_blocks * WARPS : 1, ORDERED ? key_block * WARPS + warp : 0);
+  Sums sums(p, lane, index * p.shape.heads, key_block * WARPS + warp);
   HeadBias head(p.bias, sequence.batch, at.head);
-  sums.head_sequence = static_cast<int64_t>(index) * p.shape.heads + at.head;
-
-  float* to_queries = p.dq + row_of(at) * PADDED + thread;
 
   load_keys();
   if (at.head < end_head) {
@@ -323,7 +318,7 @@ __device__ __forceinline__ void Backward::run() {
     ptx::bar_sync();  // this step's queries are there, and nobody needs the last step's
     const bool last = at.block + 1 == spans.hi;
     if (last) load_next_head();
-    const Cursor next{at.head + last, last ? spans.lo : at.block + 1};
+    const Cursor next = last ? first_block(at.head + 1) : Cursor{at.head, at.block + 1, at.row + BLOCK_M};
     const bool more = next.head < end_head;
     if (more) {
       load_queries(next, stage ^ 1);
@@ -373,7 +368,7 @@ __device__ __forceinline__ void Backward::run() {
     }
     if constexpr (!WEIGHTS_IN_REGISTERS) store_pairs(own_pairs, weights);
     for_logits([&](int group, int n, int e) { ds[group][n][e] *= s[group][n][e]; });
-    sums.add(ds, sequence, place, operands, head, range, strip, at.head, row_of(at) + logit_column);
+    sums.add(ds, sequence, place, operands, head, range, strip, at.head, at.row + logit_column);
     if constexpr (HAS_SOFTCAP) {
       for_logits([&](int group, int n, int e) { ds[group][n][e] *= slack[group][n][e]; });
     }
@@ -398,17 +393,12 @@ __device__ __forceinline__ void Backward::run() {
     }
     Fragments<QueryGradients> dq = {};
     product<BLOCK_N / 16, As::TRANSPOSED, As::TRANSPOSED>(dq, pairs_by_query, all_keys);
-    add_to_queries(dq, at, to_queries);
-    to_queries += BLOCK_M * PADDED;
+    add_to_queries(dq, at);
     stage ^= 1;
 
     if (last) {
-      to_queries += to_next_head(p.rows * PADDED, PADDED);
-      sums.finish_head((sums.head_sequence * p.shape.k_blocks + key_block) * WARPS + warp);
-      if (more) {
-        head = HeadBias(p.bias, sequence.batch, next.head);
-        ++sums.head_sequence;
-      }
+      sums.finish_head(at.head);
+      if (more) head = HeadBias(p.bias, sequence.batch, next.head);
     }
     at = next;
   }

@@ -246,7 +246,6 @@ __device__ __forceinline__ void add_terms(Fragments<Logits>& s, Fragments<Logits
                                           const Sequence& sequence, const LogitPlace& at, const Operands& of,
                                           const HeadBias& head, const SegmentRange& segments, int head_index,
                                           const float* lse2) {
-  const float factor = p.scale * LOG2E;
   float rows[Logits::EIGHTS][2];  // of a query: -lse2, and the profile's line
   float lines[Logits::EIGHTS][2];
   const float steepness = HAS_PROFILE ? head.segment_slope[segments.low] * LOG2E : 0.0f;
@@ -296,7 +295,7 @@ __device__ __forceinline__ void add_terms(Fragments<Logits>& s, Fragments<Logits
       slack[group][n][e] = 1.0f - tanh * tanh;
       x = fmaf(tanh, p.softcap * LOG2E, term);
     } else {
-      x = fmaf(x, factor, term);
+      x = fmaf(x, p.scale2, term);
     }
   });
   if constexpr (HAS_PROFILE) {

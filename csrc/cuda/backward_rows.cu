@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_rows(const __grid
     lse = p.lse[at];
     if (p.grad_lse) delta -= p.grad_lse[at];
   }
-  const int64_t to = head * p.rows + first_row(p.shape, sequence, index) + row;
+  const int64_t to = head * int64_t{p.rows} + first_row(p.shape, sequence, index) + row;
   p.lse2[to] = lse == -infinity() ? infinity() : lse * LOG2E;
   p.minus_delta[to] = -delta;
 }
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int part = (blockIdx.x * THREADS + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
   const int row = part / (PADDED / 32) * 8 + lane % 8, column = (part % (PADDED / 32) * 4 + lane / 8) * 8;
   if (row >= sequence.q_len || column >= DIM) return;
-  const int64_t first = head * p.rows + first_row(p.shape, sequence, index) + row / BLOCK_M * BLOCK_M;
+  const int64_t first = head * int64_t{p.rows} + first_row(p.shape, sequence, index) + row / BLOCK_M * BLOCK_M;
   const float* block = p.accumulated + first * PADDED;
   const int64_t token = sequence.q_start + row;
   float value[8];

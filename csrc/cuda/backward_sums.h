@@ -110,47 +110,59 @@ __device__ __forceinline__ float add_over_warp(float x) {
 struct Sums {
   const BackwardParams& p;
   int lane;
-  int64_t slices;
-  int64_t slice;
-  int64_t head_sequence = 0;  // s * H + h
+  int first_head;    // of the sequence, among the heads of all
+  int warp_of_head;  // the warp among those of all key blocks
   float slope = 0.0f;
+  uint32_t columns[2] = {};
   int segment = -1;         // of the two sums that follow
   float steepness = 0.0f;   // its slope
   float in_segment = 0.0f;  // sum of dS, this lane's
   float moment = 0.0f;      // sum of dS y
 
-  __device__ __forceinline__ Sums(const BackwardParams& p, int lane, int64_t slices, int64_t slice)
-      : p(p), lane(lane), slices(slices), slice(slice) {}
-
-  __device__ __forceinline__ float* distances(float* sums, const LogitPlace& at, int shift) const {
-    const int least = at.i0 + shift - at.j0 - (WARP_KEYS - 1);
-    return sums + (head_sequence * slices + slice) * p.diagonals + (least - p.first_distance);
+  __device__ __forceinline__ Sums(const BackwardParams& p, int lane, int first_head, int warp_of_head)
+      : p(p), lane(lane), first_head(first_head), warp_of_head(warp_of_head) {
+    if constexpr (SLOPE_BY_PRODUCT) {
+      const float number = 2 * (lane % 4);
+      const uint32_t ones = pack(1.0f, 1.0f);
+      columns[0] = lane / 4 == 0 ? ones : lane / 4 == 1 ? pack(number, number + 1.0f) : 0;
+      columns[1] = lane / 4 == 2 ? ones : columns[0];
+    }
   }
 
-  __device__ __forceinline__ void add_to_segment(int m, float sum, float sum_y) {
+  // The slice of a head's sums that this warp adds to.
+  __device__ __forceinline__ int64_t slice_of(int head) const {
+    return ORDERED ? int64_t{first_head + head} * (p.shape.k_blocks * WARPS) + warp_of_head : first_head + head;
+  }
+
+  __device__ __forceinline__ float* distances(float* sums, const LogitPlace& at, int shift, int head) const {
+    const int least = at.i0 + shift - at.j0 - (WARP_KEYS - 1);
+    return sums + slice_of(head) * p.diagonals + (least - p.first_distance);
+  }
+
+  __device__ __forceinline__ void add_to_segment(int head, int m, float sum, float sum_y) {
     sum = add_over_warp(sum);
     sum_y = add_over_warp(sum_y);
     if (lane == 0) {
-      float* to = p.dsegments + (head_sequence * slices + slice) * (2 * (KNOTS + 1)) + m;
+      float* to = p.dsegments + slice_of(head) * (2 * (KNOTS + 1)) + m;
       ptx::red_add(to, sum);
       ptx::red_add(to + KNOTS + 1, sum_y);
     }
   }
 
-  __device__ __forceinline__ void leave_segment() {
-    if (segment >= 0) add_to_segment(segment, in_segment, moment);
+  __device__ __forceinline__ void leave_segment(int head) {
+    if (segment >= 0) add_to_segment(head, segment, in_segment, moment);
     in_segment = moment = 0.0f;
   }
 
   // After the last block of a head.
-  __device__ __forceinline__ void finish_head(int64_t warp_of_head) {
+  __device__ __forceinline__ void finish_head(int head) {
     if constexpr (WANT_SLOPE) {
       slope = add_over_warp(slope);
-      if (lane == 0) p.dslope[warp_of_head] = -slope;
+      if (lane == 0) p.dslope[int64_t{first_head + head} * (p.shape.k_blocks * WARPS) + warp_of_head] = -slope;
       slope = 0.0f;
     }
     if constexpr (WANT_LINES) {
-      leave_segment();
+      leave_segment(head);
       segment = -1;
     }
   }
@@ -163,17 +175,17 @@ struct Sums {
     }
     if constexpr (WANT_TABLE) {
       if constexpr (EXPLICIT) {
-        float* to = p.dtable + head_sequence * (p.bias.table_last - p.bias.table_first + 1);
+        float* to = p.dtable + int64_t{first_head + head_index} * (p.bias.table_last - p.bias.table_first + 1);
         for_logits([&](int group, int n, int e) {
           ptx::red_add(to + of.entry(group, n, e, p.bias.table_first, p.bias.table_last), ds[group][n][e]);
         });
       } else {
         Banded sums = {};
         for_logits([&](int group, int n, int e) { sums[band(group, n, e)][e & 1] += ds[group][n][e]; });
-        strip.add(sums, 1.0f, distances(p.dtable, at, sequence.shift()));
+        strip.add(sums, 1.0f, distances(p.dtable, at, sequence.shift(), head_index));
       }
     }
-    if constexpr (WANT_LINES || WANT_PSI) add_profile(ds, sequence, at, of, head, range, strip, row);
+    if constexpr (WANT_LINES || WANT_PSI) add_profile(ds, sequence, at, of, head, range, strip, head_index, row);
     if constexpr (WANT_DENSE != 0) {
       for_logits([&](int group, int n, int e) {
         const int i = at.query(n, e), j = at.key(group, e);
@@ -190,37 +202,33 @@ struct Sums {
     }
   }
 
-  // The slope's sum from dS^T rounded, as A operands: one product of 8 columns, of which the first is ones and the second
-  // counts the queries.
+  // The slope's sum from dS^T rounded, as A operands: products with three columns, which hold ones, the query's number
+  // in its eight, and ones in the second eight of a step.
   __device__ __forceinline__ void add_slope(const uint32_t (&ds)[Logits::GROUPS][Logits::EIGHTS / 2][4],
                                             const LogitPlace& at, int shift) {
-    float product[Logits::GROUPS][4] = {};
-#pragma unroll
-    for (int step = 0; step < Logits::EIGHTS / 2; ++step) {
-      uint32_t b[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float i = static_cast<float>(16 * step + 8 * half) + 2.0f * static_cast<float>(at.t);
-        b[half] = at.g == 0 ? pack(1.0f, 1.0f) : at.g == 1 ? pack(i, i + 1.0f) : 0;
-      }
-#pragma unroll
-      for (int group = 0; group < Logits::GROUPS; ++group) mma(product[group], ds[group][step], b[0], b[1]);
-    }
-    // Lanes with t = 0 hold both columns, the others zeros.
+    // A lane with t = 0 holds the first two columns, one with t = 1 the third.
     const float first = static_cast<float>(at.i0 + shift - at.j0 - at.g);
 #pragma unroll
-    for (int x = 0; x < 2 * Logits::GROUPS; ++x) {
-      const float distance = first - static_cast<float>(8 * x);
-      slope += fmaf(product[x / 2][x % 2 * 2], distance, product[x / 2][x % 2 * 2 + 1]);
+    for (int group = 0; group < Logits::GROUPS; ++group) {
+#pragma unroll
+      for (int step = 0; step < Logits::EIGHTS / 2; ++step) {
+        float product[4] = {};
+        mma(product, ds[group][step], columns[0], columns[1]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float distance = first - static_cast<float>(16 * group + 8 * half - 16 * step);
+          slope = fmaf(product[2 * half], at.t == 0 ? distance : 8.0f, slope + product[2 * half + 1]);
+        }
+      }
     }
   }
 
   // With y = psi * scale in segment m: dA[m] += dS y, dC[m] += dS, dpsi += dS A[m] scale, dscale += dS A[m] psi.
   __device__ __forceinline__ void add_profile(const Fragments<Logits>& ds, const Sequence& sequence,
                                               const LogitPlace& at, const Operands& of, const HeadBias& head,
-                                              const SegmentRange& range, const Strip& strip, int64_t row) {
+                                              const SegmentRange& range, const Strip& strip, int head_index, int64_t row) {
     if (range.low != segment) {
-      if constexpr (WANT_LINES) leave_segment();
+      if constexpr (WANT_LINES) leave_segment(head_index);
       segment = range.low;
       steepness = head.segment_slope[segment];
     }
@@ -243,7 +251,7 @@ struct Sums {
       for (int x = 0; x < 2 * Logits::EIGHTS; ++x) moment = fmaf(rows[x], of.scale[x / 2][x % 2], moment);
     }
     if (range.high > range.low) {
-      if constexpr (WANT_LINES) move_past_knots(ds, of, range);
+      if constexpr (WANT_LINES) move_past_knots(ds, of, range, head_index);
       // The same sums once more, each element with the slope of its own segment.
       factor = 1.0f;
 #pragma unroll
@@ -265,12 +273,12 @@ struct Sums {
       static_assert(Logits::EIGHTS <= 4);
       const int i = 8 * (x / 2) + 2 * at.t + x % 2;
       const bool one = 2 * Logits::EIGHTS == 8 || (lane & 4) == 0;  // with four sums two lanes hold each
-      float* to = p.drow_scale + slice * p.shape.heads * p.rows + row + i;
+      float* to = p.drow_scale + (ORDERED ? int64_t{warp_of_head} * p.shape.heads * p.rows : 0) + row + i;
       if (one && at.i0 + i < sequence.q_len) ptx::red_add(to, factor * rows[0]);
     }
     if constexpr (WANT_PSI) {
       if constexpr (EXPLICIT) {
-        float* to = p.dpsi + head_sequence * (p.bias.psi_last - p.bias.psi_first + 1);
+        float* to = p.dpsi + int64_t{first_head + head_index} * (p.bias.psi_last - p.bias.psi_first + 1);
         for_logits([&](int group, int n, int e) {
           const float y = of.y_at(p.bias, group, n, e);
           float steep = steepness;
@@ -279,14 +287,14 @@ struct Sums {
                        ds[group][n][e] * steep * of.scale[n][e & 1]);
         });
       } else {
-        strip.add(sums, factor, distances(p.dpsi, at, sequence.shift()));
+        strip.add(sums, factor, distances(p.dpsi, at, sequence.shift(), head_index));
       }
     }
   }
 
   // The running sums count every element in the lowest segment; those past a knot belong to the next.
   __device__ __forceinline__ void move_past_knots(const Fragments<Logits>& ds, const Operands& of,
-                                                  const SegmentRange& range) {
+                                                  const SegmentRange& range, int head) {
     for (int m = range.low; m < range.high; ++m) {
       const float knot = p.bias.knots[m];
       float past = 0.0f, past_y = 0.0f;
@@ -297,8 +305,8 @@ struct Sums {
           past_y = fmaf(ds[group][n][e], y, past_y);
         }
       });
-      add_to_segment(m, -past, -past_y);
-      add_to_segment(m + 1, past, past_y);
+      add_to_segment(head, m, -past, -past_y);
+      add_to_segment(head, m + 1, past, past_y);
     }
   }
 };

@@ -221,7 +221,7 @@ struct BackwardRowsParams {
   Strides grad_out_strides;
   ShapeParams shape;
   MaskParams mask;
-  int64_t rows;
+  int32_t rows;
 };
 
 struct BackwardParams {
@@ -254,9 +254,10 @@ struct BackwardParams {
   BiasParams bias;
   AngleParams k_angles;
   DropoutParams dropout;
-  int64_t rows;
+  int32_t rows;
   int64_t diagonals;
   float scale;
+  float scale2;  // times log2(e)
   float softcap;
   int32_t first_distance;  // of entry 0 of the diagonals
 };
@@ -269,7 +270,7 @@ struct BackwardQueriesParams {
   AngleParams angles;
   ShapeParams shape;
   MaskParams mask;
-  int64_t rows;
+  int32_t rows;
   float scale;
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from posattn.backends.cuda_operands import Constants, Members
 from posattn.kernels.operands import k_max, q_max, sequences
 from posattn.plan import Call
 
+LOG2E = math.log2(math.e)
 _LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
 _EACH_ONCE, _SHARED = 1, 2  # WANT_DENSE: elements of the dense gradient are stored, or added up
 
@@ -130,6 +132,7 @@ def _prepared(call: Call, out: Tensor, grad_out: Tensor, needs: frozenset[str]) 
         "k_angles": operands.angles(rotary.k_cos, rotary.k_sin) if rotary is not None else {},
         "dropout": dropout,
         "scale": call.scale,
+        "scale2": call.scale * LOG2E,
         "softcap": call.softcap,
     }
     return _Pass(call, needs, q, k, v, grad_out, tile, {**constants, **bias_constants, **tile.constants()}, values)
@@ -144,7 +147,7 @@ def backward(
     grads: dict[str, Tensor] = {}
     if call.sinks is not None and "sinks" in needs:
         # A sink is a logit without a value. Padded rows and rows that see nothing have lse2 = +inf, so weight zero.
-        weight = torch.exp2(call.sinks.float()[:, None] * 1.4426950408889634 - lse2)
+        weight = torch.exp2(call.sinks.float()[:, None] * LOG2E - lse2)
         grads["sinks"] = (weight * minus_delta).sum(1)
     accumulated, sums, grads_of_keys = _main(of, lse2, minus_delta)
     if "q" in needs:
