@@ -163,8 +163,9 @@ struct BiasTile {
 
   // Of row i over keys j .. j + n, NR at a time; `values` is its psi_row.
   const Reach* find_reaches(const float* values, int64_t i, int64_t j, int64_t n) const {
-    const int64_t block = i / MR * MR;
-    if (!positions() && reaches.block == block && reaches.j == j && reaches.n == n) return reaches.at;
+    const int64_t block = i / MR * MR, ahead = j - reaches.j;
+    if (!positions() && reaches.block == block && ahead >= 0 && ahead % NR == 0 && ahead + n <= reaches.n)
+      return reaches.at + ahead / NR;
     const int64_t i0 = positions() ? i : imax(block, area.i0), i1 = positions() ? i + 1 : imin(block + MR, area.i1);
     float scale_low = row_scale(i0), scale_high = scale_low;
     for (int64_t r = i0 + 1; r < i1; ++r) {

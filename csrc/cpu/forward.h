@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "dropout.h"
+#include "scores.h"
 #include "tasks.h"
 
 namespace posattn::POSATTN_ISA {
@@ -150,18 +151,17 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
       const int64_t begin = imax(any.lo - j0, 0) / NR * NR;
       const int64_t end = round_up(imin(any.hi - j0, tile), 2 * VL), n = end - begin;
 
-      for (int64_t c = begin; c < end; c += NR)
-        gemm_rows<M, Init::zero>(t.q + g * t.q_stride, t.q_stride, 1, t.k + c / NR * panel, NR, t.logits + c, ROW_MAX,
-                                 depth, imin(NR, end - c) / VL);
-
+      float most[MR];
+      const Scores<M> scores{
+          p,  s,     t.bias, t.q + g * t.q_stride, t.q_stride, t.k, depth, panel, product_scale, i0 + g, count,
+          j0, begin, end};
+      const float mul = scores.run(t.logits, most);
+      // One pass for all maxima before the next: each ends in a chain of shuffles that another row's work hides.
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t i = i0 + g + r;
-        float *x = t.logits + r * ROW_MAX + begin, *w = t.weights + r * ROW_MAX + begin / M::pack;
-        float mul = product_scale;
-        vf row_most = finish_row(p, s, t.bias, x, i, allowed(p, s, i), j0 + begin, n, mul);
-        add_tile<M>(w, x, n, reduce_max(row_most) * mul, mul, t.most[g + r], t.sum[g + r], t.out + (g + r) * t.v_stride,
-                    t.v_stride);
-        if (drop) drop_row<M>(p, s, dropout, t.keep, w, h, i, j0 + begin, n);
+        float* w = t.weights + r * ROW_MAX + begin / M::pack;
+        add_tile<M>(w, t.logits + r * ROW_MAX + begin, n, most[r] * mul, mul, t.most[g + r], t.sum[g + r],
+                    t.out + (g + r) * t.v_stride, t.v_stride);
+        if (drop) drop_row<M>(p, s, dropout, t.keep, w, h, i0 + g + r, j0 + begin, n);
       }
       for (int64_t r = count; r < MR; ++r) fill(t.weights + r * ROW_MAX + begin / M::pack, 0.0F, n / M::pack);
       gemm_rows<M, Init::load>(t.weights + begin / M::pack, ROW_MAX, 1, v + begin / M::pack * v_row, v_row,
