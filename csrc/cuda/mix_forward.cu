@@ -17,6 +17,7 @@ constexpr int OUT8 = HEAD_DIM_V / 8;
 constexpr int X_AT = Q_BYTES;
 constexpr int MIX_AT = X_AT + X_BYTES;
 constexpr int STAGE_AT = MIX_AT + MIX_BYTES;
+static_assert(WARPS == ceil_div(HEADS, HEADS_PER_WARP) && MLP_WARPS == WARPS);
 static_assert(SHARED_BYTES >= STAGE_AT + 2 * HEADS * STAGE_BYTES);
 
 extern __shared__ __align__(128) unsigned char shared[];

@@ -44,6 +44,26 @@ __device__ __forceinline__ float padded_element(const float* m, int row, int row
   return row < rows && column < columns ? m[row * columns + column] : 0.0f;
 }
 
+// d = z w for eights of planes (see PlaneReader), whole pairs of them as one product.
+template <int EIGHTS>
+__device__ __forceinline__ void multiply_planes(float (&d)[4], const uint32_t (&z)[EIGHTS][2],
+                                                const uint32_t (&w)[EIGHTS]) {
+#pragma unroll
+  for (int b = 0; b + 1 < EIGHTS; b += 2) {
+    const uint32_t both[4] = {z[b][0], z[b][1], z[b + 1][0], z[b + 1][1]};
+    if (b == 0) {
+      mma_to(d, both, w[b], w[b + 1], ZEROS);
+    } else {
+      mma_to(d, both, w[b], w[b + 1], d);
+    }
+  }
+  if constexpr (EIGHTS == 1) {
+    mma_to(d, z[0], w[0], ZEROS);
+  } else if constexpr (EIGHTS % 2) {
+    mma_to(d, z[EIGHTS - 1], w[EIGHTS - 1], d);
+  }
+}
+
 // The first layer can take dot products as they are where its weights are scaled instead: in bfloat16, whose range is
 // float32's. SCALED says whether the inputs are logits.
 constexpr bool SCALED = !BF16 || HAS_SOFTCAP || (HAS_INNER && !CONCAT);
@@ -80,12 +100,8 @@ struct Mlp {
   __device__ __forceinline__ void run(float (&out)[HEAD_BLOCKS][4], const uint32_t (&z)[INPUT_BLOCKS][2]) const {
 #pragma unroll
     for (int u = 0; u < WIDTH_PAIRS; ++u) {
-      float h[2][4];  // [positions, hidden units 16 u + 8 n ..]
-      hidden(h[0], z, 2 * u);
-      hidden(h[1], z, 2 * u + 1);
-      const uint32_t b = b1[2 * u], c = b1[2 * u + 1];
-      const uint32_t active[4] = {leaky_relu(pack(h[0][0], h[0][1]), b), leaky_relu(pack(h[0][2], h[0][3]), b),
-                                  leaky_relu(pack(h[1][0], h[1][1]), c), leaky_relu(pack(h[1][2], h[1][3]), c)};
+      uint32_t active[4];
+      activate(active, z, u);
 #pragma unroll
       for (int a = 0; a < HEAD_BLOCKS; ++a) {
         const uint32_t b0 = w2[2 * u][a], b1 = w2[2 * u + 1][a];
@@ -98,69 +114,91 @@ struct Mlp {
     }
   }
 
+  // Hidden units 16 u .. as an A operand.
+  __device__ __forceinline__ void activate(uint32_t (&active)[4], const uint32_t (&z)[INPUT_BLOCKS][2], int u) const {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float h[4];
+      hidden(h, z, 2 * u + n);
+      active[2 * n] = leaky_relu(pack(h[0], h[1]), b1[2 * u + n]);
+      active[2 * n + 1] = leaky_relu(pack(h[2], h[3]), b1[2 * u + n]);
+    }
+  }
+
   __device__ __forceinline__ void hidden(float (&h)[4], const uint32_t (&z)[INPUT_BLOCKS][2], int n) const {
-#pragma unroll
-    for (int b = 0; b + 1 < INPUT_BLOCKS; b += 2) {
-      const uint32_t both[4] = {z[b][0], z[b][1], z[b + 1][0], z[b + 1][1]};
-      if (b == 0) {
-        mma_to(h, both, w1[n][b], w1[n][b + 1], ZEROS);
-      } else {
-        mma_to(h, both, w1[n][b], w1[n][b + 1], h);
-      }
-    }
-    if constexpr (INPUT_BLOCKS == 1) {
-      mma_to(h, z[0], w1[n][0], ZEROS);
-    } else if constexpr (INPUT_BLOCKS % 2) {
-      mma_to(h, z[INPUT_BLOCKS - 1], w1[n][INPUT_BLOCKS - 1], h);
-    }
+    multiply_planes(h, z, w1[n]);
   }
 };
 
-// Rows of x as A operands. Positions lie along the rows of x and inputs across them, so ldmatrix transposes.
-struct InputReader {
-  uint32_t rows[ceil_div(INPUT_BLOCKS, 2)];  // this lane's row for input blocks 2 b and 2 b + 1
+// COUNT planes of a tile ([heads or inputs][rows][columns]) as operands of eight planes each: eight columns of row i
+// and of row i + 8 are sixteen positions.
+template <int COUNT>
+struct PlaneReader {
+  static constexpr int EIGHTS = ceil_div(COUNT, 8);
+  uint32_t rows[ceil_div(EIGHTS, 2)];  // this lane's row for eights 2 b and 2 b + 1
 
-  __device__ __forceinline__ InputReader(uint32_t x, const Lane& lane) {
+  __device__ __forceinline__ PlaneReader(uint32_t planes, const Lane& lane) {
 #pragma unroll
-    for (int b = 0; b < ceil_div(INPUT_BLOCKS, 2); ++b) {
-      // Inputs past the last one meet weights of zero.
-      const int input = min(16 * b + lane.lane / 16 * 8 + lane.lane % 8, INPUTS - 1);
-      rows[b] = x + input * X_HEAD + lane.lane / 8 % 2 * (8 * X_ROW);
+    for (int b = 0; b < ceil_div(EIGHTS, 2); ++b) {
+      // Planes past the last one meet weights of zero, or gradients that nobody reads.
+      const int plane = min(16 * b + lane.lane / 16 * 8 + lane.lane % 8, COUNT - 1);
+      rows[b] = planes + plane * X_HEAD + lane.lane / 8 % 2 * (8 * X_ROW);
     }
   }
 
-  __device__ __forceinline__ void read(uint32_t (&z)[INPUT_BLOCKS][2], int at) const {
+  // z[b]: (position g, planes 8 b + 2t..), the same for positions g + 8. Planes are columns there, so they are turned.
+  __device__ __forceinline__ void by_position(uint32_t (&z)[EIGHTS][2], int at) const { read<true>(z, at); }
+
+  // z[b]: (plane 8 b + g, positions 2t..), the same for positions 2t + 8.. .
+  __device__ __forceinline__ void by_plane(uint32_t (&z)[EIGHTS][2], int at) const { read<false>(z, at); }
+
+private:
+  template <bool TRANS>
+  __device__ __forceinline__ void read(uint32_t (&z)[EIGHTS][2], int at) const {
 #pragma unroll
-    for (int b = 0; b < INPUT_BLOCKS; b += 2) {
-      if (b + 1 < INPUT_BLOCKS) {
+    for (int b = 0; b < EIGHTS; b += 2) {
+      if (b + 1 < EIGHTS) {
         uint32_t both[4];
-        ptx::ldmatrix_x4_trans(both, rows[b / 2] + at);
+        if constexpr (TRANS) {
+          ptx::ldmatrix_x4_trans(both, rows[b / 2] + at);
+        } else {
+          ptx::ldmatrix_x4(both, rows[b / 2] + at);
+        }
         z[b][0] = both[0], z[b][1] = both[1], z[b + 1][0] = both[2], z[b + 1][1] = both[3];
-      } else {
+      } else if constexpr (TRANS) {
         ptx::ldmatrix_x2_trans(z[b], rows[b / 2] + at);
+      } else {
+        ptx::ldmatrix_x2(z[b], rows[b / 2] + at);
       }
     }
   }
 };
+
+using InputReader = PlaneReader<INPUTS>;
+
+// Planes 8 a + 2t and 8 a + 2t + 1 of sixteen positions; a word holds positions g and g + 8. `to` is this lane's place
+// in plane 0.
+template <int EIGHTS>
+__device__ __forceinline__ void store_pairs(uint32_t to, const float (&out)[EIGHTS][4]) {
+#pragma unroll
+  for (int a = 0; a < EIGHTS; ++a) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) ptx::st_shared(to + (8 * a + e) * MIX_HEAD, pack(out[a][e], out[a][e + 2]));
+  }
+}
 
 // All positions of the tile in x, shared out among the warps, through the MLP into `mix`.
 __device__ __forceinline__ void mix_tile(const Mlp& mlp, const InputReader& inputs, uint32_t mix, const Lane& lane) {
   const uint32_t to = mix + 2 * lane.t * MIX_HEAD + 4 * lane.g;
 #pragma unroll
-  for (int step = 0; step < ceil_div(POSITION_TILES, WARPS); ++step) {
-    if (POSITION_TILES % WARPS != 0 && step * WARPS + lane.warp >= POSITION_TILES) break;
+  for (int step = 0; step < ceil_div(POSITION_TILES, MLP_WARPS); ++step) {
+    if (POSITION_TILES % MLP_WARPS != 0 && step * MLP_WARPS + lane.warp >= POSITION_TILES) break;
     const Position at = position(step, lane.warp);
     uint32_t z[INPUT_BLOCKS][2];
-    inputs.read(z, at.x);
+    inputs.by_position(z, at.x);
     float out[HEAD_BLOCKS][4];
     mlp.run(out, z);
-#pragma unroll
-    for (int a = 0; a < HEAD_BLOCKS; ++a) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        ptx::st_shared(to + at.mix + (8 * a + e) * MIX_HEAD, pack(out[a][e], out[a][e + 2]));
-      }
-    }
+    store_pairs(to + at.mix, out);
   }
 }
 

@@ -3,7 +3,7 @@
 // The constants HAS_SLOPE, DENSE and so on describe the inner bias; those of the outer one begin with OUTER.
 #pragma once
 #include "logits.h"
-#include "mix_outer.h"
+#include "mix_bias.h"
 #include "mix_tile.h"
 
 namespace posattn::mix {

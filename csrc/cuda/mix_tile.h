@@ -22,7 +22,7 @@ constexpr int HEAD_BLOCKS = ceil_div(HEADS, 8);
 constexpr int WIDTH_PAIRS = ceil_div(WIDTH, 16);  // sixteen hidden units: two n8 tiles of layer 1, one k16 step of 2
 static_assert(N8 % 2 == 1, "eight rows of 2 * BLOCK_N bytes then fall into different banks");
 static_assert(BLOCK_M % 16 == 0 && BLOCK_M <= 32);
-static_assert(WARPS == ceil_div(HEADS, HEADS_PER_WARP) && THREADS == WARPS * WARP);
+static_assert(THREADS == WARPS * WARP);
 static_assert(HEAD_DIM % 32 == 0 && HEAD_DIM_V % 32 == 0);
 
 // Sixteen positions, the rows of an MLP product: eight keys of row i and of row i + 8.
@@ -51,8 +51,8 @@ struct Position {
 };
 
 __device__ __forceinline__ Position position(int step, int warp) {
-  const int tile = step * WARPS + warp;
-  const int block = GROUPS == 1 ? 0 : BLOCK_N % WARPS == 0 ? step * WARPS / BLOCK_N : tile >= BLOCK_N;
+  const int tile = step * MLP_WARPS + warp;
+  const int block = GROUPS == 1 ? 0 : BLOCK_N % MLP_WARPS == 0 ? step * MLP_WARPS / BLOCK_N : tile >= BLOCK_N;
   return {16 * tile + block * 8 * X_ROW, 32 * tile};
 }
 

@@ -159,7 +159,7 @@ struct BiasGradParams {
   float* slope;      // [key blocks, H]
   float* table;      // [H, entries]
   float* psi;        // [entries]
-  float* row_scale;  // [B, Tq]
+  float* row_scale;  // [padded rows]
   float* segments;   // [H, 2, knots + 1]: sums of dS, sums of dS y
   float* dense;
   PairStrides dense_strides;
@@ -217,10 +217,13 @@ struct BackwardRowsParams {
   const float* grad_lse;  // the same, or null
   float* lse2;            // [H, rows]
   float* minus_delta;     // [H, rows]
+  float* row_scale;       // [rows], of a profile
   Strides out_strides;
   Strides grad_out_strides;
   ShapeParams shape;
   MaskParams mask;
+  PositionParams positions;
+  BiasParams bias;
   int32_t rows;
 };
 
@@ -231,6 +234,9 @@ struct BackwardParams {
   const void* grad_out;
   const float* lse2;   // [H, rows]
   const float* minus_delta;  // [H, rows]
+  const float* row_scale;    // [rows]
+  const float* table;        // [H, diagonals], its value at each distance; explicit positions use bias's
+  const float* psi;          // [diagonals]
   float* dq;           // [H, rows / BLOCK_M, BLOCK_M * PADDED], in the order of the fragments
   void* dk;
   void* dv;
@@ -255,11 +261,11 @@ struct BackwardParams {
   AngleParams k_angles;
   DropoutParams dropout;
   int32_t rows;
-  int64_t diagonals;
+  int32_t diagonals;  // distances that tiles can meet, a multiple of 4
   float scale;
   float scale2;  // times log2(e)
   float softcap;
-  int32_t first_distance;  // of entry 0 of the diagonals
+  int32_t first_distance;  // of the first diagonal
 };
 
 // The accumulated gradient of the queries, scaled, turned back and rounded.

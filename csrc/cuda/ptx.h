@@ -83,6 +83,13 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t row, const uint32_t (
                : "memory");
 }
 
+// The transpose of an 8 x 8 matrix of 16-bit elements whose row g, elements 2t and 2t + 1, lane 4 g + t holds.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t a) {
+  uint32_t d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+
 // d += a b. Not volatile: the compiler may order products as it likes.
 __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -177,6 +184,13 @@ __device__ __forceinline__ float cvt_f32_f16(uint16_t x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
   return y;
+}
+
+// Four bytes of {b, a}, chosen by the selector's nibbles; a nibble's highest bit spreads that byte's sign instead.
+__device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
 }
 
 // On two packed elements.

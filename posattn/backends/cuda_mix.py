@@ -17,7 +17,6 @@ from posattn.plan import Call, HeadMix
 
 MAX_HEADS = 32
 MAX_WIDTH = 64
-# Bytes of shared memory that one block may ask for.
 _SHARED_LIMITS = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 110: 227 * 1024}
 _SHARED_LEAST = 99 * 1024
 
@@ -44,24 +43,32 @@ class MixTile:
             "BLOCK_N": self.block_n,
             "HEADS_PER_WARP": self.heads_per_warp,
             "WARPS": self.warps,
+            "MLP_WARPS": self.warps,
             "THREADS": 32 * self.warps,
         }
 
 
-def _inputs(call: Call, mix: HeadMix) -> int:
+def inputs(call: Call, mix: HeadMix) -> int:
+    """Inputs of the MLP."""
     heads = call.q.shape[1]
     return 2 * heads if mix.inner and mix.form != "add" else heads
 
 
-def _dims(call: Call) -> tuple[int, int]:
+def dims(call: Call) -> tuple[int, int]:
+    """The head dimensions as the kernels pad them."""
     return -(-call.q.shape[3] // 32) * 32, -(-call.v.shape[3] // 32) * 32
+
+
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that one block may ask for."""
+    return _SHARED_LIMITS.get(int(arch[3:].rstrip("af")), _SHARED_LEAST)
 
 
 def forward_shared(call: Call, mix: HeadMix, tile: MixTile) -> int:
     """Dynamic shared memory of headmix_forward; it asserts that this is enough."""
     m, n = tile.block_m, tile.block_n
-    queries = tile.heads * m * _dims(call)[0] * 2
-    x = _inputs(call, mix) * (2 * m * n + 16)
+    queries = tile.heads * m * dims(call)[0] * 2
+    x = inputs(call, mix) * (2 * m * n + 16)
     mixed = -(-tile.heads // 8) * 8 * (2 * m * n + 16)
     staged = (mix.inner.table is not None or mix.inner.profile is not None) and call.q_positions is None
     return queries + x + mixed + (2 * tile.heads * 8 * (m + n) if staged else 0)
@@ -73,10 +80,10 @@ def forward_tile(arch: str, call: Call, mix: HeadMix) -> MixTile | None:
     An output accumulator takes dim_v / 2 registers for sixteen rows of a head. 64 of them leave room in the 168 that
     twelve warps have, and, without fetching ahead, in the 128 that sixteen have.
     """
-    heads, (_, dim_v) = call.q.shape[1], _dims(call)
+    heads, (_, dim_v) = call.q.shape[1], dims(call)
     heads_per_warp = 1 if heads <= 16 else 2
     warps = -(-heads // heads_per_warp)
-    limit = _SHARED_LIMITS.get(int(arch[3:].rstrip("af")), _SHARED_LEAST)
+    limit = shared_limit(arch)
     for block_m in (32, 16):
         accumulators = heads_per_warp * block_m * dim_v // 32
         tile = MixTile(heads, block_m, heads_per_warp)
@@ -98,13 +105,13 @@ def unsupported(call: Call, mix: HeadMix, arch: str) -> str | None:
     return None
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """x [B, H, T, D] itself if a row is 16-byte chunks, a multiple of 32 elements in all; else a copy that is."""
     extra = -x.shape[-1] % 32
     return operands.in_chunks(pad(x, (0, extra)) if extra else x)
 
 
-def _turned(call: Call) -> tuple[Tensor, Tensor]:
+def turned_pair(call: Call) -> tuple[Tensor, Tensor]:
     """q and k after the rotary embedding: every warp reads keys straight into fragments, so they come turned."""
     rotary = call.plan.rotary
     if rotary is None:
@@ -118,14 +125,14 @@ def _weights(mix: HeadMix) -> operands.Members:
     return {name: getattr(mix, name).float().contiguous() for name in ("w1", "b1", "w2", "b2")}
 
 
-def _common(call: Call, mix: HeadMix, tile: MixTile) -> tuple[operands.Members, Constants]:
+def common(call: Call, mix: HeadMix, tile: MixTile) -> tuple[operands.Members, Constants]:
     """What forward and backward kernels share."""
     mask, mask_constants = operands.mask(call)
     positions, position_constants = operands.positions(call)
     inner, inner_constants = operands.bias(call, mix.inner, tile.block_m, tile.block_n)
     outer, outer_constants = operands.bias(call, call.plan.bias, tile.block_m, tile.block_n)
     dropout, dropout_constants = operands.dropout(call)
-    dim, dim_v = _dims(call)
+    dim, dim_v = dims(call)
     constants: Constants = {
         **mask_constants,
         **position_constants,
@@ -164,15 +171,15 @@ def forward(call: Call, mix: HeadMix) -> tuple[Tensor, Tensor]:
     device = call.q.device
     tile = forward_tile(cuda_launch.architecture(device), call, mix)
     assert tile is not None  # unsupported() said so
-    q, k = (_rows(x) for x in _turned(call))
-    v = _rows(call.v)
+    q, k = (rows(x) for x in turned_pair(call))
+    v = rows(call.v)
     batch, heads, q_tokens, _ = q.shape
     # Packed documents may leave tokens outside every document, which no block would write.
     create = torch.empty if call.mask.cu_seqlens_q is None else torch.zeros
     out = create((batch, heads, q_tokens, v.shape[3]), dtype=q.dtype, device=device)
     lse = create((batch, heads, q_tokens), dtype=torch.float32, device=device)
 
-    values, constants = _common(call, mix, tile)
+    values, constants = common(call, mix, tile)
     constants.update({"HAS_SINKS": call.sinks is not None, "BLOCKS_PER_SM": 1})
     constants["SHARED_BYTES"] = forward_shared(call, mix, tile)
     values.update({"q": q, "k": k, "v": v, "out": out, "lse": lse, "sinks": call.sinks})
