@@ -140,35 +140,29 @@ struct Backward {
   }
 
   __device__ __forceinline__ void load_rows(const Cursor& at, uint32_t to) {
-    // Four numbers a thread; padded rows are there to be read.
-    if (thread < BLOCK_M / 2) {
-      constexpr int HALF_OF_THEM = BLOCK_M / 4;
-      const float* from = (thread < HALF_OF_THEM ? p.lse2 : p.minus_delta) + at.row + thread % HALF_OF_THEM * 4;
-      ptx::cp_async_16(to + thread * 16, from);
+    // Four numbers a thread; padded rows and diagonals are there to be read.
+    constexpr int EACH = BLOCK_M / 4;
+    const int which = thread / EACH;
+    if (which < (HAS_PROFILE ? 3 : 2)) {
+      const uint32_t row = which == 2 ? at.row - at.head * static_cast<uint32_t>(p.rows) : at.row;
+      const float* from = which == 0 ? p.lse2 : which == 1 ? p.minus_delta : p.row_scale;
+      ptx::cp_async_16(to + thread * 16, from + row + thread % EACH * 4);
     }
-    const int i0 = at.block * BLOCK_M;
-    if constexpr (HAS_PROFILE) {
-      if (thread < BLOCK_M) {
-        const int64_t i = min(i0 + thread, sequence.q_len - 1);
-        const int64_t position = EXPLICIT ? p.positions.q[sequence.batch * p.positions.q_batch + sequence.q_start + i]
-                                          : i + sequence.shift();
-        const int64_t entry = min(max(position, int64_t{p.bias.row_first}), int64_t{p.bias.row_last});
-        ptx::cp_async_4(to + (RowStage::SCALE + thread) * 4, p.bias.row_scale + (entry - p.bias.row_first));
-      }
-    }
-    if constexpr (!EXPLICIT && (HAS_TABLE || HAS_PROFILE)) {
-      const int least = i0 + sequence.shift() - (key_block * BLOCK_N + BLOCK_N - 1);
-      for (int x = thread; x < RowStage::STRIP; x += THREADS) {
+    if constexpr (STRIPS) {
+      static_assert(RowStage::STRIP / 4 <= THREADS);
+      const int diagonal = (first_diagonal() & ~3) + at.block * BLOCK_M + thread * 4;
+      if (thread < RowStage::STRIP / 4) {
         if constexpr (HAS_TABLE) {
-          const int entry = min(max(least + x, p.bias.table_first), p.bias.table_last) - p.bias.table_first;
-          ptx::cp_async_4(to + (RowStage::TABLE + x) * 4, p.bias.table + at.head * p.bias.table_head + entry);
+          ptx::cp_async_16(to + RowStage::TABLE * 4 + thread * 16, p.table + at.head * int64_t{p.diagonals} + diagonal);
         }
-        if constexpr (HAS_PROFILE) {
-          const int entry = min(max(least + x, p.bias.psi_first), p.bias.psi_last) - p.bias.psi_first;
-          ptx::cp_async_4(to + (RowStage::PSI + x) * 4, p.bias.psi + entry);
-        }
+        if constexpr (HAS_PROFILE) ptx::cp_async_16(to + RowStage::PSI * 4 + thread * 16, p.psi + diagonal);
       }
     }
+  }
+
+  // Of the first block of queries with the last of this block's keys; blocks of queries are a multiple of 4 apart.
+  __device__ __forceinline__ int first_diagonal() const {
+    return sequence.shift() - (key_block * BLOCK_N + BLOCK_N - 1) - p.first_distance;
   }
 
   // Weights and their gradients with dropout: what is kept is scaled, what is dropped is zero.
@@ -287,8 +281,8 @@ __device__ __forceinline__ void Backward::run() {
       memory + K_AT, 0, warp % QUERY_COLUMNS * QueryGradients::EIGHTS, lane);
   // Queries: this warp's as B, and all of them, at this warp's dimensions of dK and dV, as B.
   const auto stage_queries = Rows<PADDED>::by_columns(memory + Q_AT, logit_column, 0, lane);
-  const auto stage_all_queries = Rows<PADDED, KeyGradients::EIGHTS>::by_rows(
-      memory + Q_AT, 0, warp % KEY_COLUMNS * KeyGradients::EIGHTS, lane);
+  const auto stage_all_queries =
+      Rows<PADDED, KeyGradients::EIGHTS>::by_rows(memory + Q_AT, 0, warp % KEY_COLUMNS * KeyGradients::EIGHTS, lane);
   // P^T by this warp's keys of dV, and dS by its queries of dQ.
   const auto pairs = Rows<BLOCK_M>::by_rows(memory + P_AT, warp / KEY_COLUMNS * (16 * KeyGradients::GROUPS), 0, lane);
   const auto pairs_by_query = Rows<BLOCK_M, 2 * QueryGradients::GROUPS>::by_columns(
@@ -332,8 +326,8 @@ __device__ __forceinline__ void Backward::run() {
     const float* rows = reinterpret_cast<const float*>(shared + ROWS_AT) + stage * RowStage::FLOATS;
     const LogitPlace place{at.block * BLOCK_M + logit_column, j0 + logit_row, lane / 4, lane % 4};
     const int column = logit_column + 2 * place.t;
-    const Operands operands(p, sequence, place, rows, column - logit_row - place.g - 8 * BANDS_BEFORE + BLOCK_N - 1,
-                            column);
+    const int strip_at = column - logit_row - place.g - 8 * BANDS_BEFORE + BLOCK_N - 1 + (first_diagonal() & 3);
+    const Operands operands(p, sequence, place, rows, strip_at, column);
     SegmentRange range;
     if constexpr (HAS_PROFILE) range = operands.segments(p.bias, place, sequence.shift());
 
@@ -361,7 +355,8 @@ __device__ __forceinline__ void Backward::run() {
       Fragments<Logits> kept;
       for_logits([&](int group, int n, int e) { kept[group][n][e] = s[group][n][e]; });
       drop(kept, ds, place, at.head);
-      for_logits([&](int group, int n, int e) { ds[group][n][e] += rows[RowStage::MINUS_DELTA + column + 8 * n + (e & 1)]; });
+      for_logits(
+          [&](int group, int n, int e) { ds[group][n][e] += rows[RowStage::MINUS_DELTA + column + 8 * n + (e & 1)]; });
       round_fragments(weights, kept);
     } else {
       round_fragments(weights, s);

@@ -125,11 +125,13 @@ struct HeadBias {
   }
 };
 
-// What a stage of the pipeline holds of a tile's queries and distances, in floats: the log-sum-exp in base 2, delta,
-// the row scale, and strips of the table and of psi, from the least distance of the tile to the greatest.
+constexpr bool STRIPS = (HAS_TABLE || HAS_PROFILE) && !EXPLICIT;
+
+// What a stage of the pipeline holds of a tile's queries and distances, in floats: the log-sum-exp in base 2, -delta,
+// the row scale, and strips of the table and of psi, from at most three below the least distance of the tile to the
+// greatest.
 struct RowStage {
-  static constexpr int STRIP = BLOCK_M + BLOCK_N;
-  static constexpr bool STRIPS = !EXPLICIT;
+  static constexpr int STRIP = BLOCK_M + BLOCK_N + 4;
   static constexpr int LSE2 = 0;
   static constexpr int MINUS_DELTA = BLOCK_M;
   static constexpr int SCALE = 2 * BLOCK_M;

@@ -49,6 +49,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_rows(const __grid
     if (p.grad_lse) delta -= p.grad_lse[at];
   }
   const int64_t to = head * int64_t{p.rows} + first_row(p.shape, sequence, index) + row;
+  if constexpr (HAS_PROFILE) {
+    if (head == 0) {
+      const int i = min(row, sequence.q_len - 1);
+      const int64_t position =
+          EXPLICIT ? p.positions.q[sequence.batch * p.positions.q_batch + sequence.q_start + i] : i + sequence.shift();
+      const int64_t entry = min(max(position, int64_t{p.bias.row_first}), int64_t{p.bias.row_last}) - p.bias.row_first;
+      p.row_scale[to] = p.bias.row_scale[entry];
+    }
+  }
   p.lse2[to] = lse == -infinity() ? infinity() : lse * LOG2E;
   p.minus_delta[to] = -delta;
 }

@@ -226,7 +226,8 @@ struct Sums {
   // With y = psi * scale in segment m: dA[m] += dS y, dC[m] += dS, dpsi += dS A[m] scale, dscale += dS A[m] psi.
   __device__ __forceinline__ void add_profile(const Fragments<Logits>& ds, const Sequence& sequence,
                                               const LogitPlace& at, const Operands& of, const HeadBias& head,
-                                              const SegmentRange& range, const Strip& strip, int head_index, int64_t row) {
+                                              const SegmentRange& range, const Strip& strip, int head_index,
+                                              int64_t row) {
     if (range.low != segment) {
       if constexpr (WANT_LINES) leave_segment(head_index);
       segment = range.low;

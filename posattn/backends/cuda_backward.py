@@ -55,8 +55,13 @@ class _Pass:
 
     @property
     def first_distance(self) -> int:
-        """Of the first diagonal that a tile can meet."""
-        return -(q_max(self.call) + self.tile.block_n)
+        """Of the first diagonal that a tile can meet; strips begin up to three earlier."""
+        return -(q_max(self.call) + self.tile.block_n + 4)
+
+    @property
+    def diagonals(self) -> int:
+        """Distances from the first on; a multiple of 4, for copies of 16 bytes."""
+        return -(-(k_max(self.call) + self.tile.block_m + 8 - self.first_distance) // 4) * 4
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.q.device)
@@ -143,13 +148,14 @@ def backward(
 ) -> dict[str, Tensor]:
     """The gradients named in `needs`, of a call without HeadMix; those of parameters in float32."""
     of = _prepared(call, out, grad_out, needs)
-    lse2, minus_delta = _row_statistics(of, out, lse, grad_lse)
+    rows = _row_statistics(of, out, lse, grad_lse)
+    lse2, minus_delta = rows["lse2"], rows["minus_delta"]
     grads: dict[str, Tensor] = {}
     if call.sinks is not None and "sinks" in needs:
         # A sink is a logit without a value. Padded rows and rows that see nothing have lse2 = +inf, so weight zero.
         weight = torch.exp2(call.sinks.float()[:, None] * LOG2E - lse2)
         grads["sinks"] = (weight * minus_delta).sum(1)
-    accumulated, sums, grads_of_keys = _main(of, lse2, minus_delta)
+    accumulated, sums, grads_of_keys = _main(of, rows)
     if "q" in needs:
         grads["q"] = _rows_of_queries(of, accumulated)
     grads.update(grads_of_keys)
@@ -157,25 +163,30 @@ def backward(
     return {name: grads[name] for name in needs}
 
 
-def _row_statistics(of: _Pass, out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """lse2 and minus_delta of backward_rows, [H, rows]."""
+def _row_statistics(of: _Pass, out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> dict[str, Tensor]:
+    """What backward_rows writes: lse2 and minus_delta [H, rows], row_scale [rows]."""
     out = operands.in_chunks(out)
     shape = (of.call.q.shape[1], of.rows)
-    lse2 = torch.full(shape, float("inf"), dtype=torch.float32, device=out.device)
-    minus_delta = of.zeros(*shape)
+    results = {
+        "lse2": torch.full(shape, float("inf"), dtype=torch.float32, device=out.device),
+        "minus_delta": of.zeros(*shape),
+    }
+    if of.constants["HAS_PROFILE"]:
+        results["row_scale"] = of.zeros(of.rows)
     values = {
         "out": out,
         "grad_out": of.grad_out,
         "lse": lse.contiguous(),
         "grad_lse": None if grad_lse is None else grad_lse.float().contiguous(),
-        "lse2": lse2,
-        "minus_delta": minus_delta,
+        "positions": of.values["positions"],
+        "bias": of.values["bias"],
+        **results,
         "out_strides": operands.strides(out),
         "grad_out_strides": operands.strides(of.grad_out),
     }
     lanes = max(4, 1 << (int(of.constants["DIM_V"]) // 8 - 1).bit_length())
     of.run_rows("backward_rows", "BackwardRowsParams", values, 32 * of.tile.warps // lanes, {})
-    return lse2, minus_delta
+    return results
 
 
 def _rows_of_queries(of: _Pass, accumulated: Tensor) -> Tensor:
@@ -195,7 +206,23 @@ def _rows_of_queries(of: _Pass, accumulated: Tensor) -> Tensor:
     return dq[..., : call.q.shape[3]].contiguous()
 
 
-def _main(of: _Pass, lse2: Tensor, minus_delta: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+def _by_distance(of: _Pass) -> dict[str, Tensor]:
+    """The table and psi at every distance that a tile can meet, so that the kernel copies them as they lie."""
+    if of.call.q_positions is not None:
+        return {}
+    bias = of.call.plan.bias
+    distance = torch.arange(of.diagonals, device=of.q.device) + of.first_distance
+    found = {}
+    if bias.table is not None:
+        values, first = bias.table.values.float(), bias.table.first
+        found["table"] = values[:, (distance - first).clamp(0, values.shape[1] - 1)].contiguous()
+    if bias.profile is not None:
+        values, first = bias.profile.psi.float(), bias.profile.first
+        found["psi"] = values[(distance - first).clamp(0, values.shape[0] - 1)]
+    return found
+
+
+def _main(of: _Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Runs attention_backward: dQ's accumulators, the sums of operands, and the gradients of k and v."""
     call, tile, bias = of.call, of.tile, of.call.plan.bias
     batch, heads, q_tokens, _ = call.q.shape
@@ -207,15 +234,14 @@ def _main(of: _Pass, lse2: Tensor, minus_delta: Tensor) -> tuple[Tensor, dict[st
     dk, dv = (create(x.shape, dtype=x.dtype, device=device) for x in (of.k, of.v))
     sums: dict[str, Tensor] = {}
     want = of.constants
-    diagonals = k_max(call) + tile.block_m - of.first_distance
     explicit = call.q_positions is not None
     if want["WANT_SLOPE"]:
         sums["dslope"] = of.zeros(count, heads, of.key_blocks * tile.warps)
     if want["WANT_TABLE"] and bias.table is not None:
-        entries = (bias.table.values.shape[1],) if explicit else (of.slices, diagonals)
+        entries = (bias.table.values.shape[1],) if explicit else (of.slices, of.diagonals)
         sums["dtable"] = of.zeros(count, heads, *entries)
     if want["WANT_PSI"] and bias.profile is not None:
-        entries = (bias.profile.psi.shape[0],) if explicit else (of.slices, diagonals)
+        entries = (bias.profile.psi.shape[0],) if explicit else (of.slices, of.diagonals)
         sums["dpsi"] = of.zeros(count, heads, *entries)
     if want["WANT_LINES"] and bias.profile is not None:
         sums["drow_scale"] = of.zeros(of.slices, heads, of.rows)
@@ -232,8 +258,8 @@ def _main(of: _Pass, lse2: Tensor, minus_delta: Tensor) -> tuple[Tensor, dict[st
     values = {
         **of.values,
         **sums,
-        "lse2": lse2,
-        "minus_delta": minus_delta,
+        **rows,
+        **_by_distance(of),
         "dq": accumulated,
         "dk": dk,
         "dv": dv,
@@ -242,7 +268,7 @@ def _main(of: _Pass, lse2: Tensor, minus_delta: Tensor) -> tuple[Tensor, dict[st
         "dv_strides": operands.strides(dv),
         "ddense_strides": ddense,
         "rows": of.rows,
-        "diagonals": diagonals,
+        "diagonals": of.diagonals,
         "first_distance": of.first_distance,
     }
     shared = shared_bytes(tile, int(of.constants["PADDED"]), of.constants)

@@ -84,7 +84,7 @@ def shared_bytes(tile: BackwardTile, dim: int, constants: Constants) -> int:
     in_registers = tile.logit_columns == 1 and tile.key_columns == 1
     pairs = (1 if in_registers else 2) * tile.block_n * tile.block_m
     tiles = (2 * tile.block_n + (2 + tile.grad_stages) * tile.block_m) * dim
-    strip = 0 if constants["EXPLICIT"] else tile.block_m + tile.block_n
+    strip = 0 if constants["EXPLICIT"] else tile.block_m + tile.block_n + 4
     rows = 2 * tile.block_m
     rows += strip if constants["HAS_TABLE"] else 0
     rows += strip + tile.block_m if constants["HAS_PROFILE"] else 0
