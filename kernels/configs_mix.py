@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from posattn.plan import Call
 
 from .operands import padded
@@ -12,8 +14,6 @@ from .tiles import Tile, head_dim
 MAX_HEADS = 32
 MAX_WIDTH = 64
 MAX_HEADS_TIMES_DIM = 2048
-# Up to here dK and dV of 16 keys share a program's registers.
-BOTH_KEY_GRADIENTS = 1024
 
 
 def unsupported(call: Call) -> str | None:
@@ -34,14 +34,29 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-_SMALL = Tile(16, 16, 8, 1, "output rows of 16 heads of 64 take 64 registers in 8 warps; 32 rows spill")
-_LARGE = Tile(16, 16, 16, 1, "twice the rows of the small one over twice the warps")
+def group(call: Call) -> int:
+    """Warps of a program, and so heads of a group: each warp owns one."""
+    return 4 if call.q.shape[1] <= 4 else 8
 
 
-def mix_tile(arch: str, call: Call) -> Tile:
-    return _SMALL if padded(call.q.shape[1]) * head_dim(call) <= BOTH_KEY_GRADIENTS else _LARGE
+def _head_rows(call: Call) -> int:
+    """The output columns of all heads that one warp owns."""
+    return -(-call.q.shape[1] // group(call)) * head_dim(call)
 
 
-def both_key_gradients(arch: str, call: Call) -> bool:
-    """True if one program can hold the accumulators of dK and dV, and AMD's 64 KiB of LDS what they exchange."""
-    return arch.startswith("sm_") and padded(call.q.shape[1]) * head_dim(call) <= BOTH_KEY_GRADIENTS
+def keeps_queries(call: Call) -> bool:
+    """True if a program's queries fit in registers beside its output rows."""
+    return _head_rows(call) <= 128 and call.q.dtype != torch.float32
+
+
+def forward_tile(arch: str, call: Call) -> Tile:
+    mix = call.plan.mix
+    if mix is not None and keeps_queries(call) and call.q.shape[1] <= 16 and mix.w1.shape[0] <= 32:
+        return Tile(
+            16, 32, group(call), 1, "12 heads of 64: 2P 2728 on sm_80; 16 keys 3043, as rows rescale twice as often"
+        )
+    return Tile(16, 16, group(call), 1, "32 keys spill")
+
+
+def backward_tile(call: Call) -> Tile:
+    return Tile(16, 16, group(call), 1, "logits, their gradients and the hidden layer share the registers")

@@ -1,93 +1,109 @@
-"""HeadMix on a tile: the logits of all heads, [HEADS, BLOCK_M, BLOCK_N], through an MLP over the heads.
+"""HeadMix's MLP over the heads at each position of a tile, on tensor cores.
 
-The MLP is three small products with one row for each (i, j), on tensor cores: [BLOCK_M * BLOCK_N, HEADS] by W1, then by
-W2. Its weights come transposed and zero-padded to powers of two, so padded heads and units add nothing.
+Rows of heads are [HEADS, P] for P = BLOCK_M * BLOCK_N positions; they and the weights are zero-padded to powers of two,
+so padded heads and units add nothing. A product into the hidden layer has the positions as rows, a product out of it as
+columns: what one leaves in registers is what the other multiplies, and neighbouring keys of a head lie side by side
+when they go back to the warp that owns the head.
+
+b2 never enters: it shifts all logits of a head, so only the log-sum-exp knows of it.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .bias import lookup, slope_tile
-from .scores import segments
+
+class Weights(NamedTuple):
+    """w1x, w1b, w2 [HEADS, WIDTH] in the dtype of products (the first layer's transposed), b1 [WIDTH] float32;
+    w1b_in is w1b with its heads in the order in which the inner bias's rows come."""
+
+    w1x: Any
+    w1b: Any
+    w1b_in: Any
+    b1: Any
+    w2: Any
 
 
 @triton.jit
-def rows_of_heads(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr):
-    """[HEADS, BLOCK_M, BLOCK_N] as the rows of a product, [BLOCK_M * BLOCK_N, HEADS]."""
-    return tl.reshape(tl.permute(x, (1, 2, 0)), [BLOCK_M * BLOCK_N, HEADS])
+def operand_order(HEADS: tl.constexpr):
+    """The heads in the order of rows_by_distance."""
+    k = tl.arange(0, HEADS)
+    return k // 16 * 16 + k // 2 % 4 * 4 + k // 8 % 2 * 2 + k % 2
 
 
 @triton.jit
-def tiles_of_heads(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr):
-    """The inverse of rows_of_heads."""
-    return tl.permute(tl.reshape(x, [BLOCK_M, BLOCK_N, HEADS]), (2, 0, 1))
+def _matrix(W, rows, WIDTH: tl.constexpr):
+    return tl.load(W + rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
 
 
 @triton.jit
-def load_heads(base, heads, rows, stride_h, stride_t, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[HEADS, rows, BLOCK_D] of a [H, T, D] tensor, zeros past D."""
-    offs_d = tl.arange(0, BLOCK_D)[None, None, :]
-    pointers = base + heads[:, None, None] * stride_h + rows[None, :, None] * stride_t + offs_d
-    if D == BLOCK_D:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=offs_d < D, other=0.0)
+def load_weights(W1X, W1B, B1, W2, HEADS: tl.constexpr, WIDTH: tl.constexpr, BY_DISTANCE: tl.constexpr):
+    heads = tl.arange(0, HEADS)
+    w1x = _matrix(W1X, heads, WIDTH)
+    w1b = w1x
+    w1b_in = w1x
+    if W1B is not None:
+        w1b = _matrix(W1B, heads, WIDTH)
+        w1b_in = _matrix(W1B, operand_order(HEADS), WIDTH) if BY_DISTANCE else w1b
+    return Weights(w1x, w1b, w1b_in, tl.load(B1 + tl.arange(0, WIDTH)), _matrix(W2, heads, WIDTH))
 
 
 @triton.jit
-def heads_bias(
-    i, j, i0, j0, pi, pj, shift, b, heads, i_first, j_first, Slope, stride_slope_b,
-    Table, stride_table_h, table_first, table_last,
-    Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
-    Knots, num_knots, SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
-    SIGNED: tl.constexpr, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr,
-    NVIDIA: tl.constexpr,
-):  # fmt: skip
-    """The sum of a Bias's operands for all heads, [HEADS, BLOCK_M, BLOCK_N]; i, pi [1, M, 1], j, pj [1, 1, N]."""
-    h = heads[:, None, None]
-    bias = tl.zeros([HEADS, BLOCK_M, BLOCK_N], tl.float32)
-    if Slope is not None:
-        slope = tl.load(Slope + b * stride_slope_b + h)
-        bias += slope_tile(slope, pi, pj, i0, j0, shift, i0 + shift, False, SIGNED, EXPLICIT)
-    if Table is not None:
-        table = Table + h * stride_table_h
-        bias += lookup(table, pi, pj, i0, j0, shift, table_first, table_last, 0, CLAMP, EXPLICIT, NVIDIA)
-    if Psi is not None:
-        row_scale = row_scales(pi, shift, RowScale, row_first, row_last, EXPLICIT)
-        low, high = segments(
-            i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,
-            Knots, num_knots, CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+def rows_by_distance(Rows, corner, rows, cols, HEADS: tl.constexpr, NVIDIA: tl.constexpr):
+    """Entries corner + rows - cols of a table [distances, HEADS], as [positions, HEADS] for a product.
+
+    On NVIDIA a lane loads the 4 neighbouring heads that make its share of an operand, with no exchange: the product
+    meets heads 4t .. 4t + 3 as k = 2t, 2t + 1, 2t + 8, 2t + 9: operand_order, which the weights follow."""
+    T: tl.constexpr = Rows.dtype.element_ty
+    M: tl.constexpr = rows.shape[0]
+    N: tl.constexpr = cols.shape[0]
+    base = Rows + corner.to(tl.int64) * HEADS + (rows * HEADS)[:, None, None]
+    if NVIDIA and T.primitive_bitwidth == 16:
+        pointers = (base + (tl.arange(0, HEADS // 4) * 4)[None, None, :]) - (cols * HEADS)[None, :, None]
+        a, b, c, d = tl.inline_asm_elementwise(
+            "{ .reg .b32 lo, hi; ld.global.nc.v2.b32 {lo, hi}, [$4]; mov.b32 {$0, $1}, lo; mov.b32 {$2, $3}, hi; }",
+            "=h,=h,=h,=h,l", [pointers.to(tl.int64)], (tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=1,
         )  # fmt: skip
-        line = h * (num_knots + 1)
-        y = row_scale * lookup(Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 0, CLAMP, EXPLICIT, NVIDIA)
-        slope = tl.load(SegmentSlope + line + low)
-        bias += y * slope + tl.load(SegmentIntercept + line + low)
-        if high > low:
-            for m in range(low, high):
-                steeper = tl.load(SegmentSlope + line + m + 1)
-                bias += (steeper - slope) * tl.maximum(y - tl.load(Knots + m), 0.0)
-                slope = steeper
-    if Dense is not None:
-        tile = Dense + b.to(tl.int64) * stride_db + h * stride_dh
-        tile += (i_first + i0).to(tl.int64) * stride_di + (j_first + j0).to(tl.int64) * stride_dj
-        bias += tl.load(tile + (i - i0) * stride_di + (j - j0) * stride_dj).to(tl.float32)
-    return bias
+        x = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [M, N, HEADS // 16, 4, 2, 2])
+        x = tl.permute(x, (0, 1, 2, 5, 3, 4)).to(T, bitcast=True)
+    else:
+        pointers = (base + tl.arange(0, HEADS)[None, None, :]) - (cols * HEADS)[None, :, None]
+        x = tl.permute(tl.reshape(tl.load(pointers), [M, N, HEADS // 16, 4, 2, 2]), (0, 1, 2, 4, 3, 5))
+    return tl.reshape(x, [M * N, HEADS])
 
 
 @triton.jit
-def row_scales(pi, shift, RowScale, row_first, row_last, EXPLICIT: tl.constexpr):
-    position = pi if EXPLICIT else pi + shift
-    return tl.load(RowScale + (tl.minimum(tl.maximum(position, row_first), row_last) - row_first))
+def into_hidden(x, weights, start, PRECISION: tl.constexpr):
+    """start + x.T @ weights for rows x [HEADS, P]: [P, WIDTH]."""
+    return tl.dot(tl.permute(x, (1, 0)), weights, start, input_precision=PRECISION)
 
 
 @triton.jit
-def mlp(z, bias, W1X, W1B, B1, W2, B2, CONCAT: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows z (and, for CONCAT, bias) [rows, HEADS] to (MLP output [rows, HEADS], pre-activation [rows, WIDTH]).
+def out_of_hidden(weights, hidden, WARPS: tl.constexpr, PRECISION: tl.constexpr):
+    """weights @ hidden.T for hidden [P, WIDTH]: [HEADS, P] in the dtype of products.
 
-    W1X, W1B are [HEADS, WIDTH], W2 [WIDTH, HEADS], in the rows' dtype; B1 [WIDTH] and B2 [HEADS] float32."""
-    before = tl.dot(z, W1X, input_precision=PRECISION) + B1[None, :]
+    Tensor cores spread rows and columns over warps and registers differently: their order of positions goes into this
+    product, and comes out again, so that nothing moves."""
+    P: tl.constexpr = hidden.shape[0]
+    WIDTH: tl.constexpr = hidden.shape[1]
+    HEADS: tl.constexpr = weights.shape[0]
+    hidden = tl.permute(tl.reshape(hidden, [P // (16 * WARPS), WARPS, 2, 8, WIDTH]), (4, 0, 2, 1, 3))
+    out = tl.dot(weights, tl.reshape(hidden, [WIDTH, P]), input_precision=PRECISION).to(weights.dtype)
+    out = tl.permute(tl.reshape(out, [HEADS, P // (16 * WARPS), 2, WARPS, 8]), (0, 1, 3, 2, 4))
+    return tl.reshape(out, [HEADS, P])
+
+
+@triton.jit
+def leaky(before):
+    return tl.maximum(before, 0.01 * before)
+
+
+@triton.jit
+def first_layer(x, inner, w: Weights, CONCAT: tl.constexpr, PRECISION: tl.constexpr):
+    """The pre-activation [P, WIDTH] of rows x [HEADS, P] and, for CONCAT, of inner [P, HEADS]."""
+    start = tl.broadcast_to(w.b1[None, :], [x.shape[1], w.b1.shape[0]])
+    before = into_hidden(x, w.w1x, start, PRECISION)
     if CONCAT:
-        before = tl.dot(bias, W1B, before, input_precision=PRECISION)
-    hidden = tl.maximum(before, 0.01 * before)
-    return tl.dot(hidden.to(z.dtype), W2, input_precision=PRECISION) + B2[None, :], before
+        before = tl.dot(inner, w.w1b_in, before, input_precision=PRECISION)
+    return before

@@ -4,16 +4,33 @@ import triton
 import triton.language as tl
 
 from .dropout import RANDOM_BITS
-from .masks import mask_offset, query_spans, sequence
-from .mix import load_heads, rows_of_heads, tiles_of_heads
-from .mix_scores import logit_gradients, mixed_logits, mlp_gradients, weights_w1
+from .masks import query_spans
+from .mix import load_weights
+from .mix_bias import Operands, open_sequence, open_tile
+from .mix_scores import Mix, head_groups, input_gradient, mlp_gradient
+from .mix_step import open_tensors, score_gradients
+from .mix_tiles import column_of, summed
+
+
+@triton.jit
+def _transposed_product(a, b, acc, PRECISION: tl.constexpr):
+    return tl.dot(tl.permute(a.to(b.dtype), (0, 2, 1)), b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _store(Target, acc, offs_h, num_heads, tokens, row0, count, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows row0 .. row0 + count of [H, tokens, D]."""
+    offs_n = tl.arange(0, acc.shape[1])
+    column = column_of(tl.arange(0, BLOCK_D), BLOCK_D)[None, None, :]
+    inside = (offs_h < num_heads)[:, None, None] & (offs_n < count)[None, :, None] & (column < D)
+    row = (offs_h.to(tl.int64)[:, None] * tokens + row0 + offs_n[None, :])[:, :, None]
+    tl.store(Target + row * D + column, acc.to(Target.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def mixed_backward_kv(
     Q, K, V, GradOut, Lse2, Delta, DK, DV_,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_gb, stride_gh, stride_gm,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh,
     scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
     Slope, stride_slope_b,
     Table, stride_table_h, table_first, table_last,
@@ -26,104 +43,109 @@ def mixed_backward_kv(
     InnerRowBounds,
     InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
     InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
-    W1X, W1B, B1, W2, B2,
+    W1X, W1B, B1, W2, Rows, rows_first,
     QPositions, stride_qpos, KPositions, stride_kpos,
     Boolean, stride_bb, stride_bh, stride_bi, stride_bj,
     KLengths, CuQ, CuK, left, right, threshold, keep_scale, seed_lo, seed_hi,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    CONCAT: tl.constexpr, RESIDUAL: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
-    SIGNED: tl.constexpr, CLAMP: tl.constexpr, KNOTS: tl.constexpr,
-    INNER_SIGNED: tl.constexpr, INNER_CLAMP: tl.constexpr, INNER_KNOTS: tl.constexpr,
-    BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
+    FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """DK [B, Hq, Tk, D] and DV_ [B, Hq, Tk, DV] contiguous, by query head; one of them None where the accumulators of
+    """DK [B, Hq, Tk, D] or DV_ [B, Hq, Tk, DV], contiguous, by query head; the other is None, as the accumulators of
     both do not fit in registers."""
-    EXPLICIT: tl.constexpr = QPositions is not None
     blocks = tl.cdiv(k_max, BLOCK_N)
     pid = tl.program_id(0)
+    GROUPS: tl.constexpr = FORM.groups
     j0 = (pid % blocks) * BLOCK_N
-    b = pid // blocks
-    q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, b, q_tokens, k_tokens)
-    if j0 >= k_len:
+    seq = open_sequence(
+        pid // blocks, KLengths, CuQ, CuK, q_tokens, k_tokens,
+        QPositions, stride_qpos, KPositions, stride_kpos, FORM.top_left,
+    )  # fmt: skip
+    if j0 >= seq.k_len:
         return
-    if CuQ is not None:
-        b = b * 0
-    b64 = b.to(tl.int64)
-    heads = tl.minimum(tl.arange(0, HEADS), num_heads - 1).to(tl.int64)  # padded heads repeat the last one
-    kv = heads // group
-    k_len - q_len
-    offset = mask_offset(q_len, k_len, TOP_LEFT)
-    w1x = weights_w1(W1X, HEADS, WIDTH)
-    w1b = w1x
-    if CONCAT:
-        w1b = weights_w1(W1B, HEADS, WIDTH)
-    b1 = tl.load(B1 + tl.arange(0, WIDTH))
-    w2 = weights_w1(W2, WIDTH, HEADS)
-    b2 = tl.load(B2 + tl.arange(0, HEADS))
-    cols = tl.maximum(tl.minimum(tl.arange(0, BLOCK_N), k_len - 1 - j0), -j0)
-    col0 = (k_start + j0).to(tl.int64)
-    k = load_heads(K + b64 * stride_kb + col0 * stride_kn, kv, cols, stride_kh, stride_kn, D, BLOCK_D)
-    v = load_heads(V + b64 * stride_vb + col0 * stride_vn, kv, cols, stride_vh, stride_vn, DV, BLOCK_DV)
-    dk = tl.zeros([HEADS, BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([HEADS, BLOCK_N, BLOCK_DV], tl.float32)
-    last = tl.minimum(j0 + BLOCK_N, k_len) - 1
-    lo, _full_lo, _full_hi, hi = query_spans(j0, last, q_len, offset, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    outer = Operands(
+        Slope, stride_slope_b, Table, stride_table_h, table_first, table_last,
+        Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
+        Knots, num_knots, SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
+    )  # fmt: skip
+    inner = Operands(
+        InnerSlope, inner_stride_slope_b, InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
+        InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
+        InnerRowBounds, InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
+        InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
+    )  # fmt: skip
+    mix = Mix(
+        inner, outer, Rows, rows_first, scale, softcap, num_heads,
+        Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right,
+        threshold, keep_scale, seed_lo, seed_hi,
+    )  # fmt: skip
+    x = open_tensors(
+        seq, Q, K, V, GradOut, Lse2, Delta,
+        stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh, num_heads, q_tokens,
+        FORM,
+    )  # fmt: skip
+    w = load_weights(W1X, W1B, B1, W2, HEADS, FORM.width, Rows is not None)
+    heads, kv = head_groups(num_heads, group, FORM.group, FORM.groups)
+    WIDE: tl.constexpr = FORM.block_dim if DV_ is None else FORM.block_value_dim
+    acc = ()
+    for _ in tl.static_range(GROUPS):
+        acc += (tl.zeros([FORM.group, BLOCK_N, WIDE], tl.float32),)
+    last = tl.minimum(j0 + BLOCK_N, seq.k_len) - 1
+    lo, _full_lo, _full_hi, hi = query_spans(
+        j0, last, seq.q_len, seq.offset, left, right, BLOCK_M, FORM.has_left, FORM.has_right
+    )  # fmt: skip
     for i0 in tl.range(lo, hi, BLOCK_M):
-        rows = tl.minimum(tl.arange(0, BLOCK_M), q_len - 1 - i0)
-        row0 = (q_start + i0).to(tl.int64)
-        q = load_heads(Q + b64 * stride_qb + row0 * stride_qm, heads, rows, stride_qh, stride_qm, D, BLOCK_D)
-        do = load_heads(GradOut + b64 * stride_gb + row0 * stride_gm, heads, rows, stride_gh, stride_gm, DV, BLOCK_DV)
-        stat = (b64 * num_heads + heads)[:, None] * q_tokens + row0 + rows[None, :]
-        lse2 = tl.where((tl.arange(0, BLOCK_M) < q_len - i0)[None, :], tl.load(Lse2 + stat), float("inf"))
-        delta = tl.load(Delta + stat)  # [HEADS, BLOCK_M]
-        s, slack, _x_rows, _inner_rows, before = mixed_logits(
-            q, k, b, heads, i0, j0, q_start, k_start, q_len, k_len,
-            scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
-            Slope, stride_slope_b,
-            Table, stride_table_h, table_first, table_last,
-            Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
-            Knots, num_knots, SegmentSlope, SegmentIntercept,
-            Dense, stride_db, stride_dh, stride_di, stride_dj,
-            InnerSlope, inner_stride_slope_b,
-            InnerTable, inner_stride_table_h, inner_table_first, inner_table_last,
-            InnerPsi, inner_psi_first, inner_psi_last, InnerPsiBounds, InnerRowScale, inner_row_first, inner_row_last,
-            InnerRowBounds,
-            InnerKnots, inner_num_knots, InnerSegmentSlope, InnerSegmentIntercept,
-            InnerDense, inner_stride_db, inner_stride_dh, inner_stride_di, inner_stride_dj,
-            w1x, w1b, b1, w2, b2,
-            QPositions, stride_qpos, KPositions, stride_kpos,
-            Boolean, stride_bb, stride_bh, stride_bi, stride_bj,
-            KLengths, CuQ, CuK, left, right, threshold, keep_scale, seed_lo, seed_hi,
-            EXPLICIT,
-            D, BLOCK_D, DV, BLOCK_DV,
-            BLOCK_M, BLOCK_N, HEADS, WIDTH,
-            CONCAT, RESIDUAL, OUTER, INNER,
-            HAS_LEFT, HAS_RIGHT, TOP_LEFT,
-            SIGNED, CLAMP, KNOTS,
-            INNER_SIGNED, INNER_CLAMP, INNER_KNOTS,
-            BOUNDS_BLOCK, PRECISION, NVIDIA,
+        tile = open_tile(seq, i0, j0, BLOCK_M, BLOCK_N, False)
+        weights, ds, slack, _x_rows, _inner_rows, before = score_gradients(
+            x, tile, seq, heads, kv, w, mix, FORM, DV_ is None, NVIDIA
         )  # fmt: skip
-        kept, ds = logit_gradients(
-            s, lse2, delta, do, v, b, heads.to(tl.int32), num_heads, i0, j0, q_start, k_start,
-            threshold, keep_scale, seed_lo, seed_hi, BLOCK_M, BLOCK_N, PRECISION,
-        )  # fmt: skip
-        ds_rows = rows_of_heads(ds.to(q.dtype), BLOCK_M, BLOCK_N, HEADS)
-        _dbefore, dz = mlp_gradients(ds_rows, before, w1x, w2, PRECISION)
+        i64 = i0.to(tl.int64)
+        added = ()
         if DV_ is not None:
-            dv = tl.dot(tl.permute(kept.to(do.dtype), (0, 2, 1)), do, dv, input_precision=PRECISION)
-        if DK is not None:
-            dx = (ds + tiles_of_heads(dz, BLOCK_M, BLOCK_N, HEADS)) * slack
-            dk = tl.dot(tl.permute(dx.to(q.dtype), (0, 2, 1)), q, dk, input_precision=PRECISION)
+            for g in tl.static_range(GROUPS):
+                do = summed(
+                    x.do + i64 * FORM.grad_step,
+                    heads[g],
+                    tile.rows,
+                    stride_gh,
+                    FORM.grad_step,
+                    FORM.value_dim,
+                    FORM.block_value_dim,
+                )
+                added += (_transposed_product(weights[g], do, acc[g], FORM.precision),)
+        else:
+            _ds_rows, dbefore = mlp_gradient(ds, before, w, FORM)
+            dx = input_gradient(ds, dbefore, w.w1x, tile, FORM, True)
+            for g in tl.static_range(GROUPS):
+                q = summed(
+                    x.q + i64 * FORM.q_step, heads[g], tile.rows, stride_qh, FORM.q_step, FORM.dim, FORM.block_dim
+                )
+                added += (_transposed_product(dx[g] * slack[g], q, acc[g], FORM.precision),)
+        acc = added
 
-    offs_h = tl.arange(0, HEADS)
-    offs_n = tl.arange(0, BLOCK_N)
-    inside = (offs_h < num_heads)[:, None, None] & (offs_n < k_len - j0)[None, :, None]
-    row = ((b64 * num_heads + offs_h)[:, None] * k_tokens + col0 + offs_n[None, :])[:, :, None]
-    if DK is not None:
-        offs_d = tl.arange(0, BLOCK_D)[None, None, :]
-        tl.store(DK + row * D + offs_d, (dk * scale).to(DK.dtype.element_ty), mask=inside & (offs_d < D))
-    if DV_ is not None:
-        offs_d = tl.arange(0, BLOCK_DV)[None, None, :]
-        tl.store(DV_ + row * DV + offs_d, dv.to(DV_.dtype.element_ty), mask=inside & (offs_d < DV))
+    for g in tl.static_range(GROUPS):
+        offs_h = g * FORM.group + tl.arange(0, FORM.group)
+        first = seq.b.to(tl.int64) * num_heads * k_tokens
+        row0 = seq.k_start + j0
+        if DV_ is not None:
+            _store(
+                DV_ + first * FORM.value_dim,
+                acc[g],
+                offs_h,
+                num_heads,
+                k_tokens,
+                row0,
+                seq.k_len - j0,
+                FORM.value_dim,
+                FORM.block_value_dim,
+            )
+        else:
+            _store(
+                DK + first * FORM.dim,
+                acc[g] * scale,
+                offs_h,
+                num_heads,
+                k_tokens,
+                row0,
+                seq.k_len - j0,
+                FORM.dim,
+                FORM.block_dim,
+            )

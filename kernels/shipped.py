@@ -13,7 +13,7 @@ import torch
 
 from posattn.plan import Bias, Call, Dense, HeadMix, Mask, Plan, Profile, Rotary, Slope, Table
 
-from . import attention, configs_mix, gradients, mixed
+from . import attention, configs_mix, gradients, mixed, mixed_gradients
 from .tiles import ARCHITECTURES
 
 # Long enough that every kernel has a full inner loop, and a multiple of 16 as lengths in training are.
@@ -107,7 +107,7 @@ def _recorded(
     if plan.mix is not None:
         mixed.forward(call, plan.mix, record, arch)
         if q_len > 1:
-            mixed.backward(call, plan.mix, q, lse, q, None, needs, record, arch)
+            mixed_gradients.backward(call, plan.mix, q, lse, q, None, needs, record, arch)
     else:
         attention.forward(call, record, arch, _PROCESSORS)
         if q_len > 1:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from posattn.backends import launch as seam
-from posattn.kernels import attention, configs_mix, gradients, mixed
+from posattn.kernels import attention, configs_mix, gradients, mixed, mixed_gradients
 from posattn.plan import Call
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -57,7 +57,7 @@ def backward(
     arch = seam.architecture(call.q.device)
     grads: dict[str, Tensor]
     if call.plan.mix is not None:
-        grads = mixed.backward(call, call.plan.mix, out, lse, grad_out, grad_lse, needs, seam.launch, arch)
+        grads = mixed_gradients.backward(call, call.plan.mix, out, lse, grad_out, grad_lse, needs, seam.launch, arch)
     else:
         grads = gradients.backward(call, out, lse, grad_out, grad_lse, needs, seam.launch, arch)
     return grads

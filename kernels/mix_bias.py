@@ -1,0 +1,166 @@
+"""A tile of one sequence, and the additive operands of HeadMix's inner and outer bias on it, for a group of heads."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .bias import lookup, slope_tile
+from .masks import mask_offset, sequence
+from .scores import segments
+
+
+class Operands(NamedTuple):
+    """A Bias as a kernel's arguments; absent operands are None."""
+
+    Slope: Any
+    stride_slope_b: Any
+    Table: Any
+    stride_table_h: Any
+    table_first: Any
+    table_last: Any
+    Psi: Any
+    psi_first: Any
+    psi_last: Any
+    PsiBounds: Any
+    RowScale: Any
+    row_first: Any
+    row_last: Any
+    RowBounds: Any
+    Knots: Any
+    num_knots: Any
+    SegmentSlope: Any
+    SegmentIntercept: Any
+    Dense: Any
+    stride_db: Any
+    stride_dh: Any
+    stride_di: Any
+    stride_dj: Any
+
+
+class Sequence(NamedTuple):
+    """One sequence: its batch entry, its first tokens in the tensors, its lengths, and where its positions are read."""
+
+    b: Any
+    q_start: Any
+    k_start: Any
+    q_len: Any
+    k_len: Any
+    offset: Any
+    QPositions: Any
+    stride_qpos: Any
+    KPositions: Any
+    stride_kpos: Any
+
+
+class Tile(NamedTuple):
+    """One tile of a sequence: true indices i [1, M, 1] and j [1, 1, N], the same clamped to the sequence (i_in, j_in),
+    their positions (pi, pj), and the clamped rows [M] and columns [N] counted from i0 and j0."""
+
+    b: Any
+    i0: Any
+    j0: Any
+    rows: Any
+    cols: Any
+    i: Any
+    j: Any
+    i_in: Any
+    j_in: Any
+    pi: Any
+    pj: Any
+    shift: Any
+    q_start: Any
+    k_start: Any
+
+
+@triton.jit
+def open_sequence(
+    index, KLengths, CuQ, CuK, q_tokens, k_tokens, QPositions, stride_qpos, KPositions, stride_kpos,
+    TOP_LEFT: tl.constexpr,
+):  # fmt: skip
+    """Sequence `index` of the batch or of the packed documents."""
+    q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, index, q_tokens, k_tokens)
+    b = index
+    if CuQ is not None:
+        b = index * 0
+    offset = mask_offset(q_len, k_len, TOP_LEFT)
+    return Sequence(b, q_start, k_start, q_len, k_len, offset, QPositions, stride_qpos, KPositions, stride_kpos)
+
+
+@triton.jit
+def open_tile(seq: Sequence, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr):
+    """INSIDE promises that all BLOCK_N keys exist; queries past the end are clamped to the last one in any case."""
+    rows = tl.minimum(tl.arange(0, BLOCK_M), seq.q_len - 1 - i0)
+    cols = tl.arange(0, BLOCK_N)
+    if not INSIDE:
+        cols = tl.maximum(tl.minimum(cols, seq.k_len - 1 - j0), -j0)
+    i = (i0 + tl.arange(0, BLOCK_M))[None, :, None]
+    j = (j0 + tl.arange(0, BLOCK_N))[None, None, :]
+    i_in = (i0 + rows)[None, :, None]
+    j_in = (j0 + cols)[None, None, :]
+    EXPLICIT: tl.constexpr = seq.QPositions is not None
+    pi = i_in
+    pj = j_in
+    if EXPLICIT:
+        b64 = seq.b.to(tl.int64)
+        pi = tl.load(seq.QPositions + b64 * seq.stride_qpos + seq.q_start + i_in)
+        pj = tl.load(seq.KPositions + b64 * seq.stride_kpos + seq.k_start + j_in)
+    return Tile(
+        seq.b, i0, j0, rows, cols, i, j, i_in, j_in, pi, pj, seq.k_len - seq.q_len, seq.q_start, seq.k_start
+    )  # fmt: skip
+
+
+@triton.jit
+def _row_scales(t: Tile, o: Operands, EXPLICIT: tl.constexpr):
+    """A profile's row scale, shaped like t.pi."""
+    position = t.pi if EXPLICIT else t.pi + t.shift
+    return tl.load(o.RowScale + (tl.minimum(tl.maximum(position, o.row_first), o.row_last) - o.row_first))
+
+
+@triton.jit
+def profile_tile(t: Tile, o: Operands, B: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr):
+    """(psi, row scale, lowest and highest segment) of a profile on the tile."""
+    BLOCK_M: tl.constexpr = t.rows.shape[0]
+    BLOCK_N: tl.constexpr = t.cols.shape[0]
+    row_scale = _row_scales(t, o, F.explicit)
+    low, high = segments(
+        t.i0, t.j0, t.pi, t.pj, t.shift, row_scale, o.Psi, o.psi_first, o.psi_last, o.PsiBounds,
+        o.row_first, o.row_last, o.RowBounds, o.Knots, o.num_knots,
+        B.clamp, F.explicit, BLOCK_M, BLOCK_N, F.bounds_block, B.knots, NVIDIA,
+    )  # fmt: skip
+    psi = lookup(
+        o.Psi, t.pi, t.pj, t.i0, t.j0, t.shift, o.psi_first, o.psi_last, 0, B.clamp, F.explicit, NVIDIA
+    )  # fmt: skip
+    return psi, row_scale, low, high
+
+
+@triton.jit
+def heads_bias(t: Tile, heads, o: Operands, B: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr):
+    """The sum of a Bias's operands for the heads of a group."""
+    GROUP: tl.constexpr = heads.shape[0]
+    h = heads[:, None, None]
+    bias = tl.zeros([GROUP, t.rows.shape[0], t.cols.shape[0]], tl.float32)
+    if o.Slope is not None:
+        slope = tl.load(o.Slope + t.b * o.stride_slope_b + h)
+        bias += slope_tile(slope, t.pi, t.pj, t.i0, t.j0, t.shift, t.i0 + t.shift, False, B.signed, F.explicit)
+    if o.Table is not None:
+        table = o.Table + h * o.stride_table_h
+        bias += lookup(
+            table, t.pi, t.pj, t.i0, t.j0, t.shift, o.table_first, o.table_last, 0, B.clamp, F.explicit, NVIDIA
+        )  # fmt: skip
+    if o.Psi is not None:
+        psi, row_scale, low, high = profile_tile(t, o, B, F, NVIDIA)
+        line = h * (o.num_knots + 1)
+        y = row_scale * psi
+        slope = tl.load(o.SegmentSlope + line + low)
+        bias += y * slope + tl.load(o.SegmentIntercept + line + low)
+        if high > low:
+            for m in range(low, high):
+                steeper = tl.load(o.SegmentSlope + line + m + 1)
+                bias += (steeper - slope) * tl.maximum(y - tl.load(o.Knots + m), 0.0)
+                slope = steeper
+    if o.Dense is not None:
+        tile = o.Dense + t.b.to(tl.int64) * o.stride_db + h * o.stride_dh
+        tile += (t.q_start + t.i0).to(tl.int64) * o.stride_di + (t.k_start + t.j0).to(tl.int64) * o.stride_dj
+        bias += tl.load(tile + (t.i_in - t.i0) * o.stride_di + (t.j_in - t.j0) * o.stride_dj).to(tl.float32)
+    return bias

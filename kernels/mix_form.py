@@ -1,0 +1,47 @@
+"""What the HeadMix kernels are compiled for, beside tile shapes: one frozen value, handed on as one argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BiasForm:
+    """An additive bias: signed slopes, lookups that may fall outside, and the padded number of a profile's knots."""
+
+    signed: bool
+    clamp: bool
+    knots: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """dim and value_dim with their padded sizes; steps from token to token of q, k, v and dO; groups of heads (each
+    `group` wide, one head a warp), all heads padded, hidden units padded; the form of the mix; of the mask; of the
+    biases."""
+
+    dim: int
+    block_dim: int
+    value_dim: int
+    block_value_dim: int
+    q_step: int
+    k_step: int
+    v_step: int
+    grad_step: int
+    group: int
+    groups: int
+    heads: int
+    width: int
+    keep_queries: bool
+    concat: bool
+    residual: bool
+    has_inner: bool
+    has_outer: bool
+    explicit: bool
+    has_left: bool
+    has_right: bool
+    top_left: bool
+    inner: BiasForm
+    outer: BiasForm
+    bounds_block: int
+    precision: str

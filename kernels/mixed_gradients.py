@@ -1,0 +1,209 @@
+"""Host side of HeadMix's backward pass: which kernels run for a call, and how their sums become gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posattn.plan import Bias, Call, HeadMix
+
+from .attention import turned
+from .configs_mix import backward_tile
+from .gradients import (
+    band_range,
+    clamped,
+    fold_bands,
+    grad_like,
+    row_scale_gradient,
+    row_statistics,
+    sink_gradient,
+    slope_gradient,
+)
+from .mix_backward_bias import mixed_gradient_by_tile
+from .mix_backward_kv import mixed_backward_kv
+from .mix_backward_q import mixed_backward_q
+from .mixed import concat, input_arguments, mix_arguments
+from .operands import Arguments, Launch, k_max, padded, q_max, sequences
+from .tiles import Tile
+
+
+def backward(
+    call: Call,
+    mix: HeadMix,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needs: frozenset[str],
+    launch: Launch,
+    arch: str,
+) -> dict[str, Tensor]:
+    """The gradients named in `needs`."""
+    rotary = call.plan.rotary
+    rows = row_statistics(launch, out, lse, grad_out, grad_lse)
+    # The kernels' logits leave b2 out.
+    rows["Lse2"] = rows["Lse2"] - mix.b2.float()[:, None] / math.log(2.0)
+    inputs = {**input_arguments(call, launch), **rows, "num_sequences": sequences(call)}
+    tile = backward_tile(call)
+    arguments = mix_arguments(call, mix, tile, inputs)
+
+    grads: dict[str, Tensor] = {}
+    if "sinks" in needs and call.sinks is not None:
+        grads["sinks"] = sink_gradient(call.sinks, lse, rows["Delta"])
+    if needs & {"k", "v"}:
+        grads.update(_key_gradients(call, arguments, needs, launch, tile))
+    if needs - {"k", "v", "sinks"}:
+        grads.update(_query_gradients(call, mix, arguments, needs, launch, tile))
+    for prefix, bias in (("", call.plan.bias), ("inner.", mix.inner)):
+        found = _bias_gradients(call, bias, arguments, prefix, needs, launch, tile)
+        grads.update({prefix + name: grad for name, grad in found.items()})
+    if rotary is not None:
+        for name, cos, sin in (("q", rotary.q_cos, rotary.q_sin), ("k", rotary.k_cos, rotary.k_sin)):
+            if name in needs:
+                grads[name] = turned(launch, grads[name], cos, sin, rotary.interleaved, call.q.dtype, sign=-1)
+    return {name: grads[name] for name in needs}
+
+
+def _query_gradients(
+    call: Call, mix: HeadMix, arguments: Arguments, needs: frozenset[str], launch: Launch, tile: Tile
+) -> dict[str, Tensor]:
+    q = call.q
+    heads, width = q.shape[1], mix.w1.shape[0]
+    heads_padded, width_padded = padded(heads), padded(width)
+    blocks = -(-q_max(call) // tile.block_m)
+    programs = blocks * sequences(call)
+
+    def slots(*shape: int) -> Tensor:
+        return torch.zeros((programs, *shape), dtype=torch.float32, device=q.device)
+
+    weights = bool(needs & {"w1", "b1", "w2", "b2"})
+    sums: dict[str, Any] = {
+        "DW1X": slots(heads_padded, width_padded) if weights else None,
+        "DW1B": slots(heads_padded, width_padded) if weights and concat(mix) else None,
+        "DB1": slots(width_padded) if weights else None,
+        "DW2": slots(heads_padded, width_padded) if weights else None,
+        "DB2": slots(heads_padded) if weights else None,
+    }
+    values: dict[str, Any] = {"DQ": grad_like(call, q)}
+    for prefix, name, bias in (("", "D", call.plan.bias), ("inner.", "DInner", mix.inner)):
+        wanted = {prefix + key for key in ("row_scale", "profile_slope", "profile_intercept")}
+        profile = bias.profile if needs & wanted else None
+        values[f"{name}Slope"] = slots(heads_padded) if prefix + "slope" in needs else None
+        values[f"{name}RowScale"] = values[f"{name}Segments"] = None
+        if profile is not None:
+            values[f"{name}RowScale"] = q.new_zeros((q.shape[0], q.shape[2]), dtype=torch.float32)
+            values[f"{name}Segments"] = slots(2, heads_padded, profile.knots.shape[0] + 1)
+    # Output rows or the MLP's sums, not both: together they do not fit in registers.
+    for part in (values, sums) if weights else (values,):
+        given = {**dict.fromkeys((*values, *sums)), **part}
+        arguments.with_(given, {}).launch_with(launch, mixed_backward_q, (programs,), tile.num_warps, tile.num_stages)
+
+    grads = {"q": values["DQ"]}
+    if weights:
+        w1 = sums["DW1X"].sum(0)[:heads, :width].T
+        if sums["DW1B"] is not None:
+            w1 = torch.cat([w1, sums["DW1B"].sum(0)[:heads, :width].T], dim=1)
+        grads["w1"], grads["w2"] = w1, sums["DW2"].sum(0)[:heads, :width]
+        grads["b1"], grads["b2"] = sums["DB1"].sum(0)[:width], sums["DB2"].sum(0)[:heads]
+    for prefix, name, bias in (("", "D", call.plan.bias), ("inner.", "DInner", mix.inner)):
+        slope, segments = values[f"{name}Slope"], values[f"{name}Segments"]
+        if slope is not None and bias.slope is not None:
+            by_sequence = slope.view(-1, blocks, heads_padded).sum(1)[:, :heads]
+            grads[prefix + "slope"] = slope_gradient(call, bias.slope, by_sequence)
+        if segments is not None and bias.profile is not None:
+            lines = segments.sum(0)[:, :heads]
+            grads[prefix + "profile_intercept"], grads[prefix + "profile_slope"] = lines[0], lines[1]
+            grads[prefix + "row_scale"] = row_scale_gradient(call, bias.profile, values[f"{name}RowScale"])
+    return grads
+
+
+def _key_gradients(
+    call: Call, arguments: Arguments, needs: frozenset[str], launch: Launch, tile: Tile
+) -> dict[str, Tensor]:
+    """By query head, then summed over the heads that share a key-value head."""
+    k, v = call.k, call.v
+    batch, heads = call.q.shape[:2]
+    group = heads // k.shape[1]
+    programs = -(-k_max(call) // tile.block_n) * sequences(call)
+    exact = group > 1 or call.plan.rotary is not None
+    grads: dict[str, Tensor] = {}
+    for name, x, dtype in (
+        ("k", k, torch.float32 if exact else k.dtype),
+        ("v", v, torch.float32 if group > 1 else v.dtype),
+    ):
+        if name not in needs:
+            continue
+        grad = x.new_zeros((batch, heads, *x.shape[2:]), dtype=dtype)
+        values = {"DK": grad if name == "k" else None, "DV_": grad if name == "v" else None}
+        arguments.with_(values, {}).launch_with(launch, mixed_backward_kv, (programs,), tile.num_warps, tile.num_stages)
+        if group > 1:
+            grad = grad.unflatten(1, (-1, group)).sum(2)
+        grads[name] = grad if name == "k" and call.plan.rotary is not None else grad.to(x.dtype)
+    return grads
+
+
+def _bias_gradients(
+    call: Call, bias: Bias, arguments: Arguments, prefix: str, needs: frozenset[str], launch: Launch, tile: Tile
+) -> dict[str, Tensor]:
+    q, k = call.q, call.k
+    heads, q_tokens, k_tokens = q.shape[1], q.shape[2], k.shape[2]
+    explicit = call.q_positions is not None
+    packed = call.mask.cu_seqlens_q is not None
+    table = bias.table if prefix + "table" in needs else None
+    profile = bias.profile if prefix + "psi" in needs else None
+    dense = bias.dense.bias if bias.dense is not None and prefix + "dense" in needs else None
+    floats = {"dtype": torch.float32, "device": q.device}
+    nothing = dict.fromkeys(("DTable", "DPsi", "DDense"))
+    nothing.update(dict.fromkeys(("stride_gdb", "stride_gdh", "stride_gt", "first_corner", "batches_each"), 0))
+    constants = {"OF_INNER": bool(prefix), "SHARED_HEADS": False}
+    grads: dict[str, Tensor] = {}
+    if (table is not None or profile is not None) and not explicit:
+        block = tile.block_n
+        first_corner, bands = band_range(call, block)
+        by_head = torch.empty((heads, bands, 2 * block), **floats) if table is not None else None
+        psi = torch.empty((1, bands, 2 * block), **floats) if profile is not None else None
+        values = {
+            **nothing,
+            "DTable": by_head,
+            "DPsi": psi,
+            "stride_gt": bands * 2 * block,
+            "first_corner": first_corner,
+        }
+        arguments.with_(values, {**constants, "ALONG_DIAGONAL": True}).launch_with(
+            launch, mixed_gradient_by_tile, (bands,), tile.num_warps, tile.num_stages
+        )
+        start = first_corner - block
+        if table is not None and by_head is not None:
+            grads["table"] = clamped(fold_bands(by_head, block), start, table.first, table.values.shape[1])
+        if profile is not None and psi is not None:
+            grads["psi"] = clamped(fold_bands(psi, block), start, profile.first, profile.psi.shape[0])[0]
+    scatter = explicit and (table is not None or profile is not None)
+    if scatter or dense is not None:
+        out_batches = sequences(call) if scatter or packed or dense is None else dense.shape[0]
+        target = None
+        if dense is not None:
+            shape = (1 if packed else out_batches, dense.shape[1], q_tokens, k_tokens)
+            target = torch.zeros(shape, **floats)
+            constants["SHARED_HEADS"] = dense.shape[1] == 1
+        values = {
+            **nothing,
+            "DTable": torch.zeros(table.values.shape, **floats) if scatter and table is not None else None,
+            "DPsi": torch.zeros(profile.psi.shape, **floats) if scatter and profile is not None else None,
+            "DDense": target,
+            "stride_gdb": 0 if target is None else target.stride(0),
+            "stride_gdh": 0 if target is None else target.stride(1),
+            "stride_gt": 0 if table is None else table.values.shape[1],
+            "batches_each": sequences(call) // out_batches,
+        }
+        tiles = -(-q_max(call) // tile.block_m) * -(-k_max(call) // tile.block_n)
+        arguments.with_(values, {**constants, "ALONG_DIAGONAL": False}).launch_with(
+            launch, mixed_gradient_by_tile, (tiles * out_batches,), tile.num_warps, tile.num_stages
+        )
+        if target is not None and dense is not None:
+            grads["dense"] = target.sum_to_size(dense.shape)
+        scattered = {"table": values["DTable"], "psi": values["DPsi"]}
+        grads.update({name: grad for name, grad in scattered.items() if grad is not None})
+    return grads
