@@ -29,9 +29,19 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def cuda_machine(kernel_cache: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """CUDA launches run on the machine, as sm_80; a finding is an error."""
+    yield from _machine(80, kernel_cache, monkeypatch)
+
+
+@pytest.fixture
+def hopper_machine(kernel_cache: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """The same as sm_90a."""
+    yield from _machine(90, kernel_cache, monkeypatch)
+
+
+def _machine(arch: int, kernel_cache: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     pytest.importorskip("cuda.core")
     monkeypatch.setenv("POSATTN_CACHE_DIR", kernel_cache)
-    with behind_launch(80) as machine:
+    with behind_launch(arch) as machine:
         yield machine
 
 

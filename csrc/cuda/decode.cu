@@ -131,8 +131,8 @@ struct Decode {
     if constexpr (ROTARY_Q) {
       const int64_t at = sequence.batch * p.q_angles.batch + sequence.q_start * int64_t{HALF};
       const int group = p.shape.group, first = r0, last = rows() - 1;
-      turn_tile<HEAD_DIM, BLOCK_M, THREADS>(shared, p.q_angles.cos + at, p.q_angles.sin + at, BLOCK_M, thread,
-                                            [=](int r) { return min(first + r, last) / group; });
+      turn_tile<Tile<HEAD_DIM>, BLOCK_M, THREADS>(shared, p.q_angles.cos + at, p.q_angles.sin + at, BLOCK_M, thread,
+                                                  [=](int r) { return min(first + r, last) / group; });
       ptx::bar_sync();
     }
     const auto reader = Reader<HEAD_DIM>::a_operand(memory, 0, lane);
@@ -146,8 +146,8 @@ struct Decode {
   __device__ __forceinline__ void turn_k(int j0, uint32_t stage) const {
     if constexpr (ROTARY_K) {
       const int64_t at = sequence.batch * p.k_angles.batch + (sequence.k_start + j0) * int64_t{HALF};
-      turn_tile<HEAD_DIM, BLOCK_N, THREADS>(shared + Q_BYTES + stage, p.k_angles.cos + at, p.k_angles.sin + at,
-                                            sequence.k_len - j0, thread);
+      turn_tile<Tile<HEAD_DIM>, BLOCK_N, THREADS>(shared + Q_BYTES + stage, p.k_angles.cos + at, p.k_angles.sin + at,
+                                                  sequence.k_len - j0, thread);
       ptx::bar_sync();
     }
   }

@@ -7,11 +7,11 @@
 namespace posattn {
 
 // Walks a tensor down its tokens, ROWS at a time, by all THREADS threads. USED is a multiple of 8.
-template <int DIM, int USED, int ROWS, int THREADS>
+template <int DIM, int USED, int ROWS, int THREADS, typename Layout = Tile<DIM>>
 struct Loader {
-  static constexpr int LANES = Tile<DIM>::PERIOD;  // threads that share a row
-  static constexpr int STEP = THREADS / LANES;     // rows that one pass covers
-  static constexpr int COLUMNS = Tile<DIM>::CHUNKS / LANES;
+  static constexpr int LANES = Layout::PERIOD;  // threads that share a row
+  static constexpr int STEP = THREADS / LANES;  // rows that one pass covers
+  static constexpr int COLUMNS = Layout::CHUNKS / LANES;
   static_assert(USED % 8 == 0 && USED <= DIM && STEP % 8 == 0);
 
   const Element* from;
@@ -26,7 +26,7 @@ struct Loader {
     column = thread % LANES;
     from = first + (row0 + row) * token_stride + column * 8;
     step = STEP * token_stride;
-    to = tile + Tile<DIM>::offset(row, column);
+    to = tile + Layout::offset(row, column);
   }
 
   // Starts the copies of the next tile into the buffer `base` bytes further; `rows` of it are inside the tensor.
@@ -37,7 +37,7 @@ struct Loader {
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
           const bool inside = row + r < rows && (USED == DIM || (column + c * LANES) * 8 < USED);
-          const uint32_t place = to + base + r * Tile<DIM>::PITCH + c * (LANES * 16);
+          const uint32_t place = to + base + r * Layout::PITCH + c * Layout::PERIOD_STEP;
           ptx::cp_async_16(place, from + c * (LANES * 8), inside ? 16 : 0);
         }
       }

@@ -16,6 +16,7 @@ struct Tile {
   static constexpr int CHUNKS = DIM / 8;
   static constexpr int PITCH = DIM * 2;                   // bytes of a row
   static constexpr int PERIOD = CHUNKS % 8 == 0 ? 8 : 4;  // chunks that a swizzle permutes among themselves
+  static constexpr int PERIOD_STEP = PERIOD * 16;         // bytes from one such run of chunks to the next
 
   __device__ static __forceinline__ int twist(int row) { return PERIOD == 8 ? row & 7 : (row >> 1) & 3; }
 
@@ -30,6 +31,24 @@ struct Tile {
   }
 
   __host__ __device__ static constexpr int bytes(int rows) { return rows * PITCH; }
+};
+
+// The same in panels of 64 columns, one after another, [DIM / 64][ROWS][64]: the layout that wgmma reads.
+template <int DIM, int ROWS>
+struct Panels {
+  static_assert(DIM % 64 == 0 && ROWS % 8 == 0);
+  static constexpr int CHUNKS = DIM / 8;
+  static constexpr int PITCH = 128;
+  static constexpr int PERIOD = 8;
+  static constexpr int PERIOD_STEP = ROWS * PITCH;
+
+  __device__ static __forceinline__ uint32_t offset(int row, int chunk) {
+    return chunk / 8 * PERIOD_STEP + row * PITCH + ((chunk % 8 ^ (row & 7)) << 4);
+  }
+
+  __device__ static __forceinline__ uint32_t element(int row, int column) {
+    return offset(row, column >> 3) + (column & 7) * 2;
+  }
 };
 
 // The addresses one lane gives to ldmatrix for 16 columns after 16 columns of a tile: its row (less a multiple of 8)

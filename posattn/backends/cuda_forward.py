@@ -79,7 +79,7 @@ def _shared_bytes(tile: ForwardTile | DecodeTile, constants: Constants) -> int:
     if isinstance(tile, DecodeTile):
         return max(tile.block_m * dim + tile.stages * stage, tile.warps * tile.block_m * (2 * dim_v + 8))
     if (constants["HAS_TABLE"] or constants["HAS_PROFILE"]) and not constants["EXPLICIT"]:
-        stage += 8 * (tile.block_m + tile.block_n)
+        stage += -(-8 * (tile.block_m + tile.block_n) // 1024) * 1024  # wgmma wants tiles aligned to this
     return max(tile.block_m * dim + tile.stages * stage, tile.block_m * dim_v)
 
 
@@ -162,9 +162,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         "softcap": call.softcap,
         "split_tiles": -(-shape["k_blocks"] // splits),
     }
-    source, entry = ("decode.cu", "attention_decode") if decoding else ("forward.cu", "attention_forward")
+    entry = "attention_decode" if decoding else "attention_forward"
     threads, shared = 32 * tile.warps, int(constants["SHARED_BYTES"])
-    run(source, entry, "ForwardParams", constants, values, (blocks, splits), threads, shared, device)
+    run(tile.source, entry, "ForwardParams", constants, values, (blocks, splits), threads, shared, device)
     if splits > 1:
         _combine(call, partial, partial_lse, out, lse)
     return out[..., : call.v.shape[3]].contiguous(), lse

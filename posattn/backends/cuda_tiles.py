@@ -21,6 +21,7 @@ class ForwardTile:
     blocks: int  # on a multiprocessor, which limits registers to 65536 / (32 warps blocks)
     q_in_registers: bool
     reason: str
+    source: str = "forward.cu"
 
     def constants(self) -> Constants:
         return {
@@ -51,6 +52,7 @@ class DecodeTile:
     warps: int
     stages: int
     reason: str
+    source: str = "decode.cu"
 
     @property
     def block_n(self) -> int:
@@ -88,6 +90,19 @@ def decode_tile(call: Call) -> DecodeTile | None:
     return replace(tile, block_m=32) if rows > 16 and dim <= 128 else tile
 
 
+# On sm_90a, where both head dimensions are multiples of 64. 2P is that of sm_90.
+_WGMMA = "forward_sm90.cu"
+_HOPPER = {
+    64: ForwardTile(
+        128, 128, 8, 2, 1, False, "2P 512; 64 keys would read Q twice as often: shared memory binds", _WGMMA
+    ),
+    128: ForwardTile(128, 128, 8, 2, 1, False, "2P 768; two stages of 64 KiB and Q fill shared memory", _WGMMA),
+}
+
+
 def forward_tile(arch: str, call: Call) -> ForwardTile:
-    dim = max(padded(call.q.shape[3]), padded(call.v.shape[3]))
+    dims = padded(call.q.shape[3]), padded(call.v.shape[3])
+    dim = max(dims)
+    if arch == "sm_90" and all(d % 64 == 0 for d in dims) and dim in _HOPPER:
+        return _HOPPER[dim]
     return _FORWARD[min(d for d in _FORWARD if d >= dim)]

@@ -1,0 +1,147 @@
+// PTX instructions of sm_90a, one wrapper each, named after the instruction: products of a warpgroup (128 threads) that
+// run beside it, with operands in shared memory.
+//
+// wgmma m64nNk16: D [64, N] += A [64, 16] B [16, N]. Warp w of the warpgroup holds rows 16 w .. 16 w + 15 of D, and of
+// A if A is in registers, in the fragments of mma.m16n8k16 (ptx.h), N / 8 of them side by side. A tile in shared memory
+// is given by a descriptor, see descriptor().
+#pragma once
+#include "ptx.h"
+
+namespace posattn::ptx {
+
+// Writes to shared memory by ordinary stores and cp.async, before it, are seen by wgmma after the next barrier.
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Registers written before are ready for the wgmma that follow.
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit_group() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int N>
+__device__ __forceinline__ void wgmma_wait_group() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// Keeps the compiler from moving accesses of the accumulators past this place.
+template <int N8>
+__device__ __forceinline__ void hold(float (&d)[N8][4]) {
+#pragma unroll
+  for (int n = 0; n < N8; ++n) {
+#pragma unroll
+    for (int x = 0; x < 4; ++x) asm volatile("" : "+f"(d[n][x])::"memory");
+  }
+}
+
+// A tile in shared memory whose rows of 128 bytes have their chunks swizzled by c ^ (row mod 8). `panel`: bytes from
+// one run of 64 columns to the next, for operands whose columns are not summed over (tnsp).
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t panel) {
+  constexpr uint64_t SWIZZLE_128 = uint64_t{1} << 62;
+  constexpr uint64_t EIGHT_ROWS = uint64_t{1024 / 16} << 32;
+  return SWIZZLE_128 | EIGHT_ROWS | uint64_t{panel / 16} << 16 | address / 16;
+}
+
+#define POSATTN_D1(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define POSATTN_D4(n) POSATTN_D1(n), POSATTN_D1(n + 1), POSATTN_D1(n + 2), POSATTN_D1(n + 3)
+#define POSATTN_D8 POSATTN_D4(0), POSATTN_D4(4)
+#define POSATTN_D16 POSATTN_D8, POSATTN_D4(8), POSATTN_D4(12)
+
+#define POSATTN_WGMMA_SHARED_64(TYPE)                                                                            \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE \
+               " "                                                                                               \
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                         \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"                 \
+               ", %32, %33, p, 1, 1, 0, 0;}"                                                                     \
+               : POSATTN_D8                                                                                      \
+               : "l"(a), "l"(b), "r"(add))
+
+#define POSATTN_WGMMA_REGISTERS_64(TYPE)                                                         \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                       \
+               " "                                                                               \
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}" \
+               ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                        \
+               : POSATTN_D8                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+#define POSATTN_WGMMA_SHARED_128(TYPE)                                                                            \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE \
+               " "                                                                                                \
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                          \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                 \
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                 \
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"                  \
+               ", %64, %65, p, 1, 1, 0, 0;}"                                                                      \
+               : POSATTN_D16                                                                                      \
+               : "l"(a), "l"(b), "r"(add))
+
+#define POSATTN_WGMMA_REGISTERS_128(TYPE)                                                         \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                       \
+               " "                                                                                \
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"  \
+               ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                         \
+               : POSATTN_D16                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+// D = A B, or D += A B if `add`: both operands tiles [rows, 16] whose columns are summed over. N = 8 N8 is 64 or 128.
+template <int N8>
+__device__ __forceinline__ void wgmma_m64nNk16_f16(float (&d)[N8][4], uint64_t a, uint64_t b, int add) {
+  static_assert(N8 == 8 || N8 == 16);
+  if constexpr (N8 == 8) {
+    POSATTN_WGMMA_SHARED_64("f16");
+  } else {
+    POSATTN_WGMMA_SHARED_128("f16");
+  }
+}
+
+// D += A B, A in registers, B a tile [16, N] whose rows are summed over.
+template <int N8>
+__device__ __forceinline__ void wgmma_m64nNk16_f16(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(N8 == 8 || N8 == 16);
+  if constexpr (N8 == 8) {
+    POSATTN_WGMMA_REGISTERS_64("f16");
+  } else {
+    POSATTN_WGMMA_REGISTERS_128("f16");
+  }
+}
+
+// D = A B, or D += A B if `add`: both operands tiles [rows, 16] whose columns are summed over. N = 8 N8 is 64 or 128.
+template <int N8>
+__device__ __forceinline__ void wgmma_m64nNk16_bf16(float (&d)[N8][4], uint64_t a, uint64_t b, int add) {
+  static_assert(N8 == 8 || N8 == 16);
+  if constexpr (N8 == 8) {
+    POSATTN_WGMMA_SHARED_64("bf16");
+  } else {
+    POSATTN_WGMMA_SHARED_128("bf16");
+  }
+}
+
+// D += A B, A in registers, B a tile [16, N] whose rows are summed over.
+template <int N8>
+__device__ __forceinline__ void wgmma_m64nNk16_bf16(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(N8 == 8 || N8 == 16);
+  if constexpr (N8 == 8) {
+    POSATTN_WGMMA_REGISTERS_64("bf16");
+  } else {
+    POSATTN_WGMMA_REGISTERS_128("bf16");
+  }
+}
+
+#undef POSATTN_D1
+#undef POSATTN_D4
+#undef POSATTN_D8
+#undef POSATTN_D16
+#undef POSATTN_WGMMA_SHARED_64
+#undef POSATTN_WGMMA_REGISTERS_64
+#undef POSATTN_WGMMA_SHARED_128
+#undef POSATTN_WGMMA_REGISTERS_128
+
+}  // namespace posattn::ptx
