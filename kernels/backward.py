@@ -9,6 +9,7 @@ order of summation is fixed and no atomic adds to it.
 import triton
 import triton.language as tl
 
+from .bias import distance_tile
 from .dropout import RANDOM_BITS, keep_tile
 from .masks import mask_offset, query_spans, sequence
 from .profile import profile_sums
@@ -89,7 +90,7 @@ def attention_backward(
     if j0 + BLOCK_N > k_len:
         full_hi = full_lo  # keys past the end are masked everywhere: their logits must not reach dq
     for h in range(kv * group, (kv + 1) * group):
-        h64 = h.to(tl.int64)
+        h64 = tl.cast(h, tl.int64)
         q_base = Q + b64 * stride_qb + h64 * stride_qh + q_start.to(tl.int64) * stride_qm
         do_base = GradOut + b64 * stride_gb + h64 * stride_gh + q_start.to(tl.int64) * stride_gm
         stat_base = (b64 * num_heads + h64) * q_tokens + q_start
@@ -117,7 +118,7 @@ def attention_backward(
                         rows = tl.minimum(rows, q_len - 1 - i0)
                     i = (i0 + tl.arange(0, BLOCK_M))[None, :]  # [1, BLOCK_M]
                     i_in = (i0 + rows)[None, :]
-                    row0 = i0.to(tl.int64)
+                    row0 = tl.cast(i0, tl.int64)
                     q = load_rows(q_base + row0 * stride_qm, rows, stride_qm, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
                     do = load_rows(do_base + row0 * stride_gm, rows, stride_gm, DV, BLOCK_DV)
                     lse2 = tl.load(Lse2 + stat_base + row0 + rows)
@@ -146,7 +147,6 @@ def attention_backward(
                         BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
                     )  # fmt: skip
                     p = tl.exp2(s * factor - lse2[None, :])
-                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                     kept = p
                     if threshold is not None:
                         keep = keep_tile(
@@ -155,15 +155,14 @@ def attention_backward(
                         )  # fmt: skip
                         keep = tl.trans(keep)
                         kept = tl.where(keep, p * keep_scale, 0.0)
-                        dp = tl.where(keep, dp * keep_scale, 0.0)
                     dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                    if threshold is not None:
+                        dp = tl.where(keep, dp * keep_scale, 0.0)
                     ds = p * (dp - delta[None, :])
                     if DSlope is not None:
-                        if EXPLICIT:
-                            distance = (pi - pj).to(tl.float32)
-                        else:
-                            distance = (i_in - i0).to(tl.float32) - (j_in - (i0 + shift)).to(tl.float32)
-                        dslope += tl.sum(ds * (distance if SIGNED else tl.abs(distance)), 1)
+                        distance = distance_tile(pi, pj, i0, j0, shift, EXPLICIT)
+                        dslope += tl.sum(ds * (distance if SIGNED or LINEAR else tl.abs(distance)), 1)
                     if DRowScale is not None:
                         drow_scale = profile_sums(
                             ds, i0, j0, pi, pj, shift, row_scale, sums, Psi, psi_first, psi_last, PsiBounds,

@@ -4,7 +4,8 @@ Each program owns one tile-shaped accumulator. For tables and psi it walks the t
 tile holds the same distances, and only at the end sums its accumulator along the diagonals; for a dense bias it walks
 the batches and heads that share the bias. So there is one plain addition an element and no atomic, and the order of
 summation is fixed. With explicit positions no two tiles hold the same distances, and each element is added to the
-table by an atomic.
+table by an atomic: of integers, in units so small that nothing is lost, since sums of integers do not depend on their
+order.
 """
 
 import triton
@@ -37,8 +38,8 @@ def _logit_gradient(
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """ds on the tile at (i0, j0), zero outside the sequence; also pi, pj and the row scale."""
-    b64 = b.to(tl.int64)
-    h64 = h.to(tl.int64)
+    b64 = tl.cast(b, tl.int64)
+    h64 = tl.cast(h, tl.int64)
     kv64 = (h // group).to(tl.int64)
     shift = k_len - q_len
     offset = mask_offset(q_len, k_len, TOP_LEFT)
@@ -207,7 +208,7 @@ def gradient_by_distance(
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def gradient_by_tile(
     Q, K, V, GradOut, Lse2, Delta, DDense, stride_gdb, stride_gdh, out_heads, batches_each, heads_each, DTable, DPsi,
-    num_sequences,
+    TableUnits, PsiUnits, num_sequences,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm,
     scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
@@ -225,8 +226,8 @@ def gradient_by_tile(
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """DDense [1 or B, 1 or H, Tq, Tk] float32: the sum over the batches and heads that share an element (batches_each
-    and heads_each of them). DTable [H, L] and DPsi [L] float32, zeroed, take explicit positions' gradients by atomics.
-    DDense comes zeroed where documents are packed, and one program has one document."""
+    and heads_each of them). It comes zeroed where documents are packed, and one program has one document. DTable [H, L]
+    and DPsi [L] int64, zeroed, take explicit positions' gradients times TableUnits and PsiUnits ([1], powers of 2)."""
     EXPLICIT: tl.constexpr = QPositions is not None
     blocks_m = tl.cdiv(q_max, BLOCK_M)
     blocks_n = tl.cdiv(k_max, BLOCK_N)
@@ -271,8 +272,9 @@ def gradient_by_tile(
             )  # fmt: skip
             acc += ds
             if DTable is not None:
+                units = (ds * tl.load(TableUnits)).to(tl.int64)
                 entry = tl.minimum(tl.maximum(pi - pj, table_first), table_last) - table_first
-                tl.atomic_add(DTable + h.to(tl.int64) * stride_table_h + entry, ds, sem="relaxed")
+                tl.atomic_add(DTable + h.to(tl.int64) * stride_table_h + entry, units, sem="relaxed")
             if DPsi is not None:
                 dpsi = _psi_gradient(
                     ds, i0, j0, pi, pj, shift, row_scale, h, Psi, psi_first, psi_last, PsiBounds,
@@ -280,7 +282,8 @@ def gradient_by_tile(
                     CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
                 )  # fmt: skip
                 entry = tl.minimum(tl.maximum(pi - pj, psi_first), psi_last) - psi_first
-                tl.atomic_add(DPsi + entry, dpsi, sem="relaxed")
+                units = (dpsi * tl.load(PsiUnits)).to(tl.int64)
+                tl.atomic_add(DPsi + entry, units, sem="relaxed")
     if DDense is not None:
         b_out = first if CuQ is None else first * 0
         i = i0 + tl.arange(0, BLOCK_M)

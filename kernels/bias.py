@@ -15,6 +15,15 @@ def _plus_256(x):
 
 
 @triton.jit
+def distance_tile(i, j, i0, j0, shift, EXPLICIT: tl.constexpr):
+    """i + shift - j as float32, by one addition an element (i - j for explicit positions)."""
+    if EXPLICIT:
+        return (i - j).to(tl.float32)
+    else:
+        return ((i0 - j0 + shift).to(tl.float32) + _plus_256(i - i0)) - _plus_256(j - j0)
+
+
+@triton.jit
 def slope_tile(
     slope, i, j, i0, j0, shift, reference, LINEAR: tl.constexpr, SIGNED: tl.constexpr, EXPLICIT: tl.constexpr
 ):
@@ -51,6 +60,52 @@ def gather(pointers, again, NVIDIA: tl.constexpr):
 
 
 @triton.jit
+def _joined(parts, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """parts[FIRST], parts[FIRST + STEP], ... (COUNT of them) along new last axes of 2, which count them together."""
+    if COUNT == 1:
+        return parts[FIRST]
+    else:
+        return tl.join(_joined(parts, FIRST, 2 * STEP, COUNT // 2), _joined(parts, FIRST + STEP, 2 * STEP, COUNT // 2))
+
+
+@triton.jit
+def by_distance(
+    Values, i, j, i0, j0, shift, first, last, again,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """lookup() for a whole tile [ROWS, COLUMNS], queries by keys or (where i has one row) keys by queries.
+
+    In the layout of a tensor core's result a thread holds rows r and r + 8 and columns c, c + 8, c + 16, ...: the value
+    at (r + 8, c + 8) is that at (r, c), so half of the loads are enough. The distances of rows and keys past the end
+    are read too; the host has padded the values for them."""
+    if EXPLICIT or ROWS < 16 or COLUMNS < 16:
+        return lookup(Values, i, j, i0, j0, shift, first, last, again, CLAMP, EXPLICIT, NVIDIA)
+    else:
+        SIGN: tl.constexpr = -1 if i.shape[0] == 1 else 1
+        BLOCKS: tl.constexpr = COLUMNS // 8
+        row = 16 * tl.arange(0, ROWS // 16)[:, None, None] + tl.arange(0, 8)[None, :, None]
+        d = SIGN * (row - tl.arange(0, 8)[None, None, :])
+        corner = i0 - j0 + shift - first
+        before = _at(Values, corner, d + SIGN * 8, last - first, again, CLAMP, NVIDIA)
+        pairs = ()
+        for k in tl.static_range(0, BLOCKS):
+            here = _at(Values, corner, d - SIGN * 8 * k, last - first, again, CLAMP, NVIDIA)
+            pairs = pairs + (tl.join(here, before),)  # noqa: RUF005 - the compiler knows no starred tuples
+            before = here
+        tile = _joined(pairs, 0, 1, BLOCKS).reshape([ROWS // 16, 8, 8, 2, BLOCKS])
+        return tl.permute(tile, 0, 3, 1, 4, 2).reshape([ROWS, COLUMNS])
+
+
+@triton.jit
+def _at(Values, corner, offsets, last, again, CLAMP: tl.constexpr, NVIDIA: tl.constexpr):
+    if CLAMP:
+        return gather(Values + tl.minimum(tl.maximum(corner + offsets, 0), last), again, NVIDIA)
+    else:
+        # A scalar pointer and offsets that do not change: their constant parts fold into the load.
+        return gather(Values + corner.to(tl.int64) + offsets, again, NVIDIA)
+
+
+@triton.jit
 def lookup(
     Values, i, j, i0, j0, shift, first, last, again,
     CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NVIDIA: tl.constexpr,
@@ -68,33 +123,43 @@ def lookup(
 
 
 @triton.jit
-def _bounds(Bounds, lo, last, BLOCK: tl.constexpr):
+def _bounds(Bounds, lo, last, BLOCK: tl.constexpr, NVIDIA: tl.constexpr):
     """Least and greatest of at least the BLOCK entries from `lo` on (indices clamped to 0 .. last), from [blocks, 2]
     made by the host: row n bounds blocks n and n + 1."""
     block = tl.minimum(tl.maximum(lo, 0), last) // BLOCK
-    return tl.load(Bounds + 2 * block), tl.load(Bounds + 2 * block + 1)
+    return gather(Bounds + 2 * block, 0, NVIDIA), gather(Bounds + 2 * block + 1, 0, NVIDIA)
+
+
+@triton.jit
+def knots_below(Knots, y, KNOTS: tl.constexpr, NVIDIA: tl.constexpr):
+    """How many of the ascending Knots [KNOTS], a power of two of which the last is +inf, are less than the scalar y."""
+    count = y.to(tl.int32) * 0
+    for n in tl.static_range(1, 31):
+        if KNOTS >> n > 0:
+            count += tl.where(gather(Knots + count + ((KNOTS >> n) - 1), 0, NVIDIA) < y, KNOTS >> n, 0)
+    return count
 
 
 @triton.jit
 def profile_segments(
     PsiBounds, RowBounds, Knots, num_knots, i0, j0, shift, psi_first, psi_last, row_first, row_last,
-    BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """The lowest and the highest segment that y = psi * row_scale can meet on the tile at (i0, j0).
 
     Bounds of psi over the tile's distances times bounds of the row scale over its rows: never too narrow, as rounding
     is monotone; where they are too wide a knot outside costs time alone."""
     corner = i0 - j0 - (BLOCK_N - 1) + shift
-    psi_low, psi_high = _bounds(PsiBounds, corner - psi_first, psi_last - psi_first, BOUNDS_BLOCK)
-    row_low, row_high = _bounds(RowBounds, i0 + shift - row_first, row_last - row_first, BOUNDS_BLOCK)
+    psi_low, psi_high = _bounds(PsiBounds, corner - psi_first, psi_last - psi_first, BOUNDS_BLOCK, NVIDIA)
+    row_low, row_high = _bounds(RowBounds, i0 + shift - row_first, row_last - row_first, BOUNDS_BLOCK, NVIDIA)
     y_low = tl.minimum(
         tl.minimum(psi_low * row_low, psi_low * row_high), tl.minimum(psi_high * row_low, psi_high * row_high)
     )
     y_high = tl.maximum(
         tl.maximum(psi_low * row_low, psi_low * row_high), tl.maximum(psi_high * row_low, psi_high * row_high)
     )
-    offs = tl.arange(0, KNOTS)
-    knots = tl.load(Knots + offs, mask=offs < num_knots, other=float("inf"))
-    # Both counts in one reduction, 16 bits each.
-    counts = tl.sum((knots < y_low).to(tl.int32) + ((knots < y_high).to(tl.int32) << 16))
-    return counts & 0xFFFF, counts >> 16
+    low = knots_below(Knots, y_low, KNOTS, NVIDIA)
+    high = low
+    if y_high > gather(Knots + low, 0, NVIDIA):
+        high = knots_below(Knots, y_high, KNOTS, NVIDIA)
+    return low, high

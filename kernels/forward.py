@@ -112,7 +112,7 @@ def attention_forward(
                     cols = tl.minimum(cols, k_len - 1 - j0)
                 j = (j0 + tl.arange(0, BLOCK_N))[None, :]
                 j_in = (j0 + cols)[None, :]
-                col0 = j0.to(tl.int64)
+                col0 = tl.cast(j0, tl.int64)
                 k_tile = k_base + col0 * stride_kn
                 if KCos is not None:
                     k_angle = b64 * stride_k_angle + (k_start + col0) * HALF

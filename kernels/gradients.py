@@ -198,6 +198,16 @@ def clamped(full: Tensor, start: int, first: int, length: int) -> Tensor:
     return result
 
 
+def _units(call: Call, shared: dict[str, Any], factor: Tensor | float = 1.0) -> Tensor:
+    """[1] float32: the power of two of which integers of 62 bits hold any sum of logit gradients times `factor`.
+
+    A row's weights sum to at most 1, so its gradients sum to at most what one of weight 1 can be."""
+    largest_v = torch.linalg.vector_norm(call.v.float(), dim=-1).nan_to_num(0.0, 0.0, 0.0).max()
+    rows = torch.linalg.vector_norm(shared["GradOut"].float(), dim=-1).sum() * largest_v / (1.0 - call.dropout_p)
+    total = (rows + shared["Delta"].abs().sum()) * factor
+    return torch.exp2((61.0 - torch.log2(total).ceil()).clamp(-120.0, 120.0)).reshape(1)
+
+
 def _bias_gradients(
     call: Call, shared: dict[str, Any], needs: frozenset[str], launch: Launch, tile: Tile
 ) -> dict[str, Tensor]:
@@ -244,13 +254,15 @@ def _bias_gradients(
             "out_heads": out_heads,
             "batches_each": sequences(call) // out_batches,
             "heads_each": heads // out_heads,
-            "DTable": torch.zeros((heads, bias.table.values.shape[1]), dtype=torch.float32, device=device)
-            if scatter and "table" in needs and bias.table is not None
-            else None,
-            "DPsi": torch.zeros(bias.profile.psi.shape, dtype=torch.float32, device=device)
-            if scatter and "psi" in needs and bias.profile is not None
-            else None,
+            **dict.fromkeys(("DTable", "DPsi", "TableUnits", "PsiUnits")),
         }
+        if scatter and "table" in needs and bias.table is not None:
+            values["DTable"] = torch.zeros(bias.table.values.shape, dtype=torch.int64, device=device)
+            values["TableUnits"] = _units(call, shared)
+        if scatter and "psi" in needs and bias.profile is not None:
+            values["DPsi"] = torch.zeros(bias.profile.psi.shape, dtype=torch.int64, device=device)
+            steepest = bias.profile.slope.abs().max() * bias.profile.row_scale.abs().max()
+            values["PsiUnits"] = _units(call, shared, steepest)
         if values["DTable"] is not None:
             # The table is read through the same stride as its gradient is written.
             values["Table"] = arguments.values["Table"].contiguous()
@@ -262,7 +274,7 @@ def _bias_gradients(
         if target is not None and dense is not None:
             grads["dense"] = target.sum_to_size(dense.shape)
         if values["DTable"] is not None:
-            grads["table"] = values["DTable"]
+            grads["table"] = (values["DTable"].double() / values["TableUnits"]).float()
         if values["DPsi"] is not None:
-            grads["psi"] = values["DPsi"]
+            grads["psi"] = (values["DPsi"].double() / values["PsiUnits"]).float()
     return grads

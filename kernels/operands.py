@@ -141,24 +141,36 @@ def _block_bounds(x: Tensor, block: int) -> Tensor:
     return torch.stack([low, high], dim=1)
 
 
-def _profile_arguments(profile: Profile | None, bounds_block: int) -> dict[str, Any]:
+def _knots(profile: Profile) -> int:
+    """The knots as the kernels pad them: a power of two, and at least one is +inf."""
+    return padded(profile.knots.shape[0] + 1, 1)
+
+
+def _extended(x: Tensor, by: int) -> Tensor:
+    """x [..., L] with its first and last entry repeated `by` times more: what clamping the index gives."""
+    return torch.cat([x[..., :1].expand(*x.shape[:-1], by), x, x[..., -1:].expand(*x.shape[:-1], by)], dim=-1)
+
+
+def _profile_arguments(profile: Profile | None, bounds_block: int, beyond: int) -> dict[str, Any]:
     names = ("Psi", "PsiBounds", "RowScale", "RowBounds", "Knots", "SegmentSlope", "SegmentIntercept")
     if profile is None:
         return {
             **dict.fromkeys(names),
             **dict.fromkeys(("psi_first", "psi_last", "row_first", "row_last", "num_knots"), 0),
         }
-    psi, row_scale = profile.psi.float().contiguous(), profile.row_scale.float().contiguous()
+    psi, row_scale = _extended(profile.psi.float(), beyond), profile.row_scale.float().contiguous()
+    knots = profile.knots.float()
+    knots = torch.nn.functional.pad(knots, (0, _knots(profile) - knots.shape[0]), value=math.inf)
     return {
         "Psi": psi,
-        "psi_first": profile.first,
-        "psi_last": profile.first + psi.shape[0] - 1,
+        "psi_first": profile.first - beyond,
+        "psi_last": profile.first - beyond + psi.shape[0] - 1,
         "PsiBounds": _block_bounds(psi, bounds_block),
         "RowScale": row_scale,
         "row_first": profile.row_first,
         "row_last": profile.row_first + row_scale.shape[0] - 1,
         "RowBounds": _block_bounds(row_scale, bounds_block),
-        "Knots": profile.knots.float().contiguous(),
+        "Knots": knots,
         "num_knots": profile.knots.shape[0],
         "SegmentSlope": profile.slope.float().contiguous(),
         "SegmentIntercept": profile.intercept.float().contiguous(),
@@ -167,14 +179,16 @@ def _profile_arguments(profile: Profile | None, bounds_block: int) -> dict[str, 
 
 def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Arguments:
     slope = None if bias.slope is None else bias.slope.slope.float()
-    table = None if bias.table is None else unit_stride(bias.table.values.float())
+    # A tile on the border holds distances beyond those of the sequence, which nobody uses but kernels read.
+    beyond = 0 if call.q_positions is not None else block_m + block_n
+    table = None if bias.table is None else _extended(bias.table.values.float(), beyond)
     profile = bias.profile
     dense = None if bias.dense is None else bias.dense.bias
     if dense is not None and dense.dtype == torch.float64:
         dense = dense.float()
     if slope is not None:
         slope = slope.contiguous()
-    first = 0 if bias.table is None else bias.table.first
+    first = 0 if bias.table is None else bias.table.first - beyond
     values: dict[str, Any] = {
         "Slope": slope,
         "stride_slope_b": slope.stride(0) if slope is not None and slope.dim() == 2 else 0,
@@ -182,13 +196,13 @@ def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Argume
         "stride_table_h": 0 if table is None else table.stride(0),
         "table_first": first,
         "table_last": 0 if table is None else first + table.shape[1] - 1,
-        **_profile_arguments(profile, padded(block_m + block_n)),
+        **_profile_arguments(profile, padded(block_m + block_n), beyond),
         "Dense": dense,
         **dict.fromkeys(("stride_db", "stride_dh", "stride_di", "stride_dj"), 0),
     }
     if dense is not None:
         values.update(zip(("stride_db", "stride_dh", "stride_di", "stride_dj"), _steps(dense)))
-    inside = (table is None or covers(call, first, table.shape[1])) and (
+    inside = (bias.table is None or covers(call, bias.table.first, bias.table.values.shape[1])) and (
         profile is None or covers(call, profile.first, profile.psi.shape[0])
     )
     constants = {
@@ -196,7 +210,7 @@ def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Argume
         "LINEAR": _linear(call, bias),
         "CLAMP": not inside,
         "NATURAL": bool(bias) or call.softcap != 0.0 or call.scale <= 0.0,
-        "KNOTS": 1 if profile is None else padded(profile.knots.shape[0], 1),
+        "KNOTS": 1 if profile is None else _knots(profile),
         "BOUNDS_BLOCK": padded(block_m + block_n),
     }
     return Arguments(values, constants)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .bias import lookup, profile_segments, slope_tile
+from .bias import by_distance, gather, knots_below, lookup, profile_segments, slope_tile
 from .masks import allowed
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -45,13 +45,11 @@ def segments(
     """The lowest and highest segment that a profile's y can meet on the tile."""
     if EXPLICIT:
         y = row_scale * lookup(Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 0, CLAMP, EXPLICIT, NVIDIA)
-        offs = tl.arange(0, KNOTS)
-        knots = tl.load(Knots + offs, mask=offs < num_knots, other=float("inf"))
-        return tl.sum((knots < tl.min(y)).to(tl.int32)), tl.sum((knots < tl.max(y)).to(tl.int32))
+        return knots_below(Knots, tl.min(y), KNOTS, NVIDIA), knots_below(Knots, tl.max(y), KNOTS, NVIDIA)
     else:
         return profile_segments(
             PsiBounds, RowBounds, Knots, num_knots, i0, j0, shift, psi_first, psi_last, row_first, row_last,
-            BLOCK_N, BOUNDS_BLOCK, KNOTS,
+            BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
         )  # fmt: skip
 
 
@@ -69,32 +67,37 @@ def add_bias(
 
     slope is head h's; the others are given whole. pi and pj are positions, or i and j themselves if implicit; i_first
     and j_first are the tensors' rows at which the sequence begins."""
-    b64 = b.to(tl.int64)
-    h64 = h.to(tl.int64)
+    b64 = tl.cast(b, tl.int64)
+    h64 = tl.cast(h, tl.int64)
     if slope is not None:
         s += slope_tile(slope, pi, pj, i0, j0, shift, reference, LINEAR, SIGNED, EXPLICIT)
     if Table is not None:
         table = Table + h64 * stride_table_h
-        s += lookup(table, pi, pj, i0, j0, shift, table_first, table_last, 0, CLAMP, EXPLICIT, NVIDIA)
+        s += by_distance(
+            table, pi, pj, i0, j0, shift, table_first, table_last, 0, s.shape[0], s.shape[1], CLAMP, EXPLICIT, NVIDIA
+        )
     if Psi is not None:
         low, high = segments(
             i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,
             Knots, num_knots, CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
         )  # fmt: skip
         segment_slopes = SegmentSlope + h * (num_knots + 1)
-        segment_slope = tl.load(segment_slopes + low)
-        psi = lookup(Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 0, CLAMP, EXPLICIT, NVIDIA)
-        s += psi * (row_scale * segment_slope) + tl.load(SegmentIntercept + h * (num_knots + 1) + low)
-        # Each knot inside the tile bends the line from it on: one max and one FMA an element. Their sum is kept apart
-        # from s, whose register layout the compiler would otherwise change for the loop.
+        segment_slope = gather(segment_slopes + low, 0, NVIDIA)
+        psi = by_distance(
+            Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 0, s.shape[0], s.shape[1], CLAMP, EXPLICIT, NVIDIA
+        )
+        s += gather(SegmentIntercept + h * (num_knots + 1) + low, 0, NVIDIA)
+        s += psi * (row_scale * segment_slope)
+        # Each knot inside the tile bends the line from it on: one max and one FMA an element. The condition hides the
+        # loop from the compiler, which pipelines only loops with no other directly inside.
         if high > low:
-            bends = tl.zeros(s.shape, tl.float32)
             for m in range(low, high):
-                psi = lookup(Psi, pi, pj, i0, j0, shift, psi_first, psi_last, m, CLAMP, EXPLICIT, NVIDIA)
-                steeper = tl.load(segment_slopes + m + 1)
-                bends += (steeper - segment_slope) * tl.maximum(psi * row_scale - tl.load(Knots + m), 0.0)
+                psi = by_distance(
+                    Psi, pi, pj, i0, j0, shift, psi_first, psi_last, m, s.shape[0], s.shape[1], CLAMP, EXPLICIT, NVIDIA
+                )
+                steeper = gather(segment_slopes + m + 1, 0, NVIDIA)
+                s += (steeper - segment_slope) * tl.maximum(psi * row_scale - gather(Knots + m, 0, NVIDIA), 0.0)
                 segment_slope = steeper
-            s += bends
     if Dense is not None:
         tile = Dense + b64 * stride_db + h64 * stride_dh
         tile += (i_first + i0).to(tl.int64) * stride_di + (j_first + j0).to(tl.int64) * stride_dj

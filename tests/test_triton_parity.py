@@ -17,6 +17,7 @@ from posattn.check import measure
 
 pytest.importorskip("triton")
 
+from tests.ptxsim.kernel import Options
 from tests.ptxsim.seam import ptx_machine  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("ptx_machine")
@@ -87,10 +88,14 @@ def test_parity(case):
     assert_parity(*tensors(dtype, **shape), position() if position else None, options(), "triton")
 
 
-def test_explicit_positions():
-    """Not poisoned: poisoning sets torch's deterministic mode, which refuses these gradients' atomics."""
-    options = {"q_positions": torch.randint(0, 100, (70,)), "k_positions": torch.randint(0, 100, (1, 150))}
-    assert_parity(*tensors(BF16), posattn.Kerple(2) + posattn.ALiBi(2), options, "triton")
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["Kerple", "FIRE"])
+def test_explicit_positions(name):
+    position = {"Kerple": lambda: posattn.Kerple(2) + posattn.ALiBi(2), "FIRE": lambda: posattn.FIRE(2, width=6)}[
+        name
+    ]()
+    options = {"q_positions": torch.randint(0, 100, (50,)), "k_positions": torch.randint(0, 100, (1, 90))}
+    assert_parity(*tensors(BF16, q_len=50, k_len=90), position, options, "triton")
 
 
 def test_large_logits_stay_finite():
@@ -110,9 +115,16 @@ def test_every_remainder_of_a_tile(extra):
         assert (a.double() - b).abs().max() < bound
 
 
-def test_only_atomics_are_refused_as_not_deterministic():
-    q, k, v = tensors(BF16, q_len=3, k_len=5, dim=16)
-    positions = {"q_positions": torch.arange(3), "k_positions": torch.arange(5)}
-    with pytest.raises(ValueError, match="not deterministic"):
-        posattn.attention(q, k, v, posattn.Kerple(2), deterministic=True, backend="triton", **positions)
-    posattn.attention(q, k, v, posattn.Kerple(2), deterministic=True, backend="triton")
+@pytest.mark.parametrize("explicit", [False, True])
+def test_gradients_do_not_depend_on_the_order_of_warps(ptx_machine, explicit):  # noqa: F811
+    """Bit for bit: FIRE and ALiBi have a gradient of every kind, and two blocks of keys add to the same queries."""
+    q, k, v = (x.requires_grad_() for x in tensors(BF16, heads=1, kv_heads=1, q_len=40, k_len=140, dim=32))
+    position = posattn.FIRE(1, width=4)
+    places = {"q_positions": torch.arange(40), "k_positions": torch.arange(140) // 2} if explicit else {}
+    found = []
+    for seed in (0, 7):
+        ptx_machine.options = Options(stats=False, seed=seed)
+        out = posattn.attention(q, k, v, position, deterministic=True, backend="triton", **places)
+        found.append(torch.autograd.grad(out.float().square().sum(), (q, k, v, *position.parameters())))
+    for first, second in zip(*found):
+        assert torch.equal(first, second)

@@ -22,8 +22,8 @@ def unsupported(call: Call) -> str | None:
         return f"it computes float16, bfloat16 and float32, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return f"it takes head dimensions up to {MAX_HEAD_DIM}, got {max(q.shape[3], v.shape[3])}"
-    if call.deterministic and call.q_positions is not None and _by_distance(call):
-        return "with explicit positions it sums a table's gradient by atomics, whose order is not deterministic"
+    if call.deterministic and call.q_positions is not None and call.plan.mix is not None and _by_distance(call):
+        return "under HeadMix with explicit positions it sums a table's gradient by atomics, whose order may change"
     reason: str | None = configs_mix.unsupported(call)
     return reason
 

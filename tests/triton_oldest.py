@@ -1,0 +1,45 @@
+"""Compiles one launch of every kernel family for sm_80, sm_90 and gfx942 with whatever Triton is imported.
+
+A program of its own (tests/test_triton_oldest.py runs it with the oldest release that is supported).
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from posattn.kernels.shipped import shipped
+from tests.ptxsim.triton_run import specialise
+
+_TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Plans whose kernels together hold every function of the plain family, for NVIDIA and for AMD.
+_PLANS = {"sm_80": ("profile", "rotary"), "sm_90": ("table",), "gfx942": ("slope",)}
+
+
+def main() -> int:
+    print("triton", triton.__version__)
+    seen = set()
+    for arch, plans in _PLANS.items():
+        for launch in shipped((arch,), dims=(64,), dtypes=(torch.bfloat16,)):
+            name = arch, launch.kernel.__name__, launch.label
+            if launch.label.split(",")[0] not in plans or name in seen:
+                continue
+            signature, constants, attrs, _ = specialise(launch.kernel, launch.args, launch.constexprs)
+            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+            source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attrs)
+            triton.compile(source, target=_TARGETS[arch], options=options)
+            seen.add(name)
+            print(*name, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
