@@ -169,14 +169,57 @@ def test_volatile_reads_may_meet_atomics() -> None:
     assert block_findings("ld.global.u32 %w, [%x0]; red.global.add.u32 [%x0], 1;") == {"global_race"}
 
 
-def test_an_acquire_orders_what_a_release_published() -> None:
-    publish = "@%p st.global.b32 [%x0+16], %r; {order} @%p atom.{sem}.gpu.global.add.u32 %w, [%x0], 1;"
-    consume = "setp.eq.u32 %q, %r, 1; @%q atom.{sem}.gpu.global.add.u32 %w, [%x0], 0; @%q ld.global.b32 %v, [%x0+16];"
-    only_first = "setp.eq.and.u32 %p, %r, 0, %p;"
-    ordered = only_first + publish.format(order="", sem="acq_rel") + consume.format(sem="acq_rel")
-    relaxed = only_first + publish.format(order="", sem="relaxed") + consume.format(sem="relaxed")
-    assert block_findings(ordered) == set()
-    assert block_findings(relaxed) == {"global_race"}
+PUBLISH = "setp.eq.and.u32 %p, %r, 0, %p; @%p st.global.b32 [%x0+16], %r; {fence} @%p {add} [%x0], 1;"
+CONSUME = """setp.eq.u32 %q, %r, 1; @!%q bra ON; AGAIN: {load} %w, [%x0]; setp.eq.u32 %p, %w, 0; @%p bra AGAIN;
+{fence} ld.global.b32 %v, [%x0+16]; ON:"""
+
+
+@pytest.mark.parametrize(
+    ("add", "before", "load", "after", "found"),
+    [
+        ("red.release.gpu.global.add.u32", "", "ld.acquire.gpu.global.u32", "", set()),
+        ("red.relaxed.gpu.global.add.u32", "", "ld.acquire.gpu.global.u32", "", {"global_race"}),
+        ("red.release.gpu.global.add.u32", "", "ld.relaxed.gpu.global.u32", "", {"global_race"}),
+        ("red.relaxed.gpu.global.add.u32", "fence.acq_rel.gpu;", "ld.volatile.global.u32", "membar.gl;", set()),
+        ("red.relaxed.gpu.global.add.u32", "", "ld.relaxed.gpu.global.u32", "membar.gl;", {"global_race"}),
+        ("red.relaxed.gpu.global.add.u32", "membar.gl;", "ld.relaxed.gpu.global.u32", "", {"global_race"}),
+        ("red.relaxed.gpu.global.add.u32", "membar.cta;", "ld.relaxed.gpu.global.u32", "membar.gl;", {"global_race"}),
+    ],
+)
+def test_an_acquire_orders_what_a_release_published(
+    add: str, before: str, load: str, after: str, found: set[str]
+) -> None:
+    body = PUBLISH.format(fence=before, add=add) + CONSUME.format(load=load, fence=after)
+    assert block_findings(body) == found
+
+
+# Each block adds its number to one word, after the block before it: block n waits for n in %x1, then publishes n + 1.
+# Warp 1 does the adding and thread 0 the publishing.
+TURNS = """mov.u32 %r, %ctaid.x; {wait} {before}
+setp.eq.u32 %p, %t, 32; @%p ld.global.b32 %v, [%x0]; @%p add.u32 %v, %v, %r; @%p st.global.b32 [%x0], %v;
+{after} add.u32 %v, %r, 1; setp.eq.u32 %q, %t, 0; @%q st.release.gpu.global.b32 [%x1], %v; exit;"""
+WAIT = "AGAIN: ld.acquire.gpu.global.b32 %w, [%x1]; setp.lt.u32 %p, %w, %r; @%p bra AGAIN;"
+
+
+@pytest.mark.parametrize(
+    ("wait", "before", "after", "found"),
+    [
+        (WAIT, "", "bar.sync 0;", set()),
+        (WAIT, "", "", {"global_race"}),  # what warp 1 wrote is published by warp 0
+        (WAIT.replace("setp", "add.u32 %w, %w, 1; setp"), "", "bar.sync 0;", {"global_race"}),  # for the wrong turn
+        (WAIT.replace("acquire", "relaxed"), "", "bar.sync 0;", {"global_race"}),
+        ("setp.eq.u32 %q, %t, 0; @!%q bra ON;" + WAIT + "ON:", "bar.sync 0;", "bar.sync 0;", set()),
+        ("setp.eq.u32 %q, %t, 0; @!%q bra ON;" + WAIT + "ON:", "", "bar.sync 0;", {"global_race"}),
+    ],
+)
+def test_blocks_that_take_turns(wait: str, before: str, after: str, found: set[str]) -> None:
+    total, turn = (torch.zeros(1, dtype=torch.int32) for _ in range(2))
+    out = torch.zeros(64, dtype=torch.int32)
+    body = TURNS.format(wait=wait, before=before, after=after)
+    report = snippet(body, [], [out], declare=WORDS, grid=(7,), extra=[total, turn])
+    assert kinds(report) == found
+    if not found:
+        assert total.item() == 21
 
 
 def test_warps_of_a_block_race_on_global_memory_too() -> None:

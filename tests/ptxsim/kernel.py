@@ -31,7 +31,7 @@ class Options:
     each block. stats: count bank conflicts and sectors. perturb: move approximate functions by up to 2 ulp and let
     tensor cores truncate. reverse: run the blocks from the last to the first. tensor_core: 0 lets mma sum in float64;
     80 or 90 lets it align, cut and round as measured on A100 and H100. limit: warp instructions until the launch is
-    given up as endless; 0 for none. seed: the order in which warps run.
+    given up as endless (the default takes about a minute); 0 for none. seed: the order in which warps run.
     """
 
     race: bool = True
@@ -42,7 +42,7 @@ class Options:
     perturb: bool = False
     reverse: bool = False
     tensor_core: int = 0
-    limit: int = 0
+    limit: int = 1_000_000_000
     seed: int = 1
 
 
@@ -64,7 +64,7 @@ class Conflict:
 @dataclass(frozen=True)
 class Report:
     """What a launch did. findings: kind -> count, only kinds that occurred; first: kind -> where it was first seen.
-    If Options.stats was on, conflicts: the instructions with bank conflicts; lines: the PTX lines that were executed."""
+    With Options.stats, conflicts: the instructions with bank conflicts; lines: the PTX lines that were executed."""
 
     findings: Mapping[str, int]
     first: Mapping[str, str]

@@ -18,8 +18,8 @@ void Barriers::arrive(Warp& warp, const Instruction& in) {
     throw Fault("barrier " + std::to_string(id) + " with another number of threads than before, " + in.where());
   }
   barrier.needed = threads / kLanes;
-  barrier.clock.resize(warp.clock.size());
-  for (size_t i = 0; i < warp.clock.size(); ++i) barrier.clock[i] = std::max(barrier.clock[i], warp.clock[i]);
+  join(barrier.clock, warp.clock);
+  barrier.seen.join(warp.seen);
   ++barrier.arrived;
   ++warp.clock[static_cast<size_t>(warp.id)];
   warp.synchronise_lanes();  // a block barrier orders the lanes of its warps too
@@ -41,6 +41,7 @@ bool Barriers::release(std::vector<Warp>& warps) {
       for (size_t i = 0; i < warp.clock.size(); ++i) {
         if (static_cast<int>(i) != waiter) warp.clock[i] = std::max(warp.clock[i], barrier.clock[i]);
       }
+      warp.seen.join(barrier.seen);
       warp.state = Warp::State::Running;
     }
     barrier = Barrier{};

@@ -21,6 +21,7 @@ private:
     int arrived = 0;              // warps
     int needed = 0;               // warps; 0: all that live
     std::vector<uint32_t> clock;  // the arrivals' clocks, joined
+    Knowledge seen;
     std::vector<int> waiting;
   };
   std::map<int, Barrier> barriers_;

@@ -120,42 +120,40 @@ void Block::start_warp(Warp& warp, int id, Dim at) {
 void Block::start(Dim at) {
   const auto count = static_cast<int>((threads_.count() + kLanes - 1) / kLanes);
   shared.reset(static_cast<size_t>(program.static_shared + dynamic_shared_), count, program.shared_granule, options);
-  global.start_block(static_cast<int>(at.x + grid_.x * (at.y + grid_.y * at.z)));
+  index_ = static_cast<int>(at.x + grid_.x * (at.y + grid_.y * at.z));
+  turns_ = idle_ = 0;
   barriers_.reset();
   mbarriers.reset(static_cast<size_t>(count));
   warps.assign(static_cast<size_t>(count), Warp{});
   for (int id = 0; id < count; ++id) start_warp(warps[static_cast<size_t>(id)], id, at);
 }
 
-void Block::run(Dim at) {
-  start(at);
-  std::vector<int> ready;
-  size_t idle = 0;  // turns in a row in which a warp only asked an mbarrier in vain
-  for (uint64_t turn = 0;; ++turn) {
-    if (turn > kMaxTurns || (options.limit && report.warp_instructions > options.limit)) {
-      throw Fault("the block does not end");
-    }
-    ready.clear();
-    for (const Warp& warp : warps) {
-      if (warp.state == Warp::State::Running) ready.push_back(warp.id);
-    }
-    if (ready.empty()) {
-      if (barriers_.release(warps)) continue;
-      const bool done =
-          std::all_of(warps.begin(), warps.end(), [](const Warp& w) { return w.state == Warp::State::Done; });
-      if (done) break;
-      throw Fault("deadlock: some warps wait at a barrier that the others never reach");
-    }
-    if (idle > kMaxIdle * ready.size()) throw Fault("deadlock: all warps that run wait" + mbarriers.describe());
-    Warp& warp = warps[static_cast<size_t>(ready[random() % ready.size()])];
-    warp.waits = false;
-    // Turns of random length: a race whose order matters then shows in the numbers for some seed.
-    for (uint64_t steps = 1 + random() % 400; steps && step(warp); --steps) {
-    }
-    idle = warp.waits ? idle + 1 : 0;
-    barriers_.release(warps);
+bool Block::turn() {
+  if (++turns_ > kMaxTurns || (options.limit && report.warp_instructions > options.limit)) {
+    throw Fault("the block does not end");
   }
-  finish();
+  ready_.clear();
+  for (const Warp& warp : warps) {
+    if (warp.state == Warp::State::Running) ready_.push_back(warp.id);
+  }
+  if (ready_.empty()) {
+    if (barriers_.release(warps)) return true;
+    const bool done =
+        std::all_of(warps.begin(), warps.end(), [](const Warp& w) { return w.state == Warp::State::Done; });
+    if (!done) throw Fault("deadlock: some warps wait at a barrier that the others never reach");
+    finish();
+    return false;
+  }
+  if (idle_ > kMaxIdle * ready_.size()) throw Fault("deadlock: all warps that run wait" + mbarriers.describe());
+  global.enter(index_);
+  Warp& warp = warps[static_cast<size_t>(ready_[random() % ready_.size()])];
+  warp.waits = false;
+  // Turns of random length: a race whose order matters then shows in the numbers for some seed.
+  for (uint64_t steps = 1 + random() % 400; steps && step(warp); --steps) {
+  }
+  idle_ = warp.waits ? idle_ + 1 : 0;
+  barriers_.release(warps);
+  return true;
 }
 
 void Block::finish() {

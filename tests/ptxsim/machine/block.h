@@ -24,14 +24,17 @@ public:
   Block(const Program& program, const Options& options, GlobalMemory& global, Report& report,
         std::vector<uint8_t>& params, Dim grid, Dim threads, int dynamic_shared);
 
-  // Runs the block at `at` to its end.
-  void run(Dim at);
+  // Makes ready the block at `at` of the grid.
+  void start(Dim at);
+  // Runs one warp for a while; false once the block has ended.
+  bool turn();
 
   // The bytes of one lane's access in any space, after its checks.
   uint8_t* memory(Warp& warp, const Instruction& in, uint64_t address, int bytes, bool write, int lane,
                   bool atomic = false);
   // The space and space-relative address that a generic address means.
   Space resolve(const Instruction& in, uint64_t& address) const;
+  bool is_shared(const Instruction& in, uint64_t address) const { return resolve(in, address) == Space::Shared; }
 
   const std::vector<uint8_t>& params() const { return params_; }
 
@@ -49,7 +52,6 @@ public:
   std::vector<Warp> warps;
 
 private:
-  void start(Dim at);
   void finish();
   void start_warp(Warp& warp, int id, Dim at);
   uint64_t special(Special name, int warp, int lane, Dim at) const;
@@ -63,6 +65,10 @@ private:
   std::vector<uint8_t>& params_;
   const Dim grid_, threads_;
   const int dynamic_shared_;
+  int index_ = 0;
+  uint64_t turns_ = 0;
+  size_t idle_ = 0;  // turns in a row in which a warp only asked an mbarrier in vain
+  std::vector<int> ready_;
   Barriers barriers_;
   uint64_t random_state_;
 };

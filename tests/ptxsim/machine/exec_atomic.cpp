@@ -74,12 +74,13 @@ void atomic(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
   const uint64_t* base = warp.lanes(address.reg);
   const int bytes = size_of(in.type);
   const uint64_t* swap = in.mode == CompareSwap ? operand(warp, in, where + 2) : nullptr;
-  const bool orders = in.has("acq_rel") || in.has("acquire") || in.has("release") || block.program.has_fence;
+  const bool acquires = in.has("acq_rel") || in.has("acquire"), releases = in.has("acq_rel") || in.has("release");
   for_lanes(mask, [&](int lane) {
     uint64_t at = base[lane] + static_cast<uint64_t>(address.offset);
     if (in.space == Space::Shared) at &= 0xffffffffu;
     if (at % static_cast<uint64_t>(bytes * in.vector)) throw Fault("misaligned atomic, " + in.where());
-    if (orders) block.global.acquire(at);
+    const bool shared = block.is_shared(in, at);
+    if (!shared) acquires ? block.global.acquire(warp, at) : block.global.relaxed_read(warp, at);
     for (int i = 0; i < in.vector; ++i) {
       uint8_t* memory = block.memory(warp, in, at + static_cast<uint64_t>(i * bytes), bytes, true, lane, true);
       uint64_t old = 0;
@@ -89,7 +90,7 @@ void atomic(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
       std::memcpy(memory, &result, static_cast<size_t>(bytes));
       if (returns) warp.lanes(in.operands[0].element(static_cast<size_t>(i)))[lane] = old;
     }
-    if (orders) block.global.release(at);
+    if (!shared) releases ? block.global.release(warp, at) : block.global.relaxed_write(warp, at);
   });
 }
 

@@ -10,7 +10,16 @@ Handler select_control(Instruction& in) {
   return nullptr;
 }
 
-// Memory fences order accesses, which one block at a time does by itself; caches and clocks do not exist.
+// Fences between blocks matter; inside one, warps run one after another. Shared memory races are found by barriers
+// alone.
+void fence(Block& block, Warp& warp, const Instruction&, LaneMask) {
+  block.global.fence(warp);
+}
+Handler select_fence(Instruction& in) {
+  return in.has("cta") ? nullptr : fence;
+}
+
+// Caches and clocks do not exist.
 Handler select_nothing(Instruction&) {
   return nullptr;
 }
@@ -48,8 +57,8 @@ const OpcodeRows& control_opcodes() {
       {"barrier.cta.sync", "aligned", select_control<Control::BarrierSync>, false},
       {"bar.arrive", "", select_control<Control::BarrierArrive>, false},
       {"barrier.cta.arrive", "aligned", select_control<Control::BarrierArrive>, false},
-      {"fence", "sc acq_rel acquire release cta gpu sys cluster", select_nothing, false},
-      {"membar", "cta gl sys", select_nothing, false},
+      {"fence", "sc acq_rel cta gpu sys cluster", select_fence, false},
+      {"membar", "cta gl sys", select_fence, false},
       {"nanosleep", "", select_nothing, false},
       {"prefetch", "global param L1 L2 cache tensormap", select_nothing, false},
       {"griddepcontrol", "wait launch_dependents", select_nothing, false},

@@ -90,6 +90,7 @@ void wait(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
     operand(warp, in, 0)[lane] = over;
     all_over &= over;
     if (!over || in.mode & kRelaxed) return;
+    warp.seen.join(object.completed_seen);
     for (size_t i = 0; i < object.completed.size(); ++i) {
       if (i != static_cast<size_t>(warp.id)) warp.clock[i] = std::max(warp.clock[i], object.completed[i]);
     }

@@ -31,7 +31,10 @@ void load(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
   count_traffic(block, in, addresses, mask, bytes);
   for_lanes(mask, [&](int lane) {
     const uint8_t* from = block.memory(warp, in, addresses[lane], bytes, false, lane, in.mode != 0);
-    if (in.mode & kAcquire) block.global.acquire(addresses[lane]);
+    if (in.mode && !block.is_shared(in, addresses[lane])) {
+      in.mode& kAcquire ? block.global.acquire(warp, addresses[lane])
+                        : block.global.relaxed_read(warp, addresses[lane]);
+    }
     for (int i = 0; i < in.vector; ++i) {
       uint64_t value = 0;
       std::memcpy(&value, from + i * size, static_cast<size_t>(size));
@@ -53,7 +56,10 @@ void store(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
       std::memcpy(data + i * size, &warp.lanes(in.operands[1].element(static_cast<size_t>(i)))[lane],
                   static_cast<size_t>(size));
     }
-    if (in.mode & kRelease) block.global.release(addresses[lane]);
+    if (in.mode && !block.is_shared(in, addresses[lane])) {
+      in.mode& kRelease ? block.global.release(warp, addresses[lane])
+                        : block.global.relaxed_write(warp, addresses[lane]);
+    }
     uint64_t address = addresses[lane];
     if (in.mode == 0 && block.resolve(in, address) == Space::Shared) {
       block.shared.store(warp, in, address, data, bytes, lane, block.report);

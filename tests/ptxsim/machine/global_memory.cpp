@@ -6,6 +6,17 @@
 #include "warp.h"
 
 namespace ptxsim {
+namespace {
+
+// Whether a warp knows of an access of another block's warp. Of several warps (`by` < 0) no clock was kept, so knowing
+// anything of their block has to do.
+bool knows(const Warp& warp, int block, int by, uint32_t clock) {
+  const auto found = warp.seen.blocks.find(block);
+  if (found == warp.seen.blocks.end()) return false;
+  return by < 0 || found->second[static_cast<size_t>(by)] >= clock;
+}
+
+}  // namespace
 
 void GlobalMemory::start(const Program& program, const Options& options) {
   program_ = &program;
@@ -29,12 +40,6 @@ void GlobalMemory::start(const Program& program, const Options& options) {
   for (Range& range : ranges_) {
     if (checked_ && range.writable) range.cells.resize(((range.end >> shift_) - (range.begin >> shift_)) + 1);
   }
-}
-
-void GlobalMemory::start_block(int block) {
-  block_ = block;
-  time_ = 0;
-  acquired_.clear();
 }
 
 uint8_t* GlobalMemory::access(const Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind,
@@ -69,11 +74,6 @@ uint8_t* GlobalMemory::access(const Warp& warp, const Instruction& in, uint64_t 
   return reinterpret_cast<uint8_t*>(address);
 }
 
-bool GlobalMemory::ordered(int block, uint32_t time) const {
-  const auto found = acquired_.find(block);
-  return found != acquired_.end() && found->second > time;
-}
-
 void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, Access kind, Report& report) {
   const auto race = [&](const char* what, int block) {
     report.add(Finding::GlobalRace, [&] {
@@ -86,7 +86,8 @@ void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, Ac
   const bool atomic = kind == Access::Atomic || kind == Access::AtomicRead;
   // Against the last write, unless both are atomic.
   if (cell.writer_block != kNobody && !(atomic && cell.atomic)) {
-    const bool other_block = cell.writer_block != block_ && !ordered(cell.writer_block, cell.writer_time);
+    const bool other_block =
+        cell.writer_block != block_ && !knows(warp, cell.writer_block, cell.writer_warp, cell.writer_clock);
     const bool other_warp = cell.writer_block == block_ && cell.writer_warp != warp.id &&
                             cell.writer_clock > warp.clock[static_cast<size_t>(cell.writer_warp)];
     if (other_block || other_warp) {
@@ -96,22 +97,23 @@ void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, Ac
   if (reads) {
     cell.readers_atomic = atomic && (cell.reader_block == kNobody || cell.readers_atomic);
     if (cell.reader_block != block_) {
-      cell.reader_block =
-          cell.reader_block == kNobody || ordered(cell.reader_block, cell.reader_time) ? block_ : kSeveral;
+      const bool alone =
+          cell.reader_block == kNobody || knows(warp, cell.reader_block, cell.reader_warp, cell.reader_clock);
+      cell.reader_block = alone ? block_ : kSeveral;
       cell.reader_warp = static_cast<int16_t>(warp.id);
     } else if (cell.reader_warp != warp.id) {
       const bool before =
           cell.reader_warp >= 0 && cell.reader_clock <= warp.clock[static_cast<size_t>(cell.reader_warp)];
       cell.reader_warp = before ? static_cast<int16_t>(warp.id) : static_cast<int16_t>(kSeveral);
     }
-    cell.reader_time = time_;
     cell.reader_clock = warp.clock[own];
     return;
   }
   if (cell.reader_block != kNobody) {
     // Several readers in one block at unordered times are taken as ordered: only the last clock is kept.
     const bool other_block =
-        cell.reader_block == kSeveral || (cell.reader_block != block_ && !ordered(cell.reader_block, cell.reader_time));
+        cell.reader_block == kSeveral ||
+        (cell.reader_block != block_ && !knows(warp, cell.reader_block, cell.reader_warp, cell.reader_clock));
     const bool other_warp = cell.reader_block == block_ && cell.reader_warp >= 0 && cell.reader_warp != warp.id &&
                             cell.reader_clock > warp.clock[static_cast<size_t>(cell.reader_warp)];
     const bool meet = atomic && cell.readers_atomic;
@@ -120,23 +122,55 @@ void GlobalMemory::check(const Warp& warp, const Instruction& in, Cell& cell, Ac
   }
   cell.writer_block = block_;
   cell.writer_warp = static_cast<int16_t>(warp.id);
-  cell.writer_time = time_;
   cell.writer_clock = warp.clock[own];
   cell.atomic = kind == Access::Atomic;
 }
 
-void GlobalMemory::release(uint64_t address) {
-  if (!checked_) return;
-  Times& times = released_[address];
-  for (const auto& [block, time] : acquired_) times[block] = std::max(times[block], time);
-  times[block_] = ++time_;
+Knowledge GlobalMemory::all_of(const Warp& warp) const {
+  Knowledge all = warp.seen;
+  join(all.blocks[block_], warp.clock);
+  return all;
 }
 
-void GlobalMemory::acquire(uint64_t address) {
+void GlobalMemory::learn(Warp& warp, const Knowledge& knowledge) {
+  warp.seen.join(knowledge);
+  const auto own = warp.seen.blocks.find(block_);
+  if (own == warp.seen.blocks.end()) return;
+  const auto self = static_cast<size_t>(warp.id);
+  for (size_t i = 0; i < own->second.size(); ++i) {
+    if (i != self) warp.clock[i] = std::max(warp.clock[i], own->second[i]);
+  }
+  warp.seen.blocks.erase(own);
+}
+
+void GlobalMemory::release(Warp& warp, uint64_t address) {
+  if (!checked_) return;
+  publish(all_of(warp), address);
+  ++warp.clock[static_cast<size_t>(warp.id)];  // what follows is not behind the release
+}
+
+void GlobalMemory::acquire(Warp& warp, uint64_t address) {
   if (!checked_) return;
   const auto found = released_.find(address);
-  if (found == released_.end()) return;
-  for (const auto& [block, time] : found->second) acquired_[block] = std::max(acquired_[block], time);
+  if (found != released_.end()) learn(warp, found->second);
+}
+
+void GlobalMemory::relaxed_write(Warp& warp, uint64_t address) {
+  if (checked_ && !warp.fenced.blocks.empty()) publish(warp.fenced, address);
+}
+
+void GlobalMemory::relaxed_read(Warp& warp, uint64_t address) {
+  if (!checked_) return;
+  const auto found = released_.find(address);
+  if (found != released_.end()) warp.observed.join(found->second);
+}
+
+void GlobalMemory::fence(Warp& warp) {
+  if (!checked_) return;
+  learn(warp, warp.observed);
+  warp.observed.blocks.clear();
+  warp.fenced = all_of(warp);
+  ++warp.clock[static_cast<size_t>(warp.id)];
 }
 
 }  // namespace ptxsim

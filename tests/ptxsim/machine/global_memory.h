@@ -1,7 +1,7 @@
 // Global memory: the tensors that a launch may touch, bounds, and races between blocks or inside one.
 //
-// Blocks run one after another, so a race between two of them is no matter of chance here: any two conflicting
-// accesses of different blocks are unordered, unless an atomic of the later one acquired what the earlier one released.
+// Any two conflicting accesses of different blocks are unordered, however the blocks happen to run here, unless the
+// warp of the later one knows (knowledge.h) of the earlier one: it was released and acquired.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "knowledge.h"
 #include "program.h"
 #include "report.h"
 
@@ -22,13 +23,18 @@ public:
     ranges_.push_back({address, address + bytes, writable, {}});
   }
   void start(const Program& program, const Options& options);
-  void start_block(int block);
+  // Whose accesses follow.
+  void enter(int block) { block_ = block; }
 
   uint8_t* access(const Warp& warp, const Instruction& in, uint64_t address, int bytes, Access kind, int lane,
                   Report& report);
-  // An atomic or a load or store with that meaning, or any atomic of a kernel that has fences.
-  void release(uint64_t address);
-  void acquire(uint64_t address);
+  // Accesses with these meanings, at an address that passed access(). A relaxed one counts with a fence before (a
+  // write) or after it (a read).
+  void release(Warp& warp, uint64_t address);
+  void acquire(Warp& warp, uint64_t address);
+  void relaxed_write(Warp& warp, uint64_t address);
+  void relaxed_read(Warp& warp, uint64_t address);
+  void fence(Warp& warp);
 
 private:
   static constexpr int kNobody = -1;
@@ -36,9 +42,7 @@ private:
   struct Cell {
     int32_t writer_block = kNobody;
     int32_t reader_block = kNobody;  // kSeveral when more than one
-    uint32_t writer_time = 0;        // releases that the writer's block had done
-    uint32_t reader_time = 0;
-    uint32_t writer_clock = 0;  // of its warp, for accesses of the same block
+    uint32_t writer_clock = 0;       // of its warp
     uint32_t reader_clock = 0;
     int16_t writer_warp = kNobody;
     int16_t reader_warp = kNobody;  // kSeveral
@@ -50,10 +54,10 @@ private:
     bool writable;
     std::vector<Cell> cells;
   };
-  using Times = std::unordered_map<int, uint32_t>;  // block -> its releases that are ordered before
-
   void check(const Warp& warp, const Instruction& in, Cell& cell, Access kind, Report& report);
-  bool ordered(int block, uint32_t time) const;
+  void publish(const Knowledge& knowledge, uint64_t address) { released_[address].join(knowledge); }
+  Knowledge all_of(const Warp& warp) const;
+  void learn(Warp& warp, const Knowledge& knowledge);
 
   std::vector<Range> ranges_;
   Range* last_ = nullptr;  // most accesses go where the one before went
@@ -61,9 +65,7 @@ private:
   bool checked_ = true;
   int shift_ = 2;
   int block_ = 0;
-  uint32_t time_ = 0;
-  Times acquired_;
-  std::unordered_map<uint64_t, Times> released_;
+  std::unordered_map<uint64_t, Knowledge> released_;
 };
 
 }  // namespace ptxsim

@@ -1,7 +1,15 @@
-// Runs the blocks of a grid in order, or in reverse.
+// Runs the blocks of a grid in order, or in reverse; some at a time, if they may wait for one another.
 #include "launch.h"
 
+#include <memory>
+
 namespace ptxsim {
+namespace {
+
+// Enough that a block meets others that have only begun, or are about to end.
+constexpr size_t kResident = 4;
+
+}  // namespace
 
 Report run(const Program& program, Launch launch, const Options& options) {
   if (program.max_threads && launch.threads.count() > static_cast<uint32_t>(program.max_threads)) {
@@ -16,11 +24,27 @@ Report run(const Program& program, Launch launch, const Options& options) {
   GlobalMemory global;
   for (const TensorRange& tensor : launch.tensors) global.allow(tensor.address, tensor.bytes, tensor.writable);
   global.start(program, options);
-  Block block(program, options, global, report, launch.params, launch.grid, launch.threads, launch.dynamic_shared);
   const uint32_t blocks = launch.grid.count();
-  for (uint32_t i = 0; i < blocks; ++i) {
-    const uint32_t at = options.reverse ? blocks - 1 - i : i;
-    block.run({at % launch.grid.x, at / launch.grid.x % launch.grid.y, at / launch.grid.x / launch.grid.y});
+  uint32_t next = 0;
+  std::vector<std::unique_ptr<Block>> resident;
+  for (size_t i = 0; i < (program.polls ? kResident : 1) && i < blocks; ++i) {
+    resident.push_back(std::make_unique<Block>(program, options, global, report, launch.params, launch.grid,
+                                               launch.threads, launch.dynamic_shared));
+  }
+  const auto start = [&](Block& block) {
+    const uint32_t at = options.reverse ? blocks - 1 - next : next;
+    block.start({at % launch.grid.x, at / launch.grid.x % launch.grid.y, at / launch.grid.x / launch.grid.y});
+    ++next;
+  };
+  for (const auto& block : resident) start(*block);
+  while (!resident.empty()) {
+    const size_t i = resident.size() == 1 ? 0 : resident.front()->random() % resident.size();
+    if (resident[i]->turn()) continue;
+    if (next < blocks) {
+      start(*resident[i]);
+    } else {
+      resident.erase(resident.begin() + static_cast<std::ptrdiff_t>(i));
+    }
   }
   return report;
 }

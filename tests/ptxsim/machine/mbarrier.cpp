@@ -8,11 +8,6 @@ namespace {
 
 constexpr uint64_t kMaxCount = (1 << 20) - 1;
 
-void join(std::vector<uint32_t>& to, const std::vector<uint32_t>& from) {
-  to.resize(from.size());
-  for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
-}
-
 std::string at(uint64_t address) {
   return "the mbarrier at shared+" + std::to_string(address);
 }
@@ -62,6 +57,7 @@ uint64_t Mbarriers::arrive(Warp& warp, const Instruction& in, Mbarrier& object, 
   }
   const uint64_t phase = object.phase;
   join(object.arrived, warp.clock);
+  object.arrived_seen.join(warp.seen);
   object.pending -= static_cast<uint32_t>(count);
   if (object.pending == 0 && object.bytes == 0) finish_phase(object);
   return phase;
@@ -77,6 +73,7 @@ void Mbarriers::finish_phase(Mbarrier& object) {
   object.pending = object.count;
   object.polls = 0;
   join(object.completed, object.arrived);
+  object.completed_seen.join(object.arrived_seen);
   uint32_t& seen = object.completed[warps_ + static_cast<size_t>(object.slot)];
   seen = std::max(seen, object.landings);
 }

@@ -33,7 +33,8 @@ struct Mbarrier {
   std::vector<BulkPiece> on_their_way;
   std::vector<uint32_t> arrived;    // clocks of this phase's arrivals, joined
   std::vector<uint32_t> completed;  // of all complete phases
-  int initialiser = 0;              // the warp that made it, when, and how many fences it had done
+  Knowledge arrived_seen, completed_seen;
+  int initialiser = 0;  // the warp that made it, when, and how many fences it had done
   uint32_t made_at = 0, fences = 0;
 };
 

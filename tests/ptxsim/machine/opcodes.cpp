@@ -128,7 +128,8 @@ void finish_instruction(const Opcode& opcode, Instruction& in, Program& program)
   in.is_wgmma = in.name == "wgmma.mma_async";
   in.is_copy = in.name == "mov";
   program.uses_wgmma |= in.is_wgmma;
-  program.has_fence |= in.name == "fence" || in.name == "membar";
+  const bool strong = in.has("acquire") || in.has("relaxed") || in.has("volatile");
+  program.polls |= in.space != Space::Shared && ((in.name == "ld" && strong) || in.name == "atom");
 }
 
 }  // namespace ptxsim

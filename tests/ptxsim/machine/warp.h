@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "knowledge.h"
 #include "program.h"
 
 namespace ptxsim {
@@ -58,6 +59,9 @@ struct Warp {
 
   std::vector<uint32_t> clock;         // vector clock over the block's warps, then its mbarriers
   std::vector<uint32_t> fenced_clock;  // the same at the last fence.proxy.async
+  Knowledge seen;                      // of other blocks
+  Knowledge observed;                  // what relaxed reads met, which a fence turns into knowledge
+  Knowledge fenced;                    // what the last fence lets relaxed writes publish
   uint32_t proxy_fences = 0;
   uint32_t mbarrier_fences = 0;
   uint32_t warp_syncs = 0;
