@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -40,6 +41,24 @@ def test_rows_masked_by_a_finite_bias_average_their_values(fill: float, encoding
     theirs = torch.autograd.grad(expected, tensors, weight)
     for got, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+
+
+def test_rows_masked_by_a_finite_bias_have_gradients_under_dape() -> None:
+    torch.manual_seed(0)
+    position = posattn.DAPE(posattn.Kerple(2), 2)
+    bias = torch.zeros(1, 1, 70, 70)
+    bias[..., :9, :] = LOWEST
+    tensors = [torch.randn(1, 2, 70, 32) for _ in range(3)]
+    weight = torch.randn(1, 2, 70, 32)
+
+    def grads(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        module = copy.deepcopy(position).to(dtype)
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        out = posattn.attention(*leaves, module, bias=bias.to(dtype), backend=backend)
+        return list(torch.autograd.grad(out, [*leaves, *module.parameters()], weight.to(dtype)))
+
+    for got, wanted in zip(grads(torch.float32, "cpu"), grads(torch.float64, "reference"), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-5)
 
 
 def test_a_bias_may_hold_anything_at_a_masked_key() -> None:

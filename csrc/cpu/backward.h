@@ -277,6 +277,11 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
 // that large. The weights of such a row are summed again, and log2 of their sum is what the lse lacks.
 constexpr float LARGE_LSE = 512.0F;
 
+inline bool large(float lse) {
+  const float size = lse < 0.0F ? -lse : lse;
+  return size > LARGE_LSE && size < -NEG_INF;
+}
+
 struct RestScratch {
   float *q, *k, *logits;
   BiasTile bias;
@@ -322,8 +327,7 @@ inline void find_rests(const Problem& p, float* rests) {
         RestScratch scratch(arena, p);
         for (int64_t i = 0; i < s.q_len; ++i) {
           const float lse = p.lse[first + i];
-          const float size = lse < 0.0F ? -lse : lse;
-          if (size > LARGE_LSE && size < -NEG_INF) rests[first + i] = find_rest(p, s, h, i, lse, scratch);
+          if (large(lse)) rests[first + i] = find_rest(p, s, h, i, lse, scratch);
         }
       });
 }

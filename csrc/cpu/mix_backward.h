@@ -220,9 +220,35 @@ void mix_flush(const Problem& p, MixBackwardScratch<M>& t) {
     for (int64_t o = 0; o < w.width; ++o) m.grad_b1[o] += static_cast<float>(g.b1[o]);
 }
 
+// find_rests (backward.h) for rows whose logits need all heads: their forward pass again, a block at a time.
 template <class M>
-void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t task, Progress& progress,
-                       MixBackwardScratch<M>& t) {
+void find_mix_rests(const Problem& p, int64_t longest, float* rests) {
+  fill(rests, 0.0F, p.batch * p.heads * p.q_len);
+  const int64_t step = mix_rows(p), blocks = ceil_div(longest, step);
+  run_tasks(
+      p.threads, blocks * p.n_sequences, [&](Arena& arena) { MixForwardScratch<M>(arena, p, step); },
+      [&](Arena& arena, int64_t task) {
+        const Sequence& s = p.sequences[task % p.n_sequences];
+        const int64_t i0 = task / p.n_sequences * step, i1 = imin(i0 + step, s.q_len);
+        const auto at = [&](int64_t h, int64_t i) { return (s.b * p.heads + h) * p.q_len + s.q0 + i; };
+        bool any = false;
+        for (int64_t h = 0; h < p.heads; ++h)
+          for (int64_t i = i0; i < i1; ++i) any = any || large(p.lse[at(h, i)]);
+        if (!any) return;
+        MixForwardScratch<M> scratch(arena, p, step);
+        mix_forward_task<M>(p, s, i0, i1, step, scratch, [&](int64_t h, int64_t i, float*, float most, float sum) {
+          const double lse = p.lse[at(h, i)];
+          if (!large(p.lse[at(h, i)])) return;
+          double total = sum * ::exp(most - lse);
+          if (p.sinks) total += ::exp(p.sinks[h] - lse);
+          rests[at(h, i)] = static_cast<float>(::log2(total));
+        });
+      });
+}
+
+template <class M>
+void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t task, const float* rests,
+                       Progress& progress, MixBackwardScratch<M>& t) {
   const int64_t heads = p.heads, group = heads / p.kv_heads, keys = imin(MIX_KEYS, s.k_len - j0);
   const int64_t head_tile = t.rows * MIX_KEYS, key_rows = round_up(MIX_KEYS, MR);
   const int64_t q_depth = elements<M>(p.head_dim), v_depth = elements<M>(p.value_dim);
@@ -302,7 +328,7 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
           continue;
         }
         const int64_t at = (s.b * heads + h) * p.q_len + s.q0 + i0 + r;
-        const RowStep row{plain, s, t.bias[h], dropout, row_lse(p.lse[at]), 0.0F, p.delta[at]};
+        const RowStep row{plain, s, t.bias[h], dropout, row_lse(p.lse[at]), rests[at], p.delta[at]};
         row.template run<M::exp_degree>(y, dy, i0 + r, j0, MIX_KEYS, 1.0F, nullptr, t.keep, t.grad.outer[h]);
       }
     }
@@ -362,6 +388,8 @@ void mix_backward(const Problem& p) {
   const int64_t longest = longest_queries(p);
   const int64_t tasks = ceil_div(p.max_k_len, MIX_KEYS) * p.n_sequences;
   Progress progress(tasks), flushed(tasks);
+  auto* rests = static_cast<float*>(allocate(static_cast<size_t>(p.batch * p.heads * p.q_len) * 4));
+  find_mix_rests<M>(p, longest, rests);
   run_tasks(
       p.threads, tasks, [&](Arena& arena) { MixBackwardScratch<M>(arena, p, longest); },
       [&](Arena& arena, int64_t task) {
@@ -369,7 +397,7 @@ void mix_backward(const Problem& p) {
         const int64_t j0 = task / p.n_sequences * MIX_KEYS;
         if (j0 < s.k_len && s.q_len > 0) {
           MixBackwardScratch<M> scratch(arena, p, longest);
-          mix_backward_task<M>(p, s, j0, task, progress, scratch);
+          mix_backward_task<M>(p, s, j0, task, rests, progress, scratch);
           progress.publish(task, Progress::DONE);
           flushed.wait(task - 1, Progress::DONE);
           mix_flush(p, scratch);
@@ -381,6 +409,7 @@ void mix_backward(const Problem& p) {
         }
         flushed.publish(task, Progress::DONE);
       });
+  release(rests);
   if (p.grad_q) for_rows(p, finish_grad_q);
 }
 

@@ -40,9 +40,10 @@ inline void scale_products(const Problem& p, float* x, int64_t n, float mul, flo
     for (int64_t c = 0; c < n; c += VL) store(x + c, load(x + c) * mul);
 }
 
-template <class M>
+// Ends in finish(head, row, weighted sum of values, maximum, sum of weights) for every row.
+template <class M, class Finish>
 void mix_forward_task(const Problem& p, const Sequence& s, int64_t i0, int64_t i1, int64_t task_rows,
-                      MixForwardScratch<M>& t) {
+                      MixForwardScratch<M>& t, const Finish& finish) {
   const int64_t heads = p.heads, group = heads / p.kv_heads, head_logits = t.rows * MIX_KEYS;
   const int64_t depth = elements<M>(p.head_dim), panels = MIX_KEYS * panel_rows<M>(p.head_dim);
   const int64_t panel = panel_rows<M>(p.head_dim) * NR, values = MIX_KEYS / M::pack * t.v_stride;
@@ -113,7 +114,7 @@ void mix_forward_task(const Problem& p, const Sequence& s, int64_t i0, int64_t i
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t r = 0; r < i1 - i0; ++r) {
       const int64_t row = h * task_rows + r;
-      write_row(p, s, h, i0 + r, t.out + row * t.v_stride, t.most[row], t.sum[row]);
+      finish(h, i0 + r, t.out + row * t.v_stride, t.most[row], t.sum[row]);
     }
 }
 
@@ -133,7 +134,9 @@ void mix_forward(const Problem& p) {
         const int64_t i0 = chunk * step, i1 = imin(i0 + step, s.q_len);
         if (i0 >= i1) return;
         MixForwardScratch<M> scratch(arena, p, step);
-        mix_forward_task<M>(p, s, i0, i1, step, scratch);
+        mix_forward_task<M>(p, s, i0, i1, step, scratch, [&](int64_t h, int64_t i, float* out, float most, float sum) {
+          write_row(p, s, h, i, out, most, sum);
+        });
       });
 }
 
