@@ -47,20 +47,35 @@ def candidates(table: Table, arch: str, call: Call) -> list[Tile]:
     return list(dict.fromkeys(of_kind))
 
 
+def _stored(path: Path) -> dict[str, Tile]:
+    """The choices on disk; those that this version cannot read are left out, to be made and written anew."""
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    tiles = {}
+    for entry, values in entries.items() if isinstance(entries, dict) else ():
+        try:
+            tiles[entry] = Tile(**values)
+        except TypeError:
+            continue
+    return tiles
+
+
 def pick(name: str, device: str, call: Call, tiles: Iterable[Tile], time: Callable[[Tile], float]) -> Tile:
     """The fastest of `tiles` by `time` (milliseconds), from memory or disk if it was found before. A tile that the
     device cannot hold counts as infinitely slow."""
     entry = key(name, device, call)
     if entry not in _chosen:
         path = _directory() / "triton_tiles.json"
-        stored = json.loads(path.read_text()) if path.exists() else {}
+        stored = _stored(path)
         if entry not in stored:
-            stored[entry] = asdict(min(tiles, key=time))
+            stored[entry] = min(dict.fromkeys(tiles), key=time)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(stored, indent=1, sort_keys=True))
+            partial.write_text(json.dumps({name: asdict(tile) for name, tile in stored.items()}, indent=1))
             partial.replace(path)
-        _chosen[entry] = Tile(**stored[entry])
+        _chosen[entry] = stored[entry]
     return _chosen[entry]
 
 
