@@ -364,7 +364,7 @@ __device__ __forceinline__ void run_mlp(const Block& of, const QuerySpan& span) 
   const Lane lane{of.lane.lane, of.lane.warp - HEADS, of.lane.g, of.lane.t};
   const Mlp mlp(of.p.mix, of.p.scale, lane);
   MlpBackward backward(of.p.mix, lane);
-  const PlaneReader<INPUTS> x(of.memory + X_AT, lane);
+  const InputReader x(of.memory + X_AT, lane);
   const PlaneReader<HEADS> ds(of.memory + DS_AT, lane);
   const uint32_t mix = of.memory + MIX_AT, to = mix + 2 * lane.t * MIX_HEAD + 4 * lane.g;
 #pragma unroll 1
@@ -392,6 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) headmix_backward(const 
                                    : static_cast<int64_t>(index) * ceil_div(p.shape.q_tokens, 8) * 8;
   const Block of{p, sequence, this_lane(), ptx::shared_address(shared), j0, first_row};
   const QuerySpan span(sequence, p.mask, j0);
+  store_ones(of.memory + X_AT);
   if (of.lane.warp < HEADS) {
     run_head(of, span);
   } else {

@@ -255,6 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const int i0 = block * BLOCK_M;
   if (i0 >= sequence.q_len) return;
   const KeySpans spans(sequence, p.mask, i0, min(i0 + BLOCK_M, sequence.q_len) - 1);
+  store_ones(ptx::shared_address(shared) + X_AT);
   start<HEADS_PER_WARP>(Forward(p, sequence, i0), spans);
 }
 

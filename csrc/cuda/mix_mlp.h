@@ -28,14 +28,36 @@ __device__ __forceinline__ void mma_to(float (&d)[4], const uint32_t (&a)[2], ui
 
 constexpr float ZEROS[4] = {};
 
-// max(h, 0.01 h) of h + bias, two elements at once.
-__device__ __forceinline__ uint32_t leaky_relu(uint32_t h, uint32_t bias) {
+constexpr uint32_t PAIR_OF_ONES = BF16 ? 0x3f803f80u : 0x3c003c00u;
+
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
   if constexpr (BF16) {
-    h = ptx::fma_rn_bf16x2(h, 0x3f803f80u, bias);
-    return ptx::max_bf16x2(h, ptx::fma_rn_bf16x2(h, 0x3c243c24u, 0x80008000u));
+    return ptx::fma_rn_bf16x2(a, b, c);
   } else {
-    h = ptx::fma_rn_f16x2(h, 0x3c003c00u, bias);
-    return ptx::max_f16x2(h, ptx::fma_rn_f16x2(h, 0x211f211fu, 0x80008000u));
+    return ptx::fma_rn_f16x2(a, b, c);
+  }
+}
+
+// 0.01 h, two elements at once.
+__device__ __forceinline__ uint32_t leak(uint32_t h) {
+  return fma_pair(h, BF16 ? 0x3c243c24u : 0x211f211fu, 0x80008000u);
+}
+
+// max(h, 0.01 h) of h + bias.
+__device__ __forceinline__ uint32_t leaky_relu(uint32_t h, uint32_t bias) {
+  if constexpr (!ONES) h = fma_pair(h, PAIR_OF_ONES, bias);
+  if constexpr (BF16) {
+    return ptx::max_bf16x2(h, leak(h));
+  } else {
+    return ptx::max_f16x2(h, leak(h));
+  }
+}
+
+// The plane of ones, by all threads; a barrier must follow.
+__device__ __forceinline__ void store_ones(uint32_t x) {
+  if constexpr (ONES) {
+    for (int at = threadIdx.x * 4; at < X_HEAD; at += THREADS * 4)
+      ptx::st_shared(x + INPUTS * X_HEAD + at, PAIR_OF_ONES);
   }
 }
 
@@ -81,9 +103,7 @@ struct Mlp {
 #pragma unroll
       for (int b = 0; b < INPUT_BLOCKS; ++b) {
         const int unit = 8 * n + lane.g, input = 8 * b + 2 * lane.t;
-        const float x = SCALED || input >= HEADS ? 1.0f : scale, y = SCALED || input + 1 >= HEADS ? 1.0f : scale;
-        w1[n][b] = pack(x * padded_element(p.w1, unit, WIDTH, input, INPUTS),
-                        y * padded_element(p.w1, unit, WIDTH, input + 1, INPUTS));
+        w1[n][b] = pack(weight_of(p, scale, unit, input), weight_of(p, scale, unit, input + 1));
       }
       const int at = 8 * n + 2 * lane.t;
       b1[n] = pack(padded_element(p.b1, 0, 1, at, WIDTH), padded_element(p.b1, 0, 1, at + 1, WIDTH));
@@ -94,6 +114,16 @@ struct Mlp {
                         LOG2E * padded_element(p.w2, head, HEADS, unit + 1, WIDTH));
       }
     }
+  }
+
+  // Of an input, or of ones: b1, then what its rounding leaves.
+  __device__ static __forceinline__ float weight_of(const MixParams& p, float scale, int unit, int input) {
+    if (input < INPUTS) {
+      const float w = padded_element(p.w1, unit, WIDTH, input, INPUTS);
+      return SCALED || input >= HEADS ? w : w * scale;
+    }
+    const float b = padded_element(p.b1, 0, 1, unit, WIDTH);
+    return input == INPUTS ? b : input == INPUTS + 1 ? b - low_float(pack(b, 0.0f)) : 0.0f;
   }
 
   // out[a] = heads 8 a .. of the positions whose inputs are z.
@@ -174,7 +204,7 @@ private:
   }
 };
 
-using InputReader = PlaneReader<INPUTS>;
+using InputReader = PlaneReader<PLANES>;
 
 // Planes 8 a + 2t and 8 a + 2t + 1 of sixteen positions; a word holds positions g and g + 8. `to` is this lane's place
 // in plane 0.

@@ -10,8 +10,7 @@ namespace posattn::mix {
 
 // The gradient of a hidden unit before its activation: what arrives, times 0.01 where the unit is negative.
 __device__ __forceinline__ uint32_t leaky_gradient(uint32_t gradient, uint32_t active) {
-  const uint32_t less = BF16 ? ptx::fma_rn_bf16x2(gradient, 0x3c243c24u, 0x80008000u)
-                             : ptx::fma_rn_f16x2(gradient, 0x211f211fu, 0x80008000u);
+  const uint32_t less = leak(gradient);
   const uint32_t negative = ptx::prmt(active, 0, 0xbb99);  // each half all ones where its sign is set
   return (gradient & ~negative) | (less & negative);
 }
@@ -25,7 +24,6 @@ __device__ __forceinline__ void turn_operand(uint32_t (&to)[4], const uint32_t (
 }
 
 struct MlpBackward {
-  static constexpr int ONES = BF16 ? 0x3f803f80 : 0x3c003c00;
   uint32_t w2[2 * WIDTH_PAIRS][HEAD_BLOCKS];   // (heads 8 a + 2t.., unit 8 n + g)
   uint32_t w1[INPUT_BLOCKS][2 * WIDTH_PAIRS];  // (units 8 n + 2t.., input 8 b + g)
   float dw1[WIDTH_PAIRS][INPUT_BLOCKS][4];     // (unit 16 u + g, inputs 8 b + 2t..), the same for unit 16 u + g + 8
@@ -62,8 +60,8 @@ struct MlpBackward {
   }
 
   // Sixteen positions at `at` of x and ds; the gradient of the inputs goes to `to` as pairs (see store_pairs).
-  __device__ __forceinline__ void run(const Mlp& mlp, const PlaneReader<INPUTS>& x, const PlaneReader<HEADS>& ds,
-                                      int at, uint32_t to) {
+  __device__ __forceinline__ void run(const Mlp& mlp, const InputReader& x, const PlaneReader<HEADS>& ds, int at,
+                                      uint32_t to) {
     uint32_t z[INPUT_BLOCKS][2], g[HEAD_BLOCKS][2], before[WIDTH_PAIRS][4];
     x.by_position(z, at);
     ds.by_position(g, at);
@@ -87,7 +85,7 @@ struct MlpBackward {
       turn_operand(turned, before[u]);
 #pragma unroll
       for (int b = 0; b < INPUT_BLOCKS; ++b) mma(dw1[u][b], turned, x_planes[b][0], x_planes[b][1]);
-      mma(db1[u], turned, ONES, ONES);
+      if constexpr (!ONES) mma(db1[u], turned, PAIR_OF_ONES, PAIR_OF_ONES);
     }
     float dz[INPUT_BLOCKS][4];
 #pragma unroll
@@ -113,10 +111,11 @@ struct MlpBackward {
       for (int e = 0; e < 4; ++e) {
         const int unit = 16 * u + lane.g + e / 2 * 8, column = 2 * lane.t + e % 2;
         if (unit >= WIDTH) continue;
-        if (column == 0) to_b1[unit] = db1[u][e];
+        if (!ONES && column == 0) to_b1[unit] = db1[u][e];
 #pragma unroll
         for (int b = 0; b < INPUT_BLOCKS; ++b) {
           const int input = 8 * b + column;
+          if (ONES && input == INPUTS) to_b1[unit] = dw1[u][b][e];
           if (input < INPUTS) to_w1[unit * INPUTS + input] = dw1[u][b][e] * (input < HEADS ? x_factor : 1.0f);
         }
 #pragma unroll

@@ -4,7 +4,7 @@
 // A block owns BLOCK_M queries of all heads and walks the keys BLOCK_N at a time. A warp owns HEADS_PER_WARP heads: it
 // alone needs their keys and values, so it reads those from global memory straight into fragments, and no tile of them
 // ever lies in shared memory. What the heads exchange does:
-//   x   [INPUTS][BLOCK_M][BLOCK_N]           16-bit inputs of the MLP: logits, after them the inner bias (concat forms)
+//   x   [PLANES][BLOCK_M][BLOCK_N]           16-bit inputs of the MLP: logits, after them the inner bias (concat forms)
 //   mix [heads, padded][BLOCK_M / 2][BLOCK_N] what the MLP adds to the logits of rows i and i + 8 of a fragment, as a
 //   pair
 // Both have strides without bank conflicts: eight heads' rows of x for ldmatrix, four heads' pairs of mix for stores.
@@ -17,6 +17,10 @@ namespace posattn::mix {
 constexpr int GROUPS = BLOCK_M / 16;
 constexpr int N8 = BLOCK_N / 8;
 constexpr int INPUTS = CONCAT ? 2 * HEADS : HEADS;
+// Products take inputs by eights. Where the last eight is not full, an input of ones brings b1 in with the weights, and
+// takes its gradient out with theirs.
+constexpr bool ONES = INPUTS % 8 != 0;
+constexpr int PLANES = INPUTS + ONES;
 constexpr int INPUT_BLOCKS = ceil_div(INPUTS, 8);
 constexpr int HEAD_BLOCKS = ceil_div(HEADS, 8);
 constexpr int WIDTH_PAIRS = ceil_div(WIDTH, 16);  // sixteen hidden units: two n8 tiles of layer 1, one k16 step of 2
@@ -33,7 +37,7 @@ constexpr int X_HEAD = BLOCK_M * X_ROW + 16;
 constexpr int MIX_HEAD = (BLOCK_M / 2 * BLOCK_N + 4) * 4;
 constexpr int Q_HEAD = BLOCK_M * HEAD_DIM * 2;
 constexpr int Q_BYTES = HEADS * Q_HEAD;
-constexpr int X_BYTES = INPUTS * X_HEAD;
+constexpr int X_BYTES = PLANES * X_HEAD;
 constexpr int MIX_BYTES = HEAD_BLOCKS * 8 * MIX_HEAD;
 
 struct Lane {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from posattn.backends import cuda_backward, cuda_compile, cuda_forward, cuda_launch
+from posattn.backends import cuda_backward, cuda_compile, cuda_forward, cuda_launch, cuda_mix, cuda_mix_backward
 from posattn.backends.cuda_operands import DTYPES, HEAD_DIMS
-from posattn.plan import Call
+from posattn.plan import Call, HeadMix
 
 
 def unsupported(call: Call) -> str | None:
@@ -18,16 +19,29 @@ def unsupported(call: Call) -> str | None:
         return f"it computes float16 and bfloat16, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > HEAD_DIMS[-1]:
         return f"it takes head dimensions up to {HEAD_DIMS[-1]}, got {max(q.shape[3], v.shape[3])}"
+    missing = cuda_compile.missing() or cuda_compile.unsupported(cuda_launch.architecture(q.device))
+    if missing is not None:
+        return missing
     if call.plan.mix is not None:
-        return "it has no kernels that mix heads"
+        return _unsupported_mix(call, call.plan.mix)
     by_distance = call.plan.bias.table is not None or call.plan.bias.profile is not None
     if call.deterministic and call.q_positions is not None and by_distance:
         return "with explicit positions it sums a table's gradient by atomics, whose order is not deterministic"
-    return cuda_compile.missing() or cuda_compile.unsupported(cuda_launch.architecture(q.device))
+    return None
+
+
+def _unsupported_mix(call: Call, mix: HeadMix) -> str | None:
+    """The backward kernel fits fewer calls than the forward one, so it is asked only where gradients are wanted."""
+    arch = cuda_launch.architecture(call.q.device)
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v, mix.w1))
+    reason = cuda_mix.unsupported(call, mix, arch)
+    return cuda_mix_backward.unsupported(call, mix, arch) if reason is None and differentiated else reason
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
+    if call.plan.mix is not None:
+        return cuda_mix.forward(call, call.plan.mix)
     return cuda_forward.forward(call)
 
 
@@ -35,4 +49,6 @@ def backward(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients named in `needs`, parameters' in float32."""
+    if call.plan.mix is not None:
+        return cuda_mix_backward.backward(call, call.plan.mix, out, lse, grad_out, grad_lse, needs)
     return cuda_backward.backward(call, out, lse, grad_out, grad_lse, needs)

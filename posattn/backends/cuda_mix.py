@@ -54,6 +54,12 @@ def inputs(call: Call, mix: HeadMix) -> int:
     return 2 * heads if mix.inner and mix.form != "add" else heads
 
 
+def planes(call: Call, mix: HeadMix) -> int:
+    """Inputs, and a plane of ones for b1 where they leave one free."""
+    count = inputs(call, mix)
+    return count + (count % 8 != 0)
+
+
 def dims(call: Call) -> tuple[int, int]:
     """The head dimensions as the kernels pad them."""
     return -(-call.q.shape[3] // 32) * 32, -(-call.v.shape[3] // 32) * 32
@@ -68,7 +74,7 @@ def forward_shared(call: Call, mix: HeadMix, tile: MixTile) -> int:
     """Dynamic shared memory of headmix_forward; it asserts that this is enough."""
     m, n = tile.block_m, tile.block_n
     queries = tile.heads * m * dims(call)[0] * 2
-    x = inputs(call, mix) * (2 * m * n + 16)
+    x = planes(call, mix) * (2 * m * n + 16)
     mixed = -(-tile.heads // 8) * 8 * (2 * m * n + 16)
     staged = (mix.inner.table is not None or mix.inner.profile is not None) and call.q_positions is None
     return queries + x + mixed + (2 * tile.heads * 8 * (m + n) if staged else 0)

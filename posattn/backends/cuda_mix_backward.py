@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from posattn.backends import cuda_gradients as gradients
-from posattn.backends import cuda_launch, cuda_mix
+from posattn.backends import cuda_mix
 from posattn.backends import cuda_operands as operands
 from posattn.backends.cuda_forward import run, turned
 from posattn.backends.cuda_mix import MixTile
-from posattn.backends.cuda_operands import Constants, Members
+from posattn.backends.cuda_operands import Members
 from posattn.kernels.operands import k_max, sequences
 from posattn.plan import Bias, Call, HeadMix
 
@@ -26,7 +26,7 @@ def shared_bytes(call: Call, mix: HeadMix) -> int:
     heads, inputs = call.q.shape[1], cuda_mix.inputs(call, mix)
     dim, dim_v = cuda_mix.dims(call)
     kept = heads * _KEYS * 2 * (2 * dim + dim_v)
-    planes = (inputs + heads) * (2 * _KEYS * _QUERIES + 16)
+    planes = (cuda_mix.planes(call, mix) + heads) * (2 * _KEYS * _QUERIES + 16)
     mixed = -(-max(inputs, heads) // 8) * 8 * (2 * _KEYS * _QUERIES + 16)
     return kept + planes + mixed
 
@@ -48,7 +48,8 @@ def unsupported(call: Call, mix: HeadMix, arch: str) -> str | None:
 
 def _padded_rows(call: Call) -> int:
     """Rows of all sequences, each beginning at a multiple of 8."""
-    tokens, count = call.q.shape[2], sequences(call)
+    tokens: int = call.q.shape[2]
+    count: int = sequences(call)
     return (tokens // 8 + count) * 8 if call.mask.cu_seqlens_q is not None else -(-tokens // 8) * 8 * count
 
 
@@ -110,8 +111,8 @@ def backward(
         "dw2": zeros(slots * _MLP_WARPS, heads, width),
         "db2": zeros(slots, heads),
     }
-    inner = _bias_sums(call, mix.inner, "inner.", needs, slots)
-    outer = _bias_sums(call, call.plan.bias, "", needs, slots)
+    inner = _bias_sums(call, mix.inner, "inner.", needs, slots, values["inner"])
+    outer = _bias_sums(call, call.plan.bias, "", needs, slots, values["outer"])
     values.update({"q": q, "k": k, "v": v, "grad_out": grad, "lse2": lse2, "delta": delta, **results})
     values.update({f"{n}_strides": operands.strides(x) for n, x in zip(("q", "k", "v", "grad_out"), (q, k, v, grad))})
     values.update({"dinner": _with_strides(inner), "douter": _with_strides(outer), "rows": _padded_rows(call)})
@@ -120,7 +121,8 @@ def backward(
     constants.update({"MLP_WARPS": _MLP_WARPS, "WARPS": warps, "THREADS": 32 * warps})
     constants.update({"SHARED_BYTES": shared, "WANT_INNER": bool(inner)})
     run(
-        "mix_backward.cu", "headmix_backward", "MixBackwardParams", constants, values, (slots,), 32 * warps, shared, device
+        "mix_backward.cu", "headmix_backward", "MixBackwardParams", constants, values, (slots,), 32 * warps, shared,
+        device,
     )  # fmt: skip
 
     grads = {name: results[f"d{name}"].sum(0) for name in ("w1", "b1", "w2", "b2")}
@@ -136,29 +138,31 @@ def backward(
         # A sink is a logit without a value; rows that see nothing but it have their log-sum-exp from it.
         weight = torch.exp(call.sinks.float()[:, None] - lse)
         grads["sinks"] = -(torch.where(lse.isinf(), 0.0, weight) * delta).sum((0, 2))
-    grads.update(_bias_gradients(call, mix.inner, "inner.", inner))
-    grads.update(_bias_gradients(call, call.plan.bias, "", outer))
+    grads.update(_bias_gradients(call, mix.inner, "inner.", inner, values["inner"]))
+    grads.update(_bias_gradients(call, call.plan.bias, "", outer, values["outer"]))
     return {name: grads[name].contiguous() for name in needs}
 
 
-def _bias_sums(call: Call, bias: Bias, prefix: str, needs: frozenset[str], slots: int) -> Members:
-    """BiasGradParams: zeroed sums for what is wanted of a bias."""
-    floats = {"dtype": torch.float32, "device": call.q.device}
+def _bias_sums(call: Call, bias: Bias, prefix: str, needs: frozenset[str], slots: int, operand: Members) -> Members:
+    """BiasGradParams: zeroed sums for what is wanted of a bias, for the entries that the kernel's `operand` has."""
     wanted = {name.removeprefix(prefix) for name in needs if name.startswith("inner.") == bool(prefix)}
     heads = call.q.shape[1]
     sums: Members = {}
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=call.q.device)
+
     if "slope" in wanted:
-        sums["slope"] = torch.zeros((slots, heads), **floats)
+        sums["slope"] = zeros(slots, heads)
     if "table" in wanted and bias.table is not None:
-        sums["table"] = torch.zeros(bias.table.values.shape, **floats)
+        sums["table"] = zeros(*operand["table"].shape)
     if bias.profile is not None and "psi" in wanted:
-        sums["psi"] = torch.zeros(bias.profile.psi.shape, **floats)
+        sums["psi"] = zeros(*operand["psi"].shape)
     if bias.profile is not None and wanted & _LINES:
-        sums["row_scale"] = torch.zeros(_padded_rows(call), **floats)
-        sums["segments"] = torch.zeros((heads, 2, bias.profile.knots.shape[0] + 1), **floats)
+        sums["row_scale"] = zeros(_padded_rows(call))
+        sums["segments"] = zeros(heads, 2, bias.profile.knots.shape[0] + 1)
     if "dense" in wanted and bias.dense is not None:
-        shape = (*bias.dense.bias.shape[:2], call.q.shape[2], call.k.shape[2])
-        sums["dense"] = torch.zeros(shape, **floats)
+        sums["dense"] = zeros(*bias.dense.bias.shape[:2], call.q.shape[2], call.k.shape[2])
     return sums
 
 
@@ -170,12 +174,17 @@ def _with_strides(sums: Members) -> Members:
     return {**sums, "dense_strides": dict(zip(("batch", "head", "query", "key"), steps))}
 
 
-def _bias_gradients(call: Call, bias: Bias, prefix: str, sums: Members) -> dict[str, Tensor]:
+def _bias_gradients(call: Call, bias: Bias, prefix: str, sums: Members, operand: Members) -> dict[str, Tensor]:
     grads: dict[str, Tensor] = {}
     if "slope" in sums and bias.slope is not None:
         by_sequence = sums["slope"].view(sequences(call), -1, call.q.shape[1]).sum(1)
         grads["slope"] = gradients.slope(call, bias.slope, by_sequence)
-    grads.update({name: sums[name] for name in ("table", "psi") if name in sums})
+    if "table" in sums and bias.table is not None:
+        length = bias.table.values.shape[1]
+        grads["table"] = gradients.by_entry(sums["table"], operand["table_first"], bias.table.first, length)
+    if "psi" in sums and bias.profile is not None:
+        length = bias.profile.psi.shape[0]
+        grads["psi"] = gradients.by_entry(sums["psi"][None], operand["psi_first"], bias.profile.first, length)[0]
     if "segments" in sums and bias.profile is not None:
         grads["profile_intercept"], grads["profile_slope"] = sums["segments"].unbind(1)
         grads["row_scale"] = gradients.row_scale(call, bias.profile, sums["row_scale"], 8)
