@@ -47,46 +47,83 @@ struct DistanceBias {
     if constexpr (HAS_PROFILE) stage_values(to + STAGED * 4, p.psi, p.psi_first, p.psi_last, least, thread);
   }
 
-  // s += bias. distance: of this lane's first row and first column; staged: that distance's place in the staged values.
-  template <int N8>
-  __device__ __forceinline__ void add(float (&s)[GROUPS][N8][4], const BiasParams& p, const float* staged, int distance,
-                                      const Segments& segments) const {
-    constexpr int DELTAS = ROWS + N8 - 1;
-    float value[DELTAS][2];
+  // What every logit of a distance has in common: the slope's and the table's part. distance: of this lane's first row
+  // and first column; staged: that distance's place in the staged values.
+  template <int DELTAS>
+  __device__ __forceinline__ void common(float (&value)[DELTAS][2], const float* staged, int distance) const {
     const float d0 = static_cast<float>(distance);
-    float line[ROWS];
-    if constexpr (HAS_PROFILE) {
-#pragma unroll
-      for (int a = 0; a < ROWS; ++a) line[a] = segments.slope * profile.row_scale[a];
-    }
 #pragma unroll
     for (int x = 0; x < DELTAS; ++x) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int step = 8 * (x - (N8 - 1)) - e;
-        value[x][e] = segments.intercept;
+        const int step = 8 * (x - (DELTAS - ROWS)) - e;
+        if constexpr (HAS_TABLE) value[x][e] = staged[step];
         if constexpr (HAS_SLOPE && LINEAR) {
-          value[x][e] = fmaf(-slope, static_cast<float>(step), value[x][e] - slope * d0);
+          const float corner = HAS_TABLE ? value[x][e] - slope * d0 : -slope * d0;
+          value[x][e] = fmaf(-slope, static_cast<float>(step), corner);
         } else if constexpr (HAS_SLOPE) {
-          value[x][e] = fmaf(-slope, fabsf(d0 + static_cast<float>(step)), value[x][e]);
+          const float d = fabsf(d0 + static_cast<float>(step));
+          value[x][e] = HAS_TABLE ? fmaf(-slope, d, value[x][e]) : -slope * d;
         }
-        if constexpr (HAS_TABLE) value[x][e] += staged[step];
       }
     }
+  }
+
+  // s += bias.
+  template <int N8>
+  __device__ __forceinline__ void add(float (&s)[GROUPS][N8][4], const BiasParams& p, const float* staged, int distance,
+                                      const Segments& segments) const {
+    float value[ROWS + N8 - 1][2];
+    common(value, staged, distance);
+#pragma unroll
+    for (int a = 0; a < ROWS; ++a) {
+      const float line = HAS_PROFILE ? segments.slope * profile.row_scale[a] : 0.0f;
+#pragma unroll
+      for (int n = 0; n < N8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& logit = s[a / 2][n][a % 2 * 2 + e];
+          if constexpr (HAS_SLOPE || HAS_TABLE) logit += value[a - n + N8 - 1][e];
+          if constexpr (HAS_PROFILE) logit += fmaf(staged[STAGED + 8 * (a - n) - e], line, segments.intercept);
+        }
+      }
+    }
+    if constexpr (HAS_PROFILE) {
+      if (segments.low < segments.high) profile.bend(s, staged + STAGED, segments, 1.0f);
+    }
+  }
+
+  // z = (s * scale + bias) in base 2 less the rows' references (softmax.h): for a profile both are part of its line.
+  template <int N8>
+  __device__ __forceinline__ void exponents(float (&s)[GROUPS][N8][4], float scale, const float (&reference)[ROWS],
+                                            const float* staged, int distance, const Segments& segments) const {
+    float value[ROWS + N8 - 1][2];
+    common(value, staged, distance);
 #pragma unroll
     for (int n = 0; n < N8; ++n) {
 #pragma unroll
       for (int a = 0; a < ROWS; ++a) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          float bias = value[a - n + N8 - 1][e];
-          if constexpr (HAS_PROFILE) bias = fmaf(staged[STAGED + 8 * (a - n) - e], line[a], bias);
-          s[a / 2][n][a % 2 * 2 + e] += bias;
+          float& z = s[a / 2][n][a % 2 * 2 + e];
+          const float psi = HAS_PROFILE ? staged[STAGED + 8 * (a - n) - e] : 0.0f;
+          if constexpr (HAS_PROFILE && GROUPS > 1) {
+            float bias = fmaf(psi, segments.slope * profile.row_scale[a], segments.intercept);
+            if constexpr (HAS_SLOPE || HAS_TABLE) bias += value[a - n + N8 - 1][e];
+            z = fmaf(fmaf(z, scale, bias), LOG2E, -reference[a]);
+          } else if constexpr (HAS_PROFILE) {
+            const float line = segments.slope * LOG2E * profile.row_scale[a];
+            float bias = fmaf(psi, line, fmaf(segments.intercept, LOG2E, -reference[a]));
+            if constexpr (HAS_SLOPE || HAS_TABLE) bias = fmaf(value[a - n + N8 - 1][e], LOG2E, bias);
+            z = fmaf(z, scale * LOG2E, bias);
+          } else {
+            z = fmaf(fmaf(z, scale, value[a - n + N8 - 1][e]), LOG2E, -reference[a]);
+          }
         }
       }
     }
     if constexpr (HAS_PROFILE) {
-      if (segments.low < segments.high) profile.bend(s, staged + STAGED, segments);
+      if (segments.low < segments.high) profile.bend(s, staged + STAGED, segments, LOG2E);
     }
   }
 };

@@ -218,7 +218,7 @@ __device__ __forceinline__ void Decode::join_and_store() {
   for (int a = 0; a < ROWS; ++a) {
     const int r = lane / 4 + 8 * a;
     if (lane % 4 == 0) {
-      references[warp * BLOCK_M + r] = softmax.m[a];
+      references[warp * BLOCK_M + r] = softmax.reference(a);
       sums[warp * BLOCK_M + r] = softmax.l[a];
     }
 #pragma unroll

@@ -109,17 +109,25 @@ struct Forward {
     }
   }
 
+  // From dot products to exponents in base 2, less the rows' references.
   template <bool BORDER>
   __device__ __forceinline__ void finish_logits(float (&s)[GROUPS][N8][4], int j0, uint32_t stage,
                                                 const Segments& segments) {
     const Place here{place.row, place.column + j0};
-    scale_logits(s, p.scale, p.softcap);
+    if constexpr (HAS_SOFTCAP) scale_logits(s, p.scale, p.softcap);
+    const float scale = HAS_SOFTCAP ? 1.0f : p.scale;
     if constexpr (BY_DISTANCE && !EXPLICIT) {
       const int at = (place.row - i0) - place.column + BLOCK_N - 1;
       const float* staged = reinterpret_cast<const float*>(shared + Q_BYTES + K_BYTES + V_BYTES + stage) + at;
-      bias.add(s, p.bias, staged, here.row + sequence.shift() - here.column, segments);
+      bias.exponents(s, scale, softmax.m, staged, here.row + sequence.shift() - here.column, segments);
+    } else {
+#pragma unroll
+      for (int x = 0; x < GROUPS * N8 * 4; ++x) {
+        float& z = s[x / 4 / N8][x / 4 % N8][x % 4];
+        z = fmaf(z, scale * LOG2E, -softmax.m[x / 4 / N8 * 2 + x % 4 / 2]);
+      }
     }
-    add_gathered(s, p.bias, p.positions, sequence, h, here);
+    add_gathered(s, p.bias, p.positions, sequence, h, here, LOG2E);
     if constexpr (BORDER || HAS_BOOLEAN) apply_mask<BORDER>(s, p.mask, sequence, h, here);
   }
 
@@ -145,13 +153,7 @@ struct Forward {
     }
   }
 
-  __device__ __forceinline__ void update(float (&s)[GROUPS][N8][4], int j0) {
-    softmax.update(s, out, NATURAL ? LOG2E : p.scale * LOG2E);
-    drop(s, j0);
-  }
-
   __device__ __forceinline__ void store();
-  __device__ __forceinline__ void store_partial();
 };
 
 // Normalises the rows and writes out and lse.
@@ -259,7 +261,8 @@ __device__ __forceinline__ void walk(Forward& f, Ring& ring, int from, int to, i
       ptx::cp_async_commit_group();
     }
     f.finish_logits<BORDER>(s, j0, ring.stage, segments);
-    f.update(s, j0);
+    f.softmax.weigh(s, f.out);
+    f.drop(s, j0);
     f.products.multiply_p_v(f.out, s, ring.stage);
     if constexpr (STAGES > 1) ring.advance();
   }

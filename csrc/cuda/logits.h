@@ -37,11 +37,12 @@ __device__ __forceinline__ void scale_logits(float (&s)[GROUPS][N8][4], float sc
   }
 }
 
-// Dense operands and those by explicit positions; rows and columns past the end read the last one's.
+// s += weight times the dense operands and those by explicit positions; rows and columns past the end read the last
+// one's.
 template <int GROUPS, int N8>
 __device__ __forceinline__ void add_gathered(float (&s)[GROUPS][N8][4], const BiasParams& p,
                                              const PositionParams& positions, const Sequence& sequence, int h,
-                                             Place place) {
+                                             Place place, float weight = 1.0f) {
   if constexpr (EXPLICIT && BY_DISTANCE) {
     int64_t keys[N8][2];
 #pragma unroll
@@ -54,7 +55,7 @@ __device__ __forceinline__ void add_gathered(float (&s)[GROUPS][N8][4], const Bi
       RowBias row;
       row.start(p, positions, sequence, sequence.batch, h, min(place.row + 8 * a, sequence.q_len - 1));
 #pragma unroll
-      for (int x = 0; x < 2 * N8; ++x) s[a / 2][x / 2][a % 2 * 2 + x % 2] += row.at(p, keys[x / 2][x % 2]);
+      for (int x = 0; x < 2 * N8; ++x) s[a / 2][x / 2][a % 2 * 2 + x % 2] += weight * row.at(p, keys[x / 2][x % 2]);
     }
   }
   if constexpr (DENSE != NO_DENSE) {
@@ -65,7 +66,7 @@ __device__ __forceinline__ void add_gathered(float (&s)[GROUPS][N8][4], const Bi
 #pragma unroll
       for (int x = 0; x < 2 * N8; ++x) {
         const int64_t j = min(place.column + 8 * (x / 2) + x % 2, sequence.k_len - 1);
-        s[a / 2][x / 2][a % 2 * 2 + x % 2] += dense_at(p.dense, row + j * p.dense_strides.key);
+        s[a / 2][x / 2][a % 2 * 2 + x % 2] += weight * dense_at(p.dense, row + j * p.dense_strides.key);
       }
     }
   }

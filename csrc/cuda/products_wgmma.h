@@ -15,7 +15,7 @@ struct Products {
   static constexpr int K_STEPS = HEAD_DIM / 16;
   static_assert(BLOCK_M == 16 * WARPS && WARPS % 4 == 0 && (BLOCK_N == 64 || BLOCK_N == 128));
 
-  static constexpr int ALIGNMENT = 1024;  // of tiles in shared memory: the swizzle is a function of the address
+  static constexpr int ALIGNMENT = 1024;  // of tiles in shared memory: their swizzle is a function of the address
 
   using QLayout = Panels<HEAD_DIM, BLOCK_M>;
   using KLayout = Panels<HEAD_DIM, BLOCK_N>;
@@ -24,13 +24,27 @@ struct Products {
   uint64_t q;
   uint64_t k;
   uint64_t v;
+  uint32_t q_tile;
+  int thread;
+  uint32_t q_fragments[Q_IN_REGISTERS ? K_STEPS : 1][4];
 
   __device__ __forceinline__ Products(uint32_t q_tile, uint32_t k_tile, uint32_t v_tile, int thread)
       : q(ptx::descriptor(q_tile + thread / 128 * (64 * QLayout::PITCH), 0)),
         k(ptx::descriptor(k_tile, 0)),
-        v(ptx::descriptor(v_tile, VLayout::PERIOD_STEP)) {}
+        v(ptx::descriptor(v_tile, VLayout::PERIOD_STEP)),
+        q_tile(q_tile),
+        thread(thread) {}
 
-  __device__ __forceinline__ void read_q() {}
+  // Once Q lies in shared memory.
+  __device__ __forceinline__ void read_q() {
+    if constexpr (Q_IN_REGISTERS) {
+      const int row = thread / WARP * 16 + thread % 16;
+#pragma unroll
+      for (int step = 0; step < K_STEPS; ++step) {
+        ptx::ldmatrix_x4(q_fragments[step], q_tile + QLayout::offset(row, 2 * step + thread % WARP / 16));
+      }
+    }
+  }
 
   // What this thread wrote to shared memory is ready for the products of all, after the next barrier.
   __device__ static __forceinline__ void publish() { ptx::fence_proxy_async(); }
@@ -48,8 +62,14 @@ struct Products {
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < K_STEPS; ++step) {
-      const uint64_t a = q + columns<QLayout>(step), b = k_stage + columns<KLayout>(step);
-      BF16 ? ptx::wgmma_m64nNk16_bf16(s[0], a, b, step > 0) : ptx::wgmma_m64nNk16_f16(s[0], a, b, step > 0);
+      const uint64_t b = k_stage + columns<KLayout>(step);
+      if constexpr (Q_IN_REGISTERS) {
+        const auto& a = q_fragments[step];
+        BF16 ? ptx::wgmma_m64nNk16_bf16(s[0], a, b, step > 0) : ptx::wgmma_m64nNk16_f16(s[0], a, b, step > 0);
+      } else {
+        const uint64_t a = q + columns<QLayout>(step);
+        BF16 ? ptx::wgmma_m64nNk16_bf16(s[0], a, b, step > 0) : ptx::wgmma_m64nNk16_f16(s[0], a, b, step > 0);
+      }
     }
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<0>();
@@ -76,7 +96,7 @@ struct Products {
       for (int d = 0; d < OUT8; d += COLUMNS8) {
         const uint64_t b = v_stage + (16 * VLayout::PITCH * step + d / 8 * VLayout::PERIOD_STEP) / 16;
         float (&part)[COLUMNS8][4] = *reinterpret_cast<float (*)[COLUMNS8][4]>(&out[0][d]);
-        BF16 ? ptx::wgmma_m64nNk16_bf16(part, a[step], b) : ptx::wgmma_m64nNk16_f16(part, a[step], b);
+        BF16 ? ptx::wgmma_m64nNk16_tnsp_bf16(part, a[step], b, 1) : ptx::wgmma_m64nNk16_tnsp_f16(part, a[step], b, 1);
       }
     }
     ptx::wgmma_commit_group();

@@ -76,13 +76,16 @@ struct Profile {
     return found;
   }
 
+  // s += weight times what the knots inside the tile add to the lowest segment's line.
   template <int N8>
-  __device__ __forceinline__ void bend(float (&s)[GROUPS][N8][4], const float* psi, const Segments& segments) const {
+  __device__ __forceinline__ void bend(float (&s)[GROUPS][N8][4], const float* psi, const Segments& segments,
+                                       float weight) const {
     float before = segments.slope;
     for (int m = segments.low; m < segments.high; ++m) {
       const float after = slopes[m + 1], knot_m = knots[m];
-      const float steeper = after - before;
+      const float steeper = (after - before) * weight;
       before = after;
+      asm volatile("" ::: "memory");  // psi is read again: kept since the line was drawn, it would take 22 registers
 #pragma unroll
       for (int n = 0; n < N8; ++n) {
 #pragma unroll

@@ -60,14 +60,14 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t panel)
                : POSATTN_D8                                                                                      \
                : "l"(a), "l"(b), "r"(add))
 
-#define POSATTN_WGMMA_REGISTERS_64(TYPE)                                                         \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                       \
-               " "                                                                               \
-               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "         \
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}" \
-               ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                        \
-               : POSATTN_D8                                                                      \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define POSATTN_WGMMA_REGISTERS_64(TYPE, TNSP)                                                                   \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE \
+               " "                                                                                               \
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                         \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"                 \
+               ", {%32, %33, %34, %35}, %36, p, 1, 1, " TNSP ";}"                                                \
+               : POSATTN_D8                                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
 
 #define POSATTN_WGMMA_SHARED_128(TYPE)                                                                            \
   asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE \
@@ -80,16 +80,16 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t panel)
                : POSATTN_D16                                                                                      \
                : "l"(a), "l"(b), "r"(add))
 
-#define POSATTN_WGMMA_REGISTERS_128(TYPE)                                                         \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE                       \
-               " "                                                                                \
-               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"  \
-               ", {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                         \
-               : POSATTN_D16                                                                      \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define POSATTN_WGMMA_REGISTERS_128(TYPE, TNSP)                                                                   \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE \
+               " "                                                                                                \
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                          \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                 \
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                 \
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"                  \
+               ", {%64, %65, %66, %67}, %68, p, 1, 1, " TNSP ";}"                                                 \
+               : POSATTN_D16                                                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
 
 // D = A B, or D += A B if `add`: both operands tiles [rows, 16] whose columns are summed over. N = 8 N8 is 64 or 128.
 template <int N8>
@@ -102,14 +102,26 @@ __device__ __forceinline__ void wgmma_m64nNk16_f16(float (&d)[N8][4], uint64_t a
   }
 }
 
-// D += A B, A in registers, B a tile [16, N] whose rows are summed over.
+// The same with A in registers. B is a tile [N, 16] whose columns are summed over.
 template <int N8>
-__device__ __forceinline__ void wgmma_m64nNk16_f16(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma_m64nNk16_f16(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b, int add) {
   static_assert(N8 == 8 || N8 == 16);
   if constexpr (N8 == 8) {
-    POSATTN_WGMMA_REGISTERS_64("f16");
+    POSATTN_WGMMA_REGISTERS_64("f16", "0");
   } else {
-    POSATTN_WGMMA_REGISTERS_128("f16");
+    POSATTN_WGMMA_REGISTERS_128("f16", "0");
+  }
+}
+
+// The same with B a tile [16, N] whose rows are summed over.
+template <int N8>
+__device__ __forceinline__ void wgmma_m64nNk16_tnsp_f16(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b,
+                                                        int add) {
+  static_assert(N8 == 8 || N8 == 16);
+  if constexpr (N8 == 8) {
+    POSATTN_WGMMA_REGISTERS_64("f16", "1");
+  } else {
+    POSATTN_WGMMA_REGISTERS_128("f16", "1");
   }
 }
 
@@ -124,14 +136,26 @@ __device__ __forceinline__ void wgmma_m64nNk16_bf16(float (&d)[N8][4], uint64_t 
   }
 }
 
-// D += A B, A in registers, B a tile [16, N] whose rows are summed over.
+// The same with A in registers. B is a tile [N, 16] whose columns are summed over.
 template <int N8>
-__device__ __forceinline__ void wgmma_m64nNk16_bf16(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma_m64nNk16_bf16(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b, int add) {
   static_assert(N8 == 8 || N8 == 16);
   if constexpr (N8 == 8) {
-    POSATTN_WGMMA_REGISTERS_64("bf16");
+    POSATTN_WGMMA_REGISTERS_64("bf16", "0");
   } else {
-    POSATTN_WGMMA_REGISTERS_128("bf16");
+    POSATTN_WGMMA_REGISTERS_128("bf16", "0");
+  }
+}
+
+// The same with B a tile [16, N] whose rows are summed over.
+template <int N8>
+__device__ __forceinline__ void wgmma_m64nNk16_tnsp_bf16(float (&d)[N8][4], const uint32_t (&a)[4], uint64_t b,
+                                                         int add) {
+  static_assert(N8 == 8 || N8 == 16);
+  if constexpr (N8 == 8) {
+    POSATTN_WGMMA_REGISTERS_64("bf16", "1");
+  } else {
+    POSATTN_WGMMA_REGISTERS_128("bf16", "1");
   }
 }
 

@@ -93,10 +93,8 @@ def decode_tile(call: Call) -> DecodeTile | None:
 # On sm_90a, where both head dimensions are multiples of 64. 2P is that of sm_90.
 _WGMMA = "forward_sm90.cu"
 _HOPPER = {
-    64: ForwardTile(
-        128, 128, 8, 2, 1, False, "2P 512; 64 keys would read Q twice as often: shared memory binds", _WGMMA
-    ),
-    128: ForwardTile(128, 128, 8, 2, 1, False, "2P 768; two stages of 64 KiB and Q fill shared memory", _WGMMA),
+    64: ForwardTile(128, 128, 8, 2, 1, True, "2P 512; Q in registers, else a table binds on shared memory", _WGMMA),
+    128: ForwardTile(128, 128, 8, 2, 1, False, "2P 768; Q's registers would spill beside 128 columns", _WGMMA),
 }
 
 
