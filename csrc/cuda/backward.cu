@@ -27,11 +27,15 @@ constexpr int P_AT = GRAD_AT + GRAD_STAGES * Q_BYTES;
 constexpr int DS_AT = P_AT + (WEIGHTS_IN_REGISTERS ? 0 : Tile<BLOCK_M>::bytes(BLOCK_N));
 constexpr int ROWS_AT = DS_AT + Tile<BLOCK_M>::bytes(BLOCK_N);
 constexpr int STRIP_AT = ROWS_AT + 2 * RowStage::FLOATS * 4;
-static_assert(SHARED_BYTES == STRIP_AT + WARPS * Strip::FLOATS * 4);
+constexpr int COLUMNS_AT = STRIP_AT + WARPS * Strip::FLOATS * 4;
+static_assert(SHARED_BYTES == COLUMNS_AT + (WANT_SLOPE ? WARP * 8 : 0));
 static_assert(GRAD_STAGES == 1 || GRAD_STAGES == 2);
 static_assert(RowStage::FLOATS % 4 == 0 && BLOCK_M % 32 == 0);
 
 extern __shared__ __align__(128) unsigned char shared[];
+
+// A head dimension of 64 leaves no register for the sums of operands.
+constexpr bool REGISTERS_ARE_SHORT = WANT_TABLE || WANT_LINES || WANT_PSI;
 
 // The blocks of queries that see keys first .. last: [lo, hi), all of whose queries see all of the keys in
 // [full_lo, full_hi). Queries past the end have weight zero and need no mask.
@@ -271,24 +275,6 @@ __device__ __forceinline__ void Backward::store(const Fragments<KeyGradients>& s
 
 __device__ __forceinline__ void Backward::run() {
   const uint32_t memory = ptx::shared_address(shared);
-  const int logit_row = warp / LOGIT_COLUMNS * WARP_KEYS, logit_column = warp % LOGIT_COLUMNS * WARP_QUERIES;
-  const int j0 = key_block * BLOCK_N;
-
-  // Where this lane reads operands. Keys: this warp's, as A; all of them, at this warp's dimensions of dQ, as B.
-  const auto keys = Rows<PADDED>::by_rows(memory + K_AT, logit_row, 0, lane);
-  const auto values = keys.moved(V_AT - K_AT);
-  const auto all_keys = Rows<PADDED, QueryGradients::EIGHTS>::by_rows(
-      memory + K_AT, 0, warp % QUERY_COLUMNS * QueryGradients::EIGHTS, lane);
-  // Queries: this warp's as B, and all of them, at this warp's dimensions of dK and dV, as B.
-  const auto stage_queries = Rows<PADDED>::by_columns(memory + Q_AT, logit_column, 0, lane);
-  const auto stage_all_queries =
-      Rows<PADDED, KeyGradients::EIGHTS>::by_rows(memory + Q_AT, 0, warp % KEY_COLUMNS * KeyGradients::EIGHTS, lane);
-  // P^T by this warp's keys of dV, and dS by its queries of dQ.
-  const auto pairs = Rows<BLOCK_M>::by_rows(memory + P_AT, warp / KEY_COLUMNS * (16 * KeyGradients::GROUPS), 0, lane);
-  const auto pairs_by_query = Rows<BLOCK_M, 2 * QueryGradients::GROUPS>::by_columns(
-      memory + DS_AT, 0, warp / QUERY_COLUMNS * (2 * QueryGradients::GROUPS), lane);
-  const uint32_t own_pairs = first_pair(memory + P_AT, warp, lane);
-  constexpr uint32_t DS = DS_AT - P_AT;  // from P^T to dS^T
   const Strip strip(reinterpret_cast<float*>(shared + STRIP_AT), warp, lane);
 
   Fragments<KeyGradients> dk = {}, dv = {};
@@ -296,6 +282,8 @@ __device__ __forceinline__ void Backward::run() {
   const int end_head = spans.lo < spans.hi ? at.head + p.shape.group : at.head;
   int stage = 0;
 
+  uint2* columns = reinterpret_cast<uint2*>(shared + COLUMNS_AT);
+  if (SLOPE_BY_PRODUCT && warp == 0) columns[lane] = slope_columns(lane);
   Sums sums(p, lane, index * p.shape.heads, key_block * WARPS + warp);
   HeadBias head(p.bias, sequence.batch, at.head);
 
@@ -320,6 +308,27 @@ __device__ __forceinline__ void Backward::run() {
     }
     ptx::cp_async_commit_group();
 
+    // Where registers are short, all this is derived in every step rather than spilled.
+    const int here = REGISTERS_ARE_SHORT ? ptx::tid_x() : thread;
+    const int warp = here / WARP, lane = here % WARP;
+    const int logit_row = warp / LOGIT_COLUMNS * WARP_KEYS, logit_column = warp % LOGIT_COLUMNS * WARP_QUERIES;
+    const int j0 = key_block * BLOCK_N;
+
+    // Where this lane reads operands. Keys: this warp's, as A; all of them, at this warp's dimensions of dQ, as B.
+    const auto keys = Rows<PADDED>::by_rows(memory + K_AT, logit_row, 0, lane);
+    const auto values = keys.moved(V_AT - K_AT);
+    const auto all_keys = Rows<PADDED, QueryGradients::EIGHTS>::by_rows(
+        memory + K_AT, 0, warp % QUERY_COLUMNS * QueryGradients::EIGHTS, lane);
+    // Queries: this warp's as B, and all of them, at this warp's dimensions of dK and dV, as B.
+    const auto stage_queries = Rows<PADDED>::by_columns(memory + Q_AT, logit_column, 0, lane);
+    const auto stage_all_queries =
+        Rows<PADDED, KeyGradients::EIGHTS>::by_rows(memory + Q_AT, 0, warp % KEY_COLUMNS * KeyGradients::EIGHTS, lane);
+    // P^T by this warp's keys of dV, and dS by its queries of dQ.
+    const auto pairs = Rows<BLOCK_M>::by_rows(memory + P_AT, warp / KEY_COLUMNS * (16 * KeyGradients::GROUPS), 0, lane);
+    const auto pairs_by_query = Rows<BLOCK_M, 2 * QueryGradients::GROUPS>::by_columns(
+        memory + DS_AT, 0, warp / QUERY_COLUMNS * (2 * QueryGradients::GROUPS), lane);
+    const uint32_t own_pairs = first_pair(memory + P_AT, warp, lane);
+    constexpr uint32_t DS = DS_AT - P_AT;  // from P^T to dS^T
     const uint32_t to_grad = GRAD_AT - Q_AT - (GRAD_STAGES == 1 ? stage * Q_BYTES : 0);
     const auto queries = stage_queries.moved(stage * Q_BYTES);
     const auto all_queries = stage_all_queries.moved(stage * Q_BYTES);
@@ -369,7 +378,7 @@ __device__ __forceinline__ void Backward::run() {
     }
     uint32_t rounded[Logits::GROUPS][Logits::EIGHTS / 2][4];
     round_fragments(rounded, ds);
-    if constexpr (SLOPE_BY_PRODUCT) sums.add_slope(rounded, place, sequence.shift());
+    if constexpr (SLOPE_BY_PRODUCT) sums.add_slope(rounded, columns[lane], place, sequence.shift());
     store_pairs(own_pairs + DS, rounded);
 
     if constexpr (WEIGHTS_IN_REGISTERS) {

@@ -21,6 +21,9 @@ using Banded = float[BANDS][2];
 
 // A slope's bias is a sum of a number for the query and one for the key where no visible distance is negative.
 constexpr bool SLOPE_IS_LINEAR = HAS_SLOPE && LINEAR && !EXPLICIT;
+// Its gradient's sums over queries are then more columns of the product dK += dS^T Q, unless softcap makes that dS
+// another.
+constexpr bool SLOPE_BY_PRODUCT = WANT_SLOPE && SLOPE_IS_LINEAR && !HAS_SOFTCAP;
 
 // A warp's part of the logits: its first query and key inside the sequence, and the lane.
 struct LogitPlace {
@@ -165,7 +168,7 @@ struct Operands {
         for (int e = 0; e < 2; ++e) k_position[group][e] = k[at.key_token(s, group, 2 * e)];
       }
     } else {
-      if constexpr (HAS_SLOPE && !LINEAR) {
+      if constexpr (HAS_SLOPE && (!SLOPE_IS_LINEAR || (WANT_SLOPE && !SLOPE_BY_PRODUCT))) {
         // One conversion for all: the other distances are small whole numbers away, exact in float32 as far as 2^24.
         const float first = static_cast<float>(at.first_distance(s.shift()));
         for_bands([&](int k, int c) { distance[k][c] = first + static_cast<float>(8 * k + c); });

@@ -14,8 +14,6 @@
 
 namespace posattn {
 
-// Sums of dS over queries, and of dS times the query's number, are two more columns of dK += dS^T Q.
-constexpr bool SLOPE_BY_PRODUCT = WANT_SLOPE && SLOPE_IS_LINEAR && !HAS_SOFTCAP;
 constexpr bool SUMS_BY_DISTANCE = (WANT_TABLE || WANT_PSI) && !EXPLICIT;
 
 struct Strip {
@@ -106,28 +104,28 @@ __device__ __forceinline__ float add_over_warp(float x) {
   return x;
 }
 
+// One lane's B operand of three columns: ones, a query's number in its eight, and ones in the second eight.
+__device__ __forceinline__ uint2 slope_columns(int lane) {
+  const float number = 2 * (lane % 4);
+  const uint32_t ones = pack(1.0f, 1.0f);
+  const uint32_t first = lane / 4 == 0 ? ones : lane / 4 == 1 ? pack(number, number + 1.0f) : 0;
+  return {first, lane / 4 == 2 ? ones : first};
+}
+
 // The sums of one warp over the query blocks of one head.
 struct Sums {
   const BackwardParams& p;
   int lane;
-  int first_head;    // of the sequence, among the heads of all
-  int warp_of_head;  // the warp among those of all key blocks
-  float slope = 0.0f;
-  uint32_t columns[2] = {};
+  int first_head;           // of the sequence, among the heads of all
+  int warp_of_head;         // the warp among those of all key blocks
+  float slope = 0.0f;       // this lane's
   int segment = -1;         // of the two sums that follow
   float steepness = 0.0f;   // its slope
   float in_segment = 0.0f;  // sum of dS, this lane's
   float moment = 0.0f;      // sum of dS y
 
   __device__ __forceinline__ Sums(const BackwardParams& p, int lane, int first_head, int warp_of_head)
-      : p(p), lane(lane), first_head(first_head), warp_of_head(warp_of_head) {
-    if constexpr (SLOPE_BY_PRODUCT) {
-      const float number = 2 * (lane % 4);
-      const uint32_t ones = pack(1.0f, 1.0f);
-      columns[0] = lane / 4 == 0 ? ones : lane / 4 == 1 ? pack(number, number + 1.0f) : 0;
-      columns[1] = lane / 4 == 2 ? ones : columns[0];
-    }
-  }
+      : p(p), lane(lane), first_head(first_head), warp_of_head(warp_of_head) {}
 
   // The slice of a head's sums that this warp adds to.
   __device__ __forceinline__ int64_t slice_of(int head) const {
@@ -157,8 +155,8 @@ struct Sums {
   // After the last block of a head.
   __device__ __forceinline__ void finish_head(int head) {
     if constexpr (WANT_SLOPE) {
-      slope = add_over_warp(slope);
-      if (lane == 0) p.dslope[int64_t{first_head + head} * (p.shape.k_blocks * WARPS) + warp_of_head] = -slope;
+      const float sum = add_over_warp(slope);
+      if (lane == 0) p.dslope[int64_t{first_head + head} * (p.shape.k_blocks * WARPS) + warp_of_head] = -sum;
       slope = 0.0f;
     }
     if constexpr (WANT_LINES) {
@@ -205,7 +203,7 @@ struct Sums {
   // The slope's sum from dS^T rounded, as A operands: products with three columns, which hold ones, the query's number
   // in its eight, and ones in the second eight of a step.
   __device__ __forceinline__ void add_slope(const uint32_t (&ds)[Logits::GROUPS][Logits::EIGHTS / 2][4],
-                                            const LogitPlace& at, int shift) {
+                                            const uint2& columns, const LogitPlace& at, int shift) {
     // A lane with t = 0 holds the first two columns, one with t = 1 the third.
     const float first = static_cast<float>(at.i0 + shift - at.j0 - at.g);
 #pragma unroll
@@ -213,7 +211,7 @@ struct Sums {
 #pragma unroll
       for (int step = 0; step < Logits::EIGHTS / 2; ++step) {
         float product[4] = {};
-        mma(product, ds[group][step], columns[0], columns[1]);
+        mma(product, ds[group][step], columns.x, columns.y);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float distance = first - static_cast<float>(16 * group + 8 * half - 16 * step);

@@ -91,7 +91,8 @@ def shared_bytes(tile: BackwardTile, dim: int, constants: Constants) -> int:
     by_distance = (constants["WANT_TABLE"] or constants["WANT_PSI"]) and not constants["EXPLICIT"]
     bands = tile.warp_queries // 8 + tile.warp_keys // 8 - 1
     strips = tile.warps * tile.strip_rows * (8 * bands + 16) if by_distance else 0
-    return 2 * (pairs + tiles) + 4 * (2 * rows + strips)
+    slope = 8 * 32 if constants["WANT_SLOPE"] else 0
+    return 2 * (pairs + tiles) + 4 * (2 * rows + strips) + slope
 
 
 def backward_tile(arch: str, dim: int, constants: Constants) -> BackwardTile:
