@@ -10,6 +10,13 @@
 
 namespace posattn::ptx {
 
+// threadIdx.x, read anew: the compiler need not hold it, nor what is derived from it.
+__device__ __forceinline__ int32_t tid_x() {
+  int32_t x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // A generic pointer to shared memory as the 32-bit address that shared-memory instructions take.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
