@@ -14,7 +14,6 @@ pytestmark = [
     pytest.mark.usefixtures("ptx_machine"),
 ]
 
-from tests.ptxsim import Options  # noqa: E402
 from tests.ptxsim.seam import behind_launch, ptx_machine  # noqa: E402, F401
 
 

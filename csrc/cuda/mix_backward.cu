@@ -93,7 +93,7 @@ struct HeadWarp {
   const Lane& lane;
   const int h;
   const uint32_t kept, x_plane, ds_plane, mixed;
-  const Rows q_columns, q_rows, grad_columns, grad_rows;
+  const Rows queries, grad;  // from column 0
   float dk[GROUPS][HEAD_DIM / 8][4];
   float dv[GROUPS][HEAD_DIM_V / 8][4];
   float db2 = 0.0f, inner_slope = 0.0f, outer_slope = 0.0f;
@@ -108,11 +108,8 @@ struct HeadWarp {
         x_plane(of.memory + X_AT + h * X_HEAD),
         ds_plane(of.memory + DS_AT + h * X_HEAD),
         mixed(of.memory + MIX_AT + h * MIX_HEAD),
-        q_columns(p.q, p.q_strides, sequence.batch, h, sequence.q_start, sequence.q_len, 8 * lane.t),
-        q_rows(p.q, p.q_strides, sequence.batch, h, sequence.q_start, sequence.q_len, Run<HEAD_DIM>::FIRST * lane.g),
-        grad_columns(p.grad_out, p.grad_out_strides, sequence.batch, h, sequence.q_start, sequence.q_len, 8 * lane.t),
-        grad_rows(p.grad_out, p.grad_out_strides, sequence.batch, h, sequence.q_start, sequence.q_len,
-                  Run<HEAD_DIM_V>::FIRST * lane.g) {
+        queries(p.q, p.q_strides, sequence.batch, h, sequence.q_start, sequence.q_len, 0),
+        grad(p.grad_out, p.grad_out_strides, sequence.batch, h, sequence.q_start, sequence.q_len, 0) {
 #pragma unroll
     for (int n = 0; n < HEAD_DIM / 8; ++n) dk[0][n][0] = dk[0][n][1] = dk[0][n][2] = dk[0][n][3] = 0.0f;
 #pragma unroll
@@ -173,7 +170,7 @@ struct HeadWarp {
   // Logits without the MLP's share, natural or as SCALED leaves them; x to shared memory.
   __device__ __forceinline__ void start(Tile& s, Tile& slack, int i0) const {
     ColumnFragments<HEAD_DIM> columns;
-    columns.load(q_columns, i0, lane);
+    columns.load(queries.from_column(8 * lane.t), i0, lane);
     multiply_columns<HEAD_DIM>(s, kept, columns, lane);
     if constexpr (SCALED) scale_logits(s, p.scale, p.softcap);
     if constexpr (HAS_SOFTCAP) {
@@ -196,7 +193,7 @@ struct HeadWarp {
 
   __device__ __forceinline__ void multiply_grad(Tile& dp, int i0) const {
     ColumnFragments<HEAD_DIM_V> columns;
-    columns.load(grad_columns, i0, lane);
+    columns.load(grad.from_column(8 * lane.t), i0, lane);
     multiply_columns<HEAD_DIM_V>(dp, kept + K_BYTES, columns, lane);
   }
 
@@ -262,7 +259,7 @@ struct HeadWarp {
 
   __device__ __forceinline__ void add_values(const Tile& weights, int i0) {
     RowFragments<HEAD_DIM_V, N8> rows;
-    rows.template load<false>(grad_rows, i0, lane);
+    rows.template load<false>(grad.from_column(Run<HEAD_DIM_V>::FIRST * lane.g), i0, lane);
     multiply_rows<HEAD_DIM_V>(dv, weights, rows);
   }
 
@@ -281,32 +278,30 @@ struct HeadWarp {
       for_tile([&](int n, int e) { dx[0][n][e] *= slack[0][n][e]; });
     }
     store_inputs(ds_plane, dx, lane);  // nobody else needs ds any more
-    RowFragments<HEAD_DIM, N8> rows;
-    rows.template load<false>(q_rows, i0, lane);
-    multiply_rows<HEAD_DIM>(dk, dx, rows);
     ptx::bar_warp_sync();
     add_queries(i0);
+    RowFragments<HEAD_DIM, N8> rows;
+    rows.template load<false>(queries.from_column(Run<HEAD_DIM>::FIRST * lane.g), i0, lane);
+    multiply_rows<HEAD_DIM>(dk, dx, rows);
   }
 
   // dQ^T [dimensions, queries] += K^T dX^T
   __device__ __forceinline__ void add_queries(int i0) const {
     float* to = p.dq + (h * p.rows + of.first_row + i0) * HEAD_DIM + lane.lane;
     const uint32_t keys = kept + K_BYTES + V_BYTES + lane.lane * 16;
+    uint32_t b[N8][2];
 #pragma unroll
-    for (int n = 0; n < N8; ++n) {
-      uint32_t b[2];
-      ptx::ldmatrix_x2_trans(b, ds_plane + lane.lane % 16 * X_ROW + 16 * n);
-      const bool inside = i0 + 8 * n < sequence.q_len;
+    for (int n = 0; n < N8; ++n) ptx::ldmatrix_x2_trans(b[n], ds_plane + lane.lane % 16 * X_ROW + 16 * n);
 #pragma unroll
-      for (int m = 0; m < HEAD_DIM / 16; ++m) {
-        uint32_t a[4];
-        ptx::ld_shared_v4(a, keys + m * (WARP * 16));
+    for (int m = 0; m < HEAD_DIM / 16; ++m) {
+      uint32_t a[4];
+      ptx::ld_shared_v4(a, keys + m * (WARP * 16));
+#pragma unroll
+      for (int n = 0; n < N8; ++n) {
         float d[4];
-        mma_to(d, a, b[0], b[1], ZEROS);
-        if (inside) {
+        mma_to(d, a, b[n][0], b[n][1], ZEROS);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) ptx::red_add(to + n * (8 * HEAD_DIM) + (m * 4 + e) * WARP, d[e]);
-        }
+        for (int e = 0; e < 4; ++e) ptx::red_add(to + n * (8 * HEAD_DIM) + (m * 4 + e) * WARP, d[e]);
       }
     }
     ptx::bar_warp_sync();  // the next step writes the plane again
@@ -388,8 +383,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) headmix_backward(const 
   const Sequence sequence(p.shape, p.mask, index);
   const int j0 = static_cast<int>(blockIdx.x) % p.shape.k_blocks * BLOCK_M;
   if (j0 >= sequence.k_len) return;
-  const int64_t first_row = PACKED ? (sequence.q_start / 8 + index) * int64_t{8}
-                                   : static_cast<int64_t>(index) * ceil_div(p.shape.q_tokens, 8) * 8;
+  const int first_block = PACKED ? sequence.q_start / BLOCK_N + index : index * ceil_div(p.shape.q_tokens, BLOCK_N);
+  const int64_t first_row = static_cast<int64_t>(first_block) * BLOCK_N;
   const Block of{p, sequence, this_lane(), ptx::shared_address(shared), j0, first_row};
   const QuerySpan span(sequence, p.mask, j0);
   store_ones(of.memory + X_AT);

@@ -22,6 +22,12 @@ struct Rows {
         stride(static_cast<int>(strides.token) * 2),
         last(length - 1) {}
 
+  __device__ __forceinline__ Rows from_column(int column) const {
+    Rows moved = *this;
+    moved.from += 2 * column;
+    return moved;
+  }
+
   // INSIDE: row i is known to exist.
   template <bool INSIDE = false>
   __device__ __forceinline__ const Element* row(int i) const {

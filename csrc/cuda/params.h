@@ -192,7 +192,7 @@ struct MixBackwardParams {
   BiasParams outer;
   MixParams mix;
   DropoutParams dropout;
-  int64_t rows;  // padded query rows of all sequences, each beginning at a multiple of 8
+  int64_t rows;  // padded query rows of all sequences, each beginning at a multiple of 24
   float scale;
   float softcap;
 };

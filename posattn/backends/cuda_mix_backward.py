@@ -47,10 +47,11 @@ def unsupported(call: Call, mix: HeadMix, arch: str) -> str | None:
 
 
 def _padded_rows(call: Call) -> int:
-    """Rows of all sequences, each beginning at a multiple of 8."""
+    """Rows of all sequences, each beginning at a multiple of a tile's queries."""
     tokens: int = call.q.shape[2]
     count: int = sequences(call)
-    return (tokens // 8 + count) * 8 if call.mask.cu_seqlens_q is not None else -(-tokens // 8) * 8 * count
+    packed = call.mask.cu_seqlens_q is not None
+    return (tokens // _QUERIES + count if packed else -(-tokens // _QUERIES) * count) * _QUERIES
 
 
 def _queries(call: Call, accumulated: Tensor, dim: int) -> Tensor:
@@ -69,7 +70,7 @@ def _queries(call: Call, accumulated: Tensor, dim: int) -> Tensor:
         x = by_step[:, :, 4 * wide :]  # [H, T / 8, m, dimension, query, g, t]
         parts.append(x.permute(0, 1, 6, 4, 5, 2, 3).flatten(1, 3).flatten(2))
     rows = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-    at = gradients.padded_rows(call, 8)
+    at = gradients.padded_rows(call, _QUERIES)
     return torch.where((at >= 0)[..., None], rows[:, at.clamp(min=0)], 0.0).movedim(0, 1)
 
 
@@ -187,7 +188,7 @@ def _bias_gradients(call: Call, bias: Bias, prefix: str, sums: Members, operand:
         grads["psi"] = gradients.by_entry(sums["psi"][None], operand["psi_first"], bias.profile.first, length)[0]
     if "segments" in sums and bias.profile is not None:
         grads["profile_intercept"], grads["profile_slope"] = sums["segments"].unbind(1)
-        grads["row_scale"] = gradients.row_scale(call, bias.profile, sums["row_scale"], 8)
+        grads["row_scale"] = gradients.row_scale(call, bias.profile, sums["row_scale"], _QUERIES)
     if "dense" in sums and bias.dense is not None:
         grads["dense"] = sums["dense"].sum_to_size(bias.dense.bias.shape)
     return {prefix + name: grad for name, grad in grads.items()}
