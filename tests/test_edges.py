@@ -248,3 +248,22 @@ def test_a_2d_table_trains_to_the_same_bits_on_every_number_of_threads() -> None
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(grads[0], grad) for grad in grads)
+
+
+def test_long_sums_round_no_worse_than_naive_attention() -> None:
+    """By the root of the mean square: a sum that drifts over 8192 keys or queries hides behind the largest error."""
+    torch.manual_seed(0)
+    tensors = {tokens: [torch.randn(1, 2, tokens, 32) for _ in range(3)] for tokens in (40, 8192)}
+
+    def run(dtype: torch.dtype, backend: str, queries: int, keys: int) -> list[Tensor]:
+        q, weight = (tensors[queries][i].to(dtype) for i in (0, 2))
+        leaves = [x.requires_grad_() for x in (q, *(tensor.to(dtype) for tensor in tensors[keys][:2]))]
+        out = posattn.attention(*leaves, backend=backend)
+        return [tensor.detach().double() for tensor in (out, *torch.autograd.grad(out, leaves, weight))]
+
+    for lengths in ((40, 8192), (8192, 40)):
+        exact = run(torch.float64, "reference", *lengths)
+        ours = run(torch.float32, "cpu", *lengths)
+        naive = run(torch.float32, "reference", *lengths)
+        for got, other, wanted in zip(ours, naive, exact, strict=True):
+            assert (got - wanted).square().mean() <= 4 * (other - wanted).square().mean()

@@ -123,8 +123,8 @@ inline void add_over_rows(float* c, int64_t width, const float* t, const float* 
     while (from < to && (end[to - 1] <= k || begin[to - 1] >= k + MR)) --to;
     if (from >= to) continue;
     const int64_t r0 = from * MR / M::pack, r1 = to * MR / M::pack;
-    gemm_rows<M, Init::load>(t + r0 * TILE_STRIDE + k, 1, TILE_STRIDE, b + r0 * width, width, c + k * width, width,
-                             r1 - r0, width / VL);
+    gemm_rows<M, Into::sum>(t + r0 * TILE_STRIDE + k, 1, TILE_STRIDE, b + r0 * width, width, c + k * width, width,
+                            r1 - r0, width / VL);
   }
 }
 
@@ -135,9 +135,9 @@ inline void add_to_grad_q(const Problem& p, int64_t first, int64_t count, const 
   const int64_t width = round_up(p.head_dim, VL);
   float* sums = p.grad_q_sum + first * p.head_dim;
   if (count == MR && width == p.head_dim)
-    return gemm_rows<M, Init::load>(ds, ds_row, 1, k_depth, width, sums, width, k_len, width / VL);
+    return gemm_rows<M, Into::sum>(ds, ds_row, 1, k_depth, width, sums, width, k_len, width / VL);
   for (int64_t r = 0; r < count; ++r) load_floats(buffer + r * width, sums + r * p.head_dim, DType::f32, p.head_dim);
-  gemm_rows<M, Init::load>(ds, ds_row, 1, k_depth, width, buffer, width, k_len, width / VL);
+  gemm_rows<M, Into::sum>(ds, ds_row, 1, k_depth, width, buffer, width, k_len, width / VL);
   for (int64_t r = 0; r < count; ++r) store_floats(sums + r * p.head_dim, buffer + r * width, DType::f32, p.head_dim);
 }
 
@@ -218,10 +218,10 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
         float* ds_tile = M::pack == 1 ? t.ds + r0 * TILE_STRIDE : t.ds_float;
         for (int64_t c = from; c < end[g]; c += NR) {
           const int64_t vectors = imin(NR, end[g] - c) / VL;
-          gemm_rows<M, Init::zero>(t.q_rows + r0 * t.q_stride, t.q_stride, 1, t.k_panels + c / NR * k_panel, NR,
-                                   p_tile + c, TILE_STRIDE, q_depth, vectors);
-          gemm_rows<M, Init::zero>(t.o_rows + r0 * t.o_stride, t.o_stride, 1, t.v_panels + c / NR * v_panel, NR,
-                                   ds_tile + c, TILE_STRIDE, v_depth, vectors);
+          gemm_rows<M, Into::fresh>(t.q_rows + r0 * t.q_stride, t.q_stride, 1, t.k_panels + c / NR * k_panel, NR,
+                                    p_tile + c, TILE_STRIDE, q_depth, vectors);
+          gemm_rows<M, Into::fresh>(t.o_rows + r0 * t.o_stride, t.o_stride, 1, t.v_panels + c / NR * v_panel, NR,
+                                    ds_tile + c, TILE_STRIDE, v_depth, vectors);
         }
         for (int64_t r = 0; r < MR; ++r) {
           float *x = p_tile + r * TILE_STRIDE, *dp = ds_tile + r * TILE_STRIDE;

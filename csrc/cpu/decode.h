@@ -113,8 +113,8 @@ inline void add_values(BF16, float* out, float* weights, const float* v, int64_t
 // out[width] += sum of w_c v_c over n keys, v's rows floats.
 inline void add_values(F32, float* out, const float* weights, const float* v, int64_t v_row, int64_t n, int64_t width) {
   int64_t d = 0;
-  for (; d + NR <= width; d += NR) micro<F32, 1, NV_MAX, Init::load>(weights, 0, 1, v + d, v_row, out + d, 0, n);
-  for (; d < width; d += VL) micro<F32, 1, 1, Init::load>(weights, 0, 1, v + d, v_row, out + d, 0, n);
+  for (; d + NR <= width; d += NR) micro<F32, 1, NV_MAX, Into::sum>(weights, 0, 1, v + d, v_row, out + d, 0, n);
+  for (; d < width; d += VL) micro<F32, 1, 1, Into::sum>(weights, 0, 1, v + d, v_row, out + d, 0, n);
 }
 
 template <class M>

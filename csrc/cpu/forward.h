@@ -164,8 +164,8 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
         if (drop) drop_row<M>(p, s, dropout, t.keep, w, h, i0 + g + r, j0 + begin, n);
       }
       for (int64_t r = count; r < MR; ++r) fill(t.weights + r * ROW_MAX + begin / M::pack, 0.0F, n / M::pack);
-      gemm_rows<M, Init::load>(t.weights + begin / M::pack, ROW_MAX, 1, v + begin / M::pack * v_row, v_row,
-                               t.out + g * t.v_stride, t.v_stride, n / M::pack, v_vectors);
+      gemm_rows<M, Into::sum>(t.weights + begin / M::pack, ROW_MAX, 1, v + begin / M::pack * v_row, v_row,
+                              t.out + g * t.v_stride, t.v_stride, n / M::pack, v_vectors);
     }
   }
   for (int64_t r = 0; r < rows; ++r) write_row(p, s, h, i0 + r, t.out + r * t.v_stride, t.most[r], t.sum[r]);

@@ -32,7 +32,9 @@ struct BF16 {
 };
 #endif
 
-enum class Init { zero, load };
+// What becomes of C: it is the product, or the product is added to it. Added once, at the end: a running sum that went
+// on in the accumulators would round at its full size in every step, which at long lengths is four times the error.
+enum class Into { fresh, sum };
 
 template <class M, int ROWS, int NV>
 POSATTN_INLINE void accumulate(vf (&c)[ROWS][NV], const float* a, int64_t a_row, int64_t a_k, const float* b,
@@ -52,32 +54,31 @@ POSATTN_INLINE void accumulate(vf (&c)[ROWS][NV], const float* a, int64_t a_row,
   }
 }
 
-template <class M, int ROWS, int NV, Init INIT>
+template <class M, int ROWS, int NV, Into INTO>
 POSATTN_INLINE void micro(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c,
                           int64_t c_row, int64_t k_len) {
-  vf acc[ROWS][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) acc[i][j] = INIT == Init::load ? load(c + i * c_row + j * VL) : zero();
+  vf acc[ROWS][NV] = {};
   accumulate<M>(acc, a, a_row, a_k, b, b_k, k_len);
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) store(c + i * c_row + j * VL, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      float* at = c + i * c_row + j * VL;
+      store(at, INTO == Into::sum ? load(at) + acc[i][j] : acc[i][j]);
+    }
 }
 
 // C[MR x vectors * VL], any number of vectors.
-template <class M, Init INIT>
+template <class M, Into INTO>
 inline void gemm_rows(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row,
                       int64_t k_len, int64_t vectors) {
   for (; vectors >= NV_MAX; vectors -= NV_MAX, b += NR, c += NR)
-    micro<M, MR, NV_MAX, INIT>(a, a_row, a_k, b, b_k, c, c_row, k_len);
+    micro<M, MR, NV_MAX, INTO>(a, a_row, a_k, b, b_k, c, c_row, k_len);
   if constexpr (NV_MAX == 4) {
-    if (vectors == 3) return micro<M, MR, 3, INIT>(a, a_row, a_k, b, b_k, c, c_row, k_len);
-    if (vectors == 2) return micro<M, MR, 2, INIT>(a, a_row, a_k, b, b_k, c, c_row, k_len);
+    if (vectors == 3) return micro<M, MR, 3, INTO>(a, a_row, a_k, b, b_k, c, c_row, k_len);
+    if (vectors == 2) return micro<M, MR, 2, INTO>(a, a_row, a_k, b, b_k, c, c_row, k_len);
   }
-  if (vectors == 1) micro<M, MR, 1, INIT>(a, a_row, a_k, b, b_k, c, c_row, k_len);
+  if (vectors == 1) micro<M, MR, 1, INTO>(a, a_row, a_k, b, b_k, c, c_row, k_len);
 }
 
 }  // namespace posattn::POSATTN_ISA

@@ -109,13 +109,13 @@ inline void add_outer(const MixWeights& w, float* sums, const float* a, int64_t 
   for (int64_t h = 0; h < w.heads; h += MR) {
     // Past the last head there is nothing to read: the last group is taken again from where a whole one fits.
     if (h + MR <= w.heads) {
-      gemm_rows<F32, Init::load>(a + h * a_head, a_head, 1, t, w.w_lanes, sums + h * w.w_lanes, w.w_lanes, MIX_KEYS,
-                                 w.w_lanes / VL);
+      gemm_rows<F32, Into::sum>(a + h * a_head, a_head, 1, t, w.w_lanes, sums + h * w.w_lanes, w.w_lanes, MIX_KEYS,
+                                w.w_lanes / VL);
     } else {
       for (int64_t r = h; r < w.heads; ++r)
         for (int64_t c = 0; c < w.w_lanes; c += VL)
-          micro<F32, 1, 1, Init::load>(a + r * a_head, a_head, 1, t + c, w.w_lanes, sums + r * w.w_lanes + c, w.w_lanes,
-                                       MIX_KEYS);
+          micro<F32, 1, 1, Into::sum>(a + r * a_head, a_head, 1, t + c, w.w_lanes, sums + r * w.w_lanes + c, w.w_lanes,
+                                      MIX_KEYS);
     }
   }
 }
@@ -303,10 +303,10 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
       const float *k = t.k_panels + h / group * k_tile, *v = t.v_panels + h / group * v_tile;
       for (int64_t r = 0; r < padded; r += MR)
         for (int64_t c = 0; c < MIX_KEYS; c += NR) {
-          gemm_rows<M, Init::zero>(q_rows + r * t.q_stride, t.q_stride, 1, k + c / NR * k_panel, NR,
-                                   x + r * MIX_KEYS + c, MIX_KEYS, q_depth, NR / VL);
-          gemm_rows<M, Init::zero>(o_rows + r * t.o_stride, t.o_stride, 1, v + c / NR * v_panel, NR,
-                                   dy + r * MIX_KEYS + c, MIX_KEYS, v_depth, NR / VL);
+          gemm_rows<M, Into::fresh>(q_rows + r * t.q_stride, t.q_stride, 1, k + c / NR * k_panel, NR,
+                                    x + r * MIX_KEYS + c, MIX_KEYS, q_depth, NR / VL);
+          gemm_rows<M, Into::fresh>(o_rows + r * t.o_stride, t.o_stride, 1, v + c / NR * v_panel, NR,
+                                    dy + r * MIX_KEYS + c, MIX_KEYS, v_depth, NR / VL);
         }
       scale_products(p, x, padded * MIX_KEYS, product_scale, t.cap ? t.cap + h * head_tile : nullptr);
     }
@@ -366,13 +366,13 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
                   *q_deep = t.q_depth + h * t.rows / M::pack * t.q_width;
       for (int64_t k = 0; k < keys; k += MR) {
         if (p.grad_v)
-          gemm_rows<M, Init::load>(p_rows + k, 1, MIX_KEYS, o_depth, t.v_width,
-                                   t.grad_v + (kv * key_rows + k) * t.v_width, t.v_width, padded / M::pack,
-                                   t.v_width / VL);
+          gemm_rows<M, Into::sum>(p_rows + k, 1, MIX_KEYS, o_depth, t.v_width,
+                                  t.grad_v + (kv * key_rows + k) * t.v_width, t.v_width, padded / M::pack,
+                                  t.v_width / VL);
         if (p.grad_k)
-          gemm_rows<M, Init::load>(dx_rows + k, 1, MIX_KEYS, q_deep, t.q_width,
-                                   t.grad_k + (kv * key_rows + k) * t.q_width, t.q_width, padded / M::pack,
-                                   t.q_width / VL);
+          gemm_rows<M, Into::sum>(dx_rows + k, 1, MIX_KEYS, q_deep, t.q_width,
+                                  t.grad_k + (kv * key_rows + k) * t.q_width, t.q_width, padded / M::pack,
+                                  t.q_width / VL);
       }
     }
     progress.publish(task, step + 1);

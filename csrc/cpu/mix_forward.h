@@ -78,9 +78,9 @@ void mix_forward_task(const Problem& p, const Sequence& s, int64_t i0, int64_t i
       for (int64_t h = 0; h < heads; ++h) {
         for (int64_t g = 0; g < count; g += MR)
           for (int64_t c = 0; c < MIX_KEYS; c += NR)
-            gemm_rows<M, Init::zero>(t.q + (h * task_rows + b0 + g) * t.q_stride, t.q_stride, 1,
-                                     t.k + h / group * panels + c / NR * panel, NR,
-                                     t.logits + h * head_logits + g * MIX_KEYS + c, MIX_KEYS, depth, NR / VL);
+            gemm_rows<M, Into::fresh>(t.q + (h * task_rows + b0 + g) * t.q_stride, t.q_stride, 1,
+                                      t.k + h / group * panels + c / NR * panel, NR,
+                                      t.logits + h * head_logits + g * MIX_KEYS + c, MIX_KEYS, depth, NR / VL);
         scale_products(p, t.logits + h * head_logits, count * MIX_KEYS, product_scale, nullptr);
       }
       for (int64_t r = 0; r < count; ++r) {
@@ -104,9 +104,9 @@ void mix_forward_task(const Problem& p, const Sequence& s, int64_t i0, int64_t i
             add_tile<M>(weights, x, MIX_KEYS, top, 1.0F, t.most[row], t.sum[row], t.out + row * t.v_stride, t.v_stride);
             if (p.dropout_p > 0.0) drop_row<M>(p, s, dropout, t.keep, weights, h, i, j, MIX_KEYS);
           }
-          gemm_rows<M, Init::load>(t.p, MIX_KEYS / M::pack, 1, t.v + h / group * values, t.v_stride,
-                                   t.out + (h * task_rows + b0 + g) * t.v_stride, t.v_stride, MIX_KEYS / M::pack,
-                                   t.v_stride / VL);
+          gemm_rows<M, Into::sum>(t.p, MIX_KEYS / M::pack, 1, t.v + h / group * values, t.v_stride,
+                                  t.out + (h * task_rows + b0 + g) * t.v_stride, t.v_stride, MIX_KEYS / M::pack,
+                                  t.v_stride / VL);
         }
       }
     }

@@ -96,7 +96,7 @@ struct Scores {
       const int64_t n = (c - begin) / NR;
       second[n] = !fast || c + NR > end || j0 + c < last.lo || j0 + c + NR > first.hi;
       if (second[n]) {
-        gemm_rows<M, Init::zero>(q, q_row, 1, keys, NR, x + c, ROW_MAX, depth, imin(NR, end - c) / VL);
+        gemm_rows<M, Into::fresh>(q, q_row, 1, keys, NR, x + c, ROW_MAX, depth, imin(NR, end - c) / VL);
       } else if (segments) {
         if (reach[n].first != segment) {
           segment = reach[n].first;
