@@ -252,6 +252,12 @@ def test_what_stops_a_kernel(body: str, message: str) -> None:
         snippet(body, [], [out], declare=WORDS, shared=256, extra=[memory])
 
 
+def test_labels_belong_to_their_braces() -> None:
+    loop = "{ .reg .pred %more; again: add.u32 %d0, %d0, 1; setp.lt.u32 %more, %d0, LIMIT; @%more bra again; }"
+    _, out = shared_run("mov.u32 %d0, 0;" + loop.replace("LIMIT", "3") + loop.replace("LIMIT", "5"))
+    assert out.tolist() == [5] * 64
+
+
 def test_a_view_bounds_what_may_be_touched() -> None:
     """Of a storage, only the bytes that the tensor given to the kernel spans."""
     storage = torch.zeros(64, dtype=torch.int32)

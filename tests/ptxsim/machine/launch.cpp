@@ -6,8 +6,10 @@
 namespace ptxsim {
 namespace {
 
-// Enough that a block meets others that have only begun, or are about to end.
-constexpr size_t kResident = 4;
+// Blocks that may wait for one another run so many at a time, in stretches of up to so many turns: enough that one
+// catches up with another, and has to wait.
+constexpr size_t kResident = 16;
+constexpr uint64_t kStretch = 32;
 
 }  // namespace
 
@@ -39,7 +41,9 @@ Report run(const Program& program, Launch launch, const Options& options) {
   for (const auto& block : resident) start(*block);
   while (!resident.empty()) {
     const size_t i = resident.size() == 1 ? 0 : resident.front()->random() % resident.size();
-    if (resident[i]->turn()) continue;
+    bool alive = true;
+    for (uint64_t left = 1 + resident[i]->random() % kStretch; left && alive; --left) alive = resident[i]->turn();
+    if (alive) continue;
     if (next < blocks) {
       start(*resident[i]);
     } else {

@@ -29,14 +29,19 @@ private:
   int scalar(Type type);
   int checked(int reg, const std::string& name) const;
   int statistic(const std::string& full);
-  void finish();
+  void open_scope();
+  void close_scope();
 
   Lexer lex_;
   Program& program_;
   Names names_;
-  std::unordered_map<std::string, int> labels_;
+  // Labels belong to their braces: inlined assembly brings the same ones again and again.
+  struct Labels {
+    std::unordered_map<std::string, int> places;
+    std::vector<std::pair<size_t, std::string>> branches;  // instruction, label
+  };
+  std::vector<Labels> labels_;
   std::unordered_map<std::string, int> statistics_;
-  std::vector<std::pair<size_t, std::string>> branches_;  // instruction, label
 };
 
 bool Parser::module(const std::string& entry) {
@@ -74,7 +79,7 @@ bool Parser::module(const std::string& entry) {
       lex_.fail("unknown directive '" + word + "'");
     }
   }
-  if (found) finish();
+  if (found) names_.finish();
   return found;
 }
 
@@ -129,17 +134,36 @@ void Parser::entry_header() {
   }
 }
 
+void Parser::open_scope() {
+  names_.open_scope();
+  labels_.emplace_back();
+}
+
+void Parser::close_scope() {
+  names_.close_scope();
+  const Labels closed = std::move(labels_.back());
+  labels_.pop_back();
+  for (const auto& [index, label] : closed.branches) {
+    const auto found = closed.places.find(label);
+    if (found != closed.places.end()) {
+      program_.code[index].target = found->second;
+    } else if (labels_.empty()) {
+      lex_.fail("branch to unknown label " + label);
+    } else {
+      labels_.back().branches.emplace_back(index, label);
+    }
+  }
+}
+
 void Parser::body() {
   lex_.expect('{');
-  names_.open_scope();
-  for (int depth = 1; depth;) {
+  open_scope();
+  while (!labels_.empty()) {
     if (lex_.at_end()) lex_.fail("the body of " + program_.name + " has no end");
     if (lex_.eat('{')) {
-      names_.open_scope();
-      ++depth;
+      open_scope();
     } else if (lex_.eat('}')) {
-      names_.close_scope();
-      --depth;
+      close_scope();
     } else if (!lex_.eat(';')) {
       statement();
     }
@@ -160,7 +184,7 @@ void Parser::statement() {
   const std::string full = lex_.opcode();
   if (full.empty()) lex_.fail("expected a statement");
   if (in.guard < 0 && full[0] != '.' && lex_.eat(':')) {
-    labels_[full] = static_cast<int>(program_.code.size());
+    labels_.back().places[full] = static_cast<int>(program_.code.size());
   } else if (full == ".reg") {
     registers();
   } else if (full == ".shared" || full == ".local" || full == ".global" || full == ".const") {
@@ -173,7 +197,7 @@ void Parser::statement() {
     const Opcode& opcode = decode_opcode(in, full);
     in.statistic = statistic(full);
     if (in.control == Control::Branch) {
-      branches_.emplace_back(program_.code.size(), lex_.identifier());
+      labels_.back().branches.emplace_back(program_.code.size(), lex_.identifier());
       lex_.expect(';');
     } else if (!lex_.eat(';')) {
       do in.operands.push_back(operand(in.type));
@@ -325,15 +349,6 @@ int Parser::statistic(const std::string& full) {
   const auto [slot, added] = statistics_.try_emplace(full, static_cast<int>(program_.statistic_names.size()));
   if (added) program_.statistic_names.push_back(full);
   return slot->second;
-}
-
-void Parser::finish() {
-  for (const auto& [index, label] : branches_) {
-    const auto found = labels_.find(label);
-    if (found == labels_.end()) lex_.fail("branch to unknown label " + label);
-    program_.code[index].target = found->second;
-  }
-  names_.finish();
 }
 
 }  // namespace
