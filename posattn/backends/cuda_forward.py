@@ -137,6 +137,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         "HALF": 1 if rotary is None else rotary.q_cos.shape[-1],
         "SPLIT": splits > 1,
     }
+    if isinstance(tile, ForwardTile):
+        constants.update(HEAD_DIM=tile.padded(q.shape[3]), HEAD_DIM_V=tile.padded(v.shape[3]))
     constants["SHARED_BYTES"] = _shared_bytes(tile, constants)
     values = {
         "q": q,

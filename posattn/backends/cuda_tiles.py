@@ -22,6 +22,10 @@ class ForwardTile:
     q_in_registers: bool
     reason: str
     source: str = "forward.cu"
+    columns: int = 32  # what head dimensions are padded to a multiple of
+
+    def padded(self, dim: int) -> int:
+        return -(-dim // self.columns) * self.columns
 
     def constants(self) -> Constants:
         return {
@@ -90,17 +94,19 @@ def decode_tile(call: Call) -> DecodeTile | None:
     return replace(tile, block_m=32) if rows > 16 and dim <= 128 else tile
 
 
-# On sm_90a, where both head dimensions are multiples of 64. 2P is that of sm_90.
+# On sm_90a beyond D = 32, where padding to 64 columns would cost more than wgmma gains (462 against 512). 2P is that of
+# sm_90; at D = 96, padded to 128, mma.sync's would be 875.
 _WGMMA = "forward_sm90.cu"
 _HOPPER = {
-    64: ForwardTile(128, 128, 8, 2, 1, True, "2P 512; Q in registers, else a table binds on shared memory", _WGMMA),
-    128: ForwardTile(128, 128, 8, 2, 1, False, "2P 768; Q's registers would spill beside 128 columns", _WGMMA),
+    64: ForwardTile(128, 128, 8, 2, 1, True, "2P 512; Q in registers, else a table binds on shared memory", _WGMMA, 64),
+    128: ForwardTile(128, 128, 8, 2, 1, False, "2P 768; Q's registers would spill beside 128 columns", _WGMMA, 64),
+    192: ForwardTile(128, 64, 8, 2, 1, False, "2P 1068; two stages of 128 keys do not fit beside Q", _WGMMA, 64),
+    256: ForwardTile(128, 64, 8, 2, 1, False, "2P 1350; two stages of 64 KiB beside 64 KiB of Q", _WGMMA, 64),
 }
 
 
 def forward_tile(arch: str, call: Call) -> ForwardTile:
-    dims = padded(call.q.shape[3]), padded(call.v.shape[3])
-    dim = max(dims)
-    if arch == "sm_90" and all(d % 64 == 0 for d in dims) and dim in _HOPPER:
-        return _HOPPER[dim]
+    dim = max(padded(call.q.shape[3]), padded(call.v.shape[3]))
+    if arch == "sm_90" and dim > 32:
+        return _HOPPER[min(d for d in _HOPPER if d >= dim)]
     return _FORWARD[min(d for d in _FORWARD if d >= dim)]
