@@ -96,7 +96,7 @@ def _run_backward(
 ) -> list[Tensor]:
     """The gradients of `named`, in its order, each in its operand's dtype."""
     if call.q.numel() and call.v.numel():
-        chosen = backends.choose(call, backend)
+        chosen = backends.choose(call, backend, backward=True)
         grads = chosen.backward(call, out, lse, grad_out, grad_lse, frozenset(named))
     else:
         grads = {name: torch.zeros_like(operand) for name, operand in named.items()}

@@ -7,14 +7,12 @@ import torch
 from tolerance import assert_parity
 
 import posattn
-from posattn.backends import cuda_compile
+from posattn.backends import cuda_compile, cuda_launch
+from posattn.check import compare
+from tests.ptxsim import Options
+from tests.ptxsim.seam import behind_launch
 
-pytestmark = [
-    pytest.mark.skipif(cuda_compile.missing() is not None, reason=str(cuda_compile.missing())),
-    pytest.mark.usefixtures("ptx_machine"),
-]
-
-from tests.ptxsim.seam import behind_launch, ptx_machine  # noqa: E402, F401
+pytestmark = pytest.mark.skipif(cuda_compile.missing() is not None, reason=str(cuda_compile.missing()))
 
 
 def tensors(dtype=torch.bfloat16, heads=3, kv_heads=3, q_len=37, k_len=53, dim=32, batch=1):
@@ -63,8 +61,102 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_parity(case):
-    shape, position, options = case
+# The source is one for all architectures; on sm_90 only what NVRTC makes of it differs.
+ALSO_ON_SM_90 = ("table, two sequences", "rotary, grouped heads", "packed documents")
+
+
+@pytest.mark.parametrize(
+    ("arch", "case"), [(80, case) for case in CASES] + [(90, case) for case in ALSO_ON_SM_90], ids=str
+)
+def test_parity(arch, case):
+    shape, position, options = CASES[case]
     torch.manual_seed(3)
-    assert_parity(*tensors(**shape), position(), options(), "cuda")
+    with behind_launch(arch):
+        assert_parity(*tensors(**shape), position(), options(), "cuda")
+
+
+FORWARD_ONLY = {
+    "sixteen heads": ({"heads": 16, "kv_heads": 16, "dim": 64}, lambda: posattn.DAPE(posattn.ALiBi(16), 16)),
+    "two heads to a warp, the last one alone": (
+        {"heads": 25, "kv_heads": 5, "dim": 64}, lambda: posattn.DAPE(posattn.Kerple(25), 25)
+    ),
+    "32 heads, 64 hidden units": (
+        {"heads": 32, "kv_heads": 4, "dim": 64, "dtype": torch.float16}, lambda: posattn.DAPE(None, 32, width=64)
+    ),
+    "96 dimensions": ({"heads": 5, "kv_heads": 5, "dim": 96}, lambda: posattn.DAPE(None, 5, form="add")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORWARD_ONLY.values(), ids=FORWARD_ONLY)
+def test_forward_of_calls_too_large_for_the_backward_kernel(case):
+    shape, position = case
+    torch.manual_seed(4)
+    q, k, v = tensors(**shape)
+    position = position()
+    with torch.no_grad(), behind_launch(80):
+        got = posattn.attention(q, k, v, position, causal=True, return_lse=True, backend="cuda")
+        naive = posattn.attention(q, k, v, position, causal=True, return_lse=True, backend="reference")
+        wide = (x.double() for x in (q, k, v))
+        exact = posattn.attention(*wide, position.double(), causal=True, return_lse=True, backend="reference")
+    for name, x, y, z in zip(("out", "lse"), got, naive, exact):
+        comparison = compare(name, x, y, z, torch.zeros(1), q.dtype)
+        assert comparison.ok, comparison.worst
+
+
+def test_no_bank_conflicts():
+    """Twelve heads of dimension 64 with a table, the shape that the layout was made for, forward and backward."""
+    q, k, v = (x.requires_grad_() for x in tensors(heads=12, kv_heads=12, q_len=70, k_len=100, dim=64))
+    with behind_launch(80, Options(stats=True)) as machine:
+        out = posattn.attention(q, k, v, posattn.DAPE(posattn.Kerple(12), 12), causal=True, backend="cuda")
+        out.sum().backward()
+    assert {launch.kernel for launch in machine.launches} == {"headmix_forward", "headmix_backward"}
+    for launch in machine.launches:
+        counters = launch.report.counters
+        assert counters["shared_wavefronts"] == counters["shared_ideal_wavefronts"], launch.kernel
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "width", "reason"),
+    [
+        (33, 32, 8, "up to 32 heads"),
+        (4, 32, 65, "up to 64 hidden units"),
+        (24, 128, 8, "outputs of all heads in registers"),
+    ],
+)
+def test_what_does_not_fit_is_refused(heads, dim, width, reason):
+    q, k, v = tensors(heads=heads, kv_heads=heads, dim=dim)
+    with behind_launch(80), pytest.raises(ValueError, match=reason):
+        posattn.attention(q, k, v, posattn.DAPE(None, heads, width=width), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "deterministic", "reason"),
+    [
+        (20, 32, False, "dK and dV of all heads in registers"),
+        (12, 64, False, "64 hidden units do not fit"),
+        (3, 8, True, "not deterministic"),
+    ],
+)
+def test_backward_says_what_it_cannot_do(heads, width, deterministic, reason):
+    q, k, v = (x.requires_grad_() for x in tensors(heads=heads, kv_heads=heads, q_len=3, k_len=3, dim=64))
+    position = posattn.DAPE(posattn.Kerple(heads), heads, width=width)
+    with behind_launch(80):
+        out = posattn.attention(q, k, v, position, deterministic=deterministic, backend="cuda")
+        with pytest.raises(ValueError, match=reason):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+def test_compiles_everywhere_without_local_arrays(arch, monkeypatch):
+    """What a launch would compile, for GPUs that the machine does not model."""
+    compiled = []
+    monkeypatch.setattr(cuda_launch, "architecture", lambda device: arch)
+    monkeypatch.setattr(cuda_launch, "has_device", lambda device: True)
+    monkeypatch.setattr(cuda_launch, "launch", lambda kernel, *_: compiled.append(kernel))
+    q, k, v = tensors(heads=12, kv_heads=12, q_len=24, k_len=24, dim=64)
+    with torch.no_grad():
+        posattn.attention(q, k, v, posattn.DAPE(posattn.Kerple(12), 12), causal=True, backend="cuda")
+    (kernel,) = compiled
+    assert kernel.name == "headmix_forward"
+    assert kernel.arch.startswith(arch)
+    assert ".local" not in kernel.ptx

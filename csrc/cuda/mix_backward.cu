@@ -257,7 +257,7 @@ struct HeadWarp {
     return slope;
   }
 
-  __device__ __forceinline__ void add_values(const Tile& weights, int i0) {
+  __device__ __forceinline__ void add_values(const Weights& weights, int i0) {
     RowFragments<HEAD_DIM_V, N8> rows;
     rows.template load<false>(grad.from_column(Run<HEAD_DIM_V>::FIRST * lane.g), i0, lane);
     multiply_rows<HEAD_DIM_V>(dv, weights, rows);
@@ -278,11 +278,13 @@ struct HeadWarp {
       for_tile([&](int n, int e) { dx[0][n][e] *= slack[0][n][e]; });
     }
     store_inputs(ds_plane, dx, lane);  // nobody else needs ds any more
+    Weights rounded;
+    round_tile(rounded, dx);
     ptx::bar_warp_sync();
     add_queries(i0);
     RowFragments<HEAD_DIM, N8> rows;
     rows.template load<false>(queries.from_column(Run<HEAD_DIM>::FIRST * lane.g), i0, lane);
-    multiply_rows<HEAD_DIM>(dk, dx, rows);
+    multiply_rows<HEAD_DIM>(dk, rounded, rows);
   }
 
   // dQ^T [dimensions, queries] += K^T dX^T
@@ -347,8 +349,10 @@ __device__ __forceinline__ void run_head(const Block& of, const QuerySpan& span)
     head.multiply_grad(ds, i0);
     ptx::bar_sync();
     head.weigh(s, ds, i0);
+    Weights weights;
+    round_tile(weights, s);
     ptx::bar_sync();
-    head.add_values(s, i0);
+    head.add_values(weights, i0);
     ptx::bar_sync();
     head.finish(ds, slack, i0);
   }

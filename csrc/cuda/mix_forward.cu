@@ -195,9 +195,11 @@ __device__ __forceinline__ void step(const Forward& f, Head (&heads)[HEADS_PER_W
   for (int x = 0; x < HEADS_PER_WARP; ++x) {
     if (!owned(x, count)) break;
     f.finish<BORDER>(heads[x], j0);
+    Weights weights;
+    round_tile(weights, heads[x].s);
     if (!ONE) values.template load<!BORDER>(heads[x].values, j0, f.lane);
     if (ONE) fragments.load(heads[x].keys, ahead, f.lane);
-    multiply_rows(heads[x].out, heads[x].s, values);
+    multiply_rows(heads[x].out, weights, values);
   }
   buffer ^= 1;
 }

@@ -165,21 +165,23 @@ __device__ __forceinline__ void for_runs(const float (&out)[DIM / 8][4], int hal
   }
 }
 
-// out += p rows, p in the fragments of the logits.
+// Fragments of logits rounded, two neighbouring columns to a word: [n][half] are two registers of an A operand.
+using Weights = uint32_t[GROUPS][N8][2];
+
+__device__ __forceinline__ void round_tile(Weights& to, const float (&from)[GROUPS][N8][4]) {
+#pragma unroll
+  for (int x = 0; x < GROUPS * N8 * 2; ++x) {
+    const int r = x / 2 / N8, n = x / 2 % N8, half = x % 2;
+    to[r][n][half] = pack(from[r][n][2 * half], from[r][n][2 * half + 1]);
+  }
+}
+
+// out += p rows
 template <int DIM>
-__device__ __forceinline__ void multiply_rows(float (&out)[GROUPS][DIM / 8][4], const float (&p)[GROUPS][N8][4],
+__device__ __forceinline__ void multiply_rows(float (&out)[GROUPS][DIM / 8][4], const Weights& p,
                                               const RowFragments<DIM, N8>& rows) {
 #pragma unroll
   for (int c = 0; c < N8; c += 2) {
-    uint32_t a[GROUPS][2][2];
-#pragma unroll
-    for (int r = 0; r < GROUPS; ++r) {
-#pragma unroll
-      for (int half = 0; half < 2 && c + half < N8; ++half) {
-        a[r][half][0] = pack(p[r][c + half][0], p[r][c + half][1]);
-        a[r][half][1] = pack(p[r][c + half][2], p[r][c + half][3]);
-      }
-    }
 #pragma unroll
     for (int n = 0; n < DIM / 8; ++n) {
       const uint32_t b0 = rows.operand(c, n);
@@ -187,10 +189,10 @@ __device__ __forceinline__ void multiply_rows(float (&out)[GROUPS][DIM / 8][4], 
 #pragma unroll
       for (int r = 0; r < GROUPS; ++r) {
         if (c + 1 < N8) {
-          const uint32_t both[4] = {a[r][0][0], a[r][0][1], a[r][1][0], a[r][1][1]};
+          const uint32_t both[4] = {p[r][c][0], p[r][c][1], p[r][c + 1][0], p[r][c + 1][1]};
           mma(out[r][n], both, b0, b1);
         } else {
-          mma_to(out[r][n], a[r][0], b0, out[r][n]);
+          mma_to(out[r][n], p[r][c], b0, out[r][n]);
         }
       }
     }

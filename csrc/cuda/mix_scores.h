@@ -42,10 +42,36 @@ struct HeadScores {
   __device__ __forceinline__ void inner_bias(float (&b)[GROUPS][N8][4], const BiasParams& p,
                                              const PositionParams& positions, const Sequence& s, Place place,
                                              const float* staged, const Segments& segments) const {
+    if constexpr (HAS_PROFILE || DENSE != NO_DENSE || EXPLICIT) {
 #pragma unroll
-    for (int x = 0; x < GROUPS * N8 * 4; ++x) b[x / 4 / N8][x / 4 % N8][x % 4] = 0.0f;
-    if constexpr (BY_DISTANCE && !EXPLICIT) inner.add(b, p, staged, place.row + s.shift() - place.column, segments);
-    add_gathered(b, p, positions, s, h, place);
+      for (int x = 0; x < GROUPS * N8 * 4; ++x) b[x / 4 / N8][x / 4 % N8][x % 4] = 0.0f;
+      if constexpr (BY_DISTANCE && !EXPLICIT) inner.add(b, p, staged, place.row + s.shift() - place.column, segments);
+      add_gathered(b, p, positions, s, h, place);
+    } else {
+      by_distance(b, staged, static_cast<float>(place.row + s.shift() - place.column));
+    }
+  }
+
+  // One value for each distance that the lane meets: two columns of bands of eight. d0: of its first row and column.
+  __device__ __forceinline__ void by_distance(float (&b)[GROUPS][N8][4], const float* staged, float d0) const {
+    constexpr int BANDS = 2 * GROUPS + N8 - 1;
+    float value[BANDS][2];
+#pragma unroll
+    for (int x = 0; x < 2 * BANDS; ++x) {
+      const int step = 8 * (x / 2 - (N8 - 1)) - x % 2;
+      float& v = value[x / 2][x % 2];
+      if constexpr (HAS_SLOPE && LINEAR) {
+        v = fmaf(-inner.slope, static_cast<float>(step), -inner.slope * d0);
+      } else if constexpr (HAS_SLOPE) {
+        v = -inner.slope * fabsf(d0 + static_cast<float>(step));
+      }
+      if constexpr (HAS_TABLE) v = HAS_SLOPE ? v + staged[step] : staged[step];
+    }
+#pragma unroll
+    for (int x = 0; x < GROUPS * N8 * 4; ++x) {
+      const int r = x / 4 / N8, n = x / 4 % N8, e = x % 4;
+      b[r][n][e] = value[2 * r + e / 2 - n + N8 - 1][e % 2];
+    }
   }
 };
 

@@ -1,7 +1,8 @@
 """Which backend runs a call: a named one or its reason not to, or the first that can with "auto".
 
 A fused backend is a module with `unsupported(call) -> reason | None`, `forward` and `backward` (see posattn/plan.py for
-what they are given). Each is imported when first asked for, and one that fails to import has that failure as its
+what they are given). One whose backward pass runs fewer calls than its forward pass says so in `unsupported_backward`.
+Each is imported when first asked for, and one that fails to import has that failure as its
 reason. The backend named "reference" is no such module: it is posattn.reference, plain PyTorch that autograd and
 torch.compile see through, so ops.py calls it by itself.
 """
@@ -67,13 +68,18 @@ def goes_to_reference(call: Call, name: str) -> bool:
     return name == "reference" or (name == "auto" and call.q.dtype == torch.float64)
 
 
-def choose(call: Call, name: str) -> Backend:
-    """The fused backend that runs `call`. Raises ValueError with every reason if there is none."""
+def choose(call: Call, name: str, backward: bool = False) -> Backend:
+    """The fused backend that runs `call`. Raises ValueError with every reason if there is none.
+
+    `backward` asks for its backward pass, which with "auto" may be another backend's than the forward pass was.
+    """
     candidates = (name,) if name != "auto" else _AUTO.get(call.q.device.type, ())
     reasons = []
     for candidate in candidates:
         backend = load(candidate)
         reason = backend if isinstance(backend, str) else backend.unsupported(call)
+        if reason is None and backward and hasattr(backend, "unsupported_backward"):
+            reason = backend.unsupported_backward(call)
         if reason is None:
             return cast(Backend, backend)
         reasons.append(f"{candidate}: {reason}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from posattn.backends import cuda_backward, cuda_compile, cuda_forward, cuda_launch, cuda_mix, cuda_mix_backward
 from posattn.backends.cuda_operands import DTYPES, HEAD_DIMS
-from posattn.plan import Call, HeadMix
+from posattn.plan import Call
 
 
 def unsupported(call: Call) -> str | None:
@@ -23,19 +22,18 @@ def unsupported(call: Call) -> str | None:
     if missing is not None:
         return missing
     if call.plan.mix is not None:
-        return _unsupported_mix(call, call.plan.mix)
+        return cuda_mix.unsupported(call, call.plan.mix, cuda_launch.architecture(q.device))
     by_distance = call.plan.bias.table is not None or call.plan.bias.profile is not None
     if call.deterministic and call.q_positions is not None and by_distance:
         return "with explicit positions it sums a table's gradient by atomics, whose order is not deterministic"
     return None
 
 
-def _unsupported_mix(call: Call, mix: HeadMix) -> str | None:
-    """The backward kernel fits fewer calls than the forward one, so it is asked only where gradients are wanted."""
-    arch = cuda_launch.architecture(call.q.device)
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v, mix.w1))
-    reason = cuda_mix.unsupported(call, mix, arch)
-    return cuda_mix_backward.unsupported(call, mix, arch) if reason is None and differentiated else reason
+def unsupported_backward(call: Call) -> str | None:
+    """Why the backward kernels cannot run a call that the forward kernels can; None if they can."""
+    if call.plan.mix is None:
+        return None
+    return cuda_mix_backward.unsupported(call, call.plan.mix, cuda_launch.architecture(call.q.device))
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from posattn.plan import Bias, Call, HeadMix
 _LOG2E = 1.4426950408889634
 _KEYS, _QUERIES = 16, 24  # of a tile: rows and columns, for logits are held transposed
 _MLP_WARPS = 4
-_MAX_WARPS = 16  # more would leave a thread too few registers for dK and dV of its head
+_OTHER_REGISTERS = 36  # of a thread, beside dK and dV of its head
 _LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
 
 
@@ -34,11 +34,14 @@ def shared_bytes(call: Call, mix: HeadMix) -> int:
 def unsupported(call: Call, mix: HeadMix, arch: str) -> str | None:
     """Why the backward kernel cannot run `call`; None if it can."""
     heads, width = call.q.shape[1], mix.w1.shape[0]
-    if heads + _MLP_WARPS > _MAX_WARPS or sum(cuda_mix.dims(call)) * (heads + _MLP_WARPS) > 128 * _MAX_WARPS:
+    warps = heads + _MLP_WARPS
+    registers = 65536 // (32 * warps) if warps <= 32 else 0
+    if sum(cuda_mix.dims(call)) // 2 + _OTHER_REGISTERS > registers:
         dims = f"{heads} heads of dimension {max(call.q.shape[3], call.v.shape[3])}"
         return f"its backward kernel keeps dK and dV of all heads in registers, and {dims} do not fit"
-    if width > 32:
-        return f"its backward kernel takes up to 32 hidden units, got {width}"
+    pairs, eights = -(-width // 16), -(-cuda_mix.inputs(call, mix) // 8) + -(-heads // 8)
+    if 8 * pairs * eights > registers:
+        return f"its backward kernel keeps the MLP and its gradient in registers, and {width} hidden units do not fit"
     if shared_bytes(call, mix) > cuda_mix.shared_limit(arch):
         return f"its backward kernel needs {shared_bytes(call, mix)} bytes of shared memory"
     if call.deterministic:
