@@ -1,7 +1,7 @@
 """The CUDA backward kernels' real PTX on the PTX machine: every gradient within the rule, and no finding.
 
-Every operand, mask and option occurs at least once, in lengths on both sides of a tile's edges; every head dimension and
-every tile shape. The forward pass is the CPU's: the CUDA one has its own tests, and need not be compiled here.
+Every operand, mask and option occurs at least once, in lengths on both sides of a tile's edges; so do every head
+dimension and every tile shape. The forward pass is the CPU's: the CUDA one has its own tests.
 """
 
 from __future__ import annotations

@@ -281,6 +281,7 @@ __device__ __forceinline__ void Backward::run() {
   Cursor at = first_block(key_head * p.shape.group);
   const int end_head = spans.lo < spans.hi ? at.head + p.shape.group : at.head;
   int stage = 0;
+  SegmentRanges ranges;
 
   uint2* columns = reinterpret_cast<uint2*>(shared + COLUMNS_AT);
   if (SLOPE_BY_PRODUCT && warp == 0) columns[lane] = slope_columns(lane);
@@ -338,7 +339,12 @@ __device__ __forceinline__ void Backward::run() {
     const int strip_at = column - logit_row - place.g - 8 * BANDS_BEFORE + BLOCK_N - 1 + (first_diagonal() & 3);
     const Operands operands(p, sequence, place, rows, strip_at, column);
     SegmentRange range;
-    if constexpr (HAS_PROFILE) range = operands.segments(p.bias, place, sequence.shift());
+    if constexpr (HAS_PROFILE && EXPLICIT) range = operands.segments(p.bias);
+    if constexpr (HAS_PROFILE && !EXPLICIT) {
+      const int ahead = (at.block - spans.lo) % WARP;
+      if (ahead == 0) ranges.find(p.bias, place, sequence.shift(), lane);
+      range = ranges.of(ahead);
+    }
 
     Fragments<Logits> s = {}, slack;
     product<PADDED / 16, As::IS, As::IS>(s, keys, queries);

@@ -69,45 +69,53 @@ __device__ __forceinline__ void for_logits(F f) {
   }
 }
 
-// Which segments of the profile a warp's logits can meet.
+// The segments of the profile that a warp's logits can meet, from the lowest to the highest.
 struct SegmentRange {
   int low = 0;
   int high = 0;
 
   SegmentRange() = default;
 
-  // By the host's bounds of psi over the tile's distances and of the row scale over its rows: too wide at worst.
-  __device__ __forceinline__ SegmentRange(const BiasParams& bias, const LogitPlace& at, int shift, int lane) {
+  __device__ __forceinline__ SegmentRange(const BiasParams& bias, float least, float most) {
+#pragma unroll 1
+    for (int m = 0; m < KNOTS; ++m) {
+      const float knot = __ldg(bias.knots + m);
+      low += knot < least;
+      high += knot < most;
+    }
+  }
+};
+
+// The ranges of 32 blocks of queries at a time, one for each lane, so that a step takes one shuffle.
+//
+// They come from the host's bounds of psi over the tile's distances and of the row scale over its rows: too wide at
+// worst.
+struct SegmentRanges {
+  uint32_t packed = 0;
+
+  // `at` is the warp's place in the first of the blocks.
+  __device__ __forceinline__ void find(const BiasParams& bias, const LogitPlace& at, int shift, int lane) {
     static_assert(8 * BANDS + 7 <= BOUNDS_BLOCK && WARP_QUERIES <= BOUNDS_BLOCK);
-    const int least = at.i0 + shift - at.j0 - (WARP_KEYS - 1);
-    const float2 psi = bounds(bias.psi_bounds, least, bias.psi_first, bias.psi_last);
-    const float2 row = bounds(bias.row_bounds, at.i0 + shift, bias.row_first, bias.row_last);
+    const int i0 = at.i0 + lane * BLOCK_M;
+    const float2 psi = bounds(bias.psi_bounds, i0 + shift - at.j0 - (WARP_KEYS - 1), bias.psi_first, bias.psi_last);
+    const float2 row = bounds(bias.row_bounds, i0 + shift, bias.row_first, bias.row_last);
     const float a = psi.x * row.x, b = psi.x * row.y, c = psi.y * row.x, d = psi.y * row.y;
-    count(bias, fminf(fminf(a, b), fminf(c, d)), fmaxf(fmaxf(a, b), fmaxf(c, d)), lane);
+    const SegmentRange range(bias, fminf(fminf(a, b), fminf(c, d)), fmaxf(fmaxf(a, b), fmaxf(c, d)));
+    packed = range.low | range.high << 16;
   }
 
-  // By the least and greatest y of the lane's own elements.
-  __device__ __forceinline__ SegmentRange(const BiasParams& bias, float least, float most, int lane) {
-#pragma unroll
-    for (int mask = 16; mask; mask /= 2) {
-      least = fminf(least, ptx::shfl_bfly(least, mask));
-      most = fmaxf(most, ptx::shfl_bfly(most, mask));
-    }
-    count(bias, least, most, lane);
+  __device__ __forceinline__ SegmentRange of(int block) const {
+    const uint32_t both = ptx::shfl_idx(packed, block);
+    SegmentRange range;
+    range.low = both & 0xffff;
+    range.high = both >> 16;
+    return range;
   }
 
 private:
   __device__ static __forceinline__ float2 bounds(const float* of, int index, int first, int last) {
     const int block = (min(max(index, first), last) - first) / BOUNDS_BLOCK;
     return __ldg(reinterpret_cast<const float2*>(of) + block);
-  }
-
-  __device__ __forceinline__ void count(const BiasParams& bias, float least, float most, int lane) {
-    for (int m = 0; m < KNOTS; m += WARP) {
-      const float knot = m + lane < KNOTS ? __ldg(bias.knots + m + lane) : infinity();
-      low += __popc(ptx::vote_ballot(knot < least));
-      high += __popc(ptx::vote_ballot(knot < most));
-    }
   }
 };
 
@@ -230,19 +238,20 @@ struct Operands {
     return psi_at(bias, group, n, e) * scale[n][e & 1];
   }
 
-  __device__ __forceinline__ SegmentRange segments(const BiasParams& bias, const LogitPlace& at, int shift) const {
-    const int lane = 4 * at.g + at.t;
-    if constexpr (EXPLICIT) {
-      float least = infinity(), most = -infinity();
-      for_logits([&](int group, int n, int e) {
-        const float y = y_at(bias, group, n, e);
-        least = fminf(least, y);
-        most = fmaxf(most, y);
-      });
-      return SegmentRange(bias, least, most, lane);
-    } else {
-      return SegmentRange(bias, at, shift, lane);
+  // The range of explicit positions, from the elements themselves.
+  __device__ __forceinline__ SegmentRange segments(const BiasParams& bias) const {
+    float least = infinity(), most = -infinity();
+    for_logits([&](int group, int n, int e) {
+      const float y = y_at(bias, group, n, e);
+      least = fminf(least, y);
+      most = fmaxf(most, y);
+    });
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) {
+      least = fminf(least, ptx::shfl_bfly(least, mask));
+      most = fmaxf(most, ptx::shfl_bfly(most, mask));
     }
+    return SegmentRange(bias, least, most);
   }
 };
 

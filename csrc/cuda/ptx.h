@@ -256,6 +256,12 @@ __device__ __forceinline__ uint32_t shfl_bfly(uint32_t x, int mask) {
   return y;
 }
 
+__device__ __forceinline__ uint32_t shfl_idx(uint32_t x, int lane) {
+  uint32_t y;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(y) : "r"(x), "r"(lane));
+  return y;
+}
+
 __device__ __forceinline__ float shfl_idx(float x, int lane) {
   float y;
   asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(y) : "f"(x), "r"(lane));
