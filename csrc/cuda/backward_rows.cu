@@ -26,9 +26,11 @@ __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
 // key is seen and past the end, so that weights come out as zero. Eight values a lane, LANES lanes a row.
 extern "C" __global__ void __launch_bounds__(THREADS) backward_rows(const __grid_constant__ BackwardRowsParams p) {
   constexpr int LANES = DIM_V <= 32 ? 4 : DIM_V <= 64 ? 8 : DIM_V <= 128 ? 16 : 32;
-  const int head = blockIdx.y, index = blockIdx.z;
+  constexpr int ROWS = THREADS / LANES;
+  const int blocks = ceil_div(p.shape.q_blocks * BLOCK_M, ROWS);
+  const int head = blockIdx.x / blocks % p.shape.heads, index = blockIdx.x / blocks / p.shape.heads;
   const Sequence sequence(p.shape, p.mask, index);
-  const int row = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES, lane = threadIdx.x % LANES;
+  const int row = blockIdx.x % blocks * ROWS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
   const bool inside = row < sequence.q_len;
   float delta = 0.0f;
   if (inside && lane < DIM_V / 8) {
@@ -74,10 +76,12 @@ __device__ __forceinline__ float accumulated(const float* block, int row, int co
 // A lane stores eight dimensions; a warp eight rows of 32.
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_queries(const __grid_constant__ BackwardQueriesParams p) {
-  const int head = blockIdx.y, index = blockIdx.z;
+  constexpr int PARTS = PADDED / 32;
+  const int blocks = ceil_div(p.shape.q_blocks * (BLOCK_M / 8) * PARTS, WARPS);
+  const int head = blockIdx.x / blocks % p.shape.heads, index = blockIdx.x / blocks / p.shape.heads;
   const Sequence sequence(p.shape, p.mask, index);
-  const int part = (blockIdx.x * THREADS + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
-  const int row = part / (PADDED / 32) * 8 + lane % 8, column = (part % (PADDED / 32) * 4 + lane / 8) * 8;
+  const int part = blockIdx.x % blocks * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const int row = part / PARTS * 8 + lane % 8, column = (part % PARTS * 4 + lane / 8) * 8;
   if (row >= sequence.q_len || column >= DIM) return;
   const int64_t first = head * int64_t{p.rows} + first_row(p.shape, sequence, index) + row / BLOCK_M * BLOCK_M;
   const float* block = p.accumulated + first * PADDED;

@@ -14,7 +14,7 @@
 
 namespace posattn::mix {
 
-static_assert(GROUPS == 1 && HEADS_PER_WARP == 1 && WARPS == HEADS + MLP_WARPS);
+static_assert(!FOLD_SLOPE && GROUPS == 1 && HEADS_PER_WARP == 1 && WARPS == HEADS + MLP_WARPS);
 
 // Shared memory. Of each head as A operands: keys, values, keys transposed; then x, the gradient of the logits, and
 // what the MLP gives back: first what it adds to the logits, then the gradient of its inputs.
@@ -361,10 +361,10 @@ __device__ __forceinline__ void run_head(const Block& of, const QuerySpan& span)
 
 __device__ __forceinline__ void run_mlp(const Block& of, const QuerySpan& span) {
   const Lane lane{of.lane.lane, of.lane.warp - HEADS, of.lane.g, of.lane.t};
-  const Mlp mlp(of.p.mix, of.p.scale, lane);
+  const Mlp mlp(of.p.mix, of.p.scale, nullptr, lane);
   MlpBackward backward(of.p.mix, lane);
   const InputReader x(of.memory + X_AT, lane);
-  const PlaneReader<HEADS> ds(of.memory + DS_AT, lane);
+  const PlaneReader<HEADS, false> ds(of.memory + DS_AT, lane);
   const uint32_t mix = of.memory + MIX_AT, to = mix + 2 * lane.t * MIX_HEAD + 4 * lane.g;
 #pragma unroll 1
   for (int i0 = span.lo; i0 < span.hi; i0 += BLOCK_N) {

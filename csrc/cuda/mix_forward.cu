@@ -59,7 +59,7 @@ struct Forward {
         place{i0 + lane.g, 2 * lane.t},
         i0(i0),
         memory(ptx::shared_address(shared)),
-        mlp(p.mix, p.scale, lane),
+        mlp(p.mix, p.scale, FOLD_SLOPE ? p.inner.slope + sequence.batch * p.inner.slope_batch : nullptr, lane),
         inputs(memory + X_AT, lane) {}
 
   __device__ __forceinline__ Head head(int h) const { return Head(p, sequence, h, place, lane); }
@@ -82,6 +82,21 @@ struct Forward {
     }
   }
 
+  // The tile's distances for all heads, by all threads: rounded, and what that leaves.
+  __device__ __forceinline__ void store_distances(int j0) const {
+    constexpr int PAIRS = BLOCK_N / 2;
+#pragma unroll
+    for (int at = 0; at < BLOCK_M * PAIRS; at += THREADS) {
+      const int x = at + static_cast<int>(threadIdx.x), row = x / PAIRS, pair = x % PAIRS;
+      if (BLOCK_M * PAIRS % THREADS != 0 && x >= BLOCK_M * PAIRS) break;
+      const float d = static_cast<float>(i0 + row + sequence.shift() - j0 - 2 * pair);
+      const float first = SIGNED ? d : fabsf(d), second = SIGNED ? d - 1.0f : fabsf(d - 1.0f);
+      const uint32_t high = pack(first, second), to = memory + X_AT + HEADS * X_HEAD + row * X_ROW + pair * 4;
+      ptx::st_shared(to, high);
+      ptx::st_shared(to + X_HEAD, pack(first - low_float(high), second - high_float(high)));
+    }
+  }
+
   // Dot products, and from them the head's inputs to the MLP, which go to x, and the logits without its output.
   __device__ __forceinline__ void start(Head& head, const ColumnFragments<HEAD_DIM>& fragments, int j0,
                                         int buffer) const {
@@ -100,7 +115,7 @@ struct Forward {
         segments = head.scores.inner.profile.segments(p.inner, least_distance(j0));
       }
       head.scores.inner_bias(b, p.inner, p.positions, sequence, here, staged, segments);
-      if constexpr (CONCAT) store_inputs(plane + HEADS * X_HEAD, b, lane);
+      if constexpr (CONCAT && !FOLD_SLOPE) store_inputs(plane + HEADS * X_HEAD, b, lane);
       if constexpr (RESIDUAL) {
 #pragma unroll
         for (int x = 0; x < GROUPS * N8 * 4; ++x) {
@@ -179,6 +194,7 @@ __device__ __forceinline__ void step(const Forward& f, Head (&heads)[HEADS_PER_W
     ptx::cp_async_wait_group<0>();
     ptx::bar_warp_sync();
   }
+  if constexpr (FOLD_SLOPE) f.store_distances(j0);
 #pragma unroll
   for (int x = 0; x < HEADS_PER_WARP; ++x) {
     if (!owned(x, count)) break;

@@ -57,7 +57,7 @@ __device__ __forceinline__ uint32_t leaky_relu(uint32_t h, uint32_t bias) {
 __device__ __forceinline__ void store_ones(uint32_t x) {
   if constexpr (ONES) {
     for (int at = threadIdx.x * 4; at < X_HEAD; at += THREADS * 4)
-      ptx::st_shared(x + INPUTS * X_HEAD + at, PAIR_OF_ONES);
+      ptx::st_shared(x + STORED * X_HEAD + at, PAIR_OF_ONES);
   }
 }
 
@@ -97,13 +97,13 @@ struct Mlp {
   uint32_t b1[2 * WIDTH_PAIRS];                // units 8 n + 2t, 8 n + 2t + 1
   uint32_t w2[2 * WIDTH_PAIRS][HEAD_BLOCKS];   // (units 8 n + 2t.., head 8 a + g)
 
-  __device__ __forceinline__ Mlp(const MixParams& p, float scale, const Lane& lane) {
+  __device__ __forceinline__ Mlp(const MixParams& p, float scale, const float* slopes, const Lane& lane) {
 #pragma unroll
     for (int n = 0; n < 2 * WIDTH_PAIRS; ++n) {
 #pragma unroll
       for (int b = 0; b < INPUT_BLOCKS; ++b) {
         const int unit = 8 * n + lane.g, input = 8 * b + 2 * lane.t;
-        w1[n][b] = pack(weight_of(p, scale, unit, input), weight_of(p, scale, unit, input + 1));
+        w1[n][b] = pack(weight_of(p, scale, slopes, unit, input), weight_of(p, scale, slopes, unit, input + 1));
       }
       const int at = 8 * n + 2 * lane.t;
       b1[n] = pack(padded_element(p.b1, 0, 1, at, WIDTH), padded_element(p.b1, 0, 1, at + 1, WIDTH));
@@ -117,9 +117,15 @@ struct Mlp {
   }
 
   // Of an input, or of ones: b1, then what its rounding leaves.
-  __device__ static __forceinline__ float weight_of(const MixParams& p, float scale, int unit, int input) {
+  __device__ static __forceinline__ float weight_of(const MixParams& p, float scale, const float* slopes, int unit,
+                                                    int input) {
+    if (FOLD_SLOPE && input >= HEADS && input < INPUTS) {
+      float sum = 0.0f;
+      for (int h = 0; h < HEADS; ++h) sum -= padded_element(p.w1, unit, WIDTH, HEADS + h, COLUMNS) * slopes[h];
+      return input < INPUTS - 1 ? sum : sum - low_float(pack(sum, 0.0f));
+    }
     if (input < INPUTS) {
-      const float w = padded_element(p.w1, unit, WIDTH, input, INPUTS);
+      const float w = padded_element(p.w1, unit, WIDTH, input, COLUMNS);
       return SCALED || input >= HEADS ? w : w * scale;
     }
     const float b = padded_element(p.b1, 0, 1, unit, WIDTH);
@@ -162,16 +168,17 @@ struct Mlp {
 
 // COUNT planes of a tile ([heads or inputs][rows][columns]) as operands of eight planes each: eight columns of row i
 // and of row i + 8 are sixteen positions.
-template <int COUNT>
+template <int COUNT, bool OF_X>
 struct PlaneReader {
-  static constexpr int EIGHTS = ceil_div(COUNT, 8);
+  static constexpr int EIGHTS = OF_X ? INPUT_BLOCKS : ceil_div(COUNT, 8);
   uint32_t rows[ceil_div(EIGHTS, 2)];  // this lane's row for eights 2 b and 2 b + 1
 
   __device__ __forceinline__ PlaneReader(uint32_t planes, const Lane& lane) {
 #pragma unroll
     for (int b = 0; b < ceil_div(EIGHTS, 2); ++b) {
       // Planes past the last one meet weights of zero, or gradients that nobody reads.
-      const int plane = min(16 * b + lane.lane / 16 * 8 + lane.lane % 8, COUNT - 1);
+      const int number = 16 * b + lane.lane / 16 * 8 + lane.lane % 8;
+      const int plane = OF_X ? plane_of(number) : min(number, COUNT - 1);
       rows[b] = planes + plane * X_HEAD + lane.lane / 8 % 2 * (8 * X_ROW);
     }
   }
@@ -204,7 +211,7 @@ private:
   }
 };
 
-using InputReader = PlaneReader<PLANES>;
+using InputReader = PlaneReader<PLANES, true>;
 
 // Planes 8 a + 2t and 8 a + 2t + 1 of sixteen positions; a word holds positions g and g + 8. `to` is this lane's place
 // in plane 0.

@@ -60,7 +60,7 @@ struct MlpBackward {
   }
 
   // Sixteen positions at `at` of x and ds; the gradient of the inputs goes to `to` as pairs (see store_pairs).
-  __device__ __forceinline__ void run(const Mlp& mlp, const InputReader& x, const PlaneReader<HEADS>& ds, int at,
+  __device__ __forceinline__ void run(const Mlp& mlp, const InputReader& x, const PlaneReader<HEADS, false>& ds, int at,
                                       uint32_t to) {
     uint32_t z[INPUT_BLOCKS][2], g[HEAD_BLOCKS][2], before[WIDTH_PAIRS][4];
     x.by_position(z, at);

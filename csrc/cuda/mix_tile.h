@@ -16,11 +16,16 @@ namespace posattn::mix {
 
 constexpr int GROUPS = BLOCK_M / 16;
 constexpr int N8 = BLOCK_N / 8;
-constexpr int INPUTS = CONCAT ? 2 * HEADS : HEADS;
+constexpr int COLUMNS = CONCAT ? 2 * HEADS : HEADS;  // of w1
+
+// A slope's bias is the distance times a number of each head, so layer 1 takes it as the distance times one column of
+// weights: the distance rounded, what is left of it, and once more the distance for what rounding leaves of the column.
+constexpr int INPUTS = FOLD_SLOPE ? HEADS + 3 : COLUMNS;
+constexpr int STORED = FOLD_SLOPE ? HEADS + 2 : COLUMNS;  // planes of x
 // Products take inputs by eights. Where the last eight is not full, an input of ones brings b1 in with the weights, and
 // takes its gradient out with theirs.
 constexpr bool ONES = INPUTS % 8 != 0;
-constexpr int PLANES = INPUTS + ONES;
+constexpr int PLANES = STORED + ONES;
 constexpr int INPUT_BLOCKS = ceil_div(INPUTS, 8);
 constexpr int HEAD_BLOCKS = ceil_div(HEADS, 8);
 constexpr int WIDTH_PAIRS = ceil_div(WIDTH, 16);  // sixteen hidden units: two n8 tiles of layer 1, one k16 step of 2
@@ -39,6 +44,11 @@ constexpr int Q_HEAD = BLOCK_M * HEAD_DIM * 2;
 constexpr int Q_BYTES = HEADS * Q_HEAD;
 constexpr int X_BYTES = PLANES * X_HEAD;
 constexpr int MIX_BYTES = HEAD_BLOCKS * 8 * MIX_HEAD;
+
+// The plane of x that an input has; inputs past the last one meet weights of zero.
+__device__ __forceinline__ int plane_of(int input) {
+  return FOLD_SLOPE && input == HEADS + 2 ? HEADS : min(input, PLANES - 1);
+}
 
 struct Lane {
   int lane, warp, g, t;

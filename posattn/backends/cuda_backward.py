@@ -66,15 +66,16 @@ class _Pass:
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.q.device)
 
-    def run_rows(self, entry: str, struct: str, values: Members, rows_a_block: int, constants: Constants) -> None:
-        """A kernel of backward_rows.cu over all queries of a sequence and head."""
-        shape, mask = self.values["shape"], self.values["mask"]
-        blocks = -(-q_max(self.call) // self.tile.block_m) * self.tile.block_m
-        grid = (-(-blocks // rows_a_block), self.call.q.shape[1], sequences(self.call))
-        run(
-            "backward_rows.cu", entry, struct, {**self.constants, **constants},
-            {"shape": shape, "mask": mask, "rows": self.rows, **values}, grid, 32 * self.tile.warps, 0, self.q.device,
-        )  # fmt: skip
+    def run_rows(self, entry: str, struct: str, values: Members, blocks: int) -> None:
+        """A kernel of backward_rows.cu, `blocks` blocks for the queries of each sequence and head."""
+        members = {"shape": self.values["shape"], "mask": self.values["mask"], "rows": self.rows, **values}
+        grid = (blocks * self.call.q.shape[1] * sequences(self.call),)
+        run("backward_rows.cu", entry, struct, self.constants, members, grid, 32 * self.tile.warps, 0, self.q.device)
+
+    @property
+    def padded_queries(self) -> int:
+        """Of the longest sequence."""
+        return -(-q_max(self.call) // self.tile.block_m) * self.tile.block_m
 
 
 def _wants(call: Call, needs: frozenset[str]) -> Constants:
@@ -185,7 +186,8 @@ def _row_statistics(of: _Pass, out: Tensor, lse: Tensor, grad_lse: Tensor | None
         "grad_out_strides": operands.strides(of.grad_out),
     }
     lanes = max(4, 1 << (int(of.constants["DIM_V"]) // 8 - 1).bit_length())
-    of.run_rows("backward_rows", "BackwardRowsParams", values, 32 * of.tile.warps // lanes, {})
+    rows_a_block = 32 * of.tile.warps // lanes
+    of.run_rows("backward_rows", "BackwardRowsParams", values, -(-of.padded_queries // rows_a_block))
     return results
 
 
@@ -201,8 +203,8 @@ def _rows_of_queries(of: _Pass, accumulated: Tensor) -> Tensor:
         "angles": operands.angles(rotary.q_cos, rotary.q_sin) if rotary is not None else {},
         "scale": call.scale,
     }
-    rows_a_block = 8 * of.tile.warps * 32 // int(of.constants["PADDED"])
-    of.run_rows("backward_queries", "BackwardQueriesParams", values, max(1, rows_a_block), {})
+    warps = of.padded_queries // 8 * (int(of.constants["PADDED"]) // 32)  # each stores eight rows of 32 dimensions
+    of.run_rows("backward_queries", "BackwardQueriesParams", values, -(-warps // of.tile.warps))
     return dq[..., : call.q.shape[3]].contiguous()
 
 

@@ -1,0 +1,161 @@
+// One block of the backward pass: which keys and queries it walks, what it holds in shared memory, and the copies that
+// fill it.
+#pragma once
+#include "backward_sums.h"
+#include "load.h"
+
+namespace posattn {
+
+// Shared memory: K, V, two stages of Q and GRAD_STAGES of dO, P^T if it does not stay in registers, dS^T, two stages of
+// what belongs to rows, the warps' strips. At the end dK and dV take the place of K and V, as float32.
+using Wide = Tile<PADDED>;
+constexpr int K_AT = 0;
+constexpr int V_AT = K_AT + Wide::bytes(BLOCK_N);
+constexpr int Q_AT = V_AT + Wide::bytes(BLOCK_N);
+constexpr int Q_BYTES = Wide::bytes(BLOCK_M);
+constexpr int GRAD_AT = Q_AT + 2 * Q_BYTES;
+constexpr int P_AT = GRAD_AT + GRAD_STAGES * Q_BYTES;
+constexpr int DS_AT = P_AT + (WEIGHTS_IN_REGISTERS ? 0 : Tile<BLOCK_M>::bytes(BLOCK_N));
+constexpr int ROWS_AT = DS_AT + Tile<BLOCK_M>::bytes(BLOCK_N);
+constexpr int STRIP_AT = ROWS_AT + 2 * RowStage::FLOATS * 4;
+constexpr int COLUMNS_AT = STRIP_AT + WARPS * Strip::FLOATS * 4;
+static_assert(SHARED_BYTES == COLUMNS_AT + (WANT_SLOPE ? WARP * 8 : 0));
+static_assert(GRAD_STAGES == 1 || GRAD_STAGES == 2);
+static_assert(RowStage::FLOATS % 4 == 0 && BLOCK_M % 32 == 0);
+
+extern __shared__ __align__(128) unsigned char shared[];
+
+// The blocks of queries that see keys first .. last: [lo, hi), all of whose queries see all of the keys in
+// [full_lo, full_hi). Queries past the end have weight zero and need no mask.
+struct QuerySpans {
+  int lo = 0;
+  int full_lo = 0;
+  int full_hi;
+  int hi;
+
+  __device__ __forceinline__ QuerySpans(const Sequence& s, const MaskParams& mask, int first, int last) {
+    hi = full_hi = ceil_div(s.q_len, BLOCK_M);
+    if constexpr (HAS_RIGHT) {
+      lo = max(first - s.offset() - mask.right, 0) / BLOCK_M;
+      full_lo = ceil_div(max(last - s.offset() - mask.right, 0), BLOCK_M);
+    }
+    if constexpr (HAS_LEFT) {
+      hi = min(hi, ceil_div(max(last - s.offset() + mask.left + 1, 0), BLOCK_M));
+      full_hi = min(full_hi, max(first - s.offset() + mask.left + 1, 0) / BLOCK_M);
+    }
+    if (last >= s.k_len) full_lo = hi;
+  }
+
+  __device__ __forceinline__ bool border(int block) const { return block < full_lo || block >= full_hi; }
+};
+
+// A block of queries of one of the heads that share the key head.
+struct Cursor {
+  int head;
+  int block;
+  uint32_t row;  // its first padded row, of all heads; their accumulators fit in memory, so their number fits here
+};
+
+struct BackwardBlock {
+  const BackwardParams& p;
+  Sequence sequence;
+  int index;  // of the sequence
+  int key_head;
+  int key_block;
+  QuerySpans spans;
+  int thread;
+  int warp;
+  int lane;
+  uint32_t first_row;  // of the sequence, in padded rows
+  Loader<PADDED, DIM, BLOCK_M, THREADS> q_loader;
+  Loader<PADDED, DIM_V, BLOCK_M, THREADS> grad_loader;
+
+  __device__ __forceinline__ BackwardBlock(const BackwardParams& p, const Sequence& sequence, int index, int key_head,
+                                           int key_block, int thread)
+      : p(p),
+        sequence(sequence),
+        index(index),
+        key_head(key_head),
+        key_block(key_block),
+        spans(sequence, p.mask, key_block * BLOCK_N, key_block * BLOCK_N + BLOCK_N - 1),
+        thread(thread),
+        warp(thread / WARP),
+        lane(thread % WARP),
+        first_row((PACKED ? sequence.q_start / BLOCK_M + index : index * p.shape.q_blocks) * BLOCK_M),
+        q_loader(first_of(p.q, p.q_strides), p.q_strides.token, sequence.q_start + spans.lo * BLOCK_M,
+                 ptx::shared_address(shared) + Q_AT, thread),
+        grad_loader(first_of(p.grad_out, p.grad_out_strides), p.grad_out_strides.token,
+                    sequence.q_start + spans.lo * BLOCK_M, ptx::shared_address(shared) + Q_AT, thread) {}
+
+  // The first of the heads that share the key head.
+  __device__ __forceinline__ const Element* first_of(const void* tensor, const Strides& strides) const {
+    return static_cast<const Element*>(tensor) + sequence.batch * strides.batch +
+           int64_t{key_head} * p.shape.group * strides.head;
+  }
+
+  // From behind the last block of one head to the first of the next, for a tensor of these strides.
+  __device__ __forceinline__ int64_t to_next_head(int64_t head, int64_t token) const {
+    return head - (spans.hi - spans.lo) * BLOCK_M * token;
+  }
+
+  // Blocks are loaded in the order in which they are walked; after the last one of a head:
+  __device__ __forceinline__ void load_next_head() {
+    q_loader.from += to_next_head(p.q_strides.head, p.q_strides.token);
+    grad_loader.from += to_next_head(p.grad_out_strides.head, p.grad_out_strides.token);
+  }
+
+  __device__ __forceinline__ Cursor first_block(int head) const {
+    return {head, spans.lo, head * static_cast<uint32_t>(p.rows) + first_row + spans.lo * BLOCK_M};
+  }
+
+  __device__ __forceinline__ void load_keys() {
+    const int64_t kv = sequence.batch;
+    const int j0 = key_block * BLOCK_N;
+    const uint32_t memory = ptx::shared_address(shared);
+    Loader<PADDED, DIM, BLOCK_N, THREADS> k(
+        static_cast<const Element*>(p.k) + kv * p.k_strides.batch + key_head * p.k_strides.head, p.k_strides.token,
+        sequence.k_start + j0, memory + K_AT, thread);
+    k.next(0, sequence.k_len - j0);
+    Loader<PADDED, DIM_V, BLOCK_N, THREADS> v(
+        static_cast<const Element*>(p.v) + kv * p.v_strides.batch + key_head * p.v_strides.head, p.v_strides.token,
+        sequence.k_start + j0, memory + V_AT, thread);
+    v.next(0, sequence.k_len - j0);
+  }
+
+  __device__ __forceinline__ void load_queries(const Cursor& at, int stage) {
+    q_loader.next(stage * Q_BYTES, sequence.q_len - at.block * BLOCK_M);
+    load_rows(at, ptx::shared_address(shared) + ROWS_AT + stage * RowStage::FLOATS * 4);
+  }
+
+  __device__ __forceinline__ void load_grad(const Cursor& at, int stage) {
+    grad_loader.next(GRAD_AT - Q_AT + stage % GRAD_STAGES * Q_BYTES, sequence.q_len - at.block * BLOCK_M);
+  }
+
+  __device__ __forceinline__ void load_rows(const Cursor& at, uint32_t to) {
+    // Four numbers a thread; padded rows and diagonals are there to be read.
+    constexpr int EACH = BLOCK_M / 4;
+    const int which = thread / EACH;
+    if (which < (HAS_PROFILE ? 3 : 2)) {
+      const uint32_t row = which == 2 ? at.row - at.head * static_cast<uint32_t>(p.rows) : at.row;
+      const float* from = which == 0 ? p.lse2 : which == 1 ? p.minus_delta : p.row_scale;
+      ptx::cp_async_16(to + thread * 16, from + row + thread % EACH * 4);
+    }
+    if constexpr (STRIPS) {
+      static_assert(RowStage::STRIP / 4 <= THREADS);
+      const int diagonal = (first_diagonal() & ~3) + at.block * BLOCK_M + thread * 4;
+      if (thread < RowStage::STRIP / 4) {
+        if constexpr (HAS_TABLE) {
+          ptx::cp_async_16(to + RowStage::TABLE * 4 + thread * 16, p.table + at.head * int64_t{p.diagonals} + diagonal);
+        }
+        if constexpr (HAS_PROFILE) ptx::cp_async_16(to + RowStage::PSI * 4 + thread * 16, p.psi + diagonal);
+      }
+    }
+  }
+
+  // Of the first block of queries with the last of this block's keys; blocks of queries are a multiple of 4 apart.
+  __device__ __forceinline__ int first_diagonal() const {
+    return sequence.shift() - (key_block * BLOCK_N + BLOCK_N - 1) - p.first_distance;
+  }
+};
+
+}  // namespace posattn
