@@ -39,6 +39,7 @@ CASES = {
     "plain, float16, D = 128": (HALF, {"dim": 128}, None, _causal()),
     "D = 32": (BF16, {"dim": 32}, lambda: posattn.Kerple(2), _causal()),
     "D = 96": (BF16, {"dim": 96}, lambda: posattn.Kerple(2), _causal()),
+    "D = 96, profile": (HALF, {"dim": 96}, lambda: posattn.FIRE(2, width=8), _causal()),
     "D = 128": (BF16, {"dim": 128, "q_len": 150}, lambda: posattn.ALiBi(2), _causal()),
     "D = 192 and 256": (BF16, {"dim": 192, "dim_v": 256}, lambda: posattn.FIRE(2, width=8), _causal()),
     "D = 256": (HALF, {"dim": 256}, lambda: posattn.ALiBi(2), dict),

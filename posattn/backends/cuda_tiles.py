@@ -48,6 +48,14 @@ _FORWARD = {
 }
 
 
+# A profile keeps a row scale, its lines and the knots besides, and must not spill in the loop for it.
+_PROFILE = {96: ForwardTile(128, 48, 4, 2, 2, False, "2P 1095; 64 keys give 1066 and reload 12 bytes a step")}
+_PROFILE_BLACKWELL = {
+    96: ForwardTile(128, 32, 4, 2, 2, False, "64 keys reload 8 bytes a step"),
+    128: ForwardTile(128, 32, 8, 2, 1, False, "32 rows a warp reload 8 bytes a step on sm_100 and 32 on sm_120"),
+}
+
+
 @dataclass(frozen=True)
 class DecodeTile:
     """One choice for attention_decode: its rows, and warps of 16 keys each."""
@@ -109,4 +117,7 @@ def forward_tile(arch: str, call: Call) -> ForwardTile:
     dim = max(padded(call.q.shape[3]), padded(call.v.shape[3]))
     if arch == "sm_90" and dim > 32:
         return _HOPPER[min(d for d in _HOPPER if d >= dim)]
-    return _FORWARD[min(d for d in _FORWARD if d >= dim)]
+    tile = _FORWARD[min(d for d in _FORWARD if d >= dim)]
+    if call.plan.bias.profile is None:
+        return tile
+    return (_PROFILE_BLACKWELL if int(arch.removeprefix("sm_")) >= 100 else _PROFILE).get(dim, tile)

@@ -1,0 +1,133 @@
+"""Figures of the CUDA kernels that the package launches for typical calls, for GPUs that need not be here.
+
+    python -m tools.gpu_budget.cuda --arch sm_80 --match "D = 64"
+
+The package's own host code runs on CPU tensors with a launch that notes the kernel instead of starting it, so sources,
+constants and tiles are those that a GPU would get. The exit status is 1 if a loop with tensor-core instructions spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+import posattn
+from posattn.backends import cuda_compile, cuda_launch
+from posattn.backends.cuda_compile import Kernel
+from posattn.encodings.base import Encoding
+
+from .measure import Figures, _nvidia
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+HEADS, TOKENS = 12, 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call whose launches are measured: causal self-attention, or one query with `decode`."""
+
+    label: str
+    dim: int
+    position: Callable[[int], Encoding | None]
+    decode: bool = False
+
+
+def cases() -> Iterator[Case]:
+    """What users call most, and every head dimension."""
+    plans: Mapping[str, Callable[[int], Encoding | None]] = {
+        "plain": lambda dim: None,
+        "slope": lambda dim: posattn.ALiBi(HEADS, learnable=True),
+        "table": lambda dim: posattn.Kerple(HEADS),
+        "profile": lambda dim: posattn.FIRE(HEADS),
+        "rotary": lambda dim: posattn.RoPE(dim),
+        "mixed heads": lambda dim: posattn.DAPE(posattn.Kerple(HEADS), HEADS),
+    }
+    for dim in (64, 128):
+        for name, position in plans.items():
+            yield Case(f"{name}, D = {dim}", dim, position)
+        yield Case(f"decoding, slope, D = {dim}", dim, plans["slope"], decode=True)
+    for dim in (32, 96, 192, 256):
+        for name in ("plain", "profile"):
+            yield Case(f"{name}, D = {dim}", dim, plans[name])
+
+
+@dataclass(frozen=True)
+class Noted:
+    """One launch: the kernel, the constants it was built with, its warps and its dynamic shared memory."""
+
+    kernel: Kernel
+    constants: Mapping[str, Any]
+    warps: int
+    shared: int
+
+
+def launches(case: Case, arch: str, backward: bool = False, dtype: torch.dtype = torch.bfloat16) -> list[Noted]:
+    """What the package launches for `case`, forward (and backward)."""
+    noted: list[Noted] = []
+    constants: dict[int, Mapping[str, Any]] = {}
+    compile_kernel = cuda_compile.compile_kernel
+
+    def compile_(source: str, entry: str, struct: str, given: Mapping[str, Any], arch: str) -> Kernel:
+        kernel = compile_kernel(source, entry, struct, given, arch)
+        constants[id(kernel)] = given
+        return kernel
+
+    def launch(kernel: Kernel, grid: Sequence[int], block: Sequence[int], shared: int, arguments: Any) -> None:
+        noted.append(Noted(kernel, constants[id(kernel)], block[0] // 32, shared))
+
+    q_len = 1 if case.decode else TOKENS
+    q = torch.zeros(1, HEADS, q_len, case.dim, dtype=dtype, requires_grad=backward)
+    k, v = (torch.zeros(1, HEADS, TOKENS, case.dim, dtype=dtype, requires_grad=backward) for _ in range(2))
+    # One multiprocessor: keys are not split, so a call is one launch of the kernel in question.
+    device = {"has_device": lambda _: True, "architecture": lambda _: arch, "processors": lambda _: 1}
+    with (
+        mock.patch.object(cuda_compile, "compile_kernel", compile_),
+        mock.patch.multiple(cuda_launch, launch=launch, **device),
+    ):
+        out = posattn.attention(q, k, v, case.position(case.dim), causal=True, backend="cuda")
+        if backward:
+            out.sum().backward()
+    return noted
+
+
+def figures(noted: Noted, arch: str) -> Figures:
+    """Registers, spills and modelled cycles of one launch."""
+    metadata = SimpleNamespace(name=noted.kernel.name, shared=noted.shared)
+    compiled = SimpleNamespace(asm={"cubin": noted.kernel.cubin}, metadata=metadata)
+    # Only the forward kernels' tiles are BLOCK_M x BLOCK_N logits of one head.
+    tile = noted.constants.get("BLOCK_M", 0) * noted.constants.get("BLOCK_N", 0)
+    return _nvidia(compiled, arch, tile if noted.kernel.name == "attention_forward" else 0, noted.warps)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_budget.cuda", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="may be repeated (default: all)")
+    parser.add_argument("--match", default="", help="only calls whose label holds this")
+    parser.add_argument("--backward", action="store_true", help="the backward pass as well")
+    given = parser.parse_args()
+    print("| architecture | call | kernel | registers | spills (in loops), B | shared, B | two-phase | pipes |")
+    print("|" + " --- |" * 8)
+    spilling = 0
+    for arch in given.arch or ARCHITECTURES:
+        for case in cases():
+            if given.match not in case.label:
+                continue
+            for noted in launches(case, arch, given.backward and not case.decode):
+                found = figures(noted, arch)
+                spilling += found.loop_spills > 0
+                pipes = " ".join(f"{name} {cycles}" for name, cycles in found.pipes.items())
+                spills = f"{found.spills} ({found.loop_spills})"
+                columns = arch, case.label, noted.kernel.name, found.registers, spills, found.shared
+                print("| " + " | ".join(map(str, (*columns, found.two_phase or "", pipes))) + " |", flush=True)
+    return int(spilling > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
