@@ -54,6 +54,14 @@ def inputs(call: Call, mix: HeadMix) -> int:
     return 2 * heads if mix.inner and mix.form != "add" else heads
 
 
+def _folds_slope(call: Call, mix: HeadMix) -> bool:
+    """Whether the forward kernel takes the inner bias as the distance times a column of weights. In float16 distances
+    could be too large."""
+    inner = mix.inner
+    alone = inner.slope is not None and inner.table is None and inner.profile is None and inner.dense is None
+    return alone and mix.form != "add" and call.q_positions is None and call.q.dtype == torch.bfloat16
+
+
 def planes(call: Call, mix: HeadMix) -> int:
     """Inputs, and a plane of ones for b1 where they leave one free."""
     count = inputs(call, mix)
@@ -74,7 +82,8 @@ def forward_shared(call: Call, mix: HeadMix, tile: MixTile) -> int:
     """Dynamic shared memory of headmix_forward; it asserts that this is enough."""
     m, n = tile.block_m, tile.block_n
     queries = tile.heads * m * dims(call)[0] * 2
-    x = planes(call, mix) * (2 * m * n + 16)
+    folded = tile.heads + 2 + ((tile.heads + 3) % 8 != 0)
+    x = (folded if _folds_slope(call, mix) else planes(call, mix)) * (2 * m * n + 16)
     mixed = -(-tile.heads // 8) * 8 * (2 * m * n + 16)
     staged = (mix.inner.table is not None or mix.inner.profile is not None) and call.q_positions is None
     return queries + x + mixed + (2 * tile.heads * 8 * (m + n) if staged else 0)
@@ -155,6 +164,7 @@ def common(call: Call, mix: HeadMix, tile: MixTile) -> tuple[operands.Members, C
         "HAS_INNER": bool(mix.inner),
         "CONCAT": bool(mix.inner) and mix.form != "add",
         "RESIDUAL": bool(mix.inner) and mix.form != "concat",
+        "FOLD_SLOPE": False,
         "NATURAL": True,
         "HAS_SOFTCAP": call.softcap != 0.0,
     }
@@ -186,6 +196,7 @@ def forward(call: Call, mix: HeadMix) -> tuple[Tensor, Tensor]:
     lse = create((batch, heads, q_tokens), dtype=torch.float32, device=device)
 
     values, constants = common(call, mix, tile)
+    constants["FOLD_SLOPE"] = _folds_slope(call, mix)
     constants.update({"HAS_SINKS": call.sinks is not None, "BLOCKS_PER_SM": 1})
     constants["SHARED_BYTES"] = forward_shared(call, mix, tile)
     values.update({"q": q, "k": k, "v": v, "out": out, "lse": lse, "sinks": call.sinks})
