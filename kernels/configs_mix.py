@@ -45,17 +45,25 @@ def _head_rows(call: Call) -> int:
 
 
 def keeps_queries(call: Call) -> bool:
-    """True if a program's queries fit in registers beside its output rows."""
+    """True if a program's queries fit in registers beside its output rows; else every step loads them again."""
     return _head_rows(call) <= 128 and call.q.dtype != torch.float32
 
 
 def forward_tile(arch: str, call: Call) -> Tile:
+    """All heads of BLOCK_M queries by BLOCK_N keys."""
     mix = call.plan.mix
-    if mix is not None and keeps_queries(call) and call.q.shape[1] <= 16 and mix.w1.shape[0] <= 32:
+    narrow = mix is not None and call.q.shape[1] <= 16 and mix.w1.shape[0] <= 32
+    if arch.startswith("sm_") and narrow and keeps_queries(call):
         return Tile(
-            16, 32, group(call), 1, "12 heads of 64: 2P 2728 on sm_80; 16 keys 3043, as rows rescale twice as often"
+            16, 32, group(call), 1, "12 heads of 64, 2P on sm_80: 2621; 16 keys 3016, as rows rescale more often"
         )
-    return Tile(16, 16, group(call), 1, "32 keys spill")
+    return Tile(16, 16, group(call), 1, "32 keys spill: AMD 2.5 KB, 32 heads or 64 hidden units more still")
+
+
+def chunks(tile: Tile) -> int:
+    """Parts in which the positions of a forward tile go through the hidden layer."""
+    # 512 positions at once spill 132 bytes in the loop on sm_90, two halves 4.
+    return 2 if tile.block_n == 32 else 1
 
 
 def backward_tile(call: Call) -> Tile:

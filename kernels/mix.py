@@ -46,7 +46,10 @@ def load_weights(W1X, W1B, B1, W2, HEADS: tl.constexpr, WIDTH: tl.constexpr, BY_
     if W1B is not None:
         w1b = _matrix(W1B, heads, WIDTH)
         w1b_in = _matrix(W1B, operand_order(HEADS), WIDTH) if BY_DISTANCE else w1b
-    return Weights(w1x, w1b, w1b_in, tl.load(B1 + tl.arange(0, WIDTH)), _matrix(W2, heads, WIDTH))
+    b1 = None
+    if B1 is not None:
+        b1 = tl.load(B1 + tl.arange(0, WIDTH))
+    return Weights(w1x, w1b, w1b_in, b1, _matrix(W2, heads, WIDTH))
 
 
 @triton.jit
@@ -95,14 +98,32 @@ def out_of_hidden(weights, hidden, WARPS: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit
-def leaky(before):
-    return tl.maximum(before, 0.01 * before)
+def leaky(before, dtype: tl.constexpr, NVIDIA: tl.constexpr):
+    """max(before, before / 100) in the dtype of products: on NVIDIA after rounding, two at a time."""
+    if NVIDIA and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 s, z; mov.b32 z, 0x80008000; mov.b32 s, 0x3C243C24;"
+            "fma.rn.bf16x2 s, $1, s, z; max.bf16x2 $0, $1, s; }",
+            "=r,r", [before.to(dtype)], tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif NVIDIA and dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 s, z; mov.b32 z, 0x80008000; mov.b32 s, 0x211F211F;"
+            "fma.rn.f16x2 s, $1, s, z; max.f16x2 $0, $1, s; }",
+            "=r,r", [before.to(dtype)], tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.maximum(before, 0.01 * before).to(dtype)
 
 
 @triton.jit
 def first_layer(x, inner, w: Weights, CONCAT: tl.constexpr, PRECISION: tl.constexpr):
-    """The pre-activation [P, WIDTH] of rows x [HEADS, P] and, for CONCAT, of inner [P, HEADS]."""
-    start = tl.broadcast_to(w.b1[None, :], [x.shape[1], w.b1.shape[0]])
+    """The pre-activation [P, WIDTH] of rows x [HEADS, P] and, for CONCAT, of inner [P, HEADS]. b1 is None where a
+    spare head of the inner rows carries it."""
+    if w.b1 is None:
+        start = tl.zeros([x.shape[1], w.w1x.shape[1]], tl.float32)
+    else:
+        start = tl.broadcast_to(w.b1[None, :], [x.shape[1], w.w1x.shape[1]])
     before = into_hidden(x, w.w1x, start, PRECISION)
     if CONCAT:
         before = tl.dot(inner, w.w1b_in, before, input_precision=PRECISION)

@@ -106,6 +106,7 @@ def mixed_backward_kv(
                     heads[g],
                     tile.rows,
                     stride_gh,
+                    BLOCK_M,
                     FORM.grad_step,
                     FORM.value_dim,
                     FORM.block_value_dim,
@@ -116,7 +117,14 @@ def mixed_backward_kv(
             dx = input_gradient(ds, dbefore, w.w1x, tile, FORM, True)
             for g in tl.static_range(GROUPS):
                 q = summed(
-                    x.q + i64 * FORM.q_step, heads[g], tile.rows, stride_qh, FORM.q_step, FORM.dim, FORM.block_dim
+                    x.q + i64 * FORM.q_step,
+                    heads[g],
+                    tile.rows,
+                    stride_qh,
+                    BLOCK_M,
+                    FORM.q_step,
+                    FORM.dim,
+                    FORM.block_dim,
                 )
                 added += (_transposed_product(dx[g] * slack[g], q, acc[g], FORM.precision),)
         acc = added

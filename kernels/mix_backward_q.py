@@ -19,7 +19,7 @@ from .mix_tiles import column_of, summed
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def mixed_backward_q(
-    Q, K, V, GradOut, Lse2, Delta, DQ, DW1X, DW1B, DB1, DW2, DB2,
+    Q, K, V, GradOut, Lse2, Delta, DQ, DW1X, DW1B, DB1, DW2,
     DSlope, DRowScale, DSegments, DInnerSlope, DInnerRowScale, DInnerSegments,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh,
     scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
@@ -41,7 +41,7 @@ def mixed_backward_q(
     FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, Tq, D] contiguous. By program, zeroed, float32: DW1X and DW1B [HEADS, WIDTH], DB1 [WIDTH],
-    DW2 [HEADS, WIDTH], DB2 [HEADS], DSlope [HEADS], DSegments [2, HEADS, W + 1]. DRowScale [B, Tq]. What is None is not
+    DW2 [HEADS, WIDTH], DSlope [HEADS], DSegments [2, HEADS, W + 1]. DRowScale [B, Tq]. What is None is not
     computed; the registers hold either DQ's rows or the sums of the MLP's gradients."""
     blocks = tl.cdiv(q_max, BLOCK_M)
     pid = tl.program_id(0)
@@ -84,13 +84,11 @@ def mixed_backward_q(
     drow = tl.zeros([BLOCK_M], tl.float32)
     dinner_row = tl.zeros([BLOCK_M], tl.float32)
     dq = ()
-    db2 = ()
     dslope = ()
     dinner_slope = ()
     for _ in tl.static_range(GROUPS):
         if DQ is not None:
             dq += (tl.zeros([FORM.group, BLOCK_M, FORM.block_dim], tl.float32),)
-        db2 += (tl.zeros([FORM.group], tl.float32),)
         dslope += (tl.zeros([FORM.group], tl.float32),)
         dinner_slope += (tl.zeros([FORM.group], tl.float32),)
     pid64 = pid.to(tl.int64)
@@ -106,15 +104,12 @@ def mixed_backward_q(
         ds_rows, dbefore = mlp_gradient(ds, before, w, FORM)
         if DW1X is not None:
             dbefore_rows = dbefore.to(Q.dtype.element_ty)
-            dw2 = add_outer(dw2, ds_rows, leaky(before).to(Q.dtype.element_ty), FORM.precision)
+            dw2 = add_outer(dw2, ds_rows, leaky(before, Q.dtype.element_ty, NVIDIA), FORM.precision)
             dw1x = add_outer(dw1x, x_rows, dbefore_rows, FORM.precision)
             if FORM.concat:
                 dw1b = add_outer(dw1b, tl.permute(inner_rows, (1, 0)), dbefore_rows, FORM.precision)
-            db1 += tl.sum(dbefore, 0)
-            sums = ()
-            for g in tl.static_range(GROUPS):
-                sums += (db2[g] + tl.sum(tl.sum(ds[g], 2), 1),)
-            db2 = sums
+            if DB1 is not None:
+                db1 += tl.sum(dbefore, 0)
         if DSlope is not None:
             dslope = slope_sums(dslope, ds, tile, FORM.outer.signed, FORM.explicit)
         if DSegments is not None:
@@ -137,6 +132,7 @@ def mixed_backward_q(
                     kv[g],
                     tile.cols,
                     stride_kh,
+                    BLOCK_N,
                     FORM.k_step,
                     FORM.dim,
                     FORM.block_dim,
@@ -157,8 +153,6 @@ def mixed_backward_q(
             inside = (own < num_heads)[:, None, None] & exists[None, :, None] & (column < FORM.dim)
             row = ((b64 * num_heads + own)[:, None] * q_tokens + out_row[None, :])[:, :, None]
             tl.store(DQ + row * FORM.dim + column, (dq[g] * scale).to(DQ.dtype.element_ty), mask=inside)
-        if DB2 is not None:
-            tl.store(DB2 + pid64 * HEADS + own, db2[g])
         if DSlope is not None:
             tl.store(DSlope + pid64 * HEADS + own, dslope[g])
         if DInnerSlope is not None:
@@ -171,7 +165,8 @@ def mixed_backward_q(
             at_inner = pid64 * HEADS * FORM.width + order[:, None] * FORM.width + offs_w[None, :]
             tl.store(DW1B + at_inner, tl.sum(dw1b, 0))
         tl.store(DW2 + at, tl.sum(dw2, 0))
-        tl.store(DB1 + pid64 * FORM.width + offs_w, db1)
+        if DB1 is not None:
+            tl.store(DB1 + pid64 * FORM.width + offs_w, db1)
     if DSegments is not None:
         tl.store(DRowScale + b64 * q_tokens + out_row, drow, mask=exists)
     if DInnerSegments is not None:

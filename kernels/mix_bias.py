@@ -137,30 +137,32 @@ def profile_tile(t: Tile, o: Operands, B: tl.constexpr, F: tl.constexpr, NVIDIA:
 @triton.jit
 def heads_bias(t: Tile, heads, o: Operands, B: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr):
     """The sum of a Bias's operands for the heads of a group."""
-    GROUP: tl.constexpr = heads.shape[0]
     h = heads[:, None, None]
-    bias = tl.zeros([GROUP, t.rows.shape[0], t.cols.shape[0]], tl.float32)
+    bias = None
     if o.Slope is not None:
         slope = tl.load(o.Slope + t.b * o.stride_slope_b + h)
-        bias += slope_tile(slope, t.pi, t.pj, t.i0, t.j0, t.shift, t.i0 + t.shift, False, B.signed, F.explicit)
+        bias = slope_tile(slope, t.pi, t.pj, t.i0, t.j0, t.shift, t.i0 + t.shift, False, B.signed, F.explicit)
     if o.Table is not None:
         table = o.Table + h * o.stride_table_h
-        bias += lookup(
+        found = lookup(
             table, t.pi, t.pj, t.i0, t.j0, t.shift, o.table_first, o.table_last, 0, B.clamp, F.explicit, NVIDIA
-        )  # fmt: skip
+        )
+        bias = found if bias is None else bias + found
     if o.Psi is not None:
         psi, row_scale, low, high = profile_tile(t, o, B, F, NVIDIA)
         line = h * (o.num_knots + 1)
         y = row_scale * psi
         slope = tl.load(o.SegmentSlope + line + low)
-        bias += y * slope + tl.load(o.SegmentIntercept + line + low)
+        found = y * slope + tl.load(o.SegmentIntercept + line + low)
         if high > low:
             for m in range(low, high):
                 steeper = tl.load(o.SegmentSlope + line + m + 1)
-                bias += (steeper - slope) * tl.maximum(y - tl.load(o.Knots + m), 0.0)
+                found += (steeper - slope) * tl.maximum(y - tl.load(o.Knots + m), 0.0)
                 slope = steeper
+        bias = found if bias is None else bias + found
     if o.Dense is not None:
         tile = o.Dense + t.b.to(tl.int64) * o.stride_db + h * o.stride_dh
         tile += (t.q_start + t.i0).to(tl.int64) * o.stride_di + (t.k_start + t.j0).to(tl.int64) * o.stride_dj
-        bias += tl.load(tile + (t.i_in - t.i0) * o.stride_di + (t.j_in - t.j0) * o.stride_dj).to(tl.float32)
+        found = tl.load(tile + (t.i_in - t.i0) * o.stride_di + (t.j_in - t.j0) * o.stride_dj).to(tl.float32)
+        bias = found if bias is None else bias + found
     return bias

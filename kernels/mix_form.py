@@ -17,8 +17,8 @@ class BiasForm:
 @dataclass(frozen=True)
 class Form:
     """dim and value_dim with their padded sizes; steps from token to token of q, k, v and dO; groups of heads (each
-    `group` wide, one head a warp), all heads padded, hidden units padded; the form of the mix; of the mask; of the
-    biases."""
+    `group` wide, one head a warp), all heads padded, hidden units padded; of forward, whether the queries stay in
+    registers and in how many parts the positions go through the MLP; the forms of the mix, the mask and the biases."""
 
     dim: int
     block_dim: int
@@ -33,6 +33,7 @@ class Form:
     heads: int
     width: int
     keep_queries: bool
+    chunks: int
     concat: bool
     residual: bool
     has_inner: bool

@@ -22,6 +22,13 @@ def _again(pointer, j0, NVIDIA: tl.constexpr):
         return pointer
 
 
+@triton.jit
+def _lane_sums(p):
+    """Sums over keys [GROUP, M, 4], over those that one lane of four holds: the last sum waits for the end."""
+    p = tl.reshape(p, [p.shape[0], p.shape[1], p.shape[2] // 8, 4, 2])
+    return tl.sum(tl.sum(p, 4), 2)
+
+
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def mixed_forward(
     Q, K, V, Out, Lse, Sinks, B2,
@@ -84,10 +91,10 @@ def mixed_forward(
     acc = ()
     for g in tl.static_range(GROUPS):
         if FORM.keep_queries:
-            kept = contracted(q_base, heads[g], rows, stride_qh, FORM.q_step, FORM.dim, FORM.block_dim)
+            kept = contracted(q_base, heads[g], rows, stride_qh, BLOCK_M, FORM.q_step, FORM.dim, FORM.block_dim)
             q += (tl.permute(kept, (0, 2, 1)),)
         m_i += (tl.full([FORM.group, BLOCK_M], LOWEST, tl.float32),)
-        l_i += (tl.zeros([FORM.group, BLOCK_M], tl.float32),)
+        l_i += (tl.zeros([FORM.group, BLOCK_M, 4], tl.float32),)
         acc += (tl.zeros([FORM.group, BLOCK_M, FORM.block_value_dim], tl.float32),)
     last = tl.minimum(i0 + BLOCK_M, seq.q_len) - 1
     lo, full_lo, full_hi, hi = key_spans(
@@ -109,18 +116,21 @@ def mixed_forward(
             tile = open_tile(seq, i0, j0, BLOCK_M, BLOCK_N, INSIDE)
             k_tile = k_base + j0.to(tl.int64) * FORM.k_step
             v_tile = v_base + j0.to(tl.int64) * FORM.v_step
+            cols = None if INSIDE else tile.cols
             q_again = _again(q_base, j0, NVIDIA)
             dots = ()
             for g in tl.static_range(GROUPS):
                 if FORM.keep_queries:
                     queries = q[g]
                 else:
-                    queries = contracted(q_again, heads[g], rows, stride_qh, FORM.q_step, FORM.dim, FORM.block_dim)
+                    queries = contracted(
+                        q_again, heads[g], rows, stride_qh, BLOCK_M, FORM.q_step, FORM.dim, FORM.block_dim
+                    )
                     queries = tl.permute(queries, (0, 2, 1))
-                keys = contracted(k_tile, kv[g], tile.cols, stride_kh, FORM.k_step, FORM.dim, FORM.block_dim)
+                keys = contracted(k_tile, kv[g], cols, stride_kh, BLOCK_N, FORM.k_step, FORM.dim, FORM.block_dim)
                 dots += (tl.dot(queries, keys, input_precision=FORM.precision),)
             s, _slack, _x_rows, _inner_rows, _before = mixed_logits(
-                dots, tile, seq, heads, w, mix, FORM, INSIDE, NVIDIA
+                dots, tile, seq, heads, w, mix, FORM, INSIDE, FORM.chunks, NVIDIA
             )
             m_next = ()
             l_next = ()
@@ -129,10 +139,12 @@ def mixed_forward(
                 m_new = tl.maximum(m_i[g], tl.max(s[g], 2) * LOG2E)
                 p = tl.exp2(s[g] * LOG2E - m_new[:, :, None])
                 alpha = tl.exp2(m_i[g] - m_new)
-                l_next += (l_i[g] * alpha + tl.sum(p, 2),)
+                l_next += (l_i[g] * alpha[:, :, None] + _lane_sums(p),)
                 if threshold is not None:
                     p = tl.where(keep_heads(tile, heads[g], mix), p, 0.0)
-                values = summed(v_tile, kv[g], tile.cols, stride_vh, FORM.v_step, FORM.value_dim, FORM.block_value_dim)
+                values = summed(
+                    v_tile, kv[g], cols, stride_vh, BLOCK_N, FORM.v_step, FORM.value_dim, FORM.block_value_dim
+                )
                 scaled = acc[g] * alpha[:, :, None]
                 acc_next += (tl.dot(p.to(values.dtype), values, scaled, input_precision=FORM.precision),)
                 m_next += (m_new,)
@@ -145,7 +157,7 @@ def mixed_forward(
     for g in tl.static_range(GROUPS):
         b2 = tl.load(B2 + heads[g])[:, None]
         m = m_i[g]
-        l = l_i[g]
+        l = tl.sum(l_i[g], 2)
         o = acc[g]
         if Sinks is not None:
             sink = tl.load(Sinks + heads[g])[:, None] * LOG2E - b2 * LOG2E

@@ -78,9 +78,26 @@ def _masked(s, t: Tile, seq: Sequence, heads, m: Mix, F: tl.constexpr, INSIDE: t
 
 
 @triton.jit
+def _mixed_rows(x, inner, w: Weights, F: tl.constexpr, CHUNKS: tl.constexpr, NVIDIA: tl.constexpr):
+    """(what the MLP adds to the logits, less b2, [HEADS, P]; pre-activation [P, WIDTH], of the last part only if the
+    positions go through in CHUNKS parts, so that the hidden layer takes fewer registers)."""
+    P: tl.constexpr = x.shape[1]
+    if CHUNKS == 1:
+        before = first_layer(x, inner, w, F.concat, F.precision)
+        return out_of_hidden(w.w2, leaky(before, x.dtype, NVIDIA), F.group, F.precision), before
+    else:
+        x0, x1 = tl.split(tl.permute(tl.reshape(x, [F.heads, 2, P // 2]), (0, 2, 1)))
+        inner0, inner1 = tl.split(tl.permute(tl.reshape(inner, [2, P // 2, F.heads]), (1, 2, 0)))
+        low, before = _mixed_rows(x0, inner0, w, F, CHUNKS // 2, NVIDIA)
+        high, before = _mixed_rows(x1, inner1, w, F, CHUNKS // 2, NVIDIA)
+        return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [F.heads, P]), before
+
+
+@triton.jit
 def mixed_logits(
-    dots, t: Tile, seq: Sequence, heads, w: Weights, m: Mix, F: tl.constexpr, INSIDE: tl.constexpr, NVIDIA: tl.constexpr
-):
+    dots, t: Tile, seq: Sequence, heads, w: Weights, m: Mix, F: tl.constexpr,
+    INSIDE: tl.constexpr, CHUNKS: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
     """(logits less b2, -inf where masked; x's derivatives by the dot products; rows of x [HEADS, P]; rows of the inner
     bias [P, HEADS]; pre-activation [P, WIDTH]) from dot products."""
     GROUPS: tl.constexpr = len(dots)
@@ -117,8 +134,8 @@ def mixed_logits(
         inner_rows = tl.permute(rows_of_heads(inner_tiles, F.heads), (1, 0))
     else:
         inner_rows = tl.permute(x_rows, (1, 0))
-    before = first_layer(x_rows, inner_rows, w, F.concat, F.precision)
-    mixed = tiles_of_heads(out_of_hidden(w.w2, leaky(before).to(T), GROUP, F.precision), GROUP, M, N)
+    mixed, before = _mixed_rows(x_rows, inner_rows, w, F, CHUNKS, NVIDIA)
+    mixed = tiles_of_heads(mixed, GROUP, M, N)
     logits = ()
     for g in tl.static_range(GROUPS):
         s = kept[g] + _as_products(mixed[g].to(tl.float32), F.precision, T)

@@ -11,48 +11,61 @@ import triton.language as tl
 
 
 @triton.jit
-def contracted(base, heads, rows, stride_h, STRIDE_T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a [H, T, D] tensor as [heads, BLOCK_D, rows], for products that sum over D.
+def contracted(
+    base, heads, rows, stride_h, ROWS: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Rows of a [H, T, D] tensor as [heads, BLOCK_D, ROWS], for products that sum over D. Without `rows` they are the
+    first ones, and all addresses of a lane are one pointer and constants.
 
     The order of D is not memory's but the same in every operand: lane t of four reads VECTOR neighbours, which the
     products take as k = 2t, 2t + 1, 2t + 8, 2t + 9, ..."""
     VECTOR: tl.constexpr = 8 if BLOCK_D >= 32 else 4
     HIGH: tl.constexpr = BLOCK_D // (4 * VECTOR)
     GROUP: tl.constexpr = heads.shape[0]
-    ROWS: tl.constexpr = rows.shape[0]
-    at = tl.reshape(rows, [ROWS // 8, 1, 1, 8, 1, 1]) * STRIDE_T
-    at += tl.reshape(tl.arange(0, HIGH) * (4 * VECTOR), [1, HIGH, 1, 1, 1, 1])
-    at += tl.reshape(tl.arange(0, 4) * VECTOR, [1, 1, 1, 1, 4, 1])
-    at += tl.reshape(tl.arange(0, VECTOR), [1, 1, 1, 1, 1, VECTOR])
-    pointers = base + tl.reshape(heads * stride_h, [1, 1, GROUP, 1, 1, 1]) + at
+    lane = tl.reshape(tl.arange(0, 4) * VECTOR, [1, 1, 1, 1, 4, 1])
+    first = base + tl.reshape(heads * stride_h, [1, 1, GROUP, 1, 1, 1])
+    d = tl.reshape(tl.arange(0, HIGH) * (4 * VECTOR), [1, HIGH, 1, 1, 1, 1])
+    d += tl.reshape(tl.arange(0, VECTOR), [1, 1, 1, 1, 1, VECTOR])
+    if rows is None:
+        lane += tl.reshape(tl.arange(0, 8) * STEP, [1, 1, 1, 8, 1, 1])
+        at = d + tl.reshape(tl.arange(0, ROWS // 8) * (8 * STEP), [ROWS // 8, 1, 1, 1, 1, 1])
+    else:
+        lane += tl.reshape(rows * STEP, [ROWS // 8, 1, 1, 8, 1, 1])
+        at = d
+    pointers = (first + lane) + at
     if D == BLOCK_D:
         x = tl.load(pointers)
     else:
-        d = tl.reshape(tl.arange(0, HIGH), [1, HIGH, 1, 1, 1, 1]) * (4 * VECTOR)
-        d += tl.reshape(tl.arange(0, 4), [1, 1, 1, 1, 4, 1]) * VECTOR
-        d += tl.reshape(tl.arange(0, VECTOR), [1, 1, 1, 1, 1, VECTOR])
-        x = tl.load(pointers, mask=d < D, other=0.0)
+        t = tl.reshape(tl.arange(0, 4) * VECTOR, [1, 1, 1, 1, 4, 1])
+        x = tl.load(pointers, mask=d + t < D, other=0.0)
     x = tl.reshape(x, [ROWS // 8, HIGH, GROUP, 8, 4, VECTOR // 2, 2])
     return tl.reshape(tl.permute(x, (2, 1, 5, 4, 6, 0, 3)), [GROUP, BLOCK_D, ROWS])
 
 
 @triton.jit
-def summed(base, heads, rows, stride_h, STRIDE_T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a [H, T, D] tensor as [heads, rows, BLOCK_D], for products that sum over the rows.
+def summed(base, heads, rows, stride_h, ROWS: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a [H, T, D] tensor as [heads, ROWS, BLOCK_D], for products that sum over the rows; see contracted.
 
     A lane reads the same 8 neighbouring dimensions of the rows k = 2t, 2t + 1, ... of the product; column n of the
     result is dimension `column_of(n)`."""
     GROUP: tl.constexpr = heads.shape[0]
-    ROWS: tl.constexpr = rows.shape[0]
-    r = tl.permute(tl.reshape(rows, [ROWS // 16, 2, 4, 2]), (0, 1, 3, 2))
-    at = tl.reshape(r, [ROWS // 16, 2, 2, 1, 1, 4, 1]) * STRIDE_T
-    d = tl.reshape(tl.arange(0, BLOCK_D // 8), [1, 1, 1, 1, BLOCK_D // 8, 1, 1]) * 8
-    d += tl.reshape(tl.arange(0, 8), [1, 1, 1, 1, 1, 1, 8])
-    pointers = base + tl.reshape(heads * stride_h, [1, 1, 1, GROUP, 1, 1, 1]) + at + d
+    first = base + tl.reshape(heads * stride_h, [1, 1, 1, GROUP, 1, 1, 1])
+    high = tl.reshape(tl.arange(0, BLOCK_D // 8) * 8, [1, 1, 1, 1, BLOCK_D // 8, 1, 1])
+    at = tl.reshape(tl.arange(0, 8), [1, 1, 1, 1, 1, 1, 8])
+    lane = high
+    if rows is None:
+        lane += tl.reshape(tl.arange(0, 4) * (2 * STEP), [1, 1, 1, 1, 1, 4, 1])
+        at += tl.reshape(tl.arange(0, ROWS // 16) * (16 * STEP), [ROWS // 16, 1, 1, 1, 1, 1, 1])
+        at += tl.reshape(tl.arange(0, 2) * (8 * STEP), [1, 2, 1, 1, 1, 1, 1])
+        at += tl.reshape(tl.arange(0, 2) * STEP, [1, 1, 2, 1, 1, 1, 1])
+    else:
+        r = tl.permute(tl.reshape(rows, [ROWS // 16, 2, 4, 2]), (0, 1, 3, 2))
+        lane += tl.reshape(r * STEP, [ROWS // 16, 2, 2, 1, 1, 4, 1])
+    pointers = (first + lane) + at
     if D == BLOCK_D:
         x = tl.load(pointers)
     else:
-        x = tl.load(pointers, mask=d < D, other=0.0)
+        x = tl.load(pointers, mask=high + tl.reshape(tl.arange(0, 8), [1, 1, 1, 1, 1, 1, 8]) < D, other=0.0)
     return tl.reshape(tl.permute(x, (3, 0, 1, 5, 2, 6, 4)), [GROUP, ROWS, BLOCK_D])
 
 

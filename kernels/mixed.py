@@ -11,7 +11,7 @@ from torch import Tensor
 from posattn.plan import Call, HeadMix
 
 from .attention import turned
-from .configs_mix import forward_tile, keeps_queries
+from .configs_mix import chunks, forward_tile, keeps_queries
 from .mix_form import BiasForm, Form
 from .mix_forward import mixed_forward
 from .operands import (
@@ -71,11 +71,18 @@ def mix_arguments(call: Call, mix: HeadMix, tile: Tile, inputs: Mapping[str, Any
     b1 = torch.zeros(width_padded, dtype=torch.float32, device=call.q.device)
     b1[:width] = mix.b1
     rows = _rows_by_distance(call, mix, heads_padded)
+    w1b = _padded(mix.w1[:, heads:].T, heads_padded, width_padded, dtype) if concat(mix) else None
+    carried = rows is not None and w1b is not None and heads + 2 <= heads_padded
+    if carried:
+        # Two spare heads of the rows are 1 and their weights b1, rounded, and what the rounding left.
+        rows[:, heads : heads + 2] = 1.0
+        w1b[heads] = b1
+        w1b[heads + 1] = b1 - w1b[heads].float()
     values: dict[str, Any] = {_inner_name(name): value for name, value in inner.values.items()}
     values.update(
         W1X=_padded(mix.w1[:, :heads].T, heads_padded, width_padded, dtype),
-        W1B=_padded(mix.w1[:, heads:].T, heads_padded, width_padded, dtype) if concat(mix) else None,
-        B1=b1,
+        W1B=w1b,
+        B1=None if carried else b1,
         W2=_padded(mix.w2, heads_padded, width_padded, dtype),
         B2=mix.b2.float().contiguous(),
         Rows=rows,
@@ -100,6 +107,7 @@ def mix_arguments(call: Call, mix: HeadMix, tile: Tile, inputs: Mapping[str, Any
         heads=heads_padded,
         width=width_padded,
         keep_queries=keeps_queries(call),
+        chunks=chunks(tile),
         concat=concat(mix),
         residual=mix.form != "concat",
         has_inner=bool(mix.inner),

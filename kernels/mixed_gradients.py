@@ -53,9 +53,11 @@ def backward(
     grads: dict[str, Tensor] = {}
     if "sinks" in needs and call.sinks is not None:
         grads["sinks"] = sink_gradient(call.sinks, lse, rows["Delta"])
+    if "b2" in needs:
+        grads["b2"] = _shift_gradient(call, lse, grad_lse, rows["Delta"])
     if needs & {"k", "v"}:
         grads.update(_key_gradients(call, arguments, needs, launch, tile))
-    if needs - {"k", "v", "sinks"}:
+    if needs - {"k", "v", "sinks", "b2"}:
         grads.update(_query_gradients(call, mix, arguments, needs, launch, tile))
     for prefix, bias in (("", call.plan.bias), ("inner.", mix.inner)):
         found = _bias_gradients(call, bias, arguments, prefix, needs, launch, tile)
@@ -65,6 +67,16 @@ def backward(
             if name in needs:
                 grads[name] = turned(launch, grads[name], cos, sin, rotary.interleaved, call.q.dtype, sign=-1)
     return {name: grads[name] for name in needs}
+
+
+def _shift_gradient(call: Call, lse: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Tensor:
+    """[Hq], b2's: it shifts all logits of a row, which moves the log-sum-exp, and weight from the sink to keys."""
+    grad = torch.zeros_like(delta)
+    if grad_lse is not None:
+        grad += torch.where(lse.isneginf(), 0.0, grad_lse.float())
+    if call.sinks is not None:
+        grad += torch.exp(call.sinks.float()[:, None] - lse) * delta
+    return grad.sum((0, 2))
 
 
 def _query_gradients(
@@ -79,13 +91,13 @@ def _query_gradients(
     def slots(*shape: int) -> Tensor:
         return torch.zeros((programs, *shape), dtype=torch.float32, device=q.device)
 
-    weights = bool(needs & {"w1", "b1", "w2", "b2"})
+    weights = bool(needs & {"w1", "b1", "w2"})
+    by_unit = slots(width_padded) if weights and arguments.values["B1"] is not None else None
     sums: dict[str, Any] = {
         "DW1X": slots(heads_padded, width_padded) if weights else None,
         "DW1B": slots(heads_padded, width_padded) if weights and concat(mix) else None,
-        "DB1": slots(width_padded) if weights else None,
+        "DB1": by_unit,
         "DW2": slots(heads_padded, width_padded) if weights else None,
-        "DB2": slots(heads_padded) if weights else None,
     }
     values: dict[str, Any] = {"DQ": grad_like(call, q)}
     for prefix, name, bias in (("", "D", call.plan.bias), ("inner.", "DInner", mix.inner)):
@@ -104,10 +116,12 @@ def _query_gradients(
     grads = {"q": values["DQ"]}
     if weights:
         w1 = sums["DW1X"].sum(0)[:heads, :width].T
-        if sums["DW1B"] is not None:
-            w1 = torch.cat([w1, sums["DW1B"].sum(0)[:heads, :width].T], dim=1)
+        if concat(mix):
+            w1b = sums["DW1B"].sum(0)
+            w1 = torch.cat([w1, w1b[:heads, :width].T], dim=1)
         grads["w1"], grads["w2"] = w1, sums["DW2"].sum(0)[:heads, :width]
-        grads["b1"], grads["b2"] = sums["DB1"].sum(0)[:width], sums["DB2"].sum(0)[:heads]
+        # The spare head that carries b1 (mix_arguments) has its gradient too.
+        grads["b1"] = w1b[heads, :width] if by_unit is None else by_unit.sum(0)[:width]
     for prefix, name, bias in (("", "D", call.plan.bias), ("inner.", "DInner", mix.inner)):
         slope, segments = values[f"{name}Slope"], values[f"{name}Segments"]
         if slope is not None and bias.slope is not None:
