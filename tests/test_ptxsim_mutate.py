@@ -2,8 +2,9 @@
 
 import pytest
 
+from tests.ptxsim import survivors
 from tests.ptxsim.mutants import mutants
-from tests.ptxsim.mutate import run, table
+from tests.ptxsim.mutate import run, strangers, table
 from tests.ptxsim.scenarios import SCENARIOS
 
 PTX = """\
@@ -55,3 +56,23 @@ def test_broken_synchronisation_of_the_attention_pattern_is_noticed(arch: int) -
     caught = [verdict for verdict in verdicts if verdict.caught_by != "survived"]
     assert len(caught) >= 7, table(verdicts)
     assert all(verdict.caught_by == "machine" for verdict in caught), table(verdicts)
+
+
+@pytest.mark.parametrize(("scenario", "arch"), survivors.scenarios())
+def test_the_survivors_of_our_own_kernels_are_the_examined_ones(scenario: str, arch: int) -> None:
+    """A sample of what `python -m tests.ptxsim.mutate` runs whole."""
+    verdicts = list(run(SCENARIOS[scenario], arch, ("sync", "mask", "rescale"), limit=5))
+    assert sum(verdict.caught_by != "survived" for verdict in verdicts) >= 6, table(verdicts)
+    assert strangers(verdicts, scenario, arch) == []
+
+
+def test_a_survivor_is_known_by_its_change_and_its_source_line() -> None:
+    (deleted, *_) = mutants("// kernel.py:1:2\n\tbar.sync \t0;\n", "sync")
+    assert survivors.signature(deleted, deleted.ptx) == ("sync", "delete bar.sync 0;", "")
+    line = "\t.loc\t1 18 0 // forward.py:1:0\n"
+    (moved, *_) = mutants(line + "\tsetp.lt.s32 \t%p13, %r3, %r141;\n", "mask")
+    kind, change, place = survivors.signature(moved, line + "\n")
+    assert (kind, change) == ("mask", "lt becomes le: setp.lt.s32 %p, %r, %r;")
+    assert place.startswith('forward.py: """Attention forward')
+    unknown = survivors.unexplained("forward_slope", 80, "attention_forward", [(kind, change, "nowhere")])
+    assert unknown == {(kind, change, "nowhere"): 1}

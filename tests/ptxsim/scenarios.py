@@ -61,7 +61,7 @@ class _Case:
 # specialisation; both lengths end in every part of a tile that one thread loads; diagonals cross at many offsets.
 _FORWARD = (
     _Case(250, 250), _Case(133, 573, 150.0), _Case(150, 610), _Case(148, 211), _Case(165, 318), _Case(180, 463),
-    _Case(198, 201), _Case(213, 409), _Case(229, 342), _Case(243, 388), _Case(143, 97),
+    _Case(198, 201), _Case(213, 409), _Case(229, 342), _Case(243, 388, 150.0), _Case(143, 97),
 )  # fmt: skip
 _BACKWARD = (_Case(250, 250), _Case(250, 600), _Case(133, 317, 150.0), _Case(180, 211), _Case(213, 342), _Case(143, 97))
 _MIX = (_Case(37, 37), _Case(20, 53), _Case(33, 90), _Case(52, 41))
