@@ -8,8 +8,8 @@
 //
 // ORDERED: blocks of keys add to a block of queries one after the other, in the order of the keys, so the result does
 // not depend on which runs first. A block draws a ticket, so all that it may have to wait for are already running.
+#include "backward_drop.h"
 #include "backward_store.h"
-#include "dropout.h"
 
 namespace posattn {
 
@@ -18,23 +18,6 @@ constexpr bool REGISTERS_ARE_SHORT = WANT_TABLE || WANT_LINES || WANT_PSI;
 
 struct Backward : BackwardBlock {
   using BackwardBlock::BackwardBlock;
-
-  // Weights and their gradients with dropout: what is kept is scaled, what is dropped is zero.
-  __device__ __forceinline__ void drop(Fragments<Logits>& weights, Fragments<Logits>& grads, const LogitPlace& at,
-                                       int head) const {
-    if constexpr (HAS_DROPOUT) {
-      const Dropout dropout(p.dropout, sequence.batch * p.shape.heads + head);
-      for_logits([&](int group, int n, int e) {
-        const uint32_t i = sequence.q_start + at.query(n, e), j = sequence.k_start + at.key(group, e);
-        uint32_t word[4];
-        dropout.words(word, i, j >> 2);
-        const uint32_t low = j & 1 ? word[1] : word[0], high = j & 1 ? word[3] : word[2];
-        const bool kept = (j & 2 ? high : low) >= dropout.threshold;
-        weights[group][n][e] *= kept ? p.dropout.keep_scale : 0.0f;
-        grads[group][n][e] *= kept ? p.dropout.keep_scale : 0.0f;
-      });
-    }
-  }
 
   __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at) const {
     float* to = p.dq + at.row * int64_t{PADDED} + thread;
@@ -164,7 +147,7 @@ __device__ __forceinline__ void Backward::run() {
     if constexpr (HAS_DROPOUT) {
       Fragments<Logits> kept;
       for_logits([&](int group, int n, int e) { kept[group][n][e] = s[group][n][e]; });
-      drop(kept, ds, place, at.head);
+      drop(kept, ds, p, sequence, place, at.head);
       for_logits(
           [&](int group, int n, int e) { ds[group][n][e] += rows[RowStage::MINUS_DELTA + column + 8 * n + (e & 1)]; });
       round_fragments(weights, kept);

@@ -8,7 +8,7 @@
 // A profile's line in the tile's lowest segment is a constant, so its sums are kept free of it until the segment
 // changes. Tiles with knots inside, which are few, add each element with the slope it has.
 //
-// `slice` tells apart what may be added in any order: 0 for all, or one for each warp of each key block.
+// A head has one slice of sums, to which warps add in any order, or (ORDERED) one for each warp of each key block.
 #pragma once
 #include "backward_logits.h"
 

@@ -42,7 +42,7 @@ class _Pass:
         block, count = self.tile.block_m, sequences(self.call)
         if self.call.mask.cu_seqlens_q is not None:
             return (self.call.q.shape[2] // block + count) * block
-        return -(-self.call.q.shape[2] // block) * block * count
+        return self.padded_queries * count
 
     @property
     def slices(self) -> int:
