@@ -19,6 +19,7 @@ pytest.importorskip("cuda.core")
 from posattn.backends import cpu, cuda, cuda_backward_tiles, cuda_gradients
 from tests.ptxsim.kernel import Options
 from tests.ptxsim.seam import behind_launch
+from tools.gpu_budget.cuda import cases, figures, launches
 
 HALF, BF16 = torch.float16, torch.bfloat16
 
@@ -186,6 +187,21 @@ def test_only_explicit_positions_are_refused_as_not_deterministic():
         with pytest.raises(ValueError, match="not deterministic"):
             posattn.attention(q, k, v, posattn.Kerple(2), deterministic=True, backend="cuda", **positions)
         posattn.attention(q, k, v, posattn.Kerple(2), deterministic=True, backend="cuda")
+
+
+def _figures(label):
+    case = next(case for case in cases() if case.label == label)
+    (main,) = (noted for noted in launches(case, "sm_80", backward=True) if noted.kernel.name == "attention_backward")
+    return figures(main, "sm_80")
+
+
+@pytest.mark.parametrize(("dim", "flash_attention_2", "over_plain"), [(64, 1850, 1.20), (128, 3255, 1.15)])
+def test_modelled_cycles(dim, flash_attention_2, over_plain):
+    """Two-phase cycles beside FlashAttention-2's, and what a table's gradient adds."""
+    plain, table = _figures(f"plain, D = {dim}"), _figures(f"table, D = {dim}")
+    assert plain.two_phase <= flash_attention_2
+    assert table.two_phase <= over_plain * plain.two_phase
+    assert plain.loop_spills == table.loop_spills == 0
 
 
 @pytest.mark.parametrize(("start", "first", "length"), [(-9, -3, 5), (2, -3, 4), (-30, 1, 7), (-2, -6, 30), (0, 0, 10)])

@@ -101,9 +101,10 @@ def figures(noted: Noted, arch: str) -> Figures:
     """Registers, spills and modelled cycles of one launch."""
     metadata = SimpleNamespace(name=noted.kernel.name, shared=noted.shared)
     compiled = SimpleNamespace(asm={"cubin": noted.kernel.cubin}, metadata=metadata)
-    # Only the forward kernels' tiles are BLOCK_M x BLOCK_N logits of one head.
+    # The tiles of these, and of no others, are BLOCK_M x BLOCK_N logits of one head.
+    one_head = noted.kernel.name in ("attention_forward", "attention_backward")
     tile = noted.constants.get("BLOCK_M", 0) * noted.constants.get("BLOCK_N", 0)
-    return _nvidia(compiled, arch, tile if noted.kernel.name == "attention_forward" else 0, noted.warps)
+    return _nvidia(compiled, arch, tile if one_head else 0, noted.warps)
 
 
 def main() -> int:
