@@ -138,31 +138,59 @@ struct HeadWarp {
     ptx::bar_warp_sync();
   }
 
+  // Whether the inner bias depends on the distance alone, by operands that are cheap to look up.
+  static constexpr bool BY_DISTANCE_ALONE = !EXPLICIT && !HAS_PROFILE && DENSE == NO_DENSE;
+
+  // f(x, c, d, |d|) for the distances of the lane's elements: (n, e) has x = n - (e >> 1) + 1, c = e & 1.
+  template <class F>
+  __device__ __forceinline__ void for_distances(int i0, F f) const {
+    const int d0 = query(i0, 0, 0) + sequence.shift() - key(0);
+    const float d0_float = static_cast<float>(d0);
+#pragma unroll
+    for (int x = 0; x <= N8; ++x) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int step = 8 * (x - 1) + c;
+        const float d = d0_float + static_cast<float>(step);
+        f(x, c, d0 + step, SIGNED ? d : fabsf(d));
+      }
+    }
+  }
+
+  // The gradient of the inner bias to its operands, summed by distance first where it can be. Past the ends it is zero.
+  __device__ __forceinline__ void add_inner(const Tile& g, int i0) {
+    if constexpr (BY_DISTANCE_ALONE) {
+      float sums[N8 + 1][2] = {};
+      for_tile([&](int n, int e) { sums[n - (e >> 1) + 1][e & 1] += g[0][n][e]; });
+      const int64_t entries = p.inner.table_last - p.inner.table_first + 1;
+      for_distances(ptx::fresh(i0), [&](int x, int c, int d, float far) {
+        if constexpr (HAS_SLOPE) inner_slope = fmaf(-far, sums[x][c], inner_slope);
+        if constexpr (HAS_TABLE) {
+          const int entry = min(max(d, p.inner.table_first), p.inner.table_last) - p.inner.table_first;
+          if (p.dinner.table) ptx::red_add(p.dinner.table + h * entries + entry, sums[x][c]);
+        }
+      });
+    } else {
+      inner_slope += gradients<Inner>(p.dinner, p.inner, g, i0);
+    }
+  }
+
   // The inner bias of the tile; one value for each distance where it depends on nothing else.
   __device__ __forceinline__ void inner_bias(Tile& b, int i0) const {
-    if constexpr (EXPLICIT || HAS_PROFILE || DENSE != NO_DENSE) {
+    if constexpr (!BY_DISTANCE_ALONE) {
       for_tile([&](int n, int e) {
         b[0][n][e] = bias_of<Inner>(p.inner, sequence.batch, h, Pair(p.positions, sequence, query(i0, n, e), key(e)));
       });
     } else {
-      const int d0 = query(i0, 0, 0) + sequence.shift() - key(0);
       float value[N8 + 1][2];
-#pragma unroll
-      for (int x = 0; x <= N8; ++x) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int d = d0 + 8 * (x - 1) + c;
-          value[x][c] = 0.0f;
-          if constexpr (HAS_SLOPE) {
-            const float far = static_cast<float>(SIGNED ? d : abs(d));
-            value[x][c] = -p.inner.slope[sequence.batch * p.inner.slope_batch + h] * far;
-          }
-          if constexpr (HAS_TABLE) {
-            const int entry = min(max(d, p.inner.table_first), p.inner.table_last) - p.inner.table_first;
-            value[x][c] += p.inner.table[h * p.inner.table_head + entry];
-          }
+      const float slope = HAS_SLOPE ? p.inner.slope[sequence.batch * p.inner.slope_batch + h] : 0.0f;
+      for_distances(i0, [&](int x, int c, int d, float far) {
+        value[x][c] = HAS_SLOPE ? -slope * far : 0.0f;
+        if constexpr (HAS_TABLE) {
+          value[x][c] += p.inner.table[h * p.inner.table_head + min(max(d, p.inner.table_first), p.inner.table_last) -
+                                       p.inner.table_first];
         }
-      }
+      });
       for_tile([&](int n, int e) { b[0][n][e] = value[n - (e >> 1) + 1][e & 1]; });
     }
   }
@@ -265,15 +293,15 @@ struct HeadWarp {
 
   // ds and what the MLP sends back become the gradient of the dot products, and go on to dK and dQ.
   __device__ __forceinline__ void finish(Tile& ds, const Tile& slack, int i0) {
-    Tile dx;
-    for_tile([&](int n, int e) { dx[0][n][e] = ds[0][n][e]; });
-    add_mixed(dx, 1.0f, mixed, lane);
-    if constexpr (HAS_INNER && WANT_INNER) {
+    if constexpr (WANT_INNER && CONCAT) {
       Tile db;
-      for_tile([&](int n, int e) { db[0][n][e] = CONCAT ? (RESIDUAL ? ds[0][n][e] : 0.0f) : dx[0][n][e]; });
-      if constexpr (CONCAT) add_mixed(db, 1.0f, mixed + HEADS * MIX_HEAD, lane);
-      inner_slope += gradients<Inner>(p.dinner, p.inner, db, i0);
+      for_tile([&](int n, int e) { db[0][n][e] = RESIDUAL ? ds[0][n][e] : 0.0f; });
+      add_mixed(db, 1.0f, mixed + HEADS * MIX_HEAD, lane);
+      add_inner(db, i0);
     }
+    Tile& dx = ds;
+    add_mixed(dx, 1.0f, mixed, lane);
+    if constexpr (WANT_INNER && !CONCAT) add_inner(dx, i0);
     if constexpr (HAS_SOFTCAP) {
       for_tile([&](int n, int e) { dx[0][n][e] *= slack[0][n][e]; });
     }
@@ -346,15 +374,15 @@ __device__ __forceinline__ void run_head(const Block& of, const QuerySpan& span)
     Tile s, ds, slack;
     head.start(s, slack, i0);
     ptx::bar_sync();
-    head.multiply_grad(ds, i0);
+    head.multiply_grad(ds, ptx::fresh(i0));
     ptx::bar_sync();
-    head.weigh(s, ds, i0);
+    head.weigh(s, ds, ptx::fresh(i0));
     Weights weights;
     round_tile(weights, s);
     ptx::bar_sync();
-    head.add_values(weights, i0);
+    head.add_values(weights, ptx::fresh(i0));
     ptx::bar_sync();
-    head.finish(ds, slack, i0);
+    head.finish(ds, slack, ptx::fresh(i0));
   }
   head.store();
 }

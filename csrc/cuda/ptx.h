@@ -17,6 +17,12 @@ __device__ __forceinline__ int32_t tid_x() {
   return x;
 }
 
+// x, in a way the compiler cannot see through: what is derived from it is computed again, not kept from before.
+__device__ __forceinline__ int32_t fresh(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // A generic pointer to shared memory as the 32-bit address that shared-memory instructions take.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
