@@ -91,6 +91,7 @@ def test_install_in_build_isolation(sources: Path, python: Path, tmp_path: Path)
     assert tops == {"posattn"}, "the wheel must hold the package and its metadata, no tests and no top-level kernels"
     expected = modules(sources / "posattn", "posattn")
     expected |= modules(sources / "kernels", "posattn/kernels") | modules(sources / "bench", "posattn/bench")
+    expected |= {f"posattn/cuda_source/{path.name}" for path in (sources / "csrc" / "cuda").iterdir() if path.is_file()}
     expected.add("posattn/py.typed")
     missing = expected - installed
     assert not missing

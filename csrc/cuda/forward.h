@@ -189,7 +189,12 @@ __device__ __forceinline__ void Forward::store() {
       }
     }
   } else {
-    ptx::bar_sync();  // the output's place in shared memory may still be read by other warps as K or V
+    // Where each warp's rows of the output lie on its own rows of Q, no other warp reads there.
+    if constexpr (Products::OUT_ON_OWN_Q) {
+      ptx::bar_warp_sync();
+    } else {
+      ptx::bar_sync();
+    }
     const int row0 = place.row - i0;
 #pragma unroll
     for (int a = 0; a < 2 * GROUPS; ++a) {

@@ -13,7 +13,8 @@ struct Products {
   static constexpr int K_STEPS = HEAD_DIM / 16;
   static_assert(BLOCK_M % (16 * WARPS) == 0);
 
-  static constexpr int ALIGNMENT = 16;  // of tiles in shared memory
+  static constexpr int ALIGNMENT = 16;                          // of tiles in shared memory
+  static constexpr bool OUT_ON_OWN_Q = HEAD_DIM == HEAD_DIM_V;  // see Forward::store
 
   using QLayout = Tile<HEAD_DIM>;
   using KLayout = Tile<HEAD_DIM>;

@@ -15,7 +15,8 @@ struct Products {
   static constexpr int K_STEPS = HEAD_DIM / 16;
   static_assert(BLOCK_M == 16 * WARPS && WARPS % 4 == 0 && (BLOCK_N == 64 || BLOCK_N == 128));
 
-  static constexpr int ALIGNMENT = 1024;  // of tiles in shared memory: their swizzle is a function of the address
+  static constexpr int ALIGNMENT = 1024;       // of tiles in shared memory: their swizzle is a function of the address
+  static constexpr bool OUT_ON_OWN_Q = false;  // see Forward::store
 
   using QLayout = Panels<HEAD_DIM, BLOCK_M>;
   using KLayout = Panels<HEAD_DIM, BLOCK_N>;
