@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from posattn.backends import cuda_compile
 from tests.ptxsim import calibration
 from tools.gpu_budget import budget
-from tools.gpu_budget.__main__ import check, measure_all
+from tools.gpu_budget.__main__ import check, measure_all, measure_cuda
 from tools.gpu_budget.measure import Figures, measure
 from tools.gpu_budget.sass import BasicBlock, loops
 
@@ -49,10 +50,27 @@ def test_figures_of_the_attention_pattern(arch: str, tensor: int) -> None:
     assert found.overlap < found.two_phase < 1200
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_the_forward_kernel_is_within_its_budget(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One configuration an architecture; `python -m tools.gpu_budget check` holds all of them."""
     match = f"{arch}, attention_forward, slope, D = 64, bfloat16, Tq = 2048"
     status = check(measure_all([arch], match, 1))
+    told = capsys.readouterr().out
+    assert status == 0, told
+    assert "1 of 1 configurations" in told
+
+
+@pytest.mark.skipif(cuda_compile.missing() is not None, reason="compiling CUDA needs cuda.core and NVRTC")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_cuda_forward_kernel_is_within_its_budget(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status = check(measure_cuda([arch], f"CUDA, {arch}, slope, D = 64"))
     assert status == 0, capsys.readouterr().out
-    assert "1 of 1 configurations" in capsys.readouterr().out
+
+
+def test_a_spill_in_a_loop_needs_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "sm_80, attention_forward, slope, D = 64, bfloat16, Tq = 2048"
+    accepted = budget.load()[name]
+    spilling = Figures(**{**accepted, "spills": 8, "loop_spills": 8})
+    assert check(iter([(name, spilling)])) == 1
+    assert "spills 8 bytes in its loops, and debts.json gives no reason" in capsys.readouterr().out
+    assert budget.debt("sm_90, mixed_forward, mix, D = 64") is not None

@@ -4,8 +4,8 @@
     python -m tools.gpu_budget check            # exit status 1 on a regression
     python -m tools.gpu_budget update --arch sm_90
 
-Configurations come from posattn.kernels.shipped. A full run compiles several hundred kernels: an hour on two cores the
-first time, minutes when Triton's cache holds them.
+Triton's configurations come from posattn.kernels.shipped, CUDA's from the calls in cuda.py. A full run compiles several
+hundred kernels: hours on two cores the first time, minutes when the caches hold them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 
 import torch
 
 from posattn.kernels.shipped import Shipped, shipped
 
-from . import budget
+from . import budget, cuda
 from .measure import Figures, measure
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -71,6 +73,16 @@ def measure_all(architectures: list[str], match: str, jobs: int) -> Iterator[tup
             yield name, future.result()
 
 
+def measure_cuda(architectures: list[str], match: str) -> Iterator[tuple[str, Figures | str]]:
+    """The same for the CUDA kernels, forward passes and decoding, on NVIDIA's architectures."""
+    for arch in architectures:
+        for case in cuda.cases() if arch.startswith("sm_") else ():
+            if match not in f"CUDA, {arch}, {case.label}":
+                continue
+            for noted in cuda.launches(case, arch):
+                yield f"CUDA, {arch}, {case.label}, {noted.kernel.name}", cuda.figures(noted, arch)
+
+
 def row(name: str, figures: Figures) -> str:
     """One line of the table."""
     pipes = "/".join(str(figures.pipes[pipe]) for pipe in ("mufu", "fma", "alu", "issue")) if figures.pipes else ""
@@ -97,8 +109,10 @@ def print_table(results: Iterator[tuple[str, Figures | str]], architectures: lis
 
 
 def check(results: Iterator[tuple[str, Figures | str]]) -> int:
+    """Regressions, and spills in loops that no reason excuses, make the exit status 1; excused ones are counted."""
     accepted = budget.load()
     failures, count = 0, 0
+    debts: Counter[str] = Counter()
     for name, figures in results:
         count += 1
         if isinstance(figures, str):
@@ -107,9 +121,17 @@ def check(results: Iterator[tuple[str, Figures | str]]) -> int:
             problems = ["is not in the budget file; run update after looking at its figures"]
         else:
             problems = budget.worse(figures, accepted[name])
+        if isinstance(figures, Figures) and figures.loop_spills:
+            reason = budget.debt(name)
+            if reason is None:
+                problems.append(f"spills {figures.loop_spills} bytes in its loops, and debts.json gives no reason")
+            else:
+                debts[reason] += 1
         failures += bool(problems)
         for problem in problems:
             print(f"{name}: {problem}", flush=True)
+    for reason, times in debts.items():
+        print(f"{times} spill in their loops: {reason}")
     print(f"{count - failures} of {count} configurations within budget")
     return int(failures > 0)
 
@@ -131,11 +153,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_budget", description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=("table", "check", "update"))
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="may be repeated (default: all)")
+    parser.add_argument("--backend", choices=("triton", "cuda"), help="only its kernels (default: both)")
     parser.add_argument("--match", default="", help="only configurations whose name holds this")
     parser.add_argument("--jobs", type=int, default=1)
     given = parser.parse_args()
     architectures = given.arch or list(ARCHITECTURES)
-    results = measure_all(architectures, given.match, given.jobs)
+    results: Iterator[tuple[str, Figures | str]] = iter(())
+    if given.backend != "cuda":
+        results = measure_all(architectures, given.match, given.jobs)
+    if given.backend != "triton":
+        results = chain(results, measure_cuda(architectures, given.match))
     if given.action == "table":
         return print_table(results, architectures)
     return check(results) if given.action == "check" else update(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from .measure import Figures
 
 PATH = Path(__file__).with_name("budget.json")
+DEBTS = Path(__file__).with_name("debts.json")
 ANCHORS = Path(__file__).with_name("anchors.json")
 
 # Another release of Triton schedules a loop a little differently; a real regression is larger than this.
@@ -26,6 +28,14 @@ def save(accepted: Mapping[str, Any]) -> None:
     """One configuration a line, sorted, so that a change of one shows as one line."""
     lines = [f"  {json.dumps(name)}: {json.dumps(accepted[name])}" for name in sorted(accepted)]
     PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def debt(name: str) -> str | None:
+    """Why a configuration may spill in its loops: the reason of the first pattern of debts.json that its name holds."""
+    for pattern, reason in json.loads(DEBTS.read_text()).items():
+        if re.search(pattern, name):
+            return str(reason)
+    return None
 
 
 def entry(figures: Figures) -> dict[str, Any]:
