@@ -46,6 +46,9 @@ PACKED = {"q_len": 130, "k_len": 120}
 CASES = {
     "causal window, grouped heads": (HALF, {"kv_heads": 1}, None, lambda: {"causal": True, "window": (40, None)}),
     "more queries than keys": (BF16, {"q_len": 150, "k_len": 70}, None, lambda: {"causal": True, "window": (20, 3)}),
+    "keys that no query sees": (
+        BF16, {"q_len": 20, "k_len": 300}, lambda: posattn.ALiBi(2, learnable=True), lambda: {"window": (30, 0)}
+    ),
     "softcap and sinks": (BF16, {}, None, lambda: {"softcap": 5.0, "sinks": torch.randn(2), "causal": True}),
     "dropout, odd dims": (HALF, {"dim": 44, "dim_v": 24}, None, lambda: {"dropout_p": 0.4}),
     "dropout, grouped heads": (BF16, {"dim": 96, "kv_heads": 1}, None, lambda: {"dropout_p": 0.3, "causal": True}),

@@ -126,4 +126,9 @@ SCENARIOS = {
     ),
     "mix": Scenario(_parity("mix", _MIX), "Triton forward, HeadMix over Kerple", "mixed"),
     "cuda_slope": Scenario(_parity("slope", _FORWARD, backend="cuda"), "CUDA forward, ALiBi"),
+    "cuda_backward": Scenario(
+        _parity("slope", _BACKWARD, backward=True, backend="cuda"),
+        "CUDA gradients, ALiBi",
+        "attention_backward|backward_",
+    ),
 }
