@@ -60,6 +60,10 @@ CASES = {
         },
         ["attention_decode", "attention_combine"],
     ),
+    "more splits than lanes": (
+        (HALF, 2, 1, 1, 10300, 32), lambda: posattn.ALiBi(2), lambda: {"causal": True, "sinks": torch.randn(2)},
+        ["attention_decode", "attention_combine"],
+    ),
     "split of many queries": (
         (BF16, 4, 2, 100, 1300), lambda: posattn.Kerple(4), lambda: {"causal": True, "sinks": torch.randn(4)},
         ["attention_forward", "attention_combine"],
