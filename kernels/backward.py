@@ -12,7 +12,7 @@ import triton.language as tl
 from .bias import distance_tile
 from .dropout import RANDOM_BITS, keep_tile
 from .masks import mask_offset, query_spans, sequence
-from .profile import profile_sums
+from .profile import profile_sums, write_sums
 from .scores import LOG2E, load_rows, logits_tile
 from .turns import load_shared, opaque, publish, store_shared, wait_for
 
@@ -35,7 +35,7 @@ def attention_backward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
-    KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
+    KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, Tq, BLOCK_D] float32, zeroed, takes the gradient of the queries times 1 / scale. DK [B, Hkv, Tk, D] and
     DV_ [B, Hkv, Tk, DV] are contiguous; keys of no sequence are not written. DSlope [sequences, H, blocks], DRowScale
@@ -101,6 +101,9 @@ def attention_backward(
         sums = DSegments
         if DSegments is not None:
             sums = DSegments + slot * 2 * (num_knots + 1)
+        segment = 0
+        of_ds = tl.zeros([BLOCK_N], tl.float32)
+        of_dsy = tl.zeros([BLOCK_M], tl.float32)
         if Slope is not None:
             slope = tl.load(Slope + b * stride_slope_b + h)
         for span in tl.static_range(0, 3):
@@ -112,7 +115,7 @@ def attention_backward(
                     span_lo, span_hi = full_lo, full_hi
                 else:
                     span_lo, span_hi = full_hi, hi
-                for i0 in tl.range(span_lo, span_hi, BLOCK_M):
+                for i0 in tl.range(span_lo, span_hi, BLOCK_M, disable_licm=not HOIST):
                     rows = tl.arange(0, BLOCK_M)
                     if span != 1:
                         rows = tl.minimum(rows, q_len - 1 - i0)
@@ -137,7 +140,7 @@ def attention_backward(
                         entry = tl.minimum(tl.maximum(position, row_first), row_last) - row_first
                         row_scale = tl.load(RowScale + entry)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-                    s, slack = logits_tile(
+                    s, slack, low, high = logits_tile(
                         s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, reference, slope, row_scale,
                         b, h, q_start, k_start, scale, softcap, Table, stride_table_h, table_first, table_last,
                         Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds, Knots, num_knots,
@@ -156,18 +159,22 @@ def attention_backward(
                         keep = tl.trans(keep)
                         kept = tl.where(keep, p * keep_scale, 0.0)
                     dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
-                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                     if threshold is not None:
-                        dp = tl.where(keep, dp * keep_scale, 0.0)
-                    ds = p * (dp - delta[None, :])
+                        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                        dp = tl.where(keep, dp * keep_scale, 0.0) - delta[None, :]
+                    else:
+                        # Starting at -delta costs what subtracting it would, and holds fewer registers.
+                        dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) - delta[None, :]
+                        dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
+                    ds = p * dp
                     if DSlope is not None:
                         distance = distance_tile(pi, pj, i0, j0, shift, EXPLICIT)
                         dslope += tl.sum(ds * (distance if SIGNED or LINEAR else tl.abs(distance)), 1)
                     if DRowScale is not None:
-                        drow_scale = profile_sums(
-                            ds, i0, j0, pi, pj, shift, row_scale, sums, Psi, psi_first, psi_last, PsiBounds,
-                            row_first, row_last, RowBounds, Knots, num_knots, SegmentSlope + h * (num_knots + 1),
-                            CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+                        drow_scale, segment, of_ds, of_dsy = profile_sums(
+                            ds, low, high, segment, of_ds, of_dsy, sums, i0, j0, pi, pj, shift, row_scale,
+                            Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope + h * (num_knots + 1),
+                            1, CLAMP, EXPLICIT, NVIDIA,
                         )  # fmt: skip
                     ds = (ds * slack).to(q.dtype)
                     dk = tl.dot(ds, q, dk, input_precision=PRECISION)
@@ -182,6 +189,8 @@ def attention_backward(
                         inside = tl.arange(0, BLOCK_M) < q_len - i0
                         tl.atomic_add(DRowScale + stat_base + row0 + rows + turn, drow_scale, inside, sem="relaxed")
                     publish(progress, done + i0 + BLOCK_M, NVIDIA)
+        if DSegments is not None:
+            write_sums(sums, segment, num_knots, of_ds, of_dsy)
         if DSlope is not None:
             tl.store(DSlope + slot, -tl.sum(tl.where(own, dslope, 0.0)))
         done += tl.cdiv(q_len, BLOCK_M) * BLOCK_M

@@ -126,7 +126,7 @@ def attention_forward(
                 pj = j_in
                 if EXPLICIT:
                     pj = tl.load(KPositions + b64 * stride_kpos + k_start + col0 + cols)[None, :]
-                s, _ = logits_tile(
+                s, _, _, _ = logits_tile(
                     s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, reference, slope, row_scale,
                     b, h, q_start, k_start, scale, softcap, Table, stride_table_h, table_first, table_last,
                     Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds, Knots, num_knots,

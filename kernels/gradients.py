@@ -12,13 +12,15 @@ from posattn.positions import token_indices
 
 from .attention import turned
 from .backward import attention_backward
-from .backward_bias import gradient_by_distance, gradient_by_tile
+from .backward_bias import gradient_by_tile
+from .backward_distance import gradient_by_distance
 from .configs_backward import bias_tile, main_tile
 from .operands import Arguments, Launch, common_arguments, k_max, padded, q_max, sequences, strides, unit_stride
 from .prepare import prepare
 from .tiles import Tile
+from .units import units
 
-_PROFILE = frozenset(("psi", "row_scale", "profile_slope", "profile_intercept"))
+_LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
 
 
 def row_statistics(
@@ -75,9 +77,10 @@ def backward(
     grads: dict[str, Tensor] = {}
     if "sinks" in needs and call.sinks is not None:
         grads["sinks"] = sink_gradient(call.sinks, lse, shared["Delta"])
-    if needs & {"q", "k", "v", "slope", "row_scale", "profile_slope", "profile_intercept"}:
+    explicit = call.q_positions is not None
+    if needs & {"q", "k", "v", "slope"} or (explicit and needs & _LINES):
         grads.update(_gradients(call, shared, needs, launch, main_tile(arch, call)))
-    if needs & {"table", "psi", "dense"}:
+    if needs & {"table", "psi", "dense"} or (not explicit and needs & _LINES):
         grads.update(_bias_gradients(call, shared, needs, launch, bias_tile(arch, call)))
     if rotary is not None:
         for name, cos, sin in (("q", rotary.q_cos, rotary.q_sin), ("k", rotary.k_cos, rotary.k_sin)):
@@ -143,7 +146,8 @@ def _gradients(
     dk, dv = grad_like(call, k), torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     dslope = zeros(count, heads, blocks) if "slope" in needs else None
     profile = bias.profile
-    lines = profile is not None and bool(needs & {"row_scale", "profile_slope", "profile_intercept"})
+    # With implicit positions the walk along diagonals has these sums for less.
+    lines = call.q_positions is not None and bool(needs & _LINES)
     drow_scale = zeros(batch, heads, q_tokens) if lines else None
     width = 0 if profile is None else profile.knots.shape[0] + 1
     dsegments = zeros(count, heads, blocks, 2, width) if lines else None
@@ -159,7 +163,7 @@ def _gradients(
         "Progress": zeros(count, kv_heads, blocks, dtype=torch.int32),
         "num_sequences": count,
     }
-    arguments = common_arguments(call, tile.block_m, tile.block_n).with_(values, {})
+    arguments = common_arguments(call, tile.block_m, tile.block_n).with_(values, {"HOIST": tile.hoist})
     arguments.launch_with(launch, attention_backward, (blocks * count * kv_heads,), tile.num_warps, tile.num_stages)
 
     # With rotary still to be turned back, dq stays float32 so that it is rounded once.
@@ -168,10 +172,17 @@ def _gradients(
     if dslope is not None and bias.slope is not None:
         grads["slope"] = slope_gradient(call, bias.slope, dslope.sum(2))
     if dsegments is not None and drow_scale is not None and profile is not None:
-        sums = dsegments.sum((0, 2))
-        grads["profile_intercept"], grads["profile_slope"] = sums[:, 0], sums[:, 1]
-        grads["row_scale"] = row_scale_gradient(call, profile, drow_scale.sum(1))
+        grads.update(_line_gradients(call, profile, drow_scale, dsegments.sum((0, 2))))
     return grads
+
+
+def _line_gradients(call: Call, profile: Profile, rows: Tensor, segments: Tensor) -> dict[str, Tensor]:
+    """From sums by query [B, H, Tq], and of ds and ds * y by segment [H, 2, W + 1]."""
+    return {
+        "row_scale": row_scale_gradient(call, profile, rows.sum(1)),
+        "profile_intercept": segments[:, 0],
+        "profile_slope": segments[:, 1],
+    }
 
 
 def fold_bands(bands: Tensor, block: int) -> Tensor:
@@ -198,16 +209,6 @@ def clamped(full: Tensor, start: int, first: int, length: int) -> Tensor:
     return result
 
 
-def _units(call: Call, shared: dict[str, Any], factor: Tensor | float = 1.0) -> Tensor:
-    """[1] float32: the power of two of which integers of 62 bits hold any sum of logit gradients times `factor`.
-
-    A row's weights sum to at most 1, so its gradients sum to at most what one of weight 1 can be."""
-    largest_v = torch.linalg.vector_norm(call.v.float(), dim=-1).nan_to_num(0.0, 0.0, 0.0).max()
-    rows = torch.linalg.vector_norm(shared["GradOut"].float(), dim=-1).sum() * largest_v / (1.0 - call.dropout_p)
-    total = (rows + shared["Delta"].abs().sum()) * factor
-    return torch.exp2((61.0 - torch.log2(total).ceil()).clamp(-120.0, 120.0)).reshape(1)
-
-
 def _bias_gradients(
     call: Call, shared: dict[str, Any], needs: frozenset[str], launch: Launch, tile: Tile
 ) -> dict[str, Tensor]:
@@ -219,16 +220,28 @@ def _bias_gradients(
     grads: dict[str, Tensor] = {}
     explicit = call.q_positions is not None
     by_distance = needs & {"table", "psi"}
-    if by_distance and not explicit:
+    lines = bool(needs & _LINES) and not explicit
+    if (by_distance or lines) and not explicit:
         block = tile.block_n
         first_corner, bands = band_range(call, block)
         shape = (heads, bands, 2 * block)
         table = torch.empty(shape, dtype=torch.float32, device=device) if "table" in needs else None
         psi = torch.empty(shape, dtype=torch.float32, device=device) if "psi" in needs else None
         values = {"DTable": table, "DPsi": psi, "first_corner": first_corner}
+        rows = segments = None
+        if lines and bias.profile is not None:
+            rows = torch.zeros((q.shape[0], heads, q_tokens), dtype=torch.int64, device=device)
+            width = bias.profile.knots.shape[0] + 1
+            segments = torch.zeros((heads, bands, 2, width), dtype=torch.float32, device=device)
+            values["RowUnits"] = units(call, shared, bias.profile.slope.abs().max() * bias.profile.psi.abs().max())
+        values.update(DRowScale=rows, DSegments=segments)
+        values.setdefault("RowUnits", None)
         arguments.with_(values, {}).launch_with(
             launch, gradient_by_distance, (bands, heads), tile.num_warps, tile.num_stages
         )
+        if rows is not None and segments is not None and bias.profile is not None:
+            by_row = (rows.double() / values["RowUnits"]).float()
+            grads.update(_line_gradients(call, bias.profile, by_row, segments.sum(1)))
         start = first_corner - block
         if table is not None and bias.table is not None:
             grads["table"] = clamped(fold_bands(table, block), start, bias.table.first, bias.table.values.shape[1])
@@ -258,11 +271,11 @@ def _bias_gradients(
         }
         if scatter and "table" in needs and bias.table is not None:
             values["DTable"] = torch.zeros(bias.table.values.shape, dtype=torch.int64, device=device)
-            values["TableUnits"] = _units(call, shared)
+            values["TableUnits"] = units(call, shared)
         if scatter and "psi" in needs and bias.profile is not None:
             values["DPsi"] = torch.zeros(bias.profile.psi.shape, dtype=torch.int64, device=device)
             steepest = bias.profile.slope.abs().max() * bias.profile.row_scale.abs().max()
-            values["PsiUnits"] = _units(call, shared, steepest)
+            values["PsiUnits"] = units(call, shared, steepest)
         if values["DTable"] is not None:
             # The table is read through the same stride as its gradient is written.
             values["Table"] = arguments.values["Table"].contiguous()

@@ -63,12 +63,14 @@ def add_bias(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """The tile s with every operand that is not None added.
+    """The tile s with every operand that is not None added, and the segments that a profile meets on it.
 
     slope is head h's; the others are given whole. pi and pj are positions, or i and j themselves if implicit; i_first
     and j_first are the tensors' rows at which the sequence begins."""
     b64 = tl.cast(b, tl.int64)
     h64 = tl.cast(h, tl.int64)
+    low = 0
+    high = 0
     if slope is not None:
         s += slope_tile(slope, pi, pj, i0, j0, shift, reference, LINEAR, SIGNED, EXPLICIT)
     if Table is not None:
@@ -102,7 +104,7 @@ def add_bias(
         tile = Dense + b64 * stride_db + h64 * stride_dh
         tile += (i_first + i0).to(tl.int64) * stride_di + (j_first + j0).to(tl.int64) * stride_dj
         s += tl.load(tile + (i - i0) * stride_di + (j - j0) * stride_dj).to(tl.float32)
-    return s
+    return s, low, high
 
 
 @triton.jit
@@ -117,15 +119,18 @@ def logits_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """From dot products to logits (times 1 / scale unless NATURAL), -inf where masked, and softcap's derivative.
+    """From dot products to logits (times 1 / scale unless NATURAL), -inf where masked; softcap's derivative; and the
+    lowest and highest segment of a profile on the tile.
 
     i and j are true indices; i_in and j_in are clamped to the sequence, so that no operand is read outside it."""
     slack = 1.0
+    low = 0
+    high = 0
     if NATURAL:
         s = s * scale
         if softcap is not None:
             s, slack = cap(s, softcap)
-        s = add_bias(
+        s, low, high = add_bias(
             s, i_in, j_in, i0, j0, pi, pj, shift, reference, slope, row_scale,
             Table, stride_table_h, table_first, table_last, Psi, psi_first, psi_last, PsiBounds,
             row_first, row_last, RowBounds, Knots, num_knots, SegmentSlope, SegmentIntercept,
@@ -138,4 +143,4 @@ def logits_tile(
         tile = Boolean + b.to(tl.int64) * stride_bb + h.to(tl.int64) * stride_bh
         tile += (i_first + i0).to(tl.int64) * stride_bi + (j_first + j0).to(tl.int64) * stride_bj
         s = tl.where(tl.load(tile + (i_in - i0) * stride_bi + (j_in - j0) * stride_bj), s, float("-inf"))
-    return s, slack
+    return s, slack, low, high

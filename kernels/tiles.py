@@ -24,6 +24,8 @@ class Tile:
     num_warps: int
     num_stages: int
     reason: str
+    # Whether invariants may leave the main loop (of kernels that ask): each then holds a register throughout.
+    hoist: bool = True
 
 
 # Tables of configurations: by family of architecture, padded head dimension, and kind of plan.

@@ -51,6 +51,14 @@ CASES = {
     "float32": (FULL, {"dim": 32, "q_len": 40, "k_len": 45}, lambda: posattn.ALiBi(2), lambda: {"causal": True}),
     "ALiBi": (BF16, {}, lambda: posattn.ALiBi(2, learnable=True), lambda: {"causal": True}),
     "ALiBi both ways": (HALF, {}, lambda: posattn.ALiBi(2, learnable=True), dict),
+    "ALiBi, wide heads": (
+        BF16, {"heads": 1, "kv_heads": 1, "dim": 128, "k_len": 140}, lambda: posattn.ALiBi(1, learnable=True),
+        lambda: {"causal": True},
+    ),
+    "table, widest heads": (
+        BF16, {"heads": 1, "kv_heads": 1, "dim": 200, "dim_v": 256, "q_len": 40, "k_len": 70},
+        lambda: posattn.Kerple(1), lambda: {"causal": True},
+    ),
     "table": (BF16, {}, lambda: posattn.Kerple(2), lambda: {"causal": True}),
     "table and mask": (BF16, {}, lambda: posattn.T5Bias(2), lambda: {"mask": _mask(70, 150, 2)}),
     "profile": (BF16, {}, lambda: posattn.FIRE(2, width=8), lambda: {"causal": True}),
