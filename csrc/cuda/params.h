@@ -232,12 +232,12 @@ struct BackwardParams {
   const void* k;
   const void* v;
   const void* grad_out;
-  const float* lse2;   // [H, rows]
+  const float* lse2;         // [H, rows]
   const float* minus_delta;  // [H, rows]
   const float* row_scale;    // [rows]
   const float* table;        // [H, diagonals], its value at each distance; explicit positions use bias's
   const float* psi;          // [diagonals]
-  float* dq;           // [H, rows / BLOCK_M, BLOCK_M * PADDED], in the order of the fragments
+  float* dq;                 // [H, rows / BLOCK_M, BLOCK_M * PADDED], in the order of the fragments
   void* dk;
   void* dv;
   float* dslope;      // [S, H, slices]
