@@ -35,11 +35,11 @@ CASES = {
                  "mask": torch.rand(1, 3, 37, 53) < 0.7},
     ),
     "rotary, grouped heads": (
-        {"heads": 12, "kv_heads": 4, "dim": 64, "dtype": torch.float16},
+        {"heads": 12, "kv_heads": 4, "q_len": 18, "k_len": 37, "dim": 64, "dtype": torch.float16},
         lambda: posattn.DAPE(posattn.RoPE(64) + posattn.Kerple(12), 12), lambda: {"causal": True},
     ),
     "float32": (
-        {"heads": 2, "kv_heads": 2, "dim": 16, "dtype": torch.float32},
+        {"heads": 2, "kv_heads": 2, "q_len": 18, "k_len": 21, "dim": 16, "dtype": torch.float32},
         lambda: posattn.DAPE(posattn.Kerple(2), 2, width=4), lambda: {"causal": True},
     ),
     "packed documents": (
@@ -70,6 +70,12 @@ def test_explicit_positions():
     options = {"q_positions": torch.randint(0, 30, (5,)), "k_positions": torch.randint(0, 30, (53,))}
     position = posattn.DAPE(posattn.Kerple(3), 3, width=8)
     assert_parity(*tensors(q_len=5), position, options, "triton")
+
+
+def test_hopper_mixes_by_wgmma(ptx_machine: Machine):  # noqa: F811
+    posattn.attention(*tensors(), posattn.DAPE(None, 3, width=8), causal=True, backend="triton")
+    (launched,) = [x for x in ptx_machine.launches if x.kernel == "mixed_forward"]
+    assert ("wgmma" in launched.compiled.ptx) == (ptx_machine.arch == 90)
 
 
 @pytest.mark.parametrize(
