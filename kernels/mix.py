@@ -46,7 +46,7 @@ def load_weights(W1X, W1B, B1, W2, HEADS: tl.constexpr, WIDTH: tl.constexpr, BY_
     if W1B is not None:
         w1b = _matrix(W1B, heads, WIDTH)
         w1b_in = _matrix(W1B, operand_order(HEADS), WIDTH) if BY_DISTANCE else w1b
-    b1 = None
+    b1 = tl.zeros([WIDTH], tl.float32)  # not None: Triton 3.6 returns tensors only
     if B1 is not None:
         b1 = tl.load(B1 + tl.arange(0, WIDTH))
     return Weights(w1x, w1b, w1b_in, b1, _matrix(W2, heads, WIDTH))
@@ -118,12 +118,9 @@ def leaky(before, dtype: tl.constexpr, NVIDIA: tl.constexpr):
 
 @triton.jit
 def first_layer(x, inner, w: Weights, CONCAT: tl.constexpr, PRECISION: tl.constexpr):
-    """The pre-activation [P, WIDTH] of rows x [HEADS, P] and, for CONCAT, of inner [P, HEADS]. b1 is None where a
+    """The pre-activation [P, WIDTH] of rows x [HEADS, P] and, for CONCAT, of inner [P, HEADS]. b1 is 0 where a
     spare head of the inner rows carries it."""
-    if w.b1 is None:
-        start = tl.zeros([x.shape[1], w.w1x.shape[1]], tl.float32)
-    else:
-        start = tl.broadcast_to(w.b1[None, :], [x.shape[1], w.w1x.shape[1]])
+    start = tl.broadcast_to(w.b1[None, :], [x.shape[1], w.w1x.shape[1]])
     before = into_hidden(x, w.w1x, start, PRECISION)
     if CONCAT:
         before = tl.dot(inner, w.w1b_in, before, input_precision=PRECISION)

@@ -104,7 +104,7 @@ def mixed_gradient_by_tile(
         if FORM.has_left:
             hi = tl.where(low_j0 + (BLOCK_N - 1) >= lo + seq.offset - left, hi, lo)
         for i0 in range(lo, hi, BLOCK_M):
-            tile = open_tile(seq, i0, i0 - lo + low_j0, BLOCK_M, BLOCK_N, False)
+            tile = open_tile(seq, i0, i0 - lo + low_j0, BLOCK_M, BLOCK_N, False, FORM.explicit)
             _weights, gradients, _slack, _x_rows, _inner_rows, before = score_gradients(
                 x, tile, seq, heads, kv, w, mix, FORM, True, NVIDIA
             )  # fmt: skip

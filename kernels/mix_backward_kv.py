@@ -93,7 +93,7 @@ def mixed_backward_kv(
         j0, last, seq.q_len, seq.offset, left, right, BLOCK_M, FORM.has_left, FORM.has_right
     )  # fmt: skip
     for i0 in tl.range(lo, hi, BLOCK_M):
-        tile = open_tile(seq, i0, j0, BLOCK_M, BLOCK_N, False)
+        tile = open_tile(seq, i0, j0, BLOCK_M, BLOCK_N, False, FORM.explicit)
         weights, ds, slack, _x_rows, _inner_rows, before = score_gradients(
             x, tile, seq, heads, kv, w, mix, FORM, DV_ is None, NVIDIA
         )  # fmt: skip

@@ -97,7 +97,7 @@ def mixed_backward_q(
         i0, last, seq.k_len, seq.offset, left, right, BLOCK_N, FORM.has_left, FORM.has_right
     )  # fmt: skip
     for j0 in tl.range(lo, hi, BLOCK_N):
-        tile = open_tile(seq, i0, j0, BLOCK_M, BLOCK_N, False)
+        tile = open_tile(seq, i0, j0, BLOCK_M, BLOCK_N, False, FORM.explicit)
         _weights, ds, slack, x_rows, inner_rows, before = score_gradients(
             x, tile, seq, heads, kv, w, mix, FORM, True, NVIDIA
         )  # fmt: skip

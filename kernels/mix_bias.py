@@ -83,12 +83,17 @@ def open_sequence(
     b = index
     if CuQ is not None:
         b = index * 0
+    if QPositions is None:  # Triton 3.6 returns tensors only
+        QPositions = q_start
+        KPositions = k_start
     offset = mask_offset(q_len, k_len, TOP_LEFT)
     return Sequence(b, q_start, k_start, q_len, k_len, offset, QPositions, stride_qpos, KPositions, stride_kpos)
 
 
 @triton.jit
-def open_tile(seq: Sequence, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr):
+def open_tile(
+    seq: Sequence, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INSIDE: tl.constexpr, EXPLICIT: tl.constexpr
+):
     """INSIDE promises that all BLOCK_N keys exist; queries past the end are clamped to the last one in any case."""
     rows = tl.minimum(tl.arange(0, BLOCK_M), seq.q_len - 1 - i0)
     cols = tl.arange(0, BLOCK_N)
@@ -98,7 +103,6 @@ def open_tile(seq: Sequence, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
     j = (j0 + tl.arange(0, BLOCK_N))[None, None, :]
     i_in = (i0 + rows)[None, :, None]
     j_in = (j0 + cols)[None, None, :]
-    EXPLICIT: tl.constexpr = seq.QPositions is not None
     pi = i_in
     pj = j_in
     if EXPLICIT:

@@ -113,7 +113,7 @@ def mixed_forward(
                 j0 = full_lo + step * BLOCK_N
             else:
                 j0 = tl.where(step < before, lo + step * BLOCK_N, full_hi + (step - before) * BLOCK_N)
-            tile = open_tile(seq, i0, j0, BLOCK_M, BLOCK_N, INSIDE)
+            tile = open_tile(seq, i0, j0, BLOCK_M, BLOCK_N, INSIDE, FORM.explicit)
             k_tile = k_base + j0.to(tl.int64) * FORM.k_step
             v_tile = v_base + j0.to(tl.int64) * FORM.v_step
             cols = None if INSIDE else tile.cols
