@@ -206,15 +206,15 @@ def positions_for(position: Encoding | None, q_len: int, k_len: int) -> dict[str
     return {"q_positions": q_positions, "k_positions": k_positions}
 
 
-def plain_call(device: str) -> Call:
-    """The smallest call without an encoding: what a backend that is there at all can run."""
-    q = torch.zeros(1, 1, 1, 16, device=device)
+def plain_call(device: str, dtype: torch.dtype = torch.bfloat16) -> Call:
+    """The smallest call without an encoding: what a backend that is there at all can run, in the dtype all have."""
+    q = torch.zeros(1, 1, 1, 16, device=device, dtype=dtype)
     return Call(q, q, q, Plan(bias=Bias()), Mask(max_q=1, max_k=1), scale=1.0)
 
 
-def available(device: str = "cpu") -> list[str]:
-    """The fused backends that run on `device`."""
-    call = plain_call(device)
+def available(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """The fused backends that run on `device`, in that dtype."""
+    call = plain_call(device, dtype)
     return [name for name in backends.FUSED if backends.reason_against(name, call) is None]
 
 
@@ -247,6 +247,8 @@ def _rows(places: list[tuple[str, str]], options: argparse.Namespace) -> Iterato
     catalogue: dict[str, Encoding | None] = {"none": None, **examples(heads, dim, tokens)}
     for device, backend in places:
         for dtype_name in options.dtype or _DTYPES:
+            if backend not in available(device, _DTYPES[dtype_name]):
+                continue  # a dtype that the backend does not compute in
             q, k, v = (torch.randn(1, heads, tokens, dim).to(device, _DTYPES[dtype_name]) for _ in range(3))
             for name, position in catalogue.items():
                 placed = None if position is None else copy.deepcopy(position).to(device)
