@@ -50,6 +50,7 @@ def mixed_gradient_by_tile(
     of explicit positions."""
     pid = tl.program_id(0)
     GROUPS: tl.constexpr = FORM.groups
+    GROUP: tl.constexpr = FORM.group
     outer = Operands(
         Slope, stride_slope_b, Table, stride_table_h, table_first, table_last,
         Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
@@ -71,7 +72,7 @@ def mixed_gradient_by_tile(
     heads, kv = head_groups(num_heads, group, FORM.group, FORM.groups)
     by_head = ()
     for _ in tl.static_range(GROUPS):
-        by_head += (tl.zeros([FORM.group, BLOCK_M, BLOCK_N], tl.float32),)
+        by_head += (tl.zeros([GROUP, BLOCK_M, BLOCK_N], tl.float32),)
     psi = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     blocks_m = tl.cdiv(q_max, BLOCK_M)
     blocks_n = tl.cdiv(k_max, BLOCK_N)
@@ -144,9 +145,9 @@ def mixed_gradient_by_tile(
             row = tl.arange(0, FORM.group * BLOCK_M)[:, None]
             below = (i < c[None, :])[None, :, :]
             for g in tl.static_range(GROUPS):
-                by_row = tl.reshape(by_head[g], [FORM.group * BLOCK_M, BLOCK_N])
+                by_row = tl.reshape(by_head[g], [GROUP * BLOCK_M, BLOCK_N])
                 sheared = tl.gather(by_row, ((row % BLOCK_M) - c[None, :]) & (BLOCK_N - 1), 1)
-                sheared = tl.reshape(sheared, [FORM.group, BLOCK_M, BLOCK_N])
+                sheared = tl.reshape(sheared, [GROUP, BLOCK_M, BLOCK_N])
                 head = g * FORM.group + tl.arange(0, FORM.group)
                 head_out = (head.to(tl.int64) * stride_gt)[:, None] + out[None, :]
                 mask = (head < num_heads)[:, None] & (c >= 0)[None, :]

@@ -54,6 +54,7 @@ def mixed_backward_kv(
     blocks = tl.cdiv(k_max, BLOCK_N)
     pid = tl.program_id(0)
     GROUPS: tl.constexpr = FORM.groups
+    GROUP: tl.constexpr = FORM.group
     j0 = (pid % blocks) * BLOCK_N
     seq = open_sequence(
         pid // blocks, KLengths, CuQ, CuK, q_tokens, k_tokens,
@@ -87,7 +88,7 @@ def mixed_backward_kv(
     WIDE: tl.constexpr = FORM.block_dim if DV_ is None else FORM.block_value_dim
     acc = ()
     for _ in tl.static_range(GROUPS):
-        acc += (tl.zeros([FORM.group, BLOCK_N, WIDE], tl.float32),)
+        acc += (tl.zeros([GROUP, BLOCK_N, WIDE], tl.float32),)
     last = tl.minimum(j0 + BLOCK_N, seq.k_len) - 1
     lo, _full_lo, _full_hi, hi = query_spans(
         j0, last, seq.q_len, seq.offset, left, right, BLOCK_M, FORM.has_left, FORM.has_right

@@ -46,6 +46,9 @@ def mixed_backward_q(
     blocks = tl.cdiv(q_max, BLOCK_M)
     pid = tl.program_id(0)
     GROUPS: tl.constexpr = FORM.groups
+    GROUP: tl.constexpr = FORM.group
+    WIDTH: tl.constexpr = FORM.width
+    BLOCK_D: tl.constexpr = FORM.block_dim
     i0 = (blocks - 1 - pid % blocks) * BLOCK_M
     seq = open_sequence(
         pid // blocks, KLengths, CuQ, CuK, q_tokens, k_tokens,
@@ -77,10 +80,10 @@ def mixed_backward_q(
     w = load_weights(W1X, W1B, B1, W2, HEADS, FORM.width, Rows is not None)
     heads, kv = head_groups(num_heads, group, FORM.group, FORM.groups)
     PARTS: tl.constexpr = FORM.group
-    dw1x = tl.zeros([PARTS, HEADS, FORM.width], tl.float32)
-    dw1b = tl.zeros([PARTS, HEADS, FORM.width], tl.float32)
-    dw2 = tl.zeros([PARTS, HEADS, FORM.width], tl.float32)
-    db1 = tl.zeros([FORM.width], tl.float32)
+    dw1x = tl.zeros([PARTS, HEADS, WIDTH], tl.float32)
+    dw1b = tl.zeros([PARTS, HEADS, WIDTH], tl.float32)
+    dw2 = tl.zeros([PARTS, HEADS, WIDTH], tl.float32)
+    db1 = tl.zeros([WIDTH], tl.float32)
     drow = tl.zeros([BLOCK_M], tl.float32)
     dinner_row = tl.zeros([BLOCK_M], tl.float32)
     dq = ()
@@ -88,9 +91,9 @@ def mixed_backward_q(
     dinner_slope = ()
     for _ in tl.static_range(GROUPS):
         if DQ is not None:
-            dq += (tl.zeros([FORM.group, BLOCK_M, FORM.block_dim], tl.float32),)
-        dslope += (tl.zeros([FORM.group], tl.float32),)
-        dinner_slope += (tl.zeros([FORM.group], tl.float32),)
+            dq += (tl.zeros([GROUP, BLOCK_M, BLOCK_D], tl.float32),)
+        dslope += (tl.zeros([GROUP], tl.float32),)
+        dinner_slope += (tl.zeros([GROUP], tl.float32),)
     pid64 = pid.to(tl.int64)
     last = tl.minimum(i0 + BLOCK_M, seq.q_len) - 1
     lo, _full_lo, _full_hi, hi = key_spans(

@@ -54,6 +54,8 @@ def mixed_forward(
     blocks = tl.cdiv(q_max, BLOCK_M)
     pid = tl.program_id(0)
     GROUPS: tl.constexpr = FORM.groups
+    GROUP: tl.constexpr = FORM.group
+    BLOCK_DV: tl.constexpr = FORM.block_value_dim
     i0 = (blocks - 1 - pid % blocks) * BLOCK_M
     seq = open_sequence(
         pid // blocks, KLengths, CuQ, CuK, q_tokens, k_tokens,
@@ -93,9 +95,9 @@ def mixed_forward(
         if FORM.keep_queries:
             kept = contracted(q_base, heads[g], rows, stride_qh, BLOCK_M, FORM.q_step, FORM.dim, FORM.block_dim)
             q += (tl.permute(kept, (0, 2, 1)),)
-        m_i += (tl.full([FORM.group, BLOCK_M], LOWEST, tl.float32),)
-        l_i += (tl.zeros([FORM.group, BLOCK_M, 4], tl.float32),)
-        acc += (tl.zeros([FORM.group, BLOCK_M, FORM.block_value_dim], tl.float32),)
+        m_i += (tl.full([GROUP, BLOCK_M], LOWEST, tl.float32),)
+        l_i += (tl.zeros([GROUP, BLOCK_M, 4], tl.float32),)
+        acc += (tl.zeros([GROUP, BLOCK_M, BLOCK_DV], tl.float32),)
     last = tl.minimum(i0 + BLOCK_M, seq.q_len) - 1
     lo, full_lo, full_hi, hi = key_spans(
         i0, last, seq.k_len, seq.offset, left, right, BLOCK_N, FORM.has_left, FORM.has_right

@@ -82,15 +82,16 @@ def _mixed_rows(x, inner, w: Weights, F: tl.constexpr, CHUNKS: tl.constexpr, NVI
     """(what the MLP adds to the logits, less b2, [HEADS, P]; pre-activation [P, WIDTH], of the last part only if the
     positions go through in CHUNKS parts, so that the hidden layer takes fewer registers)."""
     P: tl.constexpr = x.shape[1]
+    HEADS: tl.constexpr = F.heads
     if CHUNKS == 1:
         before = first_layer(x, inner, w, F.concat, F.precision)
         return out_of_hidden(w.w2, leaky(before, x.dtype, NVIDIA), F.group, F.precision), before
     else:
-        x0, x1 = tl.split(tl.permute(tl.reshape(x, [F.heads, 2, P // 2]), (0, 2, 1)))
-        inner0, inner1 = tl.split(tl.permute(tl.reshape(inner, [2, P // 2, F.heads]), (1, 2, 0)))
+        x0, x1 = tl.split(tl.permute(tl.reshape(x, [HEADS, 2, P // 2]), (0, 2, 1)))
+        inner0, inner1 = tl.split(tl.permute(tl.reshape(inner, [2, P // 2, HEADS]), (1, 2, 0)))
         low, before = _mixed_rows(x0, inner0, w, F, CHUNKS // 2, NVIDIA)
         high, before = _mixed_rows(x1, inner1, w, F, CHUNKS // 2, NVIDIA)
-        return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [F.heads, P]), before
+        return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [HEADS, P]), before
 
 
 @triton.jit
