@@ -51,6 +51,7 @@ def mixed_gradient_by_tile(
     pid = tl.program_id(0)
     GROUPS: tl.constexpr = FORM.groups
     GROUP: tl.constexpr = FORM.group
+    OWN: tl.constexpr = FORM.inner if OF_INNER else FORM.outer
     outer = Operands(
         Slope, stride_slope_b, Table, stride_table_h, table_first, table_last,
         Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
@@ -114,9 +115,7 @@ def mixed_gradient_by_tile(
                 weights_of_inner = w.w1b if FORM.concat else w.w1x
                 gradients = input_gradient(gradients, dbefore, weights_of_inner, tile, FORM, FORM.residual)
             if DPsi is not None:
-                dpsi = psi_gradient(
-                    gradients, heads, num_heads, tile, own, FORM.inner if OF_INNER else FORM.outer, FORM, NVIDIA
-                )
+                dpsi = psi_gradient(gradients, heads, num_heads, tile, own, OWN, FORM, NVIDIA)
                 if ALONG_DIAGONAL:
                     psi += dpsi
                 else:

@@ -47,6 +47,8 @@ def mixed_backward_q(
     pid = tl.program_id(0)
     GROUPS: tl.constexpr = FORM.groups
     GROUP: tl.constexpr = FORM.group
+    INNER: tl.constexpr = FORM.inner
+    OUTER: tl.constexpr = FORM.outer
     WIDTH: tl.constexpr = FORM.width
     BLOCK_D: tl.constexpr = FORM.block_dim
     i0 = (blocks - 1 - pid % blocks) * BLOCK_M
@@ -117,7 +119,7 @@ def mixed_backward_q(
             dslope = slope_sums(dslope, ds, tile, FORM.outer.signed, FORM.explicit)
         if DSegments is not None:
             at = DSegments + pid64 * 2 * HEADS * (num_knots + 1)
-            drow += profile_sums(ds, at, heads, num_heads, tile, outer, FORM.outer, FORM, NVIDIA)
+            drow += profile_sums(ds, at, heads, num_heads, tile, outer, OUTER, FORM, NVIDIA)
         if DInnerSlope is not None or DInnerSegments is not None:
             weights_of_inner = w.w1b if FORM.concat else w.w1x
             db = input_gradient(ds, dbefore, weights_of_inner, tile, FORM, FORM.residual)
@@ -125,7 +127,7 @@ def mixed_backward_q(
                 dinner_slope = slope_sums(dinner_slope, db, tile, FORM.inner.signed, FORM.explicit)
             if DInnerSegments is not None:
                 at = DInnerSegments + pid64 * 2 * HEADS * (inner_num_knots + 1)
-                dinner_row += profile_sums(db, at, heads, num_heads, tile, inner, FORM.inner, FORM, NVIDIA)
+                dinner_row += profile_sums(db, at, heads, num_heads, tile, inner, INNER, FORM, NVIDIA)
         if DQ is not None:
             dx = input_gradient(ds, dbefore, w.w1x, tile, FORM, True)
             added = ()

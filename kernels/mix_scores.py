@@ -106,6 +106,8 @@ def mixed_logits(
     M: tl.constexpr = t.rows.shape[0]
     N: tl.constexpr = t.cols.shape[0]
     T: tl.constexpr = w.w1x.dtype
+    INNER: tl.constexpr = F.inner
+    OUTER: tl.constexpr = F.outer
     kept = ()
     slacks = ()
     mlp_rows = ()
@@ -117,7 +119,7 @@ def mixed_logits(
             x, slack = cap(x, m.softcap)
         row = x
         if F.has_inner:
-            inner = heads_bias(t, heads[g], m.inner, F.inner, F, NVIDIA)
+            inner = heads_bias(t, heads[g], m.inner, INNER, F, NVIDIA)
             if not F.concat:
                 row = x + inner
             elif m.Rows is None:
@@ -141,7 +143,7 @@ def mixed_logits(
     for g in tl.static_range(GROUPS):
         s = kept[g] + _as_products(mixed[g].to(tl.float32), F.precision, T)
         if F.has_outer:
-            s += heads_bias(t, heads[g], m.outer, F.outer, F, NVIDIA)
+            s += heads_bias(t, heads[g], m.outer, OUTER, F, NVIDIA)
         logits += (_masked(s, t, seq, heads[g], m, F, INSIDE),)
     return logits, slacks, x_rows, inner_rows, before
 
