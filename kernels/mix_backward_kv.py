@@ -51,6 +51,7 @@ def mixed_backward_kv(
 ):  # fmt: skip
     """DK [B, Hq, Tk, D] or DV_ [B, Hq, Tk, DV], contiguous, by query head; the other is None, as the accumulators of
     both do not fit in registers."""
+    PRECISION: tl.constexpr = FORM.precision
     blocks = tl.cdiv(k_max, BLOCK_N)
     pid = tl.program_id(0)
     GROUPS: tl.constexpr = FORM.groups
@@ -112,7 +113,7 @@ def mixed_backward_kv(
                     FORM.value_dim,
                     FORM.block_value_dim,
                 )
-                added += (_transposed_product(weights[g], do, acc[g], FORM.precision),)
+                added += (_transposed_product(weights[g], do, acc[g], PRECISION),)
         else:
             _ds_rows, dbefore = mlp_gradient(ds, before, w, FORM)
             dx = input_gradient(ds, dbefore, w.w1x, tile, FORM, True)
@@ -127,7 +128,7 @@ def mixed_backward_kv(
                     FORM.dim,
                     FORM.block_dim,
                 )
-                added += (_transposed_product(dx[g] * slack[g], q, acc[g], FORM.precision),)
+                added += (_transposed_product(dx[g] * slack[g], q, acc[g], PRECISION),)
         acc = added
 
     for g in tl.static_range(GROUPS):

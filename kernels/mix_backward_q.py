@@ -43,6 +43,7 @@ def mixed_backward_q(
     """DQ [B, H, Tq, D] contiguous. By program, zeroed, float32: DW1X and DW1B [HEADS, WIDTH], DB1 [WIDTH],
     DW2 [HEADS, WIDTH], DSlope [HEADS], DSegments [2, HEADS, W + 1]. DRowScale [B, Tq]. What is None is not
     computed; the registers hold either DQ's rows or the sums of the MLP's gradients."""
+    PRECISION: tl.constexpr = FORM.precision
     blocks = tl.cdiv(q_max, BLOCK_M)
     pid = tl.program_id(0)
     GROUPS: tl.constexpr = FORM.groups
@@ -109,10 +110,10 @@ def mixed_backward_q(
         ds_rows, dbefore = mlp_gradient(ds, before, w, FORM)
         if DW1X is not None:
             dbefore_rows = dbefore.to(Q.dtype.element_ty)
-            dw2 = add_outer(dw2, ds_rows, leaky(before, Q.dtype.element_ty, NVIDIA), FORM.precision)
-            dw1x = add_outer(dw1x, x_rows, dbefore_rows, FORM.precision)
+            dw2 = add_outer(dw2, ds_rows, leaky(before, Q.dtype.element_ty, NVIDIA), PRECISION)
+            dw1x = add_outer(dw1x, x_rows, dbefore_rows, PRECISION)
             if FORM.concat:
-                dw1b = add_outer(dw1b, tl.permute(inner_rows, (1, 0)), dbefore_rows, FORM.precision)
+                dw1b = add_outer(dw1b, tl.permute(inner_rows, (1, 0)), dbefore_rows, PRECISION)
             if DB1 is not None:
                 db1 += tl.sum(dbefore, 0)
         if DSlope is not None:
@@ -142,7 +143,7 @@ def mixed_backward_q(
                     FORM.dim,
                     FORM.block_dim,
                 )
-                added += (tl.dot((dx[g] * slack[g]).to(k.dtype), k, dq[g], input_precision=FORM.precision),)
+                added += (tl.dot((dx[g] * slack[g]).to(k.dtype), k, dq[g], input_precision=PRECISION),)
             dq = added
 
     offs_m = tl.arange(0, BLOCK_M)

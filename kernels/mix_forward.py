@@ -51,6 +51,7 @@ def mixed_forward(
     KLengths, CuQ, CuK, left, right, threshold, keep_scale, seed_lo, seed_hi,
     FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
+    PRECISION: tl.constexpr = FORM.precision
     blocks = tl.cdiv(q_max, BLOCK_M)
     pid = tl.program_id(0)
     GROUPS: tl.constexpr = FORM.groups
@@ -130,7 +131,7 @@ def mixed_forward(
                     )
                     queries = tl.permute(queries, (0, 2, 1))
                 keys = contracted(k_tile, kv[g], cols, stride_kh, BLOCK_N, FORM.k_step, FORM.dim, FORM.block_dim)
-                dots += (tl.dot(queries, keys, input_precision=FORM.precision),)
+                dots += (tl.dot(queries, keys, input_precision=PRECISION),)
             s, _slack, _x_rows, _inner_rows, _before = mixed_logits(
                 dots, tile, seq, heads, w, mix, FORM, INSIDE, FORM.chunks, NVIDIA
             )
@@ -148,7 +149,7 @@ def mixed_forward(
                     v_tile, kv[g], cols, stride_vh, BLOCK_N, FORM.v_step, FORM.value_dim, FORM.block_value_dim
                 )
                 scaled = acc[g] * alpha[:, :, None]
-                acc_next += (tl.dot(p.to(values.dtype), values, scaled, input_precision=FORM.precision),)
+                acc_next += (tl.dot(p.to(values.dtype), values, scaled, input_precision=PRECISION),)
                 m_next += (m_new,)
             m_i = m_next
             l_i = l_next

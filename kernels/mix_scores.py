@@ -81,11 +81,12 @@ def _masked(s, t: Tile, seq: Sequence, heads, m: Mix, F: tl.constexpr, INSIDE: t
 def _mixed_rows(x, inner, w: Weights, F: tl.constexpr, CHUNKS: tl.constexpr, NVIDIA: tl.constexpr):
     """(what the MLP adds to the logits, less b2, [HEADS, P]; pre-activation [P, WIDTH], of the last part only if the
     positions go through in CHUNKS parts, so that the hidden layer takes fewer registers)."""
+    PRECISION: tl.constexpr = F.precision
     P: tl.constexpr = x.shape[1]
     HEADS: tl.constexpr = F.heads
     if CHUNKS == 1:
-        before = first_layer(x, inner, w, F.concat, F.precision)
-        return out_of_hidden(w.w2, leaky(before, x.dtype, NVIDIA), F.group, F.precision), before
+        before = first_layer(x, inner, w, F.concat, PRECISION)
+        return out_of_hidden(w.w2, leaky(before, x.dtype, NVIDIA), F.group, PRECISION), before
     else:
         x0, x1 = tl.split(tl.permute(tl.reshape(x, [HEADS, 2, P // 2]), (0, 2, 1)))
         inner0, inner1 = tl.split(tl.permute(tl.reshape(inner, [2, P // 2, HEADS]), (1, 2, 0)))
@@ -101,6 +102,7 @@ def mixed_logits(
 ):  # fmt: skip
     """(logits less b2, -inf where masked; x's derivatives by the dot products; rows of x [HEADS, P]; rows of the inner
     bias [P, HEADS]; pre-activation [P, WIDTH]) from dot products."""
+    PRECISION: tl.constexpr = F.precision
     GROUPS: tl.constexpr = len(dots)
     GROUP: tl.constexpr = dots[0].shape[0]
     M: tl.constexpr = t.rows.shape[0]
@@ -141,7 +143,7 @@ def mixed_logits(
     mixed = tiles_of_heads(mixed, GROUP, M, N)
     logits = ()
     for g in tl.static_range(GROUPS):
-        s = kept[g] + _as_products(mixed[g].to(tl.float32), F.precision, T)
+        s = kept[g] + _as_products(mixed[g].to(tl.float32), PRECISION, T)
         if F.has_outer:
             s += heads_bias(t, heads[g], m.outer, OUTER, F, NVIDIA)
         logits += (_masked(s, t, seq, heads[g], m, F, INSIDE),)
@@ -177,27 +179,29 @@ def logit_gradient(s, dp, lse2, delta, t: Tile, heads, m: Mix):
 @triton.jit
 def mlp_gradient(ds, before, w: Weights, F: tl.constexpr):
     """From gradients of the logits: (their rows [HEADS, P], the gradient of the pre-activation [P, WIDTH])."""
+    PRECISION: tl.constexpr = F.precision
     T: tl.constexpr = w.w1x.dtype
     GROUPS: tl.constexpr = len(ds)
     rows = ()
     for g in tl.static_range(GROUPS):
         rows += (ds[g].to(T),)
     ds_rows = rows_of_heads(rows, F.heads)
-    dhidden = into_hidden(ds_rows, w.w2, tl.zeros(before.shape, tl.float32), F.precision)
+    dhidden = into_hidden(ds_rows, w.w2, tl.zeros(before.shape, tl.float32), PRECISION)
     return ds_rows, tl.where(before > 0.0, dhidden, 0.01 * dhidden)
 
 
 @triton.jit
 def input_gradient(ds, dbefore, weights, t: Tile, F: tl.constexpr, RESIDUAL: tl.constexpr):
     """The gradient of what `weights` multiplied in the first layer, by groups; RESIDUAL adds the bare term's, ds."""
+    PRECISION: tl.constexpr = F.precision
     GROUP: tl.constexpr = ds[0].shape[0]
     T: tl.constexpr = weights.dtype
-    dz = out_of_hidden(weights, dbefore.to(T), GROUP, F.precision)
+    dz = out_of_hidden(weights, dbefore.to(T), GROUP, PRECISION)
     dz = tiles_of_heads(dz, GROUP, t.rows.shape[0], t.cols.shape[0])
     GROUPS: tl.constexpr = len(ds)
     found = ()
     for g in tl.static_range(GROUPS):
-        x = _as_products(dz[g].to(tl.float32), F.precision, T)
+        x = _as_products(dz[g].to(tl.float32), PRECISION, T)
         if RESIDUAL:
             x += ds[g]
         found += (x,)

@@ -51,6 +51,7 @@ def score_gradients(
 ):  # fmt: skip
     """(weights as they met the values, gradients of the logits, x's derivatives, rows of x, rows of the inner bias,
     pre-activation); without GRADIENT, what the values' own gradient needs: the weights."""
+    PRECISION: tl.constexpr = F.precision
     BLOCK_M: tl.constexpr = t.rows.shape[0]
     BLOCK_N: tl.constexpr = t.cols.shape[0]
     GROUPS: tl.constexpr = F.groups
@@ -60,7 +61,7 @@ def score_gradients(
     for g in tl.static_range(GROUPS):
         q = contracted(x.q + i64 * F.q_step, heads[g], t.rows, x.stride_qh, BLOCK_M, F.q_step, F.dim, F.block_dim)
         k = contracted(x.k + j64 * F.k_step, kv[g], t.cols, x.stride_kh, BLOCK_N, F.k_step, F.dim, F.block_dim)
-        dots += (tl.dot(tl.permute(q, (0, 2, 1)), k, input_precision=F.precision),)
+        dots += (tl.dot(tl.permute(q, (0, 2, 1)), k, input_precision=PRECISION),)
     s, slack, x_rows, inner_rows, before = mixed_logits(dots, t, seq, heads, w, m, F, False, 1, NVIDIA)
     exists = (tl.arange(0, BLOCK_M) < seq.q_len - t.i0)[None, :]
     weights = ()
@@ -85,7 +86,7 @@ def score_gradients(
             v = contracted(
                 x.v + j64 * F.v_step, kv[g], t.cols, x.stride_vh, BLOCK_N, F.v_step, F.value_dim, F.block_value_dim
             )
-            dp = tl.dot(tl.permute(do, (0, 2, 1)), v, input_precision=F.precision)
+            dp = tl.dot(tl.permute(do, (0, 2, 1)), v, input_precision=PRECISION)
         kept, gradient = logit_gradient(s[g], dp, lse2, delta, t, heads[g], m)
         weights += (kept,)
         ds += (gradient,)
