@@ -100,6 +100,9 @@ def _plot_lengths(cases: list[list[Record]], path: Path) -> Path:
         _line(memory_axes, weighed, label)
     time_axes.set_ylabel("ns per query and key")
     memory_axes.set_ylabel("extra kB per token")
+    for axes in (time_axes, memory_axes):
+        if axes.lines:  # last, since setting a limit stops the axes from growing with what is drawn
+            axes.set_ylim(0.0, 1.1 * axes.dataLim.ymax)
     figure.savefig(path, dpi=110)
     return path
 
@@ -110,5 +113,4 @@ def _line(axes: Axes, points: list[tuple[int, float]], label: str) -> None:
         axes.legend(frameon=False, fontsize=7)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("length")

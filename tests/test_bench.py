@@ -13,7 +13,7 @@ import torch
 
 import posattn
 from posattn import bench, check
-from posattn.bench import cases, encodings, parity, peers, report, timing, work
+from posattn.bench import cases, encodings, parity, peers, plots, report, timing, work
 from posattn.bench.cases import Case, Target, Variant
 from posattn.bench.memory import extra_peak
 
@@ -182,3 +182,20 @@ def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_unknown_case_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--cases", "nothing", "--out", str(tmp_path)]) == 2
     assert "--cases: expected" in capsys.readouterr().err
+
+
+def test_lines_lie_inside_their_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    figures = {"case": "c", "peer": "posattn", "encoding": "FIRE", "variant": "v", "share": "nan", "peak_kind": "fma"}
+    rows = [{**figures, "q_len": n, "median": 9e-9 * n**2, "memory": 3e-3 * n} for n in (2048, 4096, 8192)]
+    with (tmp_path / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    plots.plot_all(tmp_path / "results.csv", tmp_path)
+    lines = [(axes, line) for figure in drawn for axes in figure.axes for line in axes.lines]
+    assert len(lines) == 2
+    for axes, line in lines:
+        low, high = axes.get_ylim()
+        assert all(low <= value <= high for value in line.get_ydata())
