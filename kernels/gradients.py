@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posattn.plan import Call, Profile, Slope
-from posattn.positions import token_indices
+from posattn.plan import Call, Profile
 
 from .attention import turned
 from .backward import attention_backward
@@ -17,6 +16,7 @@ from .backward_distance import gradient_by_distance
 from .configs_backward import bias_tile, main_tile
 from .operands import Arguments, Launch, common_arguments, k_max, padded, q_max, sequences, strides, unit_stride
 from .prepare import prepare
+from .sums import by_entry, row_scale_gradient, slope_gradient
 from .tiles import Tile
 from .units import units
 
@@ -99,30 +99,6 @@ def grad_like(call: Call, x: Tensor) -> Tensor:
     return create(x.shape, dtype=dtype, device=x.device)
 
 
-def slope_gradient(call: Call, operand: Slope, by_sequence: Tensor) -> Tensor:
-    """Sums [sequences, H] in the shape of the slopes, [H] or [B, H]."""
-    if operand.slope.dim() == 1:
-        return by_sequence.sum(0)
-    return by_sequence.sum(0, keepdim=True) if call.mask.cu_seqlens_q is not None else by_sequence
-
-
-def row_scale_gradient(call: Call, profile: Profile, rows: Tensor) -> Tensor:
-    """Sums [B, Tq] by query, in the row scale's entries."""
-    mask = call.mask
-    if call.q_positions is not None:
-        position = call.q_positions
-    else:
-        index, _, shift = token_indices(
-            call.q.shape[2], call.k.shape[2], rows.device, mask.k_lengths, mask.cu_seqlens_q, mask.cu_seqlens_k
-        )
-        position = index + shift
-    entry = (position - profile.row_first).clamp(0, profile.row_scale.shape[0] - 1)
-    if entry.shape[0] == 1:
-        rows = rows.sum(0, keepdim=True)
-    # index_put_ sorts before it adds: the result does not depend on the order of threads.
-    return torch.zeros_like(profile.row_scale, dtype=torch.float32).index_put_((entry,), rows, accumulate=True)
-
-
 def band_range(call: Call, block: int) -> tuple[int, int]:
     """(distance at the corner of the first band, number of bands) so that the bands hold every implicit distance."""
     first_corner = -(q_max(call) - 1) - (block - 1)
@@ -195,20 +171,6 @@ def fold_bands(bands: Tensor, block: int) -> Tensor:
     return total.view(heads, -1)
 
 
-def clamped(full: Tensor, start: int, first: int, length: int) -> Tensor:
-    """Sums by distance, entry 0 at `start`, as sums by table entry: distances outside count at the table's ends."""
-    begin, end = max(first - start, 0), min(first + length - start, full.shape[1])
-    if begin >= end:  # no distance inside: all fall on one end
-        result = full.new_zeros((full.shape[0], length))
-        result[:, 0 if first > start else -1] = full.sum(1)
-        return result
-    left = start + begin - first
-    result = torch.nn.functional.pad(full[:, begin:end], (left, length - left - (end - begin)))
-    result[:, 0] += full[:, :begin].sum(1)
-    result[:, -1] += full[:, end:].sum(1)
-    return result
-
-
 def _bias_gradients(
     call: Call, shared: dict[str, Any], needs: frozenset[str], launch: Launch, tile: Tile
 ) -> dict[str, Tensor]:
@@ -244,10 +206,10 @@ def _bias_gradients(
             grads.update(_line_gradients(call, bias.profile, by_row, segments.sum(1)))
         start = first_corner - block
         if table is not None and bias.table is not None:
-            grads["table"] = clamped(fold_bands(table, block), start, bias.table.first, bias.table.values.shape[1])
+            grads["table"] = by_entry(fold_bands(table, block), start, bias.table.first, bias.table.values.shape[1])
         if psi is not None and bias.profile is not None:
             folded = fold_bands(psi, block).sum(0, keepdim=True)
-            grads["psi"] = clamped(folded, start, bias.profile.first, bias.profile.psi.shape[0])[0]
+            grads["psi"] = by_entry(folded, start, bias.profile.first, bias.profile.psi.shape[0])[0]
     scatter = explicit and bool(by_distance)
     if scatter or "dense" in needs:
         dense = bias.dense.bias if bias.dense is not None and "dense" in needs else None

@@ -14,19 +14,17 @@ from .attention import turned
 from .configs_mix import backward_tile
 from .gradients import (
     band_range,
-    clamped,
     fold_bands,
     grad_like,
-    row_scale_gradient,
     row_statistics,
     sink_gradient,
-    slope_gradient,
 )
 from .mix_backward_bias import mixed_gradient_by_tile
 from .mix_backward_kv import mixed_backward_kv
 from .mix_backward_q import mixed_backward_q
 from .mixed import concat, input_arguments, mix_arguments
 from .operands import Arguments, Launch, k_max, padded, q_max, sequences
+from .sums import by_entry, row_scale_gradient, slope_gradient
 from .tiles import Tile
 
 
@@ -191,9 +189,9 @@ def _bias_gradients(
         )
         start = first_corner - block
         if table is not None and by_head is not None:
-            grads["table"] = clamped(fold_bands(by_head, block), start, table.first, table.values.shape[1])
+            grads["table"] = by_entry(fold_bands(by_head, block), start, table.first, table.values.shape[1])
         if profile is not None and psi is not None:
-            grads["psi"] = clamped(fold_bands(psi, block), start, profile.first, profile.psi.shape[0])[0]
+            grads["psi"] = by_entry(fold_bands(psi, block), start, profile.first, profile.psi.shape[0])[0]
     scatter = explicit and (table is not None or profile is not None)
     if scatter or dense is not None:
         out_batches = sequences(call) if scatter or packed or dense is None else dense.shape[0]

@@ -16,7 +16,8 @@ import posattn
 
 pytest.importorskip("cuda.core")
 
-from posattn.backends import cpu, cuda, cuda_backward_tiles, cuda_gradients
+from posattn.backends import cpu, cuda, cuda_backward_tiles
+from posattn.kernels.sums import by_entry
 from tests.ptxsim.kernel import Options
 from tests.ptxsim.seam import behind_launch
 from tools.gpu_budget.cuda import cases, figures, launches
@@ -213,4 +214,4 @@ def test_distances_outside_a_table_belong_to_its_ends(start, first, length):
     want = torch.zeros(2, length)
     for x in range(10):
         want[:, min(max(start + x - first, 0), length - 1)] += sums[:, x]
-    torch.testing.assert_close(cuda_gradients.by_entry(sums, start, first, length), want)
+    torch.testing.assert_close(by_entry(sums, start, first, length), want)

@@ -15,6 +15,7 @@ from posattn.backends.cuda_backward_tiles import BackwardTile, backward_tile, sh
 from posattn.backends.cuda_forward import run, turned
 from posattn.backends.cuda_operands import Constants, Members
 from posattn.kernels.operands import k_max, q_max, sequences
+from posattn.kernels.sums import by_entry, slope_gradient
 from posattn.plan import Call
 
 LOG2E = math.log2(math.e)
@@ -292,21 +293,21 @@ def _operand_gradients(of: _Pass, sums: dict[str, Tensor]) -> dict[str, Tensor]:
     explicit = call.q_positions is not None
     grads: dict[str, Tensor] = {}
     if "dslope" in sums and bias.slope is not None:
-        grads["slope"] = gradients.slope(call, bias.slope, sums["dslope"].sum(2))
+        grads["slope"] = slope_gradient(call, bias.slope, sums["dslope"].sum(2))
     if "dtable" in sums and bias.table is not None:
         if explicit:
             grads["table"] = sums["dtable"].sum(0)
         else:
             by_distance = sums["dtable"].sum((0, 2))
             length = bias.table.values.shape[1]
-            grads["table"] = gradients.by_entry(by_distance, of.first_distance, bias.table.first, length)
+            grads["table"] = by_entry(by_distance, of.first_distance, bias.table.first, length)
     profile = bias.profile
     if "dpsi" in sums and profile is not None:
         if explicit:
             grads["psi"] = sums["dpsi"].sum((0, 1))
         else:
             by_distance = sums["dpsi"].sum((0, 1, 2))[None]
-            grads["psi"] = gradients.by_entry(by_distance, of.first_distance, profile.first, profile.psi.shape[0])[0]
+            grads["psi"] = by_entry(by_distance, of.first_distance, profile.first, profile.psi.shape[0])[0]
     if "dsegments" in sums and profile is not None:
         segments = sums["dsegments"].sum((0, 2))
         grads["profile_intercept"], grads["profile_slope"] = segments[:, 0], segments[:, 1]

@@ -12,6 +12,7 @@ from posattn.backends.cuda_forward import run, turned
 from posattn.backends.cuda_mix import MixTile
 from posattn.backends.cuda_operands import Members
 from posattn.kernels.operands import k_max, sequences
+from posattn.kernels.sums import by_entry, slope_gradient
 from posattn.plan import Bias, Call, HeadMix
 
 _LOG2E = 1.4426950408889634
@@ -182,13 +183,13 @@ def _bias_gradients(call: Call, bias: Bias, prefix: str, sums: Members, operand:
     grads: dict[str, Tensor] = {}
     if "slope" in sums and bias.slope is not None:
         by_sequence = sums["slope"].view(sequences(call), -1, call.q.shape[1]).sum(1)
-        grads["slope"] = gradients.slope(call, bias.slope, by_sequence)
+        grads["slope"] = slope_gradient(call, bias.slope, by_sequence)
     if "table" in sums and bias.table is not None:
         length = bias.table.values.shape[1]
-        grads["table"] = gradients.by_entry(sums["table"], operand["table_first"], bias.table.first, length)
+        grads["table"] = by_entry(sums["table"], operand["table_first"], bias.table.first, length)
     if "psi" in sums and bias.profile is not None:
         length = bias.profile.psi.shape[0]
-        grads["psi"] = gradients.by_entry(sums["psi"][None], operand["psi_first"], bias.profile.first, length)[0]
+        grads["psi"] = by_entry(sums["psi"][None], operand["psi_first"], bias.profile.first, length)[0]
     if "segments" in sums and bias.profile is not None:
         grads["profile_intercept"], grads["profile_slope"] = sums["segments"].unbind(1)
         grads["row_scale"] = gradients.row_scale(call, bias.profile, sums["row_scale"], _QUERIES)

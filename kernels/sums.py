@@ -1,0 +1,48 @@
+"""From a backward kernel's sums to gradients in their operands' shapes, in torch and in a fixed order.
+
+What the sums are by (sequence, query, distance) is the same for Triton's kernels and CUDA's, so both call this.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from posattn.plan import Call, Profile, Slope
+from posattn.positions import token_indices
+
+
+def slope_gradient(call: Call, operand: Slope, by_sequence: Tensor) -> Tensor:
+    """Sums [sequences, H] in the shape of the slopes, [H] or [B, H]."""
+    if operand.slope.dim() == 1:
+        return by_sequence.sum(0)
+    return by_sequence.sum(0, keepdim=True) if call.mask.cu_seqlens_q is not None else by_sequence
+
+
+def row_scale_gradient(call: Call, profile: Profile, rows: Tensor) -> Tensor:
+    """Sums [B, Tq] by query, in the row scale's entries."""
+    mask = call.mask
+    if call.q_positions is not None:
+        position = call.q_positions
+    else:
+        index, _, shift = token_indices(
+            call.q.shape[2], call.k.shape[2], rows.device, mask.k_lengths, mask.cu_seqlens_q, mask.cu_seqlens_k
+        )
+        position = index + shift
+    entry = (position - profile.row_first).clamp(0, profile.row_scale.shape[0] - 1)
+    if entry.shape[0] == 1:
+        rows = rows.sum(0, keepdim=True)
+    # index_put_ sorts before it adds: the result does not depend on the order of threads.
+    return torch.zeros_like(profile.row_scale, dtype=torch.float32).index_put_((entry,), rows, accumulate=True)
+
+
+def by_entry(sums: Tensor, start: int, first: int, length: int) -> Tensor:
+    """Sums [H, n] by distance, from the distance `start` on, as sums [H, length] by entry of a table whose entry 0 is
+    for `first`: distances outside belong to its ends."""
+    begin, end = max(first - start, 0), max(first + length - start, 0)
+    result = torch.zeros((sums.shape[0], length), dtype=sums.dtype, device=sums.device)
+    within = sums[:, begin:end]
+    result[:, start + begin - first :][:, : within.shape[1]] = within
+    result[:, 0] += sums[:, :begin].sum(1)
+    result[:, -1] += sums[:, max(begin, end) :].sum(1)
+    return result
