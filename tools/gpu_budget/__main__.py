@@ -137,15 +137,13 @@ def check(results: Iterator[tuple[str, Figures | str]]) -> int:
 
 
 def update(results: Iterator[tuple[str, Figures | str]]) -> int:
-    accepted = budget.load()
     failed = 0
     for name, figures in results:
         if isinstance(figures, str):
             failed += 1
             print(f"{name}: does not compile: {figures}", flush=True)
-            continue
-        accepted[name] = budget.entry(figures)
-        budget.save(accepted)
+        else:
+            budget.accept(name, figures)
     return int(failed > 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +25,14 @@ def load() -> dict[str, Any]:
     return json.loads(PATH.read_text()) if PATH.exists() else {}
 
 
-def save(accepted: Mapping[str, Any]) -> None:
-    """One configuration a line, sorted, so that a change of one shows as one line."""
-    lines = [f"  {json.dumps(name)}: {json.dumps(accepted[name])}" for name in sorted(accepted)]
-    PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+def accept(name: str, figures: Figures) -> None:
+    """Puts one configuration into the file. Runs for other configurations may do so at the same time: the file is read
+    again for each, and replaced whole. One configuration a line, sorted, so that a change of one shows as one line."""
+    accepted = {**load(), name: entry(figures)}
+    lines = [f"  {json.dumps(key)}: {json.dumps(accepted[key])}" for key in sorted(accepted)]
+    fresh = PATH.with_suffix(f".{os.getpid()}.tmp")
+    fresh.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    fresh.replace(PATH)
 
 
 def debt(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Figures of the CUDA kernels that the package launches for typical calls, for GPUs that need not be here.
+"""Figures of the CUDA kernels that the package launches, for GPUs that need not be here.
 
     python -m tools.gpu_budget.cuda --arch sm_80 --match "D = 64"
 
@@ -21,6 +21,7 @@ import torch
 import posattn
 from posattn.backends import cuda_compile, cuda_launch
 from posattn.backends.cuda_compile import Kernel
+from posattn.backends.cuda_operands import HEAD_DIMS
 from posattn.encodings.base import Encoding
 
 from .measure import Figures, _nvidia
@@ -31,31 +32,39 @@ HEADS, TOKENS = 12, 2048
 
 @dataclass(frozen=True)
 class Case:
-    """A call whose launches are measured: causal self-attention, or one query with `decode`."""
+    """A call whose launches are measured: causal self-attention, or one query with `decode`; with `dense`, a bias
+    tensor as well."""
 
     label: str
     dim: int
     position: Callable[[int], Encoding | None]
     decode: bool = False
+    dense: bool = False
 
 
 def cases() -> Iterator[Case]:
-    """What users call most, and every head dimension."""
-    plans: Mapping[str, Callable[[int], Encoding | None]] = {
-        "plain": lambda dim: None,
-        "slope": lambda dim: posattn.ALiBi(HEADS, learnable=True),
-        "table": lambda dim: posattn.Kerple(HEADS),
+    """Every head dimension and every kind of plan that makes a kernel of its own."""
+    none: Callable[[int], Encoding | None] = lambda dim: None  # noqa: E731 - one of a row of lambdas
+    slope: Callable[[int], Encoding | None] = lambda dim: posattn.ALiBi(HEADS, learnable=True)  # noqa: E731
+    by_tile: Mapping[str, Callable[[int], Encoding | None]] = {
+        "plain": none,
         "profile": lambda dim: posattn.FIRE(HEADS),
-        "rotary": lambda dim: posattn.RoPE(dim),
-        "mixed heads": lambda dim: posattn.DAPE(posattn.Kerple(HEADS), HEADS),
     }
-    for dim in (64, 128):
-        for name, position in plans.items():
+    plans = {
+        **by_tile,
+        "slope": slope,
+        "table": lambda dim: posattn.Kerple(HEADS),
+        "rotary": lambda dim: posattn.RoPE(dim),
+    }
+    for dim in HEAD_DIMS:
+        for name, position in (plans if dim in (64, 128) else by_tile).items():
             yield Case(f"{name}, D = {dim}", dim, position)
-        yield Case(f"decoding, slope, D = {dim}", dim, plans["slope"], decode=True)
-    for dim in (32, 96, 192, 256):
-        for name in ("plain", "profile"):
-            yield Case(f"{name}, D = {dim}", dim, plans[name])
+        if dim in (64, 128):
+            yield Case(f"dense, D = {dim}", dim, none, dense=True)
+        yield Case(f"decoding, slope, D = {dim}", dim, slope, decode=True)
+    inner = {"nothing": lambda: None, "slope": lambda: slope(64), "table": lambda: posattn.Kerple(HEADS)}
+    for name, make in inner.items():
+        yield Case(f"mixed heads over {name}, D = 64", 64, lambda dim, make=make: posattn.DAPE(make(), HEADS))
 
 
 @dataclass(frozen=True)
@@ -85,13 +94,14 @@ def launches(case: Case, arch: str, backward: bool = False, dtype: torch.dtype =
     q_len = 1 if case.decode else TOKENS
     q = torch.zeros(1, HEADS, q_len, case.dim, dtype=dtype, requires_grad=backward)
     k, v = (torch.zeros(1, HEADS, TOKENS, case.dim, dtype=dtype, requires_grad=backward) for _ in range(2))
+    bias = torch.zeros(1, HEADS, q_len, TOKENS, requires_grad=backward) if case.dense else None
     # One multiprocessor: keys are not split, so a call is one launch of the kernel in question.
     device = {"has_device": lambda _: True, "architecture": lambda _: arch, "processors": lambda _: 1}
     with (
         mock.patch.object(cuda_compile, "compile_kernel", compile_),
         mock.patch.multiple(cuda_launch, launch=launch, **device),
     ):
-        out = posattn.attention(q, k, v, case.position(case.dim), causal=True, backend="cuda")
+        out = posattn.attention(q, k, v, case.position(case.dim), bias=bias, causal=True, backend="cuda")
         if backward:
             out.sum().backward()
     return noted
