@@ -38,8 +38,8 @@ class CompileError(RuntimeError):
     """NVRTC refused a source of ours."""
 
 
-_kernels: dict[str, Kernel] = {}
-_locks: dict[str, threading.Lock] = {}
+_kernels: dict[tuple[object, ...], Kernel] = {}
+_locks: dict[tuple[object, ...], threading.Lock] = {}
 _guard = threading.Lock()
 
 
@@ -66,15 +66,14 @@ def unsupported(arch: str) -> str | None:
 
 def compile_kernel(source: str, entry: str, struct: str, constants: Mapping[str, Constant], arch: str) -> Kernel:
     """The kernel `entry` of csrc/cuda/`source`, which takes one `struct` by value, built with `constants`."""
-    text = specialised(source, struct, constants)
-    key = _key(text, entry, arch)
+    key = (source, entry, arch, *constants.items())  # every launch asks, so the text is not made for it
     if key in _kernels:
         return _kernels[key]
     with _guard:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:  # another thread may be compiling the same kernel
         if key not in _kernels:
-            _kernels[key] = _load(key, text, entry, arch)
+            _kernels[key] = _load(specialised(source, struct, constants), entry, arch)
     return _kernels[key]
 
 
@@ -127,7 +126,8 @@ def _key(text: str, entry: str, arch: str) -> str:
     return hashlib.sha256(_source_hash() + "\0".join(parts).encode()).hexdigest()
 
 
-def _load(key: str, text: str, entry: str, arch: str) -> Kernel:
+def _load(text: str, entry: str, arch: str) -> Kernel:
+    key = _key(text, entry, arch)
     parts = cuda_cache.load(key)
     if parts is None or len(parts) != 2:
         parts = list(_compile(text, entry, arch))
