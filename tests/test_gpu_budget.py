@@ -5,10 +5,10 @@ import torch
 
 from posattn.backends import cuda_compile
 from tests.ptxsim import calibration
-from tools.gpu_budget import budget
+from tools.gpu_budget import amdgcn, budget
 from tools.gpu_budget.__main__ import check, measure_all, measure_cuda
+from tools.gpu_budget.flow import BasicBlock, loops
 from tools.gpu_budget.measure import Figures, measure
-from tools.gpu_budget.sass import BasicBlock, loops
 
 ACCEPTED = {"registers": 100, "spills": 0, "loop_spills": 0, "shared": 1000, "blocks": 2, "tensor": 8, "two_phase": 700}
 
@@ -22,6 +22,28 @@ def test_loops_are_found_with_what_every_iteration_runs() -> None:
     graph = [BasicBlock([], successors) for successors in ([1], [2, 3], [3], [1, 4], [])]
     (loop,) = loops(graph)
     assert (loop.head, loop.body, loop.always) == (1, {1, 2, 3}, {1, 3})
+
+
+AMD = """\
+kernel:                                 ; @kernel
+\tscratch_store_dwordx2 off, v[2:3], off ; 8-byte Folded Spill
+\tv_writelane_b32 v9, s4, 0
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+\tscratch_load_dword v1, off, off offset:4 ; 4-byte Folded Reload
+\ts_cbranch_execz .LBB0_3
+\tv_mfma_f32_32x32x8_bf16_1k v[0:15], v[16:17], v[18:19], v[0:15]
+\tscratch_store_short off, v1, off
+.LBB0_3:
+\ts_cbranch_scc1 .LBB0_1
+\ts_endpgm
+\t.amdhsa_kernel kernel
+    .vgpr_count:     40
+"""
+
+
+def test_spills_of_amd_kernels_are_what_goes_to_scratch() -> None:
+    assert amdgcn.read(AMD) == amdgcn.Counts(registers=40, spills=14, loop_spills=6, tensor=1)
+    assert amdgcn.read(AMD.replace("scc1 .LBB0_1", "scc1 .LBB0_3")).loop_spills == 0
 
 
 def test_what_counts_as_worse() -> None:

@@ -23,9 +23,11 @@ import torch
 from posattn.kernels.shipped import Shipped, shipped
 
 from . import budget, cuda
+from .cuda import Noted
 from .measure import Figures, measure
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+TRITON_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+ARCHITECTURES = (*cuda.ARCHITECTURES, "gfx942")
 
 
 def name_of(launch: Shipped) -> str:
@@ -74,13 +76,26 @@ def measure_all(architectures: list[str], match: str, jobs: int) -> Iterator[tup
 
 
 def measure_cuda(architectures: list[str], match: str) -> Iterator[tuple[str, Figures | str]]:
-    """The same for the CUDA kernels, forward passes and decoding, on NVIDIA's architectures."""
+    """The same for the CUDA kernels, forward and backward passes and decoding, on NVIDIA's architectures."""
     for arch in architectures:
         for case in cuda.cases() if arch.startswith("sm_") else ():
             if match not in f"CUDA, {arch}, {case.label}":
                 continue
-            for noted in cuda.launches(case, arch):
-                yield f"CUDA, {arch}, {case.label}, {noted.kernel.name}", cuda.figures(noted, arch)
+            seen: dict[str, Noted] = {}
+            for noted in _cuda_launches(case, arch):
+                name = f"CUDA, {arch}, {case.label}, {noted.kernel.name}"
+                while name in seen and seen[name].constants != noted.constants:  # one call may launch several forms
+                    name += "'"
+                if name not in seen:
+                    seen[name] = noted
+                    yield name, cuda.figures(noted, arch)
+
+
+def _cuda_launches(case: cuda.Case, arch: str) -> list[Noted]:
+    try:
+        return cuda.launches(case, arch, backward=not case.decode)
+    except ValueError:  # the backward kernel says that it cannot run here; Triton's will
+        return cuda.launches(case, arch)
 
 
 def row(name: str, figures: Figures) -> str:
@@ -158,7 +173,7 @@ def main() -> int:
     architectures = given.arch or list(ARCHITECTURES)
     results: Iterator[tuple[str, Figures | str]] = iter(())
     if given.backend != "cuda":
-        results = measure_all(architectures, given.match, given.jobs)
+        results = measure_all([arch for arch in architectures if arch in TRITON_ARCHITECTURES], given.match, given.jobs)
     if given.backend != "triton":
         results = chain(results, measure_cuda(architectures, given.match))
     if given.action == "table":

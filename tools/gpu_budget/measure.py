@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,7 +12,8 @@ from triton.compiler import ASTSource
 
 from tests.ptxsim.triton_run import specialise
 
-from . import sass
+from . import amdgcn, sass
+from .flow import loops
 from .pipes import GPUS, TENSOR, cycles, occupancy, steady_state
 
 _TILE = 64 * 64
@@ -61,7 +61,7 @@ def _nvidia(compiled: Any, arch: str, tile: int, warps: int) -> Figures:
     gpu = GPUS.get(arch)
     resident = occupancy(gpu, resources.registers, shared, warps) if gpu else None
     loop_spills, best = 0, None
-    for loop in sass.loops(graph):
+    for loop in loops(graph):
         body = [x for i in loop.body for x in graph[i].instructions]
         if not any(x.name in TENSOR for x in body):
             continue
@@ -82,15 +82,8 @@ def _nvidia(compiled: Any, arch: str, tile: int, warps: int) -> Figures:
 
 
 def _amd(compiled: Any) -> Figures:
-    text = compiled.asm["amdgcn"]
-
-    def number(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", text)
-        return int(found[1]) if found else 0
-
-    spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
-    registers = number("vgpr_count") + number("agpr_count")
-    return Figures(registers, spills, spills, compiled.metadata.shared, None, len(re.findall(r"v_mfma", text)))
+    found = amdgcn.read(compiled.asm["amdgcn"])
+    return Figures(found.registers, found.spills, found.loop_spills, compiled.metadata.shared, None, found.tensor)
 
 
 def measure(

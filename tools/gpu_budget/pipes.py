@@ -17,7 +17,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from .sass import BasicBlock, Instruction, Loop, width
+from .flow import BasicBlock, Loop
+from .sass import Instruction, width
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def occupancy(gpu: Gpu, registers: int, shared: int, warps: int) -> int:
     return min(gpu.max_warps // warps, gpu.max_blocks, by_registers, by_shared)
 
 
-def steady_state(loop: Loop, graph: list[BasicBlock]) -> list[Instruction]:
+def steady_state(loop: Loop, graph: list[BasicBlock[Instruction]]) -> list[Instruction]:
     """What a long loop runs each time: the blocks of every iteration and those that prefetch, masks left out."""
     prefetch = ("LDGSTS", "UTMALDG", "UBLKCP")
     chosen = [

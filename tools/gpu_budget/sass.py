@@ -1,15 +1,16 @@
-"""Machine code of NVIDIA kernels: disassembly, control flow, natural loops. Uses the binaries that Triton bundles."""
+"""Machine code of NVIDIA kernels: disassembly and control flow. Uses the binaries that Triton bundles."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import triton.backends.nvidia as nvidia
+
+from .flow import BasicBlock, connect
 
 _BIN = Path(nvidia.__file__).parent / "bin"
 _BRANCHES = ("BRA", "EXIT", "RET", "BRX", "JMP", "BREAK")
@@ -29,21 +30,6 @@ class Instruction:
     @property
     def name(self) -> str:
         return self.opcode.split(".")[0]
-
-
-@dataclass
-class BasicBlock:
-    instructions: list[Instruction]
-    successors: list[int]
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Blocks of a natural loop; `always` are those that every iteration runs."""
-
-    head: int
-    body: frozenset[int]
-    always: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -95,7 +81,7 @@ def _conditional(instruction: Instruction) -> bool:
     return bool(uniform) and "UPT" not in first and " PT" not in first
 
 
-def blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[BasicBlock]:
+def blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[BasicBlock[Instruction]]:
     """Basic blocks in the order of the code, with their successors."""
     leaders = {0, *(index for index in labels.values() if index < len(instructions))}
     jumps: dict[int, tuple[int | None, bool]] = {}  # target, whether the next instruction may follow
@@ -110,64 +96,7 @@ def blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[Basi
         elif instruction.name in _BRANCHES:
             jumps[i] = (target if instruction.name == "BRA" else None, _conditional(instruction))
             leaders.add(i + 1)
-    starts = sorted(index for index in leaders if index < len(instructions))
-    number = {index: i for i, index in enumerate(starts)}
-    found = []
-    for i, start in enumerate(starts):
-        end = starts[i + 1] if i + 1 < len(starts) else len(instructions)
-        target, falls = jumps.get(end - 1, (None, True))
-        successors = {number[target]} if target in number else set()
-        if falls and i + 1 < len(starts):
-            successors.add(i + 1)
-        found.append(BasicBlock(instructions[start:end], sorted(successors)))
-    return found
-
-
-def _dominators(graph: list[BasicBlock]) -> tuple[dict[int, set[int]], dict[int, list[int]]]:
-    reached, frontier = {0}, [0]
-    while frontier:
-        for successor in graph[frontier.pop()].successors:
-            if successor not in reached:
-                reached.add(successor)
-                frontier.append(successor)
-    before: dict[int, list[int]] = {i: [] for i in reached}
-    for i in reached:
-        for successor in graph[i].successors:
-            before[successor].append(i)
-    dominated = {i: set(reached) for i in reached}
-    dominated[0] = {0}
-    changed = True
-    while changed:
-        changed = False
-        for i in sorted(reached - {0}):
-            now = set.intersection(*(dominated[p] for p in before[i])) | {i}
-            if now != dominated[i]:
-                dominated[i] = now
-                changed = True
-    return dominated, before
-
-
-def loops(graph: list[BasicBlock]) -> list[Loop]:
-    """Natural loops: the blocks between a back edge and the block that dominates it."""
-    dominated, before = _dominators(graph)
-    bodies: dict[int, set[int]] = defaultdict(set)
-    latches: dict[int, set[int]] = defaultdict(set)
-    for i in dominated:
-        for head in graph[i].successors:
-            if head not in dominated[i]:
-                continue
-            body, frontier = {head, i}, [i] if i != head else []
-            while frontier:
-                for p in before[frontier.pop()]:
-                    if p not in body:
-                        body.add(p)
-                        frontier.append(p)
-            bodies[head] |= body
-            latches[head].add(i)
-    return [
-        Loop(head, frozenset(body), frozenset(set.intersection(*(dominated[i] for i in latches[head])) & body))
-        for head, body in sorted(bodies.items())
-    ]
+    return connect(instructions, leaders, jumps)
 
 
 def width(opcode: str) -> int:
