@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 TEST_ARGS ?= -n $(JOBS)
 
 NATIVE := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml
-CPP := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp tests/cpp/*.h tests/ptxsim/machine/*.cpp tests/ptxsim/machine/*.h)
+CPP := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp tests/cpp/*.h tests/cpp/*.c tests/ptxsim/machine/*.cpp tests/ptxsim/machine/*.h)
 CUDA := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.h)
 
 .DEFAULT_GOAL := help

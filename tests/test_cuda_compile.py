@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -187,24 +187,65 @@ def test_parameters_are_packed_as_the_compiler_lays_them_out():
         cuda_params.pack("Forward", {})
 
 
-def test_the_driver_is_given_the_packed_parameters(folder, monkeypatch):
+@pytest.fixture(scope="module")
+def driver_log(tmp_path_factory):
+    """Runs Python code beside a CUDA driver that only writes down what it is asked; gives the lines."""
+    folder = tmp_path_factory.mktemp("driver")
+    source = Path(__file__).parent / "cpp" / "cuda_driver.c"
+    soname = "libcuda.so.1"
+    build = ["cc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{soname}", "-o", str(folder / soname), str(source)]
+    subprocess.run(build, check=True)
+
+    def run(code):
+        log = folder / "log"
+        log.write_text("")
+        cache = str(folder / "cache")
+        found = {"LD_LIBRARY_PATH": str(folder), "CUDA_DRIVER_LOG": str(log), "POSATTN_CACHE_DIR": cache}
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | found, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return log.read_text().splitlines()
+
+    return run
+
+
+def test_what_the_driver_is_asked(driver_log):
+    """cuda.core and its bindings are the real ones. One load for each kernel, device and size of shared memory; a
+    launch asks for nothing else, so CUDA graphs can capture it."""
+    lines = driver_log(
+        f"""
+import torch
+from types import SimpleNamespace as Some
+from posattn.backends import cuda_compile, cuda_launch, cuda_params
+kernel = cuda_compile.compile_kernel(*{COMBINE}, {CONSTANTS}, "sm_80")
+image = cuda_params.pack("CombineParams", {{"rows": 5}})
+arguments = cuda_params.Arguments(b"\\x2a" + bytes(image)[1:], [Some(is_cuda=False, device=Some(index=0))])
+for stream in (77, 78):
+    torch.cuda.current_stream = lambda: Some(cuda_stream=stream)
+    cuda_launch.launch(kernel, (3,), (128,), 64, arguments)
+cuda_launch.launch(kernel, (4, 2), (128,), 100_000, arguments)
+"""
+    )
+    parameters = "first word 2a, extra 0"
+    assert lines == [
+        "load ELF",
+        "get attention_combine from 0x20",
+        "set 8 to 64 of 0x30 on 0",  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        f"launch 0x30 on 0x4d, grid 3 1 1, block 128 1 1, shared 64, {parameters}",
+        f"launch 0x30 on 0x4e, grid 3 1 1, block 128 1 1, shared 64, {parameters}",
+        "load ELF",
+        "get attention_combine from 0x20",
+        "set 8 to 100000 of 0x30 on 0",
+        f"launch 0x30 on 0x4e, grid 4 2 1, block 128 1 1, shared 100000, {parameters}",
+    ]
+
+
+def test_what_the_driver_refuses_is_said(folder, monkeypatch):
     from cuda.bindings import driver
 
-    seen = []
-
-    def launch(function, *rest):
-        *sizes, shared, stream, pointers, extra = rest
-        (address,) = (ctypes.c_void_p * 1).from_address(pointers)
-        seen.append((function, sizes, shared, stream, ctypes.string_at(address, len(packed)), extra))
-        return (driver.CUresult.CUDA_SUCCESS,)
-
     packed = cuda_params.pack("CombineParams", {"partial": torch.zeros(2), "rows": 5})
-    monkeypatch.setattr(driver, "cuLaunchKernel", launch)
+    monkeypatch.setattr(driver, "cuLaunchKernel", lambda *given: (driver.CUresult.CUDA_ERROR_INVALID_VALUE,))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
     monkeypatch.setattr(cuda_launch, "_loaded", lambda kernel, device, shared: ("owner", "function"))
-    cuda_launch.launch(compiled(), (3,), (128,), 64, packed)
-    assert seen == [("function", [3, 1, 1, 128, 1, 1], 64, 77, bytes(packed), 0)]
-    monkeypatch.setattr(driver, "cuLaunchKernel", lambda *given: (driver.CUresult.CUDA_ERROR_INVALID_VALUE,))
     with pytest.raises(RuntimeError, match=r"attention_combine \(grid \(3,\)\): CUDA_ERROR_INVALID_VALUE"):
         cuda_launch.launch(compiled(), (3,), (128,), 64, packed)
 
