@@ -10,11 +10,14 @@ element may be touched.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Protocol
+from unittest import mock
 
+from posattn.backends import cuda_compile
 from posattn.backends.cuda_params import Arguments
 
 from .kernel import Kernel, Options, Report
@@ -63,3 +66,21 @@ def run_cuda(
         buffers=[tensor for tensor in arguments.tensors if id(tensor) not in kept],
         read_only_buffers=arguments.read_only,
     )
+
+
+@contextmanager
+def source_lines() -> Iterator[None]:
+    """CUDA kernels compiled meanwhile say in their PTX which source line an instruction comes from. The instructions
+    are the same, but the text is not, so it is kept in the disk cache under a name of its own."""
+    if cuda_compile.missing() is not None:
+        yield
+        return
+    from cuda import core
+
+    key = cuda_compile._key
+    with (
+        mock.patch.object(core, "ProgramOptions", partial(core.ProgramOptions, lineinfo=True)),
+        mock.patch.object(cuda_compile, "_key", lambda *parts: f"{key(*parts)}-lines"),
+        mock.patch.dict(cuda_compile._kernels, clear=True),
+    ):
+        yield

@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from .cuda_run import CompiledCuda
+from .cuda_run import CompiledCuda, source_lines
 from .kernel import Fault, Findings, Kernel, Options, Unsupported
 from .mutants import KINDS, Mutant, mutants
 from .scenarios import SCENARIOS, Scenario
-from .seam import behind_launch
+from .seam import Launched, Machine, behind_launch
 from .survivors import Signature, signature, unexplained
 from .triton_run import Compiled
 
@@ -69,24 +69,29 @@ def _judge(
     return "survived", ""
 
 
+def _subjects(scenario: Scenario, machine: Machine) -> list[Launched]:
+    """One launch of each kernel: of its specialisations, the one that meets most of the scenario's cases."""
+    launches = [launched for launched in machine.launches if re.match(scenario.kernels, launched.kernel)]
+    counts = Counter((launched.kernel, id(launched.compiled)) for launched in launches)
+    often = dict(sorted(counts, key=counts.__getitem__))
+    found = {launched.kernel: launched for launched in launches if often[launched.kernel] == id(launched.compiled)}
+    return list(found.values())
+
+
 def run(scenario: Scenario, arch: int, kinds: tuple[str, ...] = KINDS, limit: int = 0) -> Iterator[Verdict]:
     """Judges every mutant of every kernel that the scenario launches; `limit` samples each kind of each kernel."""
-    with behind_launch(arch) as machine:
-        scenario.run(machine)
-    subjects = [launched for launched in machine.launches if re.match(scenario.kernels, launched.kernel)]
-    # Of a kernel's specialisations, the one that meets most of the scenario's cases.
-    counts = Counter((launched.kernel, id(launched.compiled)) for launched in subjects)
-    often = dict(sorted(counts, key=counts.__getitem__))
-    seen = {launched.kernel: launched for launched in subjects if often[launched.kernel] == id(launched.compiled)}
-    # A broken loop may not end; nothing sound runs ten times as long as the original.
-    longest = max(launched.report.counters["warp_instructions"] for launched in machine.launches)
-    options = Options(stats=False, limit=10 * longest)
-    for launched in seen.values():
-        for kind in kinds:
-            for mutant in mutants(launched.compiled.ptx, kind, limit):
-                caught_by, detail = _judge(scenario, launched.compiled, mutant, arch, options)
-                found = signature(mutant, launched.compiled.ptx)
-                yield Verdict(launched.kernel, mutant, caught_by, detail, found)
+    with source_lines():
+        with behind_launch(arch) as machine:
+            scenario.run(machine)
+        # A broken loop may not end; nothing sound runs ten times as long as the original.
+        longest = max(launched.report.counters["warp_instructions"] for launched in machine.launches)
+        options = Options(stats=False, limit=10 * longest)
+        for launched in _subjects(scenario, machine):
+            for kind in kinds:
+                for mutant in mutants(launched.compiled.ptx, kind, limit):
+                    caught_by, detail = _judge(scenario, launched.compiled, mutant, arch, options)
+                    found = signature(mutant, launched.compiled.ptx)
+                    yield Verdict(launched.kernel, mutant, caught_by, detail, found)
 
 
 def strangers(verdicts: Sequence[Verdict], scenario: str, arch: int) -> list[str]:

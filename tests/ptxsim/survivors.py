@@ -1,8 +1,9 @@
 """The mutants that no test can notice, and why: survivors.json, against which mutate.py holds what it finds.
 
 A survivor is known by its kernel, its change (with the registers' numbers left out) and the line of the package's
-source that its instruction comes from, so the table outlives a change of other lines; a count says how many mutants
-look so. Each names one of the table's reasons, which a person found by reading the PTX around it.
+source that its instruction comes from (the caller's, for what only wraps an instruction), so the table outlives a
+change of other lines; a count says how many mutants look so. Each names one of the table's reasons, which a person
+found by reading the PTX around it.
 """
 
 from __future__ import annotations
@@ -16,19 +17,25 @@ from pathlib import Path
 from .mutants import Mutant
 
 _PATH = Path(__file__).with_name("survivors.json")
-_SOURCES = Path(__file__).resolve().parents[2] / "kernels"
-_LOCATION = re.compile(r"//\s*(\w+\.py):(\d+):\d+\s*$")
+_ROOT = Path(__file__).resolve().parents[2]
+_SOURCES = (_ROOT / "kernels", _ROOT / "csrc" / "cuda")
+_WRAPPERS = ("ptx.h", "ptx_sm90.h")
+_FILE = re.compile(r"\s*\.file\s+(\d+)\s+\"([^\"]*)\"")
+_LOCATION = re.compile(r"\s*\.loc\s+(\d+) (\d+) \d+(?:,.*inlined_at (\d+) (\d+))?")
 
 Signature = tuple[str, str, str]
 
 
 def _place(ptx: list[str], line: int) -> str:
     """The text of the kernel's source line that a PTX line comes from; "" where the PTX does not say."""
+    files = {found[1]: Path(found[2]).name for found in map(_FILE.match, ptx) if found}
     for text in reversed(ptx[:line]):
-        found = _LOCATION.search(text)
-        source = _SOURCES / found[1] if found else None
-        if found and source and source.exists():
-            return f"{found[1]}: {source.read_text().splitlines()[int(found[2]) - 1].strip()}"
+        found = _LOCATION.match(text)
+        for file, number in ((found[1], found[2]), (found[3], found[4])) if found else ():
+            name = files.get(file, "")
+            source = next((folder / name for folder in _SOURCES if name and (folder / name).exists()), None)
+            if source and name not in _WRAPPERS and int(number) > 0:
+                return f"{name}: {source.read_text().splitlines()[int(number) - 1].strip()}"
     return ""
 
 
