@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posattn.backends.strides import steps
 from posattn.plan import Bias, Call, Profile
 
 Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, int], None]
@@ -49,11 +50,6 @@ def unit_stride(x: Tensor) -> Tensor:
 def padded(dim: int, least: int = 16) -> int:
     """The power of two that holds `dim`, at least what a tensor-core product needs."""
     return max(least, 1 << max(dim - 1, 0).bit_length())
-
-
-def _steps(x: Tensor) -> list[int]:
-    """Strides that repeat a dimension of size 1."""
-    return [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride())]
 
 
 def _signed32(word: int) -> int:
@@ -97,7 +93,7 @@ def mask_arguments(call: Call) -> Arguments:
         **dict.fromkeys(("stride_bb", "stride_bh", "stride_bi", "stride_bj"), 0),
     }
     if mask.boolean is not None:
-        values.update(zip(("stride_bb", "stride_bh", "stride_bi", "stride_bj"), _steps(mask.boolean)))
+        values.update(zip(("stride_bb", "stride_bh", "stride_bi", "stride_bj"), steps(mask.boolean)))
     return Arguments(values, {"HAS_LEFT": left is not None, "HAS_RIGHT": right is not None, "TOP_LEFT": mask.top_left})
 
 
@@ -106,8 +102,8 @@ def position_arguments(call: Call) -> dict[str, Any]:
     return {
         "QPositions": q_positions,
         "KPositions": k_positions,
-        "stride_qpos": 0 if q_positions is None else _steps(q_positions)[0],
-        "stride_kpos": 0 if k_positions is None else _steps(k_positions)[0],
+        "stride_qpos": 0 if q_positions is None else steps(q_positions)[0],
+        "stride_kpos": 0 if k_positions is None else steps(k_positions)[0],
     }
 
 
@@ -201,7 +197,7 @@ def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Argume
         **dict.fromkeys(("stride_db", "stride_dh", "stride_di", "stride_dj"), 0),
     }
     if dense is not None:
-        values.update(zip(("stride_db", "stride_dh", "stride_di", "stride_dj"), _steps(dense)))
+        values.update(zip(("stride_db", "stride_dh", "stride_di", "stride_dj"), steps(dense)))
     inside = (bias.table is None or covers(call, bias.table.first, bias.table.values.shape[1])) and (
         profile is None or covers(call, profile.first, profile.psi.shape[0])
     )
@@ -222,7 +218,7 @@ def rotary_arguments(cos: Tensor | None, sin: Tensor | None, side: str) -> dict[
     if cos is None or sin is None:
         return {prefix + "Cos": None, prefix + "Sin": None, f"stride_{side}_angle": 0}
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    return {prefix + "Cos": cos, prefix + "Sin": sin, f"stride_{side}_angle": _steps(cos)[0]}
+    return {prefix + "Cos": cos, prefix + "Sin": sin, f"stride_{side}_angle": steps(cos)[0]}
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:

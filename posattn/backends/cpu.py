@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posattn.backends.strides import steps
 from posattn.plan import Bias, Call, HeadMix
 
 try:
@@ -67,7 +68,7 @@ class _Binding:
     def broadcast_view(self, tensor: Tensor, dtype: int) -> tuple[Any, int]:
         """A tensor that broadcasts to [B, H, Tq, Tk], and its stride over keys."""
         self.keep.append(tensor)
-        batch, head, row, key = _steps(tensor)
+        batch, head, row, key = steps(tensor)
         return native.View(tensor.data_ptr(), batch, head, row, dtype), key
 
     def _call(self, call: Call) -> None:
@@ -206,11 +207,6 @@ def backward(
     return grads
 
 
-def _steps(tensor: Tensor) -> list[int]:
-    """Strides that repeat a dimension of size 1."""
-    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())]
-
-
 def _inner(call: Call) -> Bias:
     return Bias() if call.plan.mix is None else call.plan.mix.inner
 
@@ -237,6 +233,6 @@ def _bias_grads(to: Any, bias: Bias, prefix: str, call: Call, needs: frozenset[s
         dense = bias.dense.bias
         want("dense", dense, dense.shape, "grad_dense")
         if prefix + "dense" in grads:
-            to.grad_dense_batch, to.grad_dense_head, to.grad_dense_row, to.grad_dense_key = _steps(
+            to.grad_dense_batch, to.grad_dense_head, to.grad_dense_row, to.grad_dense_key = steps(
                 grads[prefix + "dense"]
             )
