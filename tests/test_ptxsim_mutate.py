@@ -17,6 +17,8 @@ PTX = """\
 \tmul.f32 %f3, %f1, %f2;
 \tmma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f1, %f2, %f3, %f4},
 \t  {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4};
+\t{.reg .pred p; setp.ne.b32 p, %r1, 0; wgmma.mma_async.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, %rd1, %rd2, p;}
+\t@first st.release.gpu.global.s32 [%rd1], %r1;
 \tret;
 """
 
@@ -30,11 +32,13 @@ def test_each_kind_of_mutant() -> None:
         "move bar.sync 0; later",
         "move bar.sync 0; earlier",
         "delete cp.async.wait_group 1;",
+        "move cp.async.wait_group 1; later",
         "move cp.async.wait_group 1; earlier",
         "cp.async.wait_group 1; leaves one more",
+        "@first st.release.gpu.global.s32 [%rd1], %r1; becomes relaxed",
     ]
     assert changes["mask"] == ["lt becomes le: setp.lt.s32 %p1, %r3, %r5;"]
-    assert len(changes["fragment"]) == 3
+    assert [change.split(":")[0][-1] for change in changes["fragment"]] == ["D", "A", "B", "D"]
     assert changes["rescale"] == ["drop mul.f32 %f3, %f1, %f2;"]
 
 
@@ -46,6 +50,7 @@ def test_mutants_change_one_thing() -> None:
     assert moved["move bar.sync 0; earlier"][:2] == [lines[1], lines[0]]
     swapped = mutants(PTX, "fragment")[1].ptx
     assert "{%r2, %r1, %r3, %r4}" in swapped
+    assert "{%f2, %f1, %f3, %f4}, %rd1" in mutants(PTX, "fragment")[3].ptx
     assert len(mutants(PTX, "sync", limit=2)) == 2
 
 

@@ -1,6 +1,7 @@
 """Small changes to PTX, each of which a test of the kernel should notice.
 
-sync: a synchronisation instruction deleted, moved past a neighbouring memory access, or made to wait for less.
+sync: a synchronisation instruction deleted, moved past a neighbouring memory access, or made to wait for less; a
+release or an acquire made relaxed.
 mask: a comparison of integers off by one (< for <=).
 fragment: two registers of a matrix operand exchanged.
 rescale: a float multiplication left out.
@@ -16,11 +17,15 @@ _SYNC = re.compile(
     r"\s*(?:bar|barrier)\.(?:cta\.)?(?:warp\.)?(?:sync|arrive)|\s*cp\.async\.(?:commit|wait)|\s*fence\.proxy|"
     r"\s*wgmma\.(?:fence|commit|wait)"
 )
-_MEMORY = re.compile(r"\s*(?:@!?%\w+\s+)?(?:ld\.shared|st\.shared|ldmatrix|stmatrix|cp\.async|wgmma\.mma|atom|red)")
+_MEMORY = re.compile(
+    r"\s*(?:\{\s*\.reg[^;]*;[^;]*;\s*)?(?:@!?%?\w+\s+)?(?:ld\.shared|st\.shared|ldmatrix|stmatrix|cp\.async|wgmma\.mma|atom|red)"
+)
 _EDGE = re.compile(r"\s*(?:\$?\w+:|(?:@!?%\w+\s+)?(?:bra|ret|exit))")
 _COMPARE = re.compile(r"(\s*(?:@!?%\w+\s+)?setp\.)(lt|le|gt|ge)(\.(?:and\.|or\.|xor\.)?[su]\d+\s)")
 _OFF_BY_ONE = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 _PRODUCT = re.compile(r"(\s*(?:@!?%\w+\s+)?)mul(?:\.rn)?(?:\.ftz)?\.f32\s+(%\w+), (%\w+), [^;]+;")
+_ORDERED = re.compile(r"\b(ld|st|atom|red)\.(acquire|release|acq_rel)\b")
+_FRAGMENTS = re.compile(r"\b(?:mma\.sync|ldmatrix|wgmma\.mma_async)\S*")
 _WAIT = re.compile(r"(wait_group(?:\.sync\.aligned)?\s+)(\d+)")
 
 
@@ -55,6 +60,10 @@ def _with(lines: list[str], at: int, text: str) -> str:
 
 def _sync(lines: list[str]) -> Iterator[Mutant]:
     for i, line in enumerate(lines):
+        ordered = _ORDERED.search(_code(line))
+        if ordered:
+            relaxed = _with(lines, i, line.replace(ordered[0], f"{ordered[1]}.relaxed"))
+            yield Mutant("sync", f"{_code(line).strip()} becomes relaxed", i + 1, relaxed)
         if not _SYNC.match(line):
             continue
         name = _code(line).strip()
@@ -80,23 +89,24 @@ def _mask(lines: list[str]) -> Iterator[Mutant]:
 
 def _fragment(lines: list[str]) -> Iterator[Mutant]:
     for i, line in enumerate(lines):
-        if not re.match(r"\s*(?:mma\.sync|ldmatrix)", line):
+        found = _FRAGMENTS.search(_code(line))
+        if not found:
             continue
         start, end = i, i
-        while ";" not in _code(lines[end]):  # Triton writes one instruction over several lines
-            end += 1
+        while ";" not in _code(lines[end])[found.end() if end == start else 0 :]:
+            end += 1  # Triton writes one instruction over several lines
         text = " ".join(_code(part) for part in lines[start : end + 1])
-        groups = list(re.finditer(r"\{([^}]*)\}", text))
-        is_mma = "mma.sync" in text
-        for number, group in enumerate(groups[:3] if is_mma else groups[:1]):
+        is_matrix = not found[0].startswith("ldmatrix")
+        groups = list(re.finditer(r"\{([^}]*)\}", text[found.end() :]))
+        for number, group in enumerate(groups[:3] if is_matrix else groups[:1]):
             registers = [name.strip() for name in group[1].split(",")]
             if len(registers) < 2:
                 continue
             swapped = ", ".join([registers[1], registers[0], *registers[2:]])
-            changed = text[: group.start(1)] + swapped + text[group.end(1) :]
-            operand = "DAB"[number] if is_mma else "result"
-            ptx = "\n".join([*lines[:start], changed, *lines[end + 1 :]])
-            yield Mutant("fragment", f"swap registers 0 and 1 of {operand}: {text.split()[0]}", i + 1, ptx)
+            at, to = (found.end() + edge for edge in group.span(1))
+            operand = "DAB"[number] if is_matrix else "result"
+            ptx = "\n".join([*lines[:start], text[:at] + swapped + text[to:], *lines[end + 1 :]])
+            yield Mutant("fragment", f"swap registers 0 and 1 of {operand}: {found[0]}", i + 1, ptx)
 
 
 def _rescale(lines: list[str]) -> Iterator[Mutant]:

@@ -64,6 +64,10 @@ _FORWARD = (
     _Case(198, 201), _Case(213, 409), _Case(229, 342), _Case(243, 388, 150.0), _Case(143, 97),
 )  # fmt: skip
 _BACKWARD = (_Case(250, 250), _Case(250, 600), _Case(133, 317, 150.0), _Case(180, 211), _Case(213, 342), _Case(143, 97))
+# Few rows; splits of the keys that run their loop several times, and calls without a split.
+_DECODE = (
+    _Case(1, 577), _Case(3, 611), _Case(5, 1290, 150.0), _Case(2, 64), _Case(1, 255), _Case(7, 330), _Case(4, 1025),
+)  # fmt: skip
 _MIX = (_Case(37, 37), _Case(20, 53), _Case(33, 90), _Case(52, 41))
 
 
@@ -125,10 +129,13 @@ SCENARIOS = {
         _parity("slope", _BACKWARD, backward=True), "Triton gradients, ALiBi", "attention_backward|prepare"
     ),
     "mix": Scenario(_parity("mix", _MIX), "Triton forward, HeadMix over Kerple", "mixed"),
+    "decode": Scenario(_parity("slope", _DECODE), "Triton decoding, ALiBi"),
+    "cuda_decode": Scenario(_parity("slope", _DECODE, backend="cuda"), "CUDA decoding, ALiBi"),
     "cuda_slope": Scenario(_parity("slope", _FORWARD, backend="cuda"), "CUDA forward, ALiBi"),
     "cuda_backward": Scenario(
         _parity("slope", _BACKWARD, backward=True, backend="cuda"),
         "CUDA gradients, ALiBi",
         "attention_backward|backward_",
     ),
+    "cuda_mix": Scenario(_parity("mix", _MIX, backend="cuda"), "CUDA forward, HeadMix over Kerple"),
 }
