@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .bias import lookup, slope_tile
+from .bias import gather, lookup, slope_tile
 from .masks import mask_offset, sequence
 from .scores import segments
 
@@ -139,6 +139,32 @@ def profile_tile(t: Tile, o: Operands, B: tl.constexpr, F: tl.constexpr, NVIDIA:
 
 
 @triton.jit
+def _joined(parts, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """bias._joined: parts along new last axes of 2, which count them together."""
+    if COUNT == 1:
+        return parts[FIRST]
+    else:
+        return tl.join(_joined(parts, FIRST, 2 * STEP, COUNT // 2), _joined(parts, FIRST + STEP, 2 * STEP, COUNT // 2))
+
+
+@triton.jit
+def _by_distance(corner, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NVIDIA: tl.constexpr):
+    """corner[head][m - n] for pointers [GROUP, 1, 1, 1], as [GROUP, BLOCK_M, BLOCK_N]; each value that stands at
+    (m, n) and at (m + 8, n + 8), in one thread of a product's result, is loaded once (bias.by_distance)."""
+    BLOCKS: tl.constexpr = BLOCK_N // 8
+    d = 16 * tl.arange(0, BLOCK_M // 16)[None, :, None, None] + tl.arange(0, 8)[None, None, :, None]
+    d -= tl.arange(0, 8)[None, None, None, :]
+    before = gather(corner + (d + 8), 0, NVIDIA)
+    pairs = ()
+    for k in tl.static_range(0, BLOCKS):
+        here = gather(corner + (d - 8 * k), 0, NVIDIA)
+        pairs += (tl.join(here, before),)
+        before = here
+    tile = tl.reshape(_joined(pairs, 0, 1, BLOCKS), [corner.shape[0], BLOCK_M // 16, 8, 8, 2, BLOCKS])
+    return tl.reshape(tl.permute(tile, (0, 1, 4, 2, 5, 3)), [corner.shape[0], BLOCK_M, BLOCK_N])
+
+
+@triton.jit
 def heads_bias(t: Tile, heads, o: Operands, B: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr):
     """The sum of a Bias's operands for the heads of a group."""
     h = heads[:, None, None]
@@ -148,9 +174,13 @@ def heads_bias(t: Tile, heads, o: Operands, B: tl.constexpr, F: tl.constexpr, NV
         bias = slope_tile(slope, t.pi, t.pj, t.i0, t.j0, t.shift, t.i0 + t.shift, False, B.signed, F.explicit)
     if o.Table is not None:
         table = o.Table + h * o.stride_table_h
-        found = lookup(
-            table, t.pi, t.pj, t.i0, t.j0, t.shift, o.table_first, o.table_last, 0, B.clamp, F.explicit, NVIDIA
-        )
+        if B.clamp or F.explicit or not NVIDIA:
+            found = lookup(
+                table, t.pi, t.pj, t.i0, t.j0, t.shift, o.table_first, o.table_last, 0, B.clamp, F.explicit, NVIDIA
+            )
+        else:
+            corner = table + (t.i0 - t.j0 + t.shift - o.table_first).to(tl.int64)
+            found = _by_distance(corner[:, :, :, None], t.rows.shape[0], t.cols.shape[0], NVIDIA)
         bias = found if bias is None else bias + found
     if o.Psi is not None:
         psi, row_scale, low, high = profile_tile(t, o, B, F, NVIDIA)

@@ -54,14 +54,18 @@ def head_groups(num_heads, group, GROUP: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _as_products(x, PRECISION: tl.constexpr, T: tl.constexpr):
-    """x, in the registers in which a product leaves its result: the sum of products with zeros and x. It keeps the
-    compiler from carrying the MLP's layout into the softmax, where every sum over keys would go through memory."""
-    if T.primitive_bitwidth == 16:
-        left = tl.zeros([x.shape[0], x.shape[1], 16], T)
-        return tl.dot(left, tl.zeros([x.shape[0], 16, x.shape[2]], T), x, input_precision=PRECISION)
+def _plus_rows(x, rows, PRECISION: tl.constexpr):
+    """x + rows, for rows [GROUP, M, N] in the dtype of products, as one more product, with the identity: tensor cores
+    add them where x lies, and the compiler does not carry the rows' layout into x, whose sums over keys would then go
+    through memory."""
+    if rows.dtype.primitive_bitwidth == 16:
+        M: tl.constexpr = x.shape[1]
+        i = tl.arange(0, M)
+        ones = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(rows.dtype)
+        ones = tl.broadcast_to(ones[None, :, :], [x.shape[0], M, M])
+        return tl.dot(ones, rows, x, input_precision=PRECISION)
     else:
-        return x
+        return x + rows
 
 
 @triton.jit
@@ -143,7 +147,7 @@ def mixed_logits(
     mixed = tiles_of_heads(mixed, GROUP, M, N)
     logits = ()
     for g in tl.static_range(GROUPS):
-        s = kept[g] + _as_products(mixed[g].to(tl.float32), PRECISION, T)
+        s = _plus_rows(kept[g], mixed[g], PRECISION)
         if F.has_outer:
             s += heads_bias(t, heads[g], m.outer, OUTER, F, NVIDIA)
         logits += (_masked(s, t, seq, heads[g], m, F, INSIDE),)
@@ -201,8 +205,6 @@ def input_gradient(ds, dbefore, weights, t: Tile, F: tl.constexpr, RESIDUAL: tl.
     GROUPS: tl.constexpr = len(ds)
     found = ()
     for g in tl.static_range(GROUPS):
-        x = _as_products(dz[g].to(tl.float32), PRECISION, T)
-        if RESIDUAL:
-            x += ds[g]
-        found += (x,)
+        x = ds[g] if RESIDUAL else tl.zeros(ds[g].shape, tl.float32)
+        found += (_plus_rows(x, dz[g], PRECISION),)
     return found

@@ -119,8 +119,7 @@ def rows_of_heads(parts, HEADS: tl.constexpr):
 
 
 @triton.jit
-def tiles_of_heads(x, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """The inverse of rows_of_heads, with the tiles of padding too."""
+def _tiles(x, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     COUNT: tl.constexpr = x.shape[0] // GROUP
     if COUNT == 1:
         return (tl.reshape(x, [GROUP, M, N]),)
@@ -130,3 +129,17 @@ def tiles_of_heads(x, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
         return _parted(tl.permute(tl.reshape(x, [2, 2, GROUP, M, N]), (2, 3, 4, 1, 0)), 4)
     else:
         return _parted(tl.permute(tl.reshape(x, [2, 2, 2, GROUP, M, N]), (3, 4, 5, 2, 1, 0)), 8)
+
+
+@triton.jit
+def tiles_of_heads(x, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The inverse of rows_of_heads, with the tiles of padding too."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], M * N // 2, 2]))
+    even = _tiles(even, GROUP, M, N // 2)
+    odd = _tiles(odd, GROUP, M, N // 2)
+    COUNT: tl.constexpr = x.shape[0] // GROUP
+    tiles = ()
+    for g in tl.static_range(COUNT):
+        # Joined last: see rows_of_heads.
+        tiles += (tl.reshape(tl.join(even[g], odd[g]), [GROUP, M, N]),)
+    return tiles
