@@ -26,6 +26,20 @@ CASES = {
         {"q_len": 5}, lambda: posattn.DAPE(posattn.FIRE(3, width=6), 3, width=8),
         lambda: {"q_positions": torch.randint(0, 30, (5,)), "k_positions": torch.randint(0, 30, (53,))},
     ),
+    "deterministic, window, bias for all heads": (
+        {"q_len": 50, "batch": 2},
+        lambda: posattn.DAPE(posattn.Kerple(3) + posattn.ALiBi(3, learnable=True), 3, width=8),
+        lambda: {"window": (30, 9), "bias": torch.randn(1, 1, 50, 53), "deterministic": True},
+    ),
+    "deterministic, profile, packed documents": (
+        {"q_len": 60, "k_len": 50}, lambda: posattn.DAPE(posattn.FIRE(3, width=6), 3, width=8),
+        lambda: {
+            "causal": True,
+            "cu_seqlens_q": torch.tensor([0, 5, 5, 60]),
+            "cu_seqlens_k": torch.tensor([0, 20, 21, 50]),
+            "deterministic": True,
+        },
+    ),
     "128 dimensions": ({"heads": 4, "kv_heads": 2, "dim": 128}, lambda: posattn.DAPE(posattn.Kerple(4), 4), dict),
     "88 dimensions, one head": (
         {"heads": 1, "kv_heads": 1, "dim": 88, "dtype": torch.float16}, lambda: posattn.DAPE(None, 1), dict
@@ -34,7 +48,12 @@ CASES = {
 
 
 # The source is one for all architectures; on sm_90 only what NVRTC makes of it differs.
-ALSO_ON_SM_90 = ("table, two sequences", "rotary, grouped heads", "packed documents")
+ALSO_ON_SM_90 = (
+    "table, two sequences",
+    "deterministic, window, bias for all heads",
+    "rotary, grouped heads",
+    "packed documents",
+)
 
 
 @pytest.mark.parametrize(
@@ -101,19 +120,33 @@ def test_what_does_not_fit_is_refused(heads, dim, width, reason):
         posattn.attention(q, k, v, posattn.DAPE(None, heads, width=width), backend="cuda")
 
 
+def gradients(deterministic, reverse):
+    torch.manual_seed(5)
+    q, k, v = (x.requires_grad_() for x in tensors(q_len=100, k_len=130))
+    position = posattn.DAPE(posattn.Kerple(3) + posattn.FIRE(3, width=6), 3, width=8)
+    with behind_launch(80, Options(reverse=reverse, stats=False)):
+        out = posattn.attention(q, k, v, position, causal=True, deterministic=deterministic, backend="cuda")
+        (out * torch.linspace(-1, 1, 32)).sum().backward()
+    return [x.grad for x in (q, k, v, *position.parameters())]
+
+
+def test_deterministic_gradients_do_not_depend_on_the_order_of_blocks():
+    assert all(map(torch.equal, gradients(True, reverse=False), gradients(True, reverse=True)))
+    assert not all(map(torch.equal, gradients(False, reverse=False), gradients(False, reverse=True)))
+
+
 @pytest.mark.parametrize(
-    ("heads", "width", "deterministic", "reason"),
+    ("heads", "width", "reason"),
     [
-        (20, 32, False, "dK and dV of all heads in registers"),
-        (12, 64, False, "64 hidden units do not fit"),
-        (3, 8, True, "not deterministic"),
+        (20, 32, "dK and dV of all heads in registers"),
+        (12, 64, "64 hidden units do not fit"),
     ],
 )
-def test_backward_says_what_it_cannot_do(heads, width, deterministic, reason):
+def test_backward_says_what_it_cannot_do(heads, width, reason):
     q, k, v = (x.requires_grad_() for x in tensors(heads=heads, kv_heads=heads, q_len=3, k_len=3, dim=64))
     position = posattn.DAPE(posattn.Kerple(heads), heads, width=width)
     with behind_launch(80):
-        out = posattn.attention(q, k, v, position, deterministic=deterministic, backend="cuda")
+        out = posattn.attention(q, k, v, position, backend="cuda")
         with pytest.raises(ValueError, match=reason):
             out.sum().backward()
 

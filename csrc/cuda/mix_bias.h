@@ -1,5 +1,5 @@
-// A bias one logit at a time, and its gradient: the outer bias of forward and backward, and in the backward pass the
-// operands of the inner one that are not functions of the distance alone.
+// A bias one logit at a time: the outer bias of forward and backward, and in the backward pass the operands of the
+// inner one that are not functions of the distance alone.
 #pragma once
 #include "bias_gather.h"
 #include "dense.h"
@@ -73,36 +73,6 @@ __device__ __forceinline__ float bias_of(const BiasParams& p, int batch, int h, 
     bias += dense_element<Kind::DENSE_TYPE>(p.dense, pair_offset(p.dense_strides, batch, h, at.i, at.j));
   }
   return bias;
-}
-
-// Adds the gradient g of one logit to what it depends on; returns what the slope's sum takes. row: the query's, padded.
-template <class Kind>
-__device__ __forceinline__ float add_gradient(const BiasGradParams& to, const BiasParams& p, int batch, int h,
-                                              int64_t row, const Pair& at, float g) {
-  const int64_t d = at.distance();
-  if constexpr (Kind::TABLE) {
-    if (to.table) {
-      const int64_t entries = p.table_last - p.table_first + 1;
-      ptx::red_add(to.table + h * entries + RowBias::clamped(d, p.table_first, p.table_last), g);
-    }
-  }
-  if constexpr (Kind::PROFILE) {
-    const int entry = RowBias::clamped(d, p.psi_first, p.psi_last);
-    const float psi = p.psi[entry], scale = p.row_scale[RowBias::clamped(at.query, p.row_first, p.row_last)];
-    const int segment = segment_of(p, psi * scale);
-    const float steep = p.segment_slope[h * (p.num_knots + 1) + segment];
-    if (to.psi) ptx::red_add(to.psi + entry, g * steep * scale);
-    if (to.row_scale) {
-      float* sums = to.segments + h * 2 * (p.num_knots + 1) + segment;
-      ptx::red_add(to.row_scale + row, g * steep * psi);
-      ptx::red_add(sums, g);
-      ptx::red_add(sums + p.num_knots + 1, g * psi * scale);
-    }
-  }
-  if constexpr (Kind::DENSE_TYPE != NO_DENSE) {
-    if (to.dense) ptx::red_add(to.dense + pair_offset(to.dense_strides, batch, h, at.i, at.j), g);
-  }
-  return Kind::SLOPE ? -g * static_cast<float>(Kind::SIGN || d >= 0 ? d : -d) : 0.0f;
 }
 
 // Where a lane's logits lie is logits.h's Place: rows row + 8 a, columns column + 8 n + e. s is in base 2.

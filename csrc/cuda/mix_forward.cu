@@ -215,7 +215,7 @@ __device__ __forceinline__ void step(const Forward& f, Head (&heads)[HEADS_PER_W
     round_tile(weights, heads[x].s);
     if (!ONE) values.template load<!BORDER>(heads[x].values, j0, f.lane);
     if (ONE) fragments.load(heads[x].keys, ahead, f.lane);
-    multiply_rows(heads[x].out, weights, values);
+    multiply_rows<HEAD_DIM_V>(heads[x].out, weights, values);
   }
   buffer ^= 1;
 }

@@ -184,28 +184,15 @@ struct PlaneReader {
   }
 
   // z[b]: (position g, planes 8 b + 2t..), the same for positions g + 8. Planes are columns there, so they are turned.
-  __device__ __forceinline__ void by_position(uint32_t (&z)[EIGHTS][2], int at) const { read<true>(z, at); }
-
-  // z[b]: (plane 8 b + g, positions 2t..), the same for positions 2t + 8.. .
-  __device__ __forceinline__ void by_plane(uint32_t (&z)[EIGHTS][2], int at) const { read<false>(z, at); }
-
-private:
-  template <bool TRANS>
   __device__ __forceinline__ void read(uint32_t (&z)[EIGHTS][2], int at) const {
 #pragma unroll
     for (int b = 0; b < EIGHTS; b += 2) {
       if (b + 1 < EIGHTS) {
         uint32_t both[4];
-        if constexpr (TRANS) {
-          ptx::ldmatrix_x4_trans(both, rows[b / 2] + at);
-        } else {
-          ptx::ldmatrix_x4(both, rows[b / 2] + at);
-        }
+        ptx::ldmatrix_x4_trans(both, rows[b / 2] + at);
         z[b][0] = both[0], z[b][1] = both[1], z[b + 1][0] = both[2], z[b + 1][1] = both[3];
-      } else if constexpr (TRANS) {
-        ptx::ldmatrix_x2_trans(z[b], rows[b / 2] + at);
       } else {
-        ptx::ldmatrix_x2(z[b], rows[b / 2] + at);
+        ptx::ldmatrix_x2_trans(z[b], rows[b / 2] + at);
       }
     }
   }
@@ -232,7 +219,7 @@ __device__ __forceinline__ void mix_tile(const Mlp& mlp, const InputReader& inpu
     if (POSITION_TILES % MLP_WARPS != 0 && step * MLP_WARPS + lane.warp >= POSITION_TILES) break;
     const Position at = position(step, lane.warp);
     uint32_t z[INPUT_BLOCKS][2];
-    inputs.by_position(z, at.x);
+    inputs.read(z, at.x);
     float out[HEAD_BLOCKS][4];
     mlp.run(out, z);
     store_pairs(to + at.mix, out);

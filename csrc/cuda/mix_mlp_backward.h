@@ -1,8 +1,9 @@
 // DAPE's MLP backwards, on the positions that one warp takes: from the gradient of the logits to that of the inputs,
 // and the sums for the weights.
 //
-// The hidden layer is computed again from x. What leaves a product as [positions, units] is at once the operand of the
-// next product over units; for the sums over positions it is turned, 8 x 8 elements at a time, in registers.
+// The hidden layer is computed again from x, units by positions: as such it is at once the operand of the sums over
+// positions. What the weights' gradients need turned, and the gradient on its way to the inputs, is turned 8 x 8
+// elements at a time, in registers.
 #pragma once
 #include "mix_mlp.h"
 
@@ -15,7 +16,43 @@ __device__ __forceinline__ uint32_t leaky_gradient(uint32_t gradient, uint32_t a
   return (gradient & ~negative) | (less & negative);
 }
 
-// An A operand [positions, units] as the A operand [units, positions].
+// d [units, eight positions] = weights [units, planes] by half of z's positions: a PlaneReader's operands serve as B,
+// and a matrix of weights has the same registers as the B operand [planes, units] and as the A operand.
+template <int EIGHTS>
+__device__ __forceinline__ void multiply_units(float (&d)[4], const uint32_t (&low)[EIGHTS],
+                                               const uint32_t (&high)[EIGHTS], const uint32_t (&z)[EIGHTS][2],
+                                               int half) {
+#pragma unroll
+  for (int b = 0; b + 1 < EIGHTS; b += 2) {
+    const uint32_t a[4] = {low[b], high[b], low[b + 1], high[b + 1]};
+    if (b == 0) {
+      mma_to(d, a, z[b][half], z[b + 1][half], ZEROS);
+    } else {
+      mma(d, a, z[b][half], z[b + 1][half]);
+    }
+  }
+  if constexpr (EIGHTS % 2) {
+    constexpr int LAST = EIGHTS - 1;
+    const uint32_t a[2] = {low[LAST], high[LAST]};
+    if constexpr (EIGHTS == 1) {
+      mma_to(d, a, z[LAST][half], ZEROS);
+    } else {
+      mma_to(d, a, z[LAST][half], d);
+    }
+  }
+}
+
+// sums [units, planes] += units [units, positions] by z [positions, planes], whose operands are turned for it.
+template <int EIGHTS>
+__device__ __forceinline__ void add_products(float (&sums)[EIGHTS][4], const uint32_t (&units)[4],
+                                             const uint32_t (&z)[EIGHTS][2]) {
+#pragma unroll
+  for (int b = 0; b < EIGHTS; ++b) {
+    mma(sums[b], units, ptx::movmatrix_trans(z[b][0]), ptx::movmatrix_trans(z[b][1]));
+  }
+}
+
+// The A operand [units, positions] as the A operand [positions, units].
 __device__ __forceinline__ void turn_operand(uint32_t (&to)[4], const uint32_t (&from)[4]) {
   to[0] = ptx::movmatrix_trans(from[0]);
   to[1] = ptx::movmatrix_trans(from[2]);
@@ -29,10 +66,13 @@ struct MlpBackward {
   float dw1[WIDTH_PAIRS][INPUT_BLOCKS][4];     // (unit 16 u + g, inputs 8 b + 2t..), the same for unit 16 u + g + 8
   float dw2[WIDTH_PAIRS][HEAD_BLOCKS][4];      // (unit 16 u + g, heads 8 a + 2t..)
   float db1[WIDTH_PAIRS][4];                   // the same in every column
+  uint32_t b1[2 * WIDTH_PAIRS];                // unit 8 n + g, twice
 
   __device__ __forceinline__ MlpBackward(const MixParams& p, const Lane& lane) {
 #pragma unroll
     for (int n = 0; n < 2 * WIDTH_PAIRS; ++n) {
+      const float bias = padded_element(p.b1, 0, 1, 8 * n + lane.g, WIDTH);
+      b1[n] = pack(bias, bias);
 #pragma unroll
       for (int a = 0; a < HEAD_BLOCKS; ++a) {
         const int head = 8 * a + 2 * lane.t, unit = 8 * n + lane.g;
@@ -63,29 +103,26 @@ struct MlpBackward {
   __device__ __forceinline__ void run(const Mlp& mlp, const InputReader& x, const PlaneReader<HEADS, false>& ds, int at,
                                       uint32_t to) {
     uint32_t z[INPUT_BLOCKS][2], g[HEAD_BLOCKS][2], before[WIDTH_PAIRS][4];
-    x.by_position(z, at);
-    ds.by_position(g, at);
-    uint32_t x_planes[INPUT_BLOCKS][2], g_planes[HEAD_BLOCKS][2];
-    x.by_plane(x_planes, at);
-    ds.by_plane(g_planes, at);
+    x.read(z, at);
+    ds.read(g, at);
 #pragma unroll
     for (int u = 0; u < WIDTH_PAIRS; ++u) {
-      uint32_t active[4], turned[4];
-      mlp.activate(active, z, u);
+      uint32_t active[4], gradient[4];  // A operands [units, positions]
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        float dh[4];
-        multiply_planes(dh, g, w2[2 * u + n]);
-        before[u][2 * n] = leaky_gradient(pack(dh[0], dh[1]), active[2 * n]);
-        before[u][2 * n + 1] = leaky_gradient(pack(dh[2], dh[3]), active[2 * n + 1]);
+      for (int half = 0; half < 2; ++half) {
+        float h[4], dh[4];
+        multiply_units(h, mlp.w1[2 * u], mlp.w1[2 * u + 1], z, half);
+        multiply_units(dh, w2[2 * u], w2[2 * u + 1], g, half);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          active[2 * half + e] = leaky_relu(pack(h[2 * e], h[2 * e + 1]), b1[2 * u + e]);
+          gradient[2 * half + e] = leaky_gradient(pack(dh[2 * e], dh[2 * e + 1]), active[2 * half + e]);
+        }
       }
-      turn_operand(turned, active);
-#pragma unroll
-      for (int a = 0; a < HEAD_BLOCKS; ++a) mma(dw2[u][a], turned, g_planes[a][0], g_planes[a][1]);
-      turn_operand(turned, before[u]);
-#pragma unroll
-      for (int b = 0; b < INPUT_BLOCKS; ++b) mma(dw1[u][b], turned, x_planes[b][0], x_planes[b][1]);
-      if constexpr (!ONES) mma(db1[u], turned, PAIR_OF_ONES, PAIR_OF_ONES);
+      add_products(dw2[u], active, g);
+      add_products(dw1[u], gradient, z);
+      if constexpr (!ONES) mma(db1[u], gradient, PAIR_OF_ONES, PAIR_OF_ONES);
+      turn_operand(before[u], gradient);
     }
     float dz[INPUT_BLOCKS][4];
 #pragma unroll

@@ -176,10 +176,9 @@ __device__ __forceinline__ void round_tile(Weights& to, const float (&from)[GROU
   }
 }
 
-// out += p rows
-template <int DIM>
-__device__ __forceinline__ void multiply_rows(float (&out)[GROUPS][DIM / 8][4], const Weights& p,
-                                              const RowFragments<DIM, N8>& rows) {
+// out += p rows; rows.operand(c, n) is eight rows of eight columns
+template <int DIM, class R>
+__device__ __forceinline__ void multiply_rows(float (&out)[GROUPS][DIM / 8][4], const Weights& p, const R& rows) {
 #pragma unroll
   for (int c = 0; c < N8; c += 2) {
 #pragma unroll

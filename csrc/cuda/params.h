@@ -154,37 +154,35 @@ struct MixForwardParams {
   float softcap;
 };
 
-// Where the gradient of a bias is added up, zeroed; null where it is not wanted.
+// Where HeadMix's kernel adds up the gradient of a bias, zeroed; null where it is not wanted. All but slopes are
+// float32, or, with an order that must not matter, int64 in units of 1 / *units.
 struct BiasGradParams {
-  float* slope;      // [key blocks, H]
-  float* table;      // [H, entries]
-  float* psi;        // [entries]
-  float* row_scale;  // [padded rows]
-  float* segments;   // [H, 2, knots + 1]: sums of dS, sums of dS y
-  float* dense;
+  float* slope;     // [key blocks, H]
+  void* table;      // [H, diagonals] if the bias depends on the distance alone, else [H, entries]
+  void* psi;        // [entries]
+  void* row_scale;  // [padded rows]
+  void* segments;   // [H, 2, knots + 1]: sums of dS, sums of dS y
+  void* dense;
+  const float* units;
   PairStrides dense_strides;
 };
 
 struct MixBackwardParams {
-  const void* q;  // turned, as k
-  const void* k;
+  const void* tiles;  // [H, rows / 24]: queries (turned), output gradients and row statistics, see mix_rows.h
+  const void* k;      // turned
   const void* v;
-  const void* grad_out;
-  const float* lse2;   // [B, H, Tq]: log-sum-exp less b2, in base 2; +inf where a row sees nothing
-  const float* delta;  // [B, H, Tq]
-  float* dq;           // [H, rows / 8, 8 HEAD_DIM], zeroed, in the order of the fragments
-  float* dk;           // [B, H, Tk, HEAD_DIM], by query head
-  float* dv;           // [B, H, Tk, HEAD_DIM_V]
-  float* dw1;          // [key blocks, MLP warps, WIDTH, INPUTS]
-  float* db1;          // [key blocks, MLP warps, WIDTH]
-  float* dw2;          // [key blocks, MLP warps, HEADS, WIDTH]
-  float* db2;          // [key blocks, H]
+  const float* by_distance;  // [H, diagonals], the inner table at each distance
+  float* dq;                 // [H, rows / 8, 8 HEAD_DIM], zeroed, in the order of the fragments
+  float* dk;                 // [B, H, Tk, HEAD_DIM], by query head
+  float* dv;                 // [B, H, Tk, HEAD_DIM_V]
+  float* dw1;                // [key blocks, MLP warps, WIDTH, INPUTS]
+  float* db1;                // [key blocks, MLP warps, WIDTH]
+  float* dw2;                // [key blocks, MLP warps, HEADS, WIDTH]
+  int32_t* turns;            // ordered: a ticket, then [H, rows / 24] counts of key blocks
   BiasGradParams dinner;
   BiasGradParams douter;
-  Strides q_strides;
   Strides k_strides;
   Strides v_strides;
-  Strides grad_out_strides;
   ShapeParams shape;
   MaskParams mask;
   PositionParams positions;
@@ -192,7 +190,9 @@ struct MixBackwardParams {
   BiasParams outer;
   MixParams mix;
   DropoutParams dropout;
-  int64_t rows;  // padded query rows of all sequences, each beginning at a multiple of 24
+  int64_t rows;            // padded query rows of all sequences, each beginning at a multiple of 24
+  int32_t diagonals;       // distances that tiles can meet
+  int32_t first_distance;  // of the first diagonal
   float scale;
   float softcap;
 };

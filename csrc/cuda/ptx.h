@@ -286,6 +286,10 @@ __device__ __forceinline__ void red_add(float* p, float x) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");
 }
 
+__device__ __forceinline__ void red_add(int64_t* p, int64_t x) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+}
+
 // The old value of *p, to which x is added.
 __device__ __forceinline__ int32_t atom_add(int32_t* p, int32_t x) {
   int32_t old;

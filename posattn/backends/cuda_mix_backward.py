@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from posattn.backends import cuda_gradients as gradients
-from posattn.backends import cuda_mix
+from posattn.backends import cuda_mix, cuda_mix_rows
 from posattn.backends import cuda_operands as operands
 from posattn.backends.cuda_forward import run, turned
 from posattn.backends.cuda_mix import MixTile
 from posattn.backends.cuda_operands import Members
-from posattn.kernels.operands import k_max, sequences
+from posattn.kernels.operands import k_max, q_max, sequences
 from posattn.kernels.sums import by_entry, slope_gradient
+from posattn.kernels.units import units
 from posattn.plan import Bias, Call, HeadMix
 
 _LOG2E = 1.4426950408889634
-_KEYS, _QUERIES = 16, 24  # of a tile: rows and columns, for logits are held transposed
+_KEYS, _QUERIES = 16, cuda_mix_rows.ROWS  # of a tile: rows and columns, for logits are held transposed
 _MLP_WARPS = 4
 _OTHER_REGISTERS = 36  # of a thread, beside dK and dV of its head
 _LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
@@ -45,37 +46,22 @@ def unsupported(call: Call, mix: HeadMix, arch: str) -> str | None:
         return f"its backward kernel keeps the MLP and its gradient in registers, and {width} hidden units do not fit"
     if shared_bytes(call, mix) > cuda_mix.shared_limit(arch):
         return f"its backward kernel needs {shared_bytes(call, mix)} bytes of shared memory"
-    if call.deterministic:
-        return "its backward kernel sums the queries' gradient by atomics, whose order is not deterministic"
     return None
 
 
-def _padded_rows(call: Call) -> int:
-    """Rows of all sequences, each beginning at a multiple of a tile's queries."""
-    tokens: int = call.q.shape[2]
-    count: int = sequences(call)
-    packed = call.mask.cu_seqlens_q is not None
-    return (tokens // _QUERIES + count if packed else -(-tokens // _QUERIES) * count) * _QUERIES
+def _by_distance_alone(call: Call, bias: Bias) -> bool:
+    """Whether the inner bias has a table, and nothing else that the kernel looks up one logit at a time."""
+    alone = bias.profile is None and bias.dense is None and call.q_positions is None
+    return alone and bias.table is not None
 
 
-def _queries(call: Call, accumulated: Tensor, dim: int) -> Tensor:
-    """dQ [B, H, Tq, dim] float32 from sums in the order of the fragments, [H, rows / 8, 8 dim].
+def _first_distance(call: Call) -> int:
+    """Of the first diagonal that a tile can meet."""
+    return -(q_max(call) + _KEYS)
 
-    A fragment [16 dimensions, 8 queries] has its rows g and g + 8 at neighbouring dimensions 2 m and 2 m + 1 of lane
-    g's run of 8 (4 in the last 32 of an odd dim), its columns at queries 2 t and 2 t + 1.
-    """
-    heads, wide = call.q.shape[1], dim // 64
-    by_step = accumulated.view(heads, -1, dim // 16, 2, 2, 8, 4)
-    parts = []
-    if wide:
-        x = by_step[:, :, : 4 * wide].unflatten(2, (wide, 4))  # [H, T / 8, block, m, dimension, query, g, t]
-        parts.append(x.permute(0, 1, 7, 5, 2, 6, 3, 4).flatten(1, 3).flatten(2))
-    if dim % 64:
-        x = by_step[:, :, 4 * wide :]  # [H, T / 8, m, dimension, query, g, t]
-        parts.append(x.permute(0, 1, 6, 4, 5, 2, 3).flatten(1, 3).flatten(2))
-    rows = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-    at = gradients.padded_rows(call, _QUERIES)
-    return torch.where((at >= 0)[..., None], rows[:, at.clamp(min=0)], 0.0).movedim(0, 1)
+
+def _diagonals(call: Call) -> int:
+    return k_max(call) + _QUERIES + 8 - _first_distance(call)
 
 
 def backward(
@@ -100,52 +86,78 @@ def backward(
     if grad_lse is not None:
         delta = delta - grad_lse.float()
     # The kernel's logits are without b2, which is constant along a row.
-    lse2 = torch.where(lse.isinf(), torch.inf, (lse - mix.b2.float()[:, None]) * _LOG2E)
+    minus_lse2 = torch.where(lse.isinf(), -torch.inf, (mix.b2.float()[:, None] - lse) * _LOG2E)
     blocks = -(-k_max(call) // _KEYS)
     slots, inputs = blocks * sequences(call), cuda_mix.inputs(call, mix)
+    rows = cuda_mix_rows.padded_count(call)
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=device)
 
     results = {
-        "dq": zeros(heads, _padded_rows(call) * dim),
+        "dq": zeros(heads, rows * dim),
         "dk": zeros(*q.shape[:2], k.shape[2], dim),
         "dv": zeros(*q.shape[:2], k.shape[2], dim_v),
         "dw1": zeros(slots * _MLP_WARPS, width, inputs),
         "db1": zeros(slots * _MLP_WARPS, width),
         "dw2": zeros(slots * _MLP_WARPS, heads, width),
-        "db2": zeros(slots, heads),
     }
     inner = _bias_sums(call, mix.inner, "inner.", needs, slots, values["inner"])
     outer = _bias_sums(call, call.plan.bias, "", needs, slots, values["outer"])
-    values.update({"q": q, "k": k, "v": v, "grad_out": grad, "lse2": lse2, "delta": delta, **results})
-    values.update({f"{n}_strides": operands.strides(x) for n, x in zip(("q", "k", "v", "grad_out"), (q, k, v, grad))})
-    values.update({"dinner": _with_strides(inner), "douter": _with_strides(outer), "rows": _padded_rows(call)})
+    if call.deterministic:
+        through = 1.0 + (mix.w2.float().abs() @ mix.w1.float().abs()).max()  # what the MLP can make of a gradient
+        inner["units"] = _units(call, mix.inner, grad_out, delta) / through
+        outer["units"] = _units(call, call.plan.bias, grad_out, delta)
+        results["turns"] = torch.zeros(1 + heads * rows // _QUERIES, dtype=torch.int32, device=device)
+    values.update({"k": k, "v": v, "k_strides": operands.strides(k), "v_strides": operands.strides(v), **results})
+    values["tiles"] = cuda_mix_rows.tiles(call, q, grad, minus_lse2, -delta)
+    if mix.inner.table is not None and _by_distance_alone(call, mix.inner):
+        distance = torch.arange(_diagonals(call), device=device) + _first_distance(call)
+        entry = (distance - mix.inner.table.first).clamp(0, mix.inner.table.values.shape[1] - 1)
+        values["by_distance"] = mix.inner.table.values.float()[:, entry].contiguous()
+    values.update({"dinner": _with_strides(inner), "douter": _with_strides(outer), "rows": rows})
+    values.update({"diagonals": _diagonals(call), "first_distance": _first_distance(call)})
     values["shape"] = {**values["shape"], "k_blocks": blocks}
     shared, warps = shared_bytes(call, mix), heads + _MLP_WARPS
-    constants.update({"MLP_WARPS": _MLP_WARPS, "WARPS": warps, "THREADS": 32 * warps})
-    constants.update({"SHARED_BYTES": shared, "WANT_INNER": bool(inner)})
+    constants.update({"MLP_WARPS": _MLP_WARPS, "WARPS": warps, "THREADS": 32 * warps, "ORDERED": call.deterministic})
+    constants.update({"SHARED_BYTES": shared, "WANT_INNER": bool(inner.keys() - {"units"})})
     run(
         "mix_backward.cu", "headmix_backward", "MixBackwardParams", constants, values, (slots,), 32 * warps, shared,
         device,
     )  # fmt: skip
 
-    grads = {name: results[f"d{name}"].sum(0) for name in ("w1", "b1", "w2", "b2")}
+    grads = {name: results[f"d{name}"].sum(0) for name in ("w1", "b1", "w2")}
     rotary = call.plan.rotary
     by_key = {"k": results["dk"][..., : call.k.shape[3]], "v": results["dv"][..., : call.v.shape[3]]}
     grads.update({name: x.unflatten(1, (-1, group)).sum(2).to(call.q.dtype) for name, x in by_key.items()})
-    grads["q"] = (_queries(call, results["dq"], dim) * call.scale)[..., : call.q.shape[3]].to(call.q.dtype)
+    dq = cuda_mix_rows.queries_gradient(call, results["dq"], dim) * call.scale
+    grads["q"] = dq[..., : call.q.shape[3]].to(call.q.dtype)
     if rotary is not None:
-        grads["q"] = turned(operands.in_chunks(grads["q"]), rotary.q_cos, -rotary.q_sin, rotary)
-        grads["k"] = turned(operands.in_chunks(grads["k"]), rotary.k_cos, -rotary.k_sin, rotary)
+        grads["q"] = turned(operands.in_chunks(grads["q"]), rotary.q_cos, rotary.q_sin, rotary, back=True)
+        grads["k"] = turned(operands.in_chunks(grads["k"]), rotary.k_cos, rotary.k_sin, rotary, back=True)
         grads = {**grads, "q": grads["q"][..., : call.q.shape[3]], "k": grads["k"][..., : call.k.shape[3]]}
-    if call.sinks is not None and "sinks" in needs:
+    sees = ~lse.isinf() & (gradients.padded_rows(call, _QUERIES) >= 0)[:, None]
+    # b2 shifts all logits of a row alike, so it moves the log-sum-exp, and weight between the keys and a sink.
+    grads["b2"] = zeros(heads) if grad_lse is None else torch.where(sees, grad_lse.float(), 0.0).sum((0, 2))
+    if call.sinks is not None:
         # A sink is a logit without a value; rows that see nothing but it have their log-sum-exp from it.
         weight = torch.exp(call.sinks.float()[:, None] - lse)
-        grads["sinks"] = -(torch.where(lse.isinf(), 0.0, weight) * delta).sum((0, 2))
+        grads["sinks"] = -(torch.where(sees, weight, 0.0) * delta).sum((0, 2))
+        grads["b2"] = grads["b2"] - grads["sinks"]
     grads.update(_bias_gradients(call, mix.inner, "inner.", inner, values["inner"]))
     grads.update(_bias_gradients(call, call.plan.bias, "", outer, values["outer"]))
     return {name: grads[name].contiguous() for name in needs}
+
+
+def _units(call: Call, bias: Bias, grad_out: Tensor, delta: Tensor) -> Tensor:
+    """[1]: the integers that sums of `bias`'s operands count are this many to 1."""
+    factor = torch.ones((), device=delta.device)
+    if bias.profile is not None:
+        profile = bias.profile
+        psi, scale = profile.psi.float().abs().max(), profile.row_scale.float().abs().max()
+        steep = profile.slope.float().abs().max()
+        factor = torch.stack([factor, psi * scale, psi * steep, scale * steep]).max()
+    return units(call, {"GradOut": grad_out, "Delta": delta}, factor)
 
 
 def _bias_sums(call: Call, bias: Bias, prefix: str, needs: frozenset[str], slots: int, operand: Members) -> Members:
@@ -153,18 +165,20 @@ def _bias_sums(call: Call, bias: Bias, prefix: str, needs: frozenset[str], slots
     wanted = {name.removeprefix(prefix) for name in needs if name.startswith("inner.") == bool(prefix)}
     heads = call.q.shape[1]
     sums: Members = {}
+    dtype = torch.int64 if call.deterministic else torch.float32
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=call.q.device)
+        return torch.zeros(shape, dtype=dtype, device=call.q.device)
 
     if "slope" in wanted:
-        sums["slope"] = zeros(slots, heads)
+        sums["slope"] = torch.zeros((slots, heads), device=call.q.device)
     if "table" in wanted and bias.table is not None:
-        sums["table"] = zeros(*operand["table"].shape)
+        by_distance = bool(prefix) and _by_distance_alone(call, bias)
+        sums["table"] = zeros(heads, _diagonals(call)) if by_distance else zeros(*operand["table"].shape)
     if bias.profile is not None and "psi" in wanted:
         sums["psi"] = zeros(*operand["psi"].shape)
     if bias.profile is not None and wanted & _LINES:
-        sums["row_scale"] = zeros(_padded_rows(call))
+        sums["row_scale"] = zeros(cuda_mix_rows.padded_count(call))
         sums["segments"] = zeros(heads, 2, bias.profile.knots.shape[0] + 1)
     if "dense" in wanted and bias.dense is not None:
         sums["dense"] = zeros(*bias.dense.bias.shape[:2], call.q.shape[2], call.k.shape[2])
@@ -181,12 +195,17 @@ def _with_strides(sums: Members) -> Members:
 
 def _bias_gradients(call: Call, bias: Bias, prefix: str, sums: Members, operand: Members) -> dict[str, Tensor]:
     grads: dict[str, Tensor] = {}
+    if "units" in sums:
+        whole = {name: (x.double() / sums["units"]).float() for name, x in sums.items() if x.dtype == torch.int64}
+        sums = {**sums, **whole}
     if "slope" in sums and bias.slope is not None:
         by_sequence = sums["slope"].view(sequences(call), -1, call.q.shape[1]).sum(1)
         grads["slope"] = slope_gradient(call, bias.slope, by_sequence)
     if "table" in sums and bias.table is not None:
         length = bias.table.values.shape[1]
-        grads["table"] = by_entry(sums["table"], operand["table_first"], bias.table.first, length)
+        by_distance = bool(prefix) and _by_distance_alone(call, bias)
+        start = _first_distance(call) if by_distance else operand["table_first"]
+        grads["table"] = by_entry(sums["table"], start, bias.table.first, length)
     if "psi" in sums and bias.profile is not None:
         length = bias.profile.psi.shape[0]
         grads["psi"] = by_entry(sums["psi"][None], operand["psi_first"], bias.profile.first, length)[0]
