@@ -8,6 +8,7 @@
 //
 // ORDERED: blocks of keys add to a block of queries one after the other, in the order of the keys, so the result does
 // not depend on which runs first. A block draws a ticket, so all that it may have to wait for are already running.
+#include "backward_block.h"
 #include "backward_drop.h"
 #include "backward_store.h"
 

@@ -1,14 +1,14 @@
 // dK and dV of a block, from fragments through shared memory to rows.
 #pragma once
-#include "backward_block.h"
 #include "backward_turn.h"
+#include "backward_warps.h"
+#include "mask.h"
 
 namespace posattn {
 
 // Sums times `factor` become rows of dK (turned back) or dV. The place of K and V in shared memory is free by now.
-template <bool KEYS>
-__device__ __forceinline__ void store_keys(const BackwardBlock& block, const Fragments<KeyGradients>& sums,
-                                           float factor) {
+template <bool KEYS, class Block>
+__device__ __forceinline__ void store_keys(const Block& block, const Fragments<KeyGradients>& sums, float factor) {
   const BackwardParams& p = block.p;
   const Sequence& sequence = block.sequence;
   const int warp = block.warp, lane = block.lane, j0 = block.key_block * BLOCK_N;

@@ -268,12 +268,15 @@ struct Sums {
       });
     }
     if constexpr (WANT_LINES) {
-      const int x = add_over_rows(rows, lane);
-      static_assert(Logits::EIGHTS <= 4);
-      const int i = 8 * (x / 2) + 2 * at.t + x % 2;
-      const bool one = 2 * Logits::EIGHTS == 8 || (lane & 4) == 0;  // with four sums two lanes hold each
-      float* to = p.drow_scale + (ORDERED ? int64_t{warp_of_head} * p.shape.heads * p.rows : 0) + row + i;
-      if (one && at.i0 + i < sequence.q_len) ptx::red_add(to, factor * rows[0]);
+      constexpr int KEPT = Logits::EIGHTS <= 4 ? 1 : Logits::EIGHTS / 4;
+      const int first = add_over_rows(rows, lane);
+      const bool one = Logits::EIGHTS >= 4 || (lane & 4) == 0;  // with four sums two lanes hold each
+      float* to = p.drow_scale + (ORDERED ? int64_t{warp_of_head} * p.shape.heads * p.rows : 0) + row;
+#pragma unroll
+      for (int x = 0; x < KEPT; ++x) {
+        const int i = 8 * ((first + x) / 2) + 2 * at.t + (first + x) % 2;
+        if (one && at.i0 + i < sequence.q_len) ptx::red_add(to + i, factor * rows[x]);
+      }
     }
     if constexpr (WANT_PSI) {
       if constexpr (EXPLICIT) {

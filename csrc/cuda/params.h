@@ -227,6 +227,19 @@ struct BackwardRowsParams {
   int32_t rows;
 };
 
+// Queries and dO as the tiles that attention_backward of sm_90a copies whole.
+struct BackwardTilesParams {
+  const void* q;  // turned
+  const void* grad_out;
+  void* q_tiles;  // [H, rows / BLOCK_M, BLOCK_M * PADDED]
+  void* grad_tiles;
+  Strides q_strides;
+  Strides grad_out_strides;
+  ShapeParams shape;
+  MaskParams mask;
+  int32_t rows;
+};
+
 struct BackwardParams {
   const void* q;  // turned, as k
   const void* k;

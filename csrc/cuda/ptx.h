@@ -23,6 +23,11 @@ __device__ __forceinline__ int32_t fresh(int32_t x) {
   return x;
 }
 
+__device__ __forceinline__ uint64_t fresh(uint64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 // A generic pointer to shared memory as the 32-bit address that shared-memory instructions take.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));

@@ -11,6 +11,7 @@ from torch import Tensor
 from posattn.backends import cuda_gradients as gradients
 from posattn.backends import cuda_launch
 from posattn.backends import cuda_operands as operands
+from posattn.backends.cuda_backward_hopper import hopper_shared_bytes, hopper_tile
 from posattn.backends.cuda_backward_tiles import BackwardTile, backward_tile, shared_bytes
 from posattn.backends.cuda_forward import run, turned
 from posattn.backends.cuda_operands import Constants, Members
@@ -64,14 +65,18 @@ class _Pass:
         """Distances from the first on; a multiple of 4, for copies of 16 bytes."""
         return -(-(k_max(self.call) + self.tile.block_m + 8 - self.first_distance) // 4) * 4
 
+    @property
+    def by_wgmma(self) -> bool:
+        return bool(self.constants["WGMMA"])
+
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.q.device)
 
-    def run_rows(self, entry: str, struct: str, values: Members, blocks: int) -> None:
-        """A kernel of backward_rows.cu, `blocks` blocks for the queries of each sequence and head."""
+    def run_rows(self, entry: str, struct: str, values: Members, blocks: int, source: str = "backward_rows.cu") -> None:
+        """A kernel of `source`, `blocks` blocks for the queries of each sequence and head."""
         members = {"shape": self.values["shape"], "mask": self.values["mask"], "rows": self.rows, **values}
         grid = (blocks * self.call.q.shape[1] * sequences(self.call),)
-        run("backward_rows.cu", entry, struct, self.constants, members, grid, 32 * self.tile.warps, 0, self.q.device)
+        run(source, entry, struct, self.constants, members, grid, 32 * self.tile.warps, 0, self.q.device)
 
     @property
     def padded_queries(self) -> int:
@@ -117,11 +122,13 @@ def _prepared(call: Call, out: Tensor, grad_out: Tensor, needs: frozenset[str]) 
         "HAS_SOFTCAP": call.softcap != 0.0,
         "HAS_TABLE": call.plan.bias.table is not None,
         "HAS_PROFILE": call.plan.bias.profile is not None,
+        "HAS_DENSE": call.plan.bias.dense is not None,
         "ROTARY": rotary is not None,
         "INTERLEAVED": rotary is not None and rotary.interleaved,
         "HALF": 1 if rotary is None else rotary.q_cos.shape[-1],
     }
-    tile = backward_tile(cuda_launch.architecture(q.device), dim, constants)
+    arch = cuda_launch.architecture(q.device)
+    tile = hopper_tile(arch, dim, constants) or backward_tile(arch, dim, constants)
     bias, bias_constants = operands.bias(call, call.plan.bias, tile.warp_queries, tile.warp_keys)
     values = {
         "q": q,
@@ -225,6 +232,16 @@ def _by_distance(of: _Pass) -> dict[str, Tensor]:
     return found
 
 
+def _query_tiles(of: _Pass) -> Members:
+    """q and grad_out of BackwardParams as the tiles that backward_sm90.cu copies."""
+    shape = (of.call.q.shape[1], of.rows * int(of.constants["PADDED"]))
+    tiles = {name: torch.empty(shape, dtype=of.q.dtype, device=of.q.device) for name in ("q_tiles", "grad_tiles")}
+    values = {name: of.values[name] for name in ("q", "grad_out", "q_strides", "grad_out_strides")}
+    blocks = of.padded_queries // of.tile.block_m
+    of.run_rows("backward_tiles", "BackwardTilesParams", {**values, **tiles}, blocks, "backward_sm90_tiles.cu")
+    return {"q": tiles["q_tiles"], "grad_out": tiles["grad_tiles"]}
+
+
 def _main(of: _Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Runs attention_backward: dQ's accumulators, the sums of operands, and the gradients of k and v."""
     call, tile, bias = of.call, of.tile, of.call.plan.bias
@@ -274,7 +291,11 @@ def _main(of: _Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]
         "diagonals": of.diagonals,
         "first_distance": of.first_distance,
     }
-    shared = shared_bytes(tile, int(of.constants["PADDED"]), of.constants)
+    if of.by_wgmma:
+        shared = hopper_shared_bytes(tile, int(of.constants["PADDED"]), of.constants)
+        values.update(_query_tiles(of))
+    else:
+        shared = shared_bytes(tile, int(of.constants["PADDED"]), of.constants)
     constants = {
         **of.constants,
         "BLOCKS_PER_SM": tile.blocks,
@@ -283,7 +304,7 @@ def _main(of: _Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]
         "SHARED_BYTES": shared,
     }
     grid = (of.key_blocks * call.k.shape[1] * count,)
-    run("backward.cu", "attention_backward", "BackwardParams", constants, values, grid, 32 * tile.warps, shared, device)
+    run(tile.source, "attention_backward", "BackwardParams", constants, values, grid, 32 * tile.warps, shared, device)
     keys = {"k": dk[..., : call.k.shape[3]].contiguous(), "v": dv[..., : call.v.shape[3]].contiguous()}
     return accumulated, sums, {name: grad for name, grad in keys.items() if name in of.needs}
 

@@ -29,6 +29,7 @@ class BackwardTile:
     reason: str
     grad_stages: int = 2
     strip_rows: int = 8
+    source: str = "backward.cu"
 
     @property
     def warp_keys(self) -> int:
@@ -46,6 +47,7 @@ class BackwardTile:
             "LOGIT_COLUMNS": self.logit_columns,
             "KEY_COLUMNS": self.key_columns,
             "QUERY_COLUMNS": self.query_columns,
+            "WGMMA": self.source == "backward_sm90.cu",
         }
 
 

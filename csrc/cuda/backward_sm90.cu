@@ -1,0 +1,188 @@
+// Backward pass for sm_90a: what backward.cu does, by wgmma (backward_sm90_products.h), on tiles that bulk copies bring
+// (backward_sm90_block.h).
+//
+// Two warpgroups of 64 keys each walk the queries. In a step S^T and dP^T are under way together, dV is while dS is
+// computed, and dK is while the block waits for all of dS^T. dQ is added to global memory in the order in which
+// backward_rows.cu expects it.
+#include "backward_drop.h"
+#include "backward_sm90_block.h"
+#include "backward_store.h"
+
+namespace posattn {
+
+struct Backward : HopperBlock {
+  using HopperBlock::HopperBlock;
+
+  __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at) const {
+    // backward_rows.cu counts parts of dQ by queries first, then dimensions.
+    const int part = QUERY_COLUMNS == 1 ? warp : warp % 4 * 2 + warp / 4;
+    float* to = p.dq + at.row * int64_t{PADDED} + part * WARP + lane;
+    int32_t* turn = p.turns + 1 + at.row / BLOCK_M;
+    if constexpr (ORDERED) {
+      // The first block of keys that these queries see has nobody before it.
+      const int offset = sequence.offset();
+      const int first = HAS_LEFT ? max(at.block * BLOCK_M + offset - p.mask.left, 0) / BLOCK_N : 0;
+      if (thread == 0) {
+        while (ptx::ld_acquire(turn) < key_block - first) {
+        }
+      }
+      ptx::bar_sync();
+    }
+#pragma unroll
+    for (int n = 0; n < QueryGradients::EIGHTS; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) ptx::red_add(to + (n * 4 + e) * THREADS, dq[0][n][e]);
+    }
+    if constexpr (ORDERED) {
+      ptx::bar_sync();
+      if (thread == 0) ptx::red_release_add(turn, 1);
+    }
+  }
+
+  __device__ __forceinline__ void run();
+};
+
+__device__ __forceinline__ void Backward::run() {
+  const Strip strip(reinterpret_cast<float*>(shared + STRIP_AT), warp, lane);
+  // By a shuffle, so that the compiler knows it to be the same for a warp: descriptors live in uniform registers.
+  const int group = ptx::shfl_idx(static_cast<uint32_t>(thread / WARPGROUP), 0);
+  const Products products(memory + K_AT, memory + Q_AT, memory + DS_AT, group);
+
+  Fragments<KeyGradients> dk = {}, dv = {};
+  SegmentRanges ranges;
+  uint2* columns = reinterpret_cast<uint2*>(shared + COLUMNS_AT);
+  if (SLOPE_BY_PRODUCT && warp == 0) columns[lane] = slope_columns(lane);
+
+  make_barriers();
+  load_keys();
+  ptx::cp_async_commit_group();
+  ptx::cp_async_wait_group<0>();
+  ptx::fence_proxy_async();
+  ptx::bar_sync();
+
+  Cursor at = first_block(key_head * p.shape.group), ahead = at;
+  Sums sums(p, lane, index * p.shape.heads, key_block * WARPS + warp);
+  HeadBias head(p.bias, sequence.batch, at.head);
+#pragma unroll
+  for (int stage = 0; stage < STAGES - 1; ++stage) {
+    load_step(ahead, stage);
+    ahead = after(ahead);
+  }
+  Turn turn;
+  uint32_t pairs = 0;  // where the tile of dS^T in turn lies
+
+#pragma unroll 1
+  while (at.head < end_head) {
+    ptx::mbarrier_wait_parity(barrier(turn.stage), turn.parity);
+    const uint32_t queries = turn.stage * STAGE_BYTES, grads = GRAD_AT - Q_AT + queries;
+    const int j0 = key_block * BLOCK_N + warp * WARP_KEYS;
+    const float* rows = reinterpret_cast<const float*>(shared + ROWS_AT) + turn.stage * RowStage::FLOATS;
+    const LogitPlace place{at.block * BLOCK_M, j0, lane / 4, lane % 4};
+    const int column = 2 * place.t;
+
+    // dP^T - delta: the product starts from -delta, unless dropout stands between the two.
+    Fragments<Logits> s, slack, ds;
+#pragma unroll
+    for (int n = 0; n < Logits::EIGHTS; ++n) {
+      const float2 delta = *reinterpret_cast<const float2*>(rows + RowStage::MINUS_DELTA + column + 8 * n);
+      ds[0][n][0] = ds[0][n][2] = HAS_DROPOUT ? 0.0f : delta.x;
+      ds[0][n][1] = ds[0][n][3] = HAS_DROPOUT ? 0.0f : delta.y;
+    }
+    ptx::hold(s[0]);
+    ptx::hold(ds[0]);
+    ptx::wgmma_fence();
+    products.logits(s[0], 0, queries, false);
+    products.logits(ds[0], V_AT - K_AT, grads, true);
+    ptx::wgmma_wait_group<1>();
+    ptx::hold(s[0]);
+
+    const int strip_at = column - warp * WARP_KEYS - place.g - 8 * BANDS_BEFORE + BLOCK_N - 1 + (first_diagonal() & 3);
+    const Operands operands(p, sequence, place, rows, strip_at, column);
+    SegmentRange range;
+    if constexpr (HAS_PROFILE && EXPLICIT) range = operands.segments(p.bias);
+    if constexpr (HAS_PROFILE && !EXPLICIT) {
+      const int ahead = (at.block - spans.lo) % WARP;
+      if (ahead == 0) ranges.find(p.bias, place, sequence.shift(), lane);
+      range = ranges.of(ahead);
+    }
+    add_terms(s, slack, p, sequence, place, operands, head, range, at.head, rows + RowStage::LSE2 + column);
+    mask_logits(s, p, sequence, place, at.head, spans.border(at.block));
+    for_logits([&](int group, int n, int e) { s[group][n][e] = ptx::ex2_approx(s[group][n][e]); });
+
+    ptx::wgmma_wait_group<0>();
+    ptx::hold(ds[0]);
+    uint32_t weights[1][Logits::EIGHTS / 2][4];
+    if constexpr (HAS_DROPOUT) {
+      Fragments<Logits> kept;
+      for_logits([&](int group, int n, int e) { kept[group][n][e] = s[group][n][e]; });
+      drop(kept, ds, p, sequence, place, at.head);
+      for_logits(
+          [&](int group, int n, int e) { ds[group][n][e] += rows[RowStage::MINUS_DELTA + column + 8 * n + (e & 1)]; });
+      round_fragments(weights, kept);
+    } else {
+      round_fragments(weights, s);
+    }
+    ptx::hold(dv[0]);
+    ptx::wgmma_fence();
+    products.key_gradients(dv[0], weights[0], grads);
+
+    for_logits([&](int group, int n, int e) { ds[group][n][e] *= s[group][n][e]; });
+    sums.add(ds, sequence, place, operands, head, range, strip, at.head, at.row);
+    if constexpr (HAS_SOFTCAP) {
+      for_logits([&](int group, int n, int e) { ds[group][n][e] *= slack[group][n][e]; });
+    }
+    uint32_t rounded[1][Logits::EIGHTS / 2][4];
+    round_fragments(rounded, ds);
+    if constexpr (SLOPE_BY_PRODUCT) sums.add_slope(rounded, columns[lane], place, sequence.shift());
+    store_pairs_matrix(memory + DS_AT + pairs, rounded[0], warp, lane);
+    ptx::fence_proxy_async();
+
+    ptx::hold(dk[0]);
+    ptx::wgmma_fence();
+    products.key_gradients(dk[0], rounded[0], queries);
+    ptx::bar_sync();  // dS^T is there as a whole, and nobody needs the last step's tiles
+    load_step(ahead, turn.stage == 0 ? STAGES - 1 : turn.stage - 1);
+    ahead = after(ahead);
+    Fragments<QueryGradients> dq;
+    ptx::hold(dq[0]);
+    ptx::wgmma_fence();
+    products.query_gradients(dq[0], pairs);
+    ptx::wgmma_wait_group<0>();
+    ptx::hold(dv[0]);
+    ptx::hold(dk[0]);
+    ptx::hold(dq[0]);
+    add_to_queries(dq, at);
+    pairs ^= DS_BYTES;
+    turn.advance();
+
+    const Cursor next = after(at);
+    if (next.head != at.head) {
+      sums.finish_head(at.head);
+      if (next.head < end_head) head = HeadBias(p.bias, sequence.batch, next.head);
+    }
+    at = next;
+  }
+
+  store_keys<true>(*this, dk, p.scale);
+  store_keys<false>(*this, dv, 1.0f);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    attention_backward(const __grid_constant__ BackwardParams p) {
+  int index = blockIdx.x;
+  if constexpr (ORDERED) {
+    int* ticket = reinterpret_cast<int*>(shared);
+    if (threadIdx.x == 0) *ticket = ptx::atom_add(p.turns, 1);
+    ptx::bar_sync();
+    index = *ticket;
+    ptx::bar_sync();
+  }
+  const int key_block = index % p.shape.k_blocks;
+  const int key_heads = p.shape.heads / p.shape.group;
+  const int sequence_index = index / p.shape.k_blocks / key_heads;
+  const Sequence sequence(p.shape, p.mask, sequence_index);
+  if (key_block * BLOCK_N >= sequence.k_len) return;
+  Backward(p, sequence, sequence_index, index / p.shape.k_blocks % key_heads, key_block, threadIdx.x).run();
+}
+
+}  // namespace posattn

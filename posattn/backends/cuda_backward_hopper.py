@@ -1,0 +1,45 @@
+"""When the CUDA backward pass runs by wgmma (sm_90a), and in which tiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from posattn.backends.cuda_backward_tiles import BackwardTile, shared_bytes
+from posattn.backends.cuda_operands import Constants
+
+_LIMIT = 227 * 1024  # bytes a block may have
+_STAGES = 3
+_TILES = {
+    64: BackwardTile(
+        128, 128, 8, 1, 1, 1, 1, "2P 964; with 64 queries K and V are read twice as often: shared memory 832 for 704"
+    ),
+    128: BackwardTile(64, 128, 8, 1, 1, 2, 1, "2P 1702; beside dK and dV of 64 keys the registers hold 64 queries"),
+}
+
+
+def hopper_tile(arch: str, dim: int, constants: Constants) -> BackwardTile | None:
+    """The tile for head dimension `dim` (padded) and this plan; None if mma.sync serves it."""
+    tile = _TILES.get(dim)
+    if arch != "sm_90" or tile is None or _needs_registers(dim, constants):
+        return None
+    for strip_rows in (8, 4):
+        choice = replace(tile, strip_rows=strip_rows, source="backward_sm90.cu")
+        if hopper_shared_bytes(choice, dim, constants) <= _LIMIT:
+            return choice
+    return None
+
+
+def _needs_registers(dim: int, constants: Constants) -> bool:
+    """Whether this plan would spill in the loop."""
+    by_element = ("HAS_DROPOUT", "HAS_SOFTCAP", "HAS_BOOLEAN", "HAS_DENSE", "EXPLICIT")
+    return bool(constants["HAS_PROFILE"]) or (dim == 64 and any(constants[name] for name in by_element))
+
+
+def hopper_shared_bytes(tile: BackwardTile, dim: int, constants: Constants) -> int:
+    """Dynamic shared memory of backward_sm90.cu: a stage and a tile of dS more than backward.cu, and mbarriers."""
+    two_stages = shared_bytes(tile, dim, constants)
+    strip = 0 if constants["EXPLICIT"] else tile.block_m + tile.block_n + 4
+    rows = 2 * tile.block_m
+    rows += strip if constants["HAS_TABLE"] else 0
+    rows += strip + tile.block_m if constants["HAS_PROFILE"] else 0
+    return two_stages + 2 * (2 * tile.block_m * dim + tile.block_m * tile.block_n) + 4 * rows + 8 * _STAGES
