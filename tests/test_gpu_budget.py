@@ -89,10 +89,14 @@ def test_the_cuda_forward_kernel_is_within_its_budget(arch: str, capsys: pytest.
     assert status == 0, capsys.readouterr().out
 
 
-def test_a_spill_in_a_loop_needs_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spill_in_a_loop_needs_a_reason_and_an_entry_a_launch(capsys: pytest.CaptureFixture[str]) -> None:
     name = "sm_80, attention_forward, slope, D = 64, bfloat16, Tq = 2048"
     accepted = budget.load()[name]
     spilling = Figures(**{**accepted, "spills": 8, "loop_spills": 8})
     assert check(iter([(name, spilling)])) == 1
     assert "spills 8 bytes in its loops, and debts.json gives no reason" in capsys.readouterr().out
+    capsys.readouterr()
+    assert check(iter([(name, Figures(**accepted))])) == 0
+    assert check(iter([(name, Figures(**accepted))]), whole=True) == 1
+    assert "is launched no more" in capsys.readouterr().out
     assert budget.debt("sm_90, mixed_forward, mix, D = 64") is not None

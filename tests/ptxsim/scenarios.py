@@ -58,17 +58,19 @@ class _Case:
 
 
 # Several blocks of queries and several tiles of keys that need no mask, so that every loop runs more than once in one
-# specialisation; both lengths end in every part of a tile that one thread loads; diagonals cross at many offsets.
+# specialisation; both lengths end in every part of a tile that one thread loads, in the prologue and in each loop;
+# diagonals cross at many offsets, and one leaves a block a single key.
 _FORWARD = (
     _Case(250, 250), _Case(133, 573, 150.0), _Case(150, 610), _Case(148, 211), _Case(165, 318), _Case(180, 463),
-    _Case(198, 201), _Case(213, 409), _Case(229, 342), _Case(243, 388, 150.0), _Case(143, 97),
+    _Case(198, 201), _Case(213, 409), _Case(229, 342), _Case(243, 388, 150.0), _Case(143, 97), _Case(133, 396),
+    _Case(229, 296), _Case(250, 123), _Case(130, 10), _Case(150, 20), _Case(134, 40), _Case(150, 60), _Case(134, 70),
 )  # fmt: skip
 _BACKWARD = (_Case(250, 250), _Case(250, 600), _Case(133, 317, 150.0), _Case(180, 211), _Case(213, 342), _Case(143, 97))
 # Every row of a tile in use, keys that end in every part of a tile of the prologue and of the loop, then split keys.
 _DECODE = (
-    _Case(15, 330), _Case(13, 460, 150.0), _Case(2, 10), _Case(3, 20), _Case(9, 40), _Case(14, 60), _Case(4, 74),
+    _Case(15, 330), _Case(13, 460, 150.0), _Case(2, 10), _Case(3, 20), _Case(9, 40), _Case(14, 60, 150.0), _Case(4, 74),
     _Case(7, 84), _Case(11, 106), _Case(5, 124), _Case(10, 140), _Case(6, 150), _Case(8, 237), _Case(13, 250),
-    _Case(12, 290), _Case(1, 1), _Case(16, 64), _Case(15, 9), _Case(15, 611), _Case(5, 1290, 150.0), _Case(1, 8470),
+    _Case(12, 290), _Case(1, 1), _Case(3, 65), _Case(16, 64), _Case(15, 9), _Case(15, 611), _Case(5, 1290, 150.0), _Case(1, 8470, 150.0),
 )  # fmt: skip
 _MIX = (_Case(37, 37), _Case(20, 53), _Case(33, 90), _Case(52, 41))
 
@@ -124,16 +126,16 @@ def _parity(name: str, cases: Sequence[_Case], backward: bool = False, backend: 
 SCENARIOS = {
     "attention": Scenario(partial(_attention, causal=True), "the calibration kernel, causal"),
     "attention_full": Scenario(partial(_attention, causal=False), "the calibration kernel, every key"),
-    "forward_plain": Scenario(_parity("plain", _FORWARD), "Triton forward, no encoding"),
-    "forward_slope": Scenario(_parity("slope", _FORWARD), "Triton forward, ALiBi"),
-    "forward_rotary": Scenario(_parity("rotary", _FORWARD), "Triton forward, rotary"),
+    "forward_plain": Scenario(_parity("plain", _FORWARD), "Triton forward, no encoding", "attention"),
+    "forward_slope": Scenario(_parity("slope", _FORWARD), "Triton forward, ALiBi", "attention"),
+    "forward_rotary": Scenario(_parity("rotary", _FORWARD), "Triton forward, rotary", "attention"),
     "backward_slope": Scenario(
         _parity("slope", _BACKWARD, backward=True), "Triton gradients, ALiBi", "attention_backward|prepare"
     ),
     "mix": Scenario(_parity("mix", _MIX), "Triton forward, HeadMix over Kerple", "mixed"),
     "decode": Scenario(_parity("slope", _DECODE), "Triton decoding, ALiBi"),
     "cuda_decode": Scenario(_parity("slope", _DECODE, backend="cuda"), "CUDA decoding, ALiBi"),
-    "cuda_slope": Scenario(_parity("slope", _FORWARD, backend="cuda"), "CUDA forward, ALiBi"),
+    "cuda_slope": Scenario(_parity("slope", _FORWARD, backend="cuda"), "CUDA forward, ALiBi", "attention_forward"),
     "cuda_backward": Scenario(
         _parity("slope", _BACKWARD, backward=True, backend="cuda"),
         "CUDA gradients, ALiBi",

@@ -123,13 +123,16 @@ def print_table(results: Iterator[tuple[str, Figures | str]], architectures: lis
     return int(failed > 0)
 
 
-def check(results: Iterator[tuple[str, Figures | str]]) -> int:
-    """Regressions, and spills in loops that no reason excuses, make the exit status 1; excused ones are counted."""
+def check(results: Iterator[tuple[str, Figures | str]], whole: bool = False) -> int:
+    """Regressions, and spills in loops that no reason excuses, make the exit status 1; excused ones are counted. With
+    `whole`, results are all there is, so that an entry without one is out of date."""
     accepted = budget.load()
+    stale = set(accepted)
     failures, count = 0, 0
     debts: Counter[str] = Counter()
     for name, figures in results:
         count += 1
+        stale.discard(name)
         if isinstance(figures, str):
             problems = [f"does not compile: {figures}"]
         elif name not in accepted:
@@ -147,8 +150,10 @@ def check(results: Iterator[tuple[str, Figures | str]]) -> int:
             print(f"{name}: {problem}", flush=True)
     for reason, times in debts.items():
         print(f"{times} spill in their loops: {reason}")
+    for name in sorted(stale) if whole else ():
+        print(f"{name}: is in the budget file, but is launched no more")
     print(f"{count - failures} of {count} configurations within budget")
-    return int(failures > 0)
+    return int(failures > 0 or (whole and bool(stale)))
 
 
 def update(results: Iterator[tuple[str, Figures | str]]) -> int:
@@ -178,7 +183,8 @@ def main() -> int:
         results = chain(results, measure_cuda(architectures, given.match))
     if given.action == "table":
         return print_table(results, architectures)
-    return check(results) if given.action == "check" else update(results)
+    whole = not (given.arch or given.backend or given.match)
+    return check(results, whole) if given.action == "check" else update(results)
 
 
 if __name__ == "__main__":
