@@ -7,7 +7,8 @@ from tests.ptxsim.mutants import mutants
 from tests.ptxsim.mutate import run, strangers, table
 from tests.ptxsim.scenarios import SCENARIOS
 
-PTX = """\
+WAIT = "{.reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%r1], %r2; @!done bra again;}"
+PTX = f"""\
 \tst.shared.b32 [%r1], %r2;
 \tbar.sync 0;
 \tld.shared.b32 %r3, [%r4];
@@ -15,9 +16,10 @@ PTX = """\
 \tsetp.lt.s32 %p1, %r3, %r5;
 \tsetp.lt.f32 %p2, %f1, %f2;
 \tmul.f32 %f3, %f1, %f2;
-\tmma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f1, %f2, %f3, %f4},
-\t  {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%f1, %f2, %f3, %f4};
-\t{.reg .pred p; setp.ne.b32 p, %r1, 0; wgmma.mma_async.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, %rd1, %rd2, p;}
+\tmma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{%f1, %f2, %f3, %f4}},
+\t  {{%r1, %r2, %r3, %r4}}, {{%r5, %r6}}, {{%f1, %f2, %f3, %f4}};
+\t{{.reg .pred p; setp.ne.b32 p, %r1, 0; wgmma.mma_async.m64n8k16.f32.f16.f16 {{%f1, %f2, %f3, %f4}}, %rd1, %rd2, p;}}
+\t{WAIT}
 \t@first st.release.gpu.global.s32 [%rd1], %r1;
 \tret;
 """
@@ -35,6 +37,8 @@ def test_each_kind_of_mutant() -> None:
         "move cp.async.wait_group 1; later",
         "move cp.async.wait_group 1; earlier",
         "cp.async.wait_group 1; leaves one more",
+        f"delete {WAIT}",
+        f"move {WAIT} earlier",
         "@first st.release.gpu.global.s32 [%rd1], %r1; becomes relaxed",
     ]
     assert changes["mask"] == ["lt becomes le: setp.lt.s32 %p1, %r3, %r5;"]

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _SYNC = re.compile(
-    r"\s*(?:bar|barrier)\.(?:cta\.)?(?:warp\.)?(?:sync|arrive)|\s*cp\.async\.(?:commit|wait)|\s*fence\.proxy|"
-    r"\s*wgmma\.(?:fence|commit|wait)"
+    r"\s*(?:bar|barrier)\.(?:cta\.)?(?:warp\.)?(?:sync|arrive)|\s*cp\.async\.(?:bulk\.)?(?:commit|wait)|"
+    r"\s*fence\.(?:proxy|mbarrier_init)|\s*wgmma\.(?:fence|commit|wait)|"
+    r"\s*mbarrier\.arrive|\s*\{[^}]*mbarrier\.(?:try|test)_wait[^}]*\}"
 )
 _MEMORY = re.compile(
     r"\s*(?:\{\s*\.reg[^;]*;[^;]*;\s*)?(?:@!?%?\w+\s+)?(?:ld\.shared|st\.shared|ldmatrix|stmatrix|cp\.async|wgmma\.mma|atom|red)"

@@ -20,6 +20,7 @@ from itertools import chain
 
 import torch
 
+from posattn.backends.cuda_compile import CompileError
 from posattn.kernels.shipped import Shipped, shipped
 
 from . import budget, cuda
@@ -82,7 +83,12 @@ def measure_cuda(architectures: list[str], match: str) -> Iterator[tuple[str, Fi
             if match not in f"CUDA, {arch}, {case.label}":
                 continue
             seen: dict[str, Noted] = {}
-            for noted in _cuda_launches(case, arch):
+            try:
+                launches = _cuda_launches(case, arch)
+            except CompileError as error:
+                yield f"CUDA, {arch}, {case.label}", str(error)
+                continue
+            for noted in launches:
                 name = f"CUDA, {arch}, {case.label}, {noted.kernel.name}"
                 while name in seen and seen[name].constants != noted.constants:  # one call may launch several forms
                     name += "'"
