@@ -63,7 +63,8 @@ class _Case:
 _FORWARD = (
     _Case(250, 250), _Case(133, 573, 150.0), _Case(150, 610), _Case(148, 211), _Case(165, 318), _Case(180, 463),
     _Case(198, 201), _Case(213, 409), _Case(229, 342), _Case(243, 388, 150.0), _Case(143, 97), _Case(133, 396),
-    _Case(229, 296), _Case(250, 123), _Case(130, 10), _Case(150, 20), _Case(134, 40), _Case(150, 60), _Case(134, 70),
+    _Case(229, 296), _Case(227, 266), _Case(250, 123), _Case(130, 10), _Case(150, 20), _Case(134, 40), _Case(150, 60),
+    _Case(134, 70),
 )  # fmt: skip
 _BACKWARD = (_Case(250, 250), _Case(250, 600), _Case(133, 317, 150.0), _Case(180, 211), _Case(213, 342), _Case(143, 97))
 # Every row of a tile in use, keys that end in every part of a tile of the prologue and of the loop, then split keys.
@@ -71,7 +72,7 @@ _DECODE = (
     _Case(15, 330), _Case(13, 460, 150.0), _Case(2, 10), _Case(3, 20), _Case(9, 40), _Case(14, 60, 150.0),
     _Case(4, 74), _Case(7, 84), _Case(11, 106), _Case(5, 124), _Case(10, 140), _Case(6, 150), _Case(8, 237),
     _Case(13, 250), _Case(12, 290), _Case(1, 1), _Case(3, 65), _Case(16, 64), _Case(15, 9), _Case(15, 611),
-    _Case(5, 1290, 150.0), _Case(1, 8470, 150.0),
+    _Case(5, 1290, 150.0), _Case(1, 8470, 150.0), _Case(1, 8490),
 )  # fmt: skip
 _MIX = (_Case(37, 37), _Case(20, 53), _Case(33, 90), _Case(52, 41))
 
