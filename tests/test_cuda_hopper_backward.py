@@ -33,8 +33,8 @@ def _packed():
 CASES = {
     "plain": (HALF, {}, None, dict),
     "plain, D = 128": (BF16, {"dim": 128}, None, _causal()),
-    "D = 40 and 48, padded": (BF16, {"dim": 40, "dim_v": 48}, None, _causal()),
-    "D = 104 and 24, padded": (HALF, {"dim": 104, "dim_v": 24}, None, _causal()),
+    "D = 24 and 56, padded": (BF16, {"dim": 24, "dim_v": 56}, None, _causal()),
+    "D = 96 and 24, padded": (HALF, {"dim": 96, "dim_v": 24}, None, _causal()),
     "grouped heads, window": (BF16, {"heads": 4, "q_len": 300}, None, _causal(window=(140, 0))),
     "grouped heads, one step each": (HALF, {"heads": 4, "kv_heads": 1, "q_len": 40, "dim": 128}, None, _causal()),
     "more queries than keys": (BF16, {"q_len": 300, "k_len": 150}, None, _causal(window=(20, 3))),
@@ -44,6 +44,10 @@ CASES = {
     "slope": (BF16, {}, lambda: posattn.ALiBi(2, learnable=True), _causal()),
     "table": (BF16, {"kv_heads": 1}, lambda: posattn.Kerple(2), _causal()),
     "table, D = 128": (HALF, {"dim": 128}, lambda: posattn.T5Bias(2), dict),
+    "dropout, dense, mask": (
+        HALF, {}, None,
+        lambda: {"dropout_p": 0.3, "bias": torch.randn(1, 2, 150, 300), "mask": torch.rand(1, 1, 150, 300) < 0.6},
+    ),
     "rotary": (HALF, {}, lambda: posattn.RoPE(64), _causal()),
     "every operand, D = 128": (
         BF16, {"dim": 128, "q_len": 100, "k_len": 150}, lambda: posattn.ALiBi(2, learnable=True) + posattn.Kerple(2),
@@ -98,7 +102,7 @@ def test_no_bank_conflicts_in_the_main_loop(dim):
 
 
 def test_what_wgmma_does_not_serve_runs_by_mma_sync(hopper_machine):  # noqa: F811
-    assert_parity(*tensors(BF16, q_len=40, k_len=50, dim=32), None, {}, "cuda")
+    assert_parity(*tensors(BF16, heads=1, kv_heads=1, q_len=40, k_len=50, dim=192), None, {}, "cuda")
     assert not by_wgmma(main_launch(hopper_machine))
 
 

@@ -64,13 +64,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_rows(const __grid
   p.minus_delta[to] = -delta;
 }
 
-// The accumulated dQ of one query at one dimension; a block's accumulators are in the order of its fragments.
+// The accumulated dQ of one query at one dimension; a block's accumulators are in the order of its fragments, whose
+// four elements lie side by side where one instruction adds them (WGMMA).
 __device__ __forceinline__ float accumulated(const float* block, int row, int column) {
   using Part = QueryGradients;
   const int warp = row / (16 * Part::GROUPS) * QUERY_COLUMNS + column / (8 * Part::EIGHTS);
   const int group = row % (16 * Part::GROUPS) / 16, n = column % (8 * Part::EIGHTS) / 8;
   const int e = row % 16 / 8 * 2 + column % 2, lane = row % 8 * 4 + column % 8 / 2;
-  return block[((group * Part::EIGHTS + n) * 4 + e) * THREADS + warp * WARP + lane];
+  const int fragment = group * Part::EIGHTS + n, thread = warp * WARP + lane;
+  return block[WGMMA ? (fragment * THREADS + thread) * 4 + e : (fragment * 4 + e) * THREADS + thread];
 }
 
 // A lane stores eight dimensions; a warp eight rows of 32.

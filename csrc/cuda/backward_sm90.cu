@@ -16,7 +16,7 @@ struct Backward : HopperBlock {
   __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at) const {
     // backward_rows.cu counts parts of dQ by queries first, then dimensions.
     const int part = QUERY_COLUMNS == 1 ? warp : warp % 4 * 2 + warp / 4;
-    float* to = p.dq + at.row * int64_t{PADDED} + part * WARP + lane;
+    float* to = p.dq + at.row * int64_t{PADDED} + (part * WARP + lane) * 4;
     int32_t* turn = p.turns + 1 + at.row / BLOCK_M;
     if constexpr (ORDERED) {
       // The first block of keys that these queries see has nobody before it.
@@ -29,10 +29,7 @@ struct Backward : HopperBlock {
       ptx::bar_sync();
     }
 #pragma unroll
-    for (int n = 0; n < QueryGradients::EIGHTS; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) ptx::red_add(to + (n * 4 + e) * THREADS, dq[0][n][e]);
-    }
+    for (int n = 0; n < QueryGradients::EIGHTS; ++n) ptx::red_add_v4(to + n * (4 * THREADS), dq[0][n]);
     if constexpr (ORDERED) {
       ptx::bar_sync();
       if (thread == 0) ptx::red_release_add(turn, 1);
@@ -91,8 +88,8 @@ __device__ __forceinline__ void Backward::run() {
     ptx::hold(s[0]);
     ptx::hold(ds[0]);
     ptx::wgmma_fence();
-    products.logits(s[0], 0, queries, false);
-    products.logits(ds[0], V_AT - K_AT, grads, true);
+    products.logits<DIM>(s[0], 0, queries, false);
+    products.logits<DIM_V>(ds[0], V_AT - K_AT, grads, true);
     ptx::wgmma_wait_group<1>();
     ptx::hold(s[0]);
 

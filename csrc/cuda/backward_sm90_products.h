@@ -2,7 +2,7 @@
 //
 // S^T = K Q^T and dP^T = V dO^T leave P^T and dS^T in the registers that hold the A operands of dV += P^T dO and
 // dK += dS^T Q. Q and dO serve both uses from one copy, by rows and transposed. dQ = dS K needs all keys of the block,
-// so dS^T passes through shared memory; a warpgroup makes 64 x 64 of dQ, of the queries or of the dimensions.
+// so dS^T passes through shared memory; a warpgroup makes dQ of half the queries, or of half the dimensions.
 #pragma once
 #include "backward_warps.h"
 #include "ptx_sm90.h"
@@ -31,7 +31,8 @@ __device__ __forceinline__ void wgmma_tnsp(float (&d)[N8][4], const uint32_t (&a
   BF16 ? ptx::wgmma_m64nNk16_tnsp_bf16(d, a, b, add) : ptx::wgmma_m64nNk16_tnsp_f16(d, a, b, add);
 }
 
-// Descriptors of one warpgroup's operands, in the first stage.
+// Descriptors of one warpgroup's operands, in the first stage. Where dQ's dimensions are shared, at D = 64 the second
+// warpgroup's begin in the middle of a swizzled row.
 struct Products {
   uint64_t keys;         // A of S^T: its keys
   uint64_t queries;      // B of S^T
@@ -44,7 +45,7 @@ struct Products {
         queries(ptx::descriptor(queries_at, 0)),
         all_queries(ptx::descriptor(queries_at, QueryPanels::PERIOD_STEP)),
         pairs(ptx::descriptor(pairs_at + (QUERY_COLUMNS == 1 ? group * PairPanels::PERIOD_STEP : 0), 0)),
-        all_keys(ptx::descriptor(keys_at + (QUERY_COLUMNS == 1 ? 0 : group * KeyPanels::PERIOD_STEP), 0)) {}
+        all_keys(ptx::descriptor(keys_at, 0) + columns<KeyPanels>(group * (PADDED / 16 / 2 * (QUERY_COLUMNS - 1)))) {}
 
   // A descriptor counts 16 bytes. Columns and rows 16 step .. of a tile:
   template <class Panels>
@@ -53,13 +54,14 @@ struct Products {
   }
   __device__ static constexpr __forceinline__ uint64_t rows(int step) { return 128 * step; }
 
-  // d [64 keys, BLOCK_M] = (or, `add`, +=) keys (or values) times queries (or dO), over the head dimension. These lie
+  // d [64 keys, BLOCK_M] = (or, `add`, +=) keys (or values) times queries (or dO), over the USED columns. These lie
   // `keys_at` and `queries_at` bytes from K and from the first stage of Q.
+  template <int USED>
   __device__ __forceinline__ void logits(float (&d)[Logits::EIGHTS][4], uint32_t keys_at, uint32_t queries_at,
                                          bool add) const {
     const uint64_t a = keys + keys_at / 16, b = ptx::fresh(queries + queries_at / 16);
 #pragma unroll
-    for (int step = 0; step < PADDED / 16; ++step) {
+    for (int step = 0; step < ceil_div(USED, 16); ++step) {
       wgmma(d, a + columns<KeyPanels>(step), b + columns<QueryPanels>(step), add || step > 0);
     }
     ptx::wgmma_commit_group();
@@ -75,7 +77,7 @@ struct Products {
     ptx::wgmma_commit_group();
   }
 
-  // d [64 queries, 64 dimensions] = dS K, over the keys. dS^T lies `pairs_at` bytes from its first tile.
+  // d [64 queries, PADDED / QUERY_COLUMNS] = dS K, over the keys. dS^T lies `pairs_at` bytes from its first tile.
   __device__ __forceinline__ void query_gradients(float (&d)[QueryGradients::EIGHTS][4], uint32_t pairs_at) const {
     const uint64_t a = ptx::fresh(pairs + pairs_at / 16);
 #pragma unroll

@@ -60,6 +60,13 @@ __device__ __forceinline__ void cp_async_bulk(uint32_t to, const void* from, int
                : "memory");
 }
 
+// Four floats in a row, each as by red_add.
+__device__ __forceinline__ void red_add_v4(float* p, const float (&x)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+               "f"(x[3])
+               : "memory");
+}
+
 // Keeps the compiler from moving accesses of the accumulators past this place.
 template <int N8>
 __device__ __forceinline__ void hold(float (&d)[N8][4]) {
@@ -82,6 +89,14 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t panel)
 #define POSATTN_D4(n) POSATTN_D1(n), POSATTN_D1(n + 1), POSATTN_D1(n + 2), POSATTN_D1(n + 3)
 #define POSATTN_D8 POSATTN_D4(0), POSATTN_D4(4)
 #define POSATTN_D16 POSATTN_D8, POSATTN_D4(8), POSATTN_D4(12)
+
+#define POSATTN_WGMMA_SHARED_32(TYPE, TNSP)                                                                      \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE \
+               " "                                                                                               \
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"                          \
+               ", %16, %17, p, 1, 1, " TNSP ", " TNSP ";}"                                                       \
+               : POSATTN_D4(0)                                                                                   \
+               : "l"(a), "l"(b), "r"(add))
 
 #define POSATTN_WGMMA_SHARED_64(TYPE, TNSP)                                                                      \
   asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE \
@@ -157,11 +172,13 @@ __device__ __forceinline__ void wgmma_m64nNk16_tnsp_f16(float (&d)[N8][4], const
   }
 }
 
-// D = A B, or D += A B if `add`: both operands tiles [16, rows] whose rows are summed over.
+// D = A B, or D += A B if `add`: both operands tiles [16, rows] whose rows are summed over. N may be 32 as well.
 template <int N8>
 __device__ __forceinline__ void wgmma_m64nNk16_tnsp_f16(float (&d)[N8][4], uint64_t a, uint64_t b, int add) {
-  static_assert(N8 == 8 || N8 == 16);
-  if constexpr (N8 == 8) {
+  static_assert(N8 == 4 || N8 == 8 || N8 == 16);
+  if constexpr (N8 == 4) {
+    POSATTN_WGMMA_SHARED_32("f16", "1");
+  } else if constexpr (N8 == 8) {
     POSATTN_WGMMA_SHARED_64("f16", "1");
   } else {
     POSATTN_WGMMA_SHARED_128("f16", "1");
@@ -202,11 +219,13 @@ __device__ __forceinline__ void wgmma_m64nNk16_tnsp_bf16(float (&d)[N8][4], cons
   }
 }
 
-// D = A B, or D += A B if `add`: both operands tiles [16, rows] whose rows are summed over.
+// D = A B, or D += A B if `add`: both operands tiles [16, rows] whose rows are summed over. N may be 32 as well.
 template <int N8>
 __device__ __forceinline__ void wgmma_m64nNk16_tnsp_bf16(float (&d)[N8][4], uint64_t a, uint64_t b, int add) {
-  static_assert(N8 == 8 || N8 == 16);
-  if constexpr (N8 == 8) {
+  static_assert(N8 == 4 || N8 == 8 || N8 == 16);
+  if constexpr (N8 == 4) {
+    POSATTN_WGMMA_SHARED_32("bf16", "1");
+  } else if constexpr (N8 == 8) {
     POSATTN_WGMMA_SHARED_64("bf16", "1");
   } else {
     POSATTN_WGMMA_SHARED_128("bf16", "1");
@@ -217,6 +236,7 @@ __device__ __forceinline__ void wgmma_m64nNk16_tnsp_bf16(float (&d)[N8][4], uint
 #undef POSATTN_D4
 #undef POSATTN_D8
 #undef POSATTN_D16
+#undef POSATTN_WGMMA_SHARED_32
 #undef POSATTN_WGMMA_SHARED_64
 #undef POSATTN_WGMMA_REGISTERS_64
 #undef POSATTN_WGMMA_SHARED_128

@@ -118,7 +118,6 @@ def _prepared(call: Call, out: Tensor, grad_out: Tensor, needs: frozenset[str]) 
         **position_constants,
         **dropout_constants,
         **_wants(call, needs),
-        "PADDED": dim,
         "HAS_SOFTCAP": call.softcap != 0.0,
         "HAS_TABLE": call.plan.bias.table is not None,
         "HAS_PROFILE": call.plan.bias.profile is not None,
@@ -129,6 +128,7 @@ def _prepared(call: Call, out: Tensor, grad_out: Tensor, needs: frozenset[str]) 
     }
     arch = cuda_launch.architecture(q.device)
     tile = hopper_tile(arch, dim, constants) or backward_tile(arch, dim, constants)
+    constants["PADDED"] = tile.padded(dim)
     bias, bias_constants = operands.bias(call, call.plan.bias, tile.warp_queries, tile.warp_keys)
     values = {
         "q": q,

@@ -11,28 +11,36 @@ _LIMIT = 227 * 1024  # bytes a block may have
 _STAGES = 3
 _TILES = {
     64: BackwardTile(
-        128, 128, 8, 1, 1, 1, 1, "2P 964; with 64 queries K and V are read twice as often: shared memory 832 for 704"
+        128, 128, 8, 1, 1, 1, 1, "2P 960; with 64 queries K and V are read twice as often: shared memory 832 for 704"
     ),
-    128: BackwardTile(64, 128, 8, 1, 1, 2, 1, "2P 1702; beside dK and dV of 64 keys the registers hold 64 queries"),
+    128: BackwardTile(64, 128, 8, 1, 1, 2, 1, "2P 1654; beside dK and dV of 64 keys the registers hold 64 queries"),
 }
+_BY_ELEMENT = BackwardTile(
+    64,
+    128,
+    8,
+    1,
+    1,
+    2,
+    1,
+    "dropout, softcap, explicit positions, boolean masks and dense biases would spill beside 128",
+)
 
 
 def hopper_tile(arch: str, dim: int, constants: Constants) -> BackwardTile | None:
     """The tile for head dimension `dim` (padded) and this plan; None if mma.sync serves it."""
-    tile = _TILES.get(dim)
-    if arch != "sm_90" or tile is None or _needs_registers(dim, constants):
+    # A profile's line, sums by row and by distance and row scales do not fit the registers beside dK, dV, P and dP.
+    if arch != "sm_90" or dim > max(_TILES) or constants["HAS_PROFILE"]:
         return None
+    tile = _TILES[min(d for d in _TILES if d >= dim)]
+    by_element = ("HAS_DROPOUT", "HAS_SOFTCAP", "HAS_BOOLEAN", "HAS_DENSE", "EXPLICIT")
+    if dim <= 64 and any(constants[name] for name in by_element):
+        tile = _BY_ELEMENT
     for strip_rows in (8, 4):
-        choice = replace(tile, strip_rows=strip_rows, source="backward_sm90.cu")
-        if hopper_shared_bytes(choice, dim, constants) <= _LIMIT:
+        choice = replace(tile, strip_rows=strip_rows, source="backward_sm90.cu", columns=64)
+        if hopper_shared_bytes(choice, choice.padded(dim), constants) <= _LIMIT:
             return choice
     return None
-
-
-def _needs_registers(dim: int, constants: Constants) -> bool:
-    """Whether this plan would spill in the loop."""
-    by_element = ("HAS_DROPOUT", "HAS_SOFTCAP", "HAS_BOOLEAN", "HAS_DENSE", "EXPLICIT")
-    return bool(constants["HAS_PROFILE"]) or (dim == 64 and any(constants[name] for name in by_element))
 
 
 def hopper_shared_bytes(tile: BackwardTile, dim: int, constants: Constants) -> int:

@@ -30,6 +30,10 @@ class BackwardTile:
     grad_stages: int = 2
     strip_rows: int = 8
     source: str = "backward.cu"
+    columns: int = 32  # what head dimensions are padded to a multiple of
+
+    def padded(self, dim: int) -> int:
+        return -(-dim // self.columns) * self.columns
 
     @property
     def warp_keys(self) -> int:

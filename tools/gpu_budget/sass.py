@@ -101,4 +101,4 @@ def blocks(instructions: list[Instruction], labels: dict[str, int]) -> list[Basi
 
 def width(opcode: str) -> int:
     """32-bit words that one lane's memory instruction moves."""
-    return 4 if re.search(r"\.128(\.|$)", opcode) else 2 if re.search(r"\.64(\.|$)", opcode) else 1
+    return 4 if re.search(r"\.(128|F32x4)(\.|$)", opcode) else 2 if re.search(r"\.64(\.|$)", opcode) else 1
