@@ -66,7 +66,11 @@ _FORWARD = (
     _Case(229, 296), _Case(227, 266), _Case(250, 123), _Case(130, 10), _Case(150, 20), _Case(134, 40), _Case(150, 60),
     _Case(134, 70),
 )  # fmt: skip
-_BACKWARD = (_Case(250, 250), _Case(250, 600), _Case(133, 317, 150.0), _Case(180, 211), _Case(213, 342), _Case(143, 97))
+# The same from the side of the keys, whose blocks walk the queries; one walk longer than any ring of tiles.
+_BACKWARD = (
+    _Case(250, 250), _Case(250, 600), _Case(133, 317, 150.0), _Case(129, 270), _Case(255, 383), _Case(143, 97),
+    _Case(60, 20), _Case(60, 40), _Case(70, 70), _Case(690, 560),
+)  # fmt: skip
 # Every row of a tile in use, keys that end in every part of a tile of the prologue and of the loop, then split keys.
 _DECODE = (
     _Case(15, 330), _Case(13, 460, 150.0), _Case(2, 10), _Case(3, 20), _Case(9, 40), _Case(14, 60, 150.0),
