@@ -15,7 +15,8 @@ namespace posattn::mix {
 
 extern __shared__ __align__(128) unsigned char shared[];
 
-__device__ __forceinline__ void run_head(const Block& of, const QuerySpan& span) {
+__device__ __forceinline__ void run_head(const Block& of) {
+  const QuerySpan& span = of.span;
   HeadWarp head(of, span.lo);
   if (span.lo < span.hi) head.keep_keys();
 #pragma unroll 1
@@ -38,27 +39,26 @@ __device__ __forceinline__ void run_head(const Block& of, const QuerySpan& span)
   head.store();
 }
 
-__device__ __forceinline__ void run_mlp(const Block& of, const QuerySpan& span) {
+__device__ __forceinline__ void run_mlp(const Block& of) {
   const Lane lane{of.lane.lane, of.lane.warp - HEADS, of.lane.g, of.lane.t};
-  const Mlp mlp(of.p.mix, of.p.scale, nullptr, lane);
-  MlpBackward backward(of.p.mix, lane);
-  const InputReader x(of.memory + X_AT, lane);
-  const PlaneReader<HEADS, false> ds(of.memory + DS_AT, lane);
-  const uint32_t mix = of.memory + MIX_AT, to = mix + 2 * lane.t * MIX_HEAD + 4 * lane.g;
+  MlpBackward mlp(of.p.mix, of.p.scale, lane);
+  const MlpBackward::Inputs x(of.memory + X_AT, lane);
+  const MlpBackward::Gradients ds(of.memory + DS_AT, lane);
+  const uint32_t to = of.memory + MIX_AT + 2 * lane.t * MIX_HEAD + 4 * lane.g;
 #pragma unroll 1
-  for (int i0 = span.lo; i0 < span.hi; i0 += BLOCK_N) {
+  for (int i0 = of.span.lo; i0 < of.span.hi; i0 += BLOCK_N) {
     ptx::bar_sync();
-    mix_tile(mlp, x, mix, lane);
+#pragma unroll 2
+    for (int tile = lane.warp; tile < POSITION_TILES; tile += MLP_WARPS) mlp.run_forward(x, 16 * tile, to + 32 * tile);
     ptx::bar_sync();
     ptx::bar_sync();
 #pragma unroll 1
-    for (int tile = lane.warp; tile < POSITION_TILES; tile += MLP_WARPS)
-      backward.run(mlp, x, ds, 16 * tile, to + 32 * tile);
+    for (int tile = lane.warp; tile < POSITION_TILES; tile += MLP_WARPS) mlp.run(x, ds, 16 * tile, to + 32 * tile);
     ptx::bar_sync();
   }
   const int64_t slot = static_cast<int64_t>(of.index) * MLP_WARPS + lane.warp;
-  backward.store(of.p.dw1 + slot * (WIDTH * INPUTS), of.p.db1 + slot * WIDTH, of.p.dw2 + slot * (HEADS * WIDTH),
-                 SCALED ? 1.0f : of.p.scale, lane);
+  mlp.store(of.p.dw1 + slot * (WIDTH * INPUTS), of.p.db1 + slot * WIDTH, of.p.dw2 + slot * (HEADS * WIDTH),
+            SCALED ? 1.0f : of.p.scale, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) headmix_backward(const __grid_constant__ MixBackwardParams p) {
@@ -76,13 +76,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) headmix_backward(const 
   if (j0 >= sequence.k_len) return;
   const int first_tile = PACKED ? sequence.q_start / BLOCK_N + index : index * ceil_div(p.shape.q_tokens, BLOCK_N);
   const int64_t first_row = static_cast<int64_t>(first_tile) * BLOCK_N;
-  const Block of{p, sequence, this_lane(), ptx::shared_address(shared), block, j0, first_row};
   const QuerySpan span(sequence, p.mask, j0);
+  const Block of{p, sequence, span, this_lane(), ptx::shared_address(shared), block, j0, first_row};
   store_ones(of.memory + X_AT);
+  if (threadIdx.x == 0) of.keep_span();
   if (of.lane.warp < HEADS) {
-    run_head(of, span);
+    run_head(of);
   } else {
-    run_mlp(of, span);
+    run_mlp(of);
   }
 }
 

@@ -17,7 +17,8 @@ constexpr int X_AT = HEADS * HEAD_BYTES;
 constexpr int DS_AT = X_AT + X_BYTES;
 constexpr int MIX_AT = DS_AT + HEADS * X_HEAD;
 constexpr int MIXED_BLOCKS = INPUT_BLOCKS > HEAD_BLOCKS ? INPUT_BLOCKS : HEAD_BLOCKS;
-static_assert(SHARED_BYTES >= MIX_AT + MIXED_BLOCKS * 8 * MIX_HEAD);
+constexpr int SPAN_AT = MIX_AT + MIXED_BLOCKS * 8 * MIX_HEAD;  // where no query's mask is needed: two integers
+static_assert(SHARED_BYTES >= SPAN_AT + 16);
 
 using Tile = float[GROUPS][N8][4];
 
@@ -30,35 +31,50 @@ __device__ __forceinline__ void for_tile(F f) {
   }
 }
 
-// The queries that see keys j0 .. j0 + 15: [lo, hi), lo a multiple of BLOCK_N.
+// The queries that see keys j0 .. j0 + 15: [lo, hi), lo a multiple of BLOCK_N. A tile of queries each of which sees all
+// of them begins in [full_lo, full_hi).
 struct QuerySpan {
   int lo = 0;
   int hi;
+  int full_lo = 0;
+  int full_hi;
 
   __device__ __forceinline__ QuerySpan(const Sequence& s, const MaskParams& mask, int j0) {
     const int last = min(j0 + BLOCK_M, s.k_len) - 1;
-    hi = s.q_len;
-    if constexpr (HAS_RIGHT) lo = max(j0 - s.offset() - mask.right, 0) / BLOCK_N * BLOCK_N;
-    if constexpr (HAS_LEFT) hi = min(hi, max(last - s.offset() + mask.left + 1, 0));
+    hi = full_hi = s.q_len;
+    if constexpr (HAS_RIGHT) {
+      lo = max(j0 - s.offset() - mask.right, 0) / BLOCK_N * BLOCK_N;
+      full_lo = j0 + BLOCK_M - 1 - s.offset() - mask.right;
+    }
+    if constexpr (HAS_LEFT) {
+      hi = min(hi, max(last - s.offset() + mask.left + 1, 0));
+      full_hi = j0 - s.offset() + mask.left + 1 - (BLOCK_N - 1);
+    }
+    if (j0 + BLOCK_M > s.k_len) full_lo = full_hi = hi;
   }
 };
 
 struct Block {
   const MixBackwardParams& p;
   const Sequence sequence;
+  const QuerySpan span;
   const Lane lane;
   const uint32_t memory;
   const int index;  // among the blocks of all sequences
   const int j0;
   const int64_t first_row;  // of the sequence, in padded rows
 
-  // Whether some query of the tile does not see some key.
+  // By one thread; a barrier must follow.
+  __device__ __forceinline__ void keep_span() const {
+    ptx::st_shared(memory + SPAN_AT, static_cast<uint32_t>(span.full_lo));
+    ptx::st_shared(memory + SPAN_AT + 4, static_cast<uint32_t>(span.full_hi));
+  }
+
+  // Whether some query of the tile does not see some key. Read from shared memory: registers are short.
   __device__ __forceinline__ bool border(int i0) const {
-    const int offset = sequence.offset();
-    bool whole = j0 + BLOCK_M <= sequence.k_len;
-    if constexpr (HAS_RIGHT) whole &= j0 + BLOCK_M - 1 <= i0 + offset + p.mask.right;
-    if constexpr (HAS_LEFT) whole &= j0 >= i0 + BLOCK_N - 1 + offset - p.mask.left;
-    return !whole;
+    uint32_t full[2];
+    ptx::ld_shared_v2(full, memory + SPAN_AT);
+    return i0 < static_cast<int>(full[0]) || (HAS_LEFT && i0 >= static_cast<int>(full[1]));
   }
 
   __device__ __forceinline__ bool allowed(int h, int i, int j) const {

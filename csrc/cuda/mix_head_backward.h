@@ -16,12 +16,15 @@ struct HeadWarp {
   const Sequence& sequence;
   const Lane& lane;
   const int h;
-  const uint32_t kept, x_plane, ds_plane, mixed;
-  const unsigned char* tile;  // this lane's sixteen bytes of the first part
-  float* dq;
-  int32_t diagonal = 0;  // of this lane's first element, in the tables by distance
+  const uint32_t kept, plane, mixed;  // where this lane's parts begin
+  // Where this lane is in the tiles (in sixteen bytes), in dQ, and in the tables by distance at its first element.
+  // Indices take a register each, pointers two.
+  uint32_t tile;
+  uint32_t dq;
+  int32_t diagonal = 0;
   float dk[GROUPS][HEAD_DIM / 8][4];
   float dv[GROUPS][HEAD_DIM_V / 8][4];
+  float slope = 0.0f;  // of the inner bias
   float inner_slope = 0.0f, outer_slope = 0.0f;
 
   __device__ __forceinline__ HeadWarp(const Block& of, int i0)
@@ -31,15 +34,15 @@ struct HeadWarp {
         lane(of.lane),
         h(of.lane.warp),
         kept(of.memory + h * HEAD_BYTES),
-        x_plane(of.memory + X_AT + h * X_HEAD),
-        ds_plane(of.memory + DS_AT + h * X_HEAD),
+        plane(of.memory + X_AT + h * X_HEAD),
         mixed(of.memory + MIX_AT + h * MIX_HEAD) {
-    const int64_t row = h * p.rows + of.first_row + i0;
-    tile = static_cast<const unsigned char*>(p.tiles) + row / BLOCK_N * TILE_BYTES + lane.lane * 16;
-    dq = p.dq + row * HEAD_DIM + lane.lane;
+    const uint32_t row = h * static_cast<uint32_t>(p.rows) + static_cast<uint32_t>(of.first_row + i0);
+    tile = row / BLOCK_N * (TILE_BYTES / 16) + lane.lane;
+    dq = row * HEAD_DIM + lane.lane;
     if constexpr (HAS_INNER && BY_DISTANCE_ALONE && HAS_TABLE) {
       diagonal = h * p.diagonals + query(i0, 0, 0) + sequence.shift() - key(0) - p.first_distance;
     }
+    if constexpr (HAS_SLOPE) slope = p.inner.slope[sequence.batch * p.inner.slope_batch + h];
 #pragma unroll
     for (int n = 0; n < HEAD_DIM / 8; ++n) dk[0][n][0] = dk[0][n][1] = dk[0][n][2] = dk[0][n][3] = 0.0f;
 #pragma unroll
@@ -47,9 +50,13 @@ struct HeadWarp {
   }
 
   __device__ __forceinline__ void next_tile() {
-    tile += TILE_BYTES;
+    tile += TILE_BYTES / 16;
     dq += BLOCK_N * HEAD_DIM;
     diagonal += BLOCK_N;
+  }
+
+  __device__ __forceinline__ const unsigned char* part(int at) const {
+    return static_cast<const unsigned char*>(p.tiles) + static_cast<uint64_t>(tile) * 16 + at;
   }
 
   __device__ __forceinline__ int key(int e) const { return of.j0 + lane.g + 8 * (e >> 1); }
@@ -74,35 +81,46 @@ struct HeadWarp {
     ptx::bar_warp_sync();
   }
 
-  // f(x, c, step, far) for the distances of the lane's elements: (n, e) has x = n - (e >> 1) + 1, c = e & 1. step: from
-  // the first element's; far: its absolute value, or itself if SIGNED.
+  // f(x, c, step) for the distances of the lane's elements, first_distance() + step: (n, e) has x = n - (e >> 1) + 1
+  // and c = e & 1.
   template <class F>
-  __device__ __forceinline__ void for_distances(int i0, F f) const {
-    const float d0 = static_cast<float>(query(i0, 0, 0) + sequence.shift() - key(0));
+  __device__ static __forceinline__ void for_distances(F f) {
 #pragma unroll
     for (int x = 0; x <= N8; ++x) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int step = 8 * (x - 1) + c;
-        const float d = d0 + static_cast<float>(step);
-        f(x, c, step, SIGNED ? d : fabsf(d));
-      }
+      for (int c = 0; c < 2; ++c) f(x, c, 8 * (x - 1) + c);
     }
   }
 
+  __device__ __forceinline__ float first_distance(int i0) const {
+    return static_cast<float>(query(i0, 0, 0) + sequence.shift() - key(0));
+  }
+
+  // Of elements (n, e), by distance: (n - (e >> 1) + 1, e & 1).
+  using ByDistance = float[N8 + 1][2];
+
   // The gradient of the inner bias to its operands, summed by distance first where it can be. Past the ends it is zero.
   __device__ __forceinline__ void add_inner(const Tile& g, int i0) {
-    if constexpr (BY_DISTANCE_ALONE) {
-      float sums[N8 + 1][2] = {};
+    if constexpr (!BY_DISTANCE_ALONE) {
+      inner_slope += gradients<Inner>(p.dinner, p.inner, g, i0);
+    } else {
+      ByDistance sums = {};
       for_tile([&](int n, int e) { sums[n - (e >> 1) + 1][e & 1] += g[0][n][e]; });
-      for_distances(ptx::fresh(i0), [&](int x, int c, int step, float far) {
-        if constexpr (HAS_SLOPE) inner_slope = fmaf(-far, sums[x][c], inner_slope);
-        if constexpr (HAS_TABLE) {
-          if (p.dinner.table) add_sum(p.dinner.table, diagonal + step, sums[x][c], p.dinner.units);
+      const float d0 = first_distance(i0);
+      float total = 0.0f, moment = 0.0f;
+      for_distances([&](int x, int c, int step) {
+        if constexpr (HAS_SLOPE && LINEAR) {
+          total += sums[x][c];
+          moment = fmaf(sums[x][c], static_cast<float>(step), moment);
+        } else if constexpr (HAS_SLOPE) {
+          moment = fmaf(sums[x][c], fabsf(d0 + static_cast<float>(step)), moment);
         }
       });
-    } else {
-      inner_slope += gradients<Inner>(p.dinner, p.inner, g, i0);
+      if constexpr (HAS_SLOPE) inner_slope -= fmaf(total, d0, moment);
+      if (HAS_TABLE && p.dinner.table) {
+        for_distances(
+            [&](int x, int c, int step) { add_sum(p.dinner.table, diagonal + step, sums[x][c], p.dinner.units); });
+      }
     }
   }
 
@@ -113,11 +131,18 @@ struct HeadWarp {
         b[0][n][e] = bias_of<Inner>(p.inner, sequence.batch, h, Pair(p.positions, sequence, query(i0, n, e), key(e)));
       });
     } else {
-      float value[N8 + 1][2];
-      const float slope = HAS_SLOPE ? p.inner.slope[sequence.batch * p.inner.slope_batch + h] : 0.0f;
-      for_distances(i0, [&](int x, int c, int step, float far) {
-        value[x][c] = HAS_SLOPE ? -slope * far : 0.0f;
-        if constexpr (HAS_TABLE) value[x][c] += ptx::ld_global_nc(p.by_distance + diagonal + step);
+      ByDistance value;
+      const float d0 = first_distance(i0);
+      for_distances([&](int x, int c, int step) {
+        float& v = value[x][c];
+        if constexpr (HAS_SLOPE) {
+          v = LINEAR ? fmaf(-slope, static_cast<float>(step), -slope * d0)
+                     : -slope * fabsf(d0 + static_cast<float>(step));
+        }
+        if constexpr (HAS_TABLE) {
+          const float entry = ptx::ld_global_nc(p.by_distance + diagonal + step);
+          v = HAS_SLOPE ? v + entry : entry;
+        }
       });
       for_tile([&](int n, int e) { b[0][n][e] = value[n - (e >> 1) + 1][e & 1]; });
     }
@@ -126,7 +151,7 @@ struct HeadWarp {
   // Logits without the MLP's share, natural or as SCALED leaves them; x to shared memory.
   __device__ __forceinline__ void start(Tile& s, Tile& slack, int i0) const {
     ColumnFragments<HEAD_DIM> columns;
-    load_columns(columns, tile + Q_COLUMNS_AT);
+    load_columns(columns, part(Q_COLUMNS_AT));
     multiply_columns<HEAD_DIM>(s, kept, columns, lane);
     if constexpr (SCALED) scale_logits(s, p.scale, p.softcap);
     if constexpr (HAS_SOFTCAP) {
@@ -135,23 +160,23 @@ struct HeadWarp {
         slack[0][n][e] = 1.0f - tanh * tanh;
       });
     }
-    if constexpr (CONCAT || !HAS_INNER) store_inputs(x_plane, s, lane);
+    if constexpr (CONCAT || !HAS_INNER) store_inputs(plane, s, lane);
     if constexpr (HAS_INNER) {
       Tile b;
       inner_bias(b, i0);
-      if constexpr (CONCAT) store_inputs(x_plane + HEADS * X_HEAD, b, lane);
+      if constexpr (CONCAT) store_inputs(plane + HEADS * X_HEAD, b, lane);
       if constexpr (RESIDUAL) {
         for_tile([&](int n, int e) { s[0][n][e] = fmaf(s[0][n][e], SCALED ? 1.0f : p.scale, b[0][n][e]); });
       }
-      if constexpr (!CONCAT) store_inputs(x_plane, s, lane);
+      if constexpr (!CONCAT) store_inputs(plane, s, lane);
     }
   }
 
   // dP^T, less delta unless dropout stands between the two.
   __device__ __forceinline__ void multiply_grad(Tile& dp, Statistics& statistics) const {
     ColumnFragments<HEAD_DIM_V> columns;
-    load_columns(columns, tile + GRAD_COLUMNS_AT);
-    statistics.load(tile + STATISTICS_AT);
+    load_columns(columns, part(GRAD_COLUMNS_AT));
+    statistics.load(part(STATISTICS_AT));
     multiply_columns<HEAD_DIM_V>(dp, kept + K_BYTES, columns, lane);
     if constexpr (!HAS_DROPOUT) statistics.add(dp[0], 1, lane.t);
   }
@@ -168,8 +193,10 @@ struct HeadWarp {
       });
     }
     if (HAS_BOOLEAN || of.border(i0)) {
+      const Lane here = lane_of(ptx::tid_x());  // rarely needed, so not held
       for_tile([&](int n, int e) {
-        if (!of.allowed(h, query(i0, n, e), key(e))) s[0][n][e] = -infinity();
+        const int i = i0 + 8 * n + 2 * here.t + (e & 1), j = of.j0 + here.g + 8 * (e >> 1);
+        if (!of.allowed(h, i, j)) s[0][n][e] = -infinity();
       });
     }
     for_tile([&](int n, int e) { s[0][n][e] = ptx::ex2_approx(s[0][n][e]); });
@@ -179,7 +206,7 @@ struct HeadWarp {
       for_tile([&](int n, int e) { ds[0][n][e] *= s[0][n][e]; });
     }
     if constexpr (HAS_OUTER) outer_slope += gradients<Outer>(p.douter, p.outer, ds, i0);
-    store_inputs(ds_plane, ds, lane);
+    store_inputs(plane + (DS_AT - X_AT), ds, lane);
   }
 
   // From weights and dP to weights after dropout and the gradient of the logits.
@@ -215,7 +242,7 @@ struct HeadWarp {
   // dV += P^T dO
   __device__ __forceinline__ void add_values(const Weights& weights) {
     PairFragments<HEAD_DIM_V> pairs;
-    pairs.load(tile + GRAD_PAIRS_AT);
+    pairs.load(part(GRAD_PAIRS_AT));
     multiply_rows<HEAD_DIM_V>(dv, weights, pairs);
   }
 
@@ -237,7 +264,7 @@ struct HeadWarp {
     round_tile(rounded, dx);
     add_queries(rounded, i0);
     PairFragments<HEAD_DIM> pairs;
-    pairs.load(tile + Q_PAIRS_AT);
+    pairs.load(part(Q_PAIRS_AT));
     multiply_rows<HEAD_DIM>(dk, rounded, pairs);
   }
 
@@ -250,6 +277,7 @@ struct HeadWarp {
       b[n][0] = ptx::movmatrix_trans(dx[0][n][0]);
       b[n][1] = ptx::movmatrix_trans(dx[0][n][1]);
     }
+    float* to = p.dq + dq;
     of.wait_for_turn(h, i0);
 #pragma unroll
     for (int m = 0; m < HEAD_DIM / 16; ++m) {
@@ -260,7 +288,7 @@ struct HeadWarp {
         float d[4];
         mma_to(d, a, b[n][0], b[n][1], ZEROS);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) ptx::red_add(dq + n * (8 * HEAD_DIM) + (m * 4 + e) * WARP, d[e]);
+        for (int e = 0; e < 4; ++e) ptx::red_add(to + n * (8 * HEAD_DIM) + (m * 4 + e) * WARP, d[e]);
       }
     }
     of.pass_turn(h, i0);

@@ -102,18 +102,27 @@ struct Mlp {
     for (int n = 0; n < 2 * WIDTH_PAIRS; ++n) {
 #pragma unroll
       for (int b = 0; b < INPUT_BLOCKS; ++b) {
-        const int unit = 8 * n + lane.g, input = 8 * b + 2 * lane.t;
-        w1[n][b] = pack(weight_of(p, scale, slopes, unit, input), weight_of(p, scale, slopes, unit, input + 1));
+        w1[n][b] = pair_of_w1(p, scale, slopes, n, b, lane);
       }
       const int at = 8 * n + 2 * lane.t;
       b1[n] = pack(padded_element(p.b1, 0, 1, at, WIDTH), padded_element(p.b1, 0, 1, at + 1, WIDTH));
 #pragma unroll
       for (int a = 0; a < HEAD_BLOCKS; ++a) {
-        const int head = 8 * a + lane.g, unit = 8 * n + 2 * lane.t;
-        w2[n][a] = pack(LOG2E * padded_element(p.w2, head, HEADS, unit, WIDTH),
-                        LOG2E * padded_element(p.w2, head, HEADS, unit + 1, WIDTH));
+        w2[n][a] = pair_of_w2(p, n, a, lane);
       }
     }
+  }
+
+  __device__ static __forceinline__ uint32_t pair_of_w1(const MixParams& p, float scale, const float* slopes, int n,
+                                                        int b, const Lane& lane) {
+    const int unit = 8 * n + lane.g, input = 8 * b + 2 * lane.t;
+    return pack(weight_of(p, scale, slopes, unit, input), weight_of(p, scale, slopes, unit, input + 1));
+  }
+
+  __device__ static __forceinline__ uint32_t pair_of_w2(const MixParams& p, int n, int a, const Lane& lane) {
+    const int head = 8 * a + lane.g, unit = 8 * n + 2 * lane.t;
+    return pack(LOG2E * padded_element(p.w2, head, HEADS, unit, WIDTH),
+                LOG2E * padded_element(p.w2, head, HEADS, unit + 1, WIDTH));
   }
 
   // Of an input, or of ones: b1, then what its rounding leaves.
@@ -167,19 +176,23 @@ struct Mlp {
 };
 
 // COUNT planes of a tile ([heads or inputs][rows][columns]) as operands of eight planes each: eight columns of row i
-// and of row i + 8 are sixteen positions.
-template <int COUNT, bool OF_X>
+// and of row i + 8 are sixteen positions. BY_HALF: positions g of two eights come in neighbouring registers, then those
+// of positions g + 8, as a B operand takes them; else both of one eight do, as an A operand takes them.
+template <int COUNT, bool OF_X, bool BY_HALF>
 struct PlaneReader {
   static constexpr int EIGHTS = OF_X ? INPUT_BLOCKS : ceil_div(COUNT, 8);
   uint32_t rows[ceil_div(EIGHTS, 2)];  // this lane's row for eights 2 b and 2 b + 1
 
   __device__ __forceinline__ PlaneReader(uint32_t planes, const Lane& lane) {
+    const int matrix = lane.lane / 8;
 #pragma unroll
     for (int b = 0; b < ceil_div(EIGHTS, 2); ++b) {
+      const bool by_half = BY_HALF && 2 * b + 1 < EIGHTS;
+      const int second = by_half ? matrix % 2 : matrix / 2, half = by_half ? matrix / 2 : matrix % 2;
       // Planes past the last one meet weights of zero, or gradients that nobody reads.
-      const int number = 16 * b + lane.lane / 16 * 8 + lane.lane % 8;
+      const int number = 16 * b + second * 8 + lane.lane % 8;
       const int plane = OF_X ? plane_of(number) : min(number, COUNT - 1);
-      rows[b] = planes + plane * X_HEAD + lane.lane / 8 % 2 * (8 * X_ROW);
+      rows[b] = planes + plane * X_HEAD + half * (8 * X_ROW);
     }
   }
 
@@ -190,7 +203,8 @@ struct PlaneReader {
       if (b + 1 < EIGHTS) {
         uint32_t both[4];
         ptx::ldmatrix_x4_trans(both, rows[b / 2] + at);
-        z[b][0] = both[0], z[b][1] = both[1], z[b + 1][0] = both[2], z[b + 1][1] = both[3];
+        z[b][0] = both[0], z[b][1] = both[BY_HALF ? 2 : 1];
+        z[b + 1][0] = both[BY_HALF ? 1 : 2], z[b + 1][1] = both[3];
       } else {
         ptx::ldmatrix_x2_trans(z[b], rows[b / 2] + at);
       }
@@ -198,7 +212,7 @@ struct PlaneReader {
   }
 };
 
-using InputReader = PlaneReader<PLANES, true>;
+using InputReader = PlaneReader<PLANES, true, false>;
 
 // Planes 8 a + 2t and 8 a + 2t + 1 of sixteen positions; a word holds positions g and g + 8. `to` is this lane's place
 // in plane 0.

@@ -61,21 +61,29 @@ __device__ __forceinline__ void turn_operand(uint32_t (&to)[4], const uint32_t (
 }
 
 struct MlpBackward {
+  using Inputs = PlaneReader<PLANES, true, true>;
+  using Gradients = PlaneReader<HEADS, false, true>;
+
   uint32_t w2[2 * WIDTH_PAIRS][HEAD_BLOCKS];   // (heads 8 a + 2t.., unit 8 n + g)
   uint32_t w1[INPUT_BLOCKS][2 * WIDTH_PAIRS];  // (units 8 n + 2t.., input 8 b + g)
   float dw1[WIDTH_PAIRS][INPUT_BLOCKS][4];     // (unit 16 u + g, inputs 8 b + 2t..), the same for unit 16 u + g + 8
   float dw2[WIDTH_PAIRS][HEAD_BLOCKS][4];      // (unit 16 u + g, heads 8 a + 2t..)
   float db1[WIDTH_PAIRS][4];                   // the same in every column
   uint32_t b1[2 * WIDTH_PAIRS];                // unit 8 n + g, twice
+  uint32_t w1_forward[2 * WIDTH_PAIRS][INPUT_BLOCKS];  // (unit 8 n + g, inputs 8 b + 2t..)
+  uint32_t w2_forward[2 * WIDTH_PAIRS][HEAD_BLOCKS];   // (units 8 n + 2t.., head 8 a + g)
 
-  __device__ __forceinline__ MlpBackward(const MixParams& p, const Lane& lane) {
+  __device__ __forceinline__ MlpBackward(const MixParams& p, float scale, const Lane& lane) {
 #pragma unroll
     for (int n = 0; n < 2 * WIDTH_PAIRS; ++n) {
       const float bias = padded_element(p.b1, 0, 1, 8 * n + lane.g, WIDTH);
       b1[n] = pack(bias, bias);
 #pragma unroll
+      for (int b = 0; b < INPUT_BLOCKS; ++b) w1_forward[n][b] = Mlp::pair_of_w1(p, scale, nullptr, n, b, lane);
+#pragma unroll
       for (int a = 0; a < HEAD_BLOCKS; ++a) {
         const int head = 8 * a + 2 * lane.t, unit = 8 * n + lane.g;
+        w2_forward[n][a] = Mlp::pair_of_w2(p, n, a, lane);
         w2[n][a] =
             pack(padded_element(p.w2, head, HEADS, unit, WIDTH), padded_element(p.w2, head + 1, HEADS, unit, WIDTH));
       }
@@ -99,23 +107,55 @@ struct MlpBackward {
     }
   }
 
-  // Sixteen positions at `at` of x and ds; the gradient of the inputs goes to `to` as pairs (see store_pairs).
-  __device__ __forceinline__ void run(const Mlp& mlp, const InputReader& x, const PlaneReader<HEADS, false>& ds, int at,
-                                      uint32_t to) {
+  // Hidden units 16 u .. of sixteen positions as the A operand [units, positions].
+  __device__ __forceinline__ void activate(uint32_t (&active)[4], const uint32_t (&z)[INPUT_BLOCKS][2], int u) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float h[4];
+      multiply_units(h, w1_forward[2 * u], w1_forward[2 * u + 1], z, half);
+      active[2 * half] = leaky_relu(pack(h[0], h[1]), b1[2 * u]);
+      active[2 * half + 1] = leaky_relu(pack(h[2], h[3]), b1[2 * u + 1]);
+    }
+  }
+
+  // Sixteen positions at `at` of x forward; what the MLP adds to the logits goes to `to` as pairs (see store_pairs).
+  __device__ __forceinline__ void run_forward(const Inputs& x, int at, uint32_t to) const {
+    uint32_t z[INPUT_BLOCKS][2];
+    x.read(z, at);
+    float out[HEAD_BLOCKS][4];
+#pragma unroll
+    for (int u = 0; u < WIDTH_PAIRS; ++u) {
+      uint32_t active[4], turned[4];
+      activate(active, z, u);
+      turn_operand(turned, active);
+#pragma unroll
+      for (int a = 0; a < HEAD_BLOCKS; ++a) {
+        const uint32_t b0 = w2_forward[2 * u][a], b1 = w2_forward[2 * u + 1][a];
+        if (u == 0) {
+          mma_to(out[a], turned, b0, b1, ZEROS);
+        } else {
+          mma_to(out[a], turned, b0, b1, out[a]);
+        }
+      }
+    }
+    store_pairs(to, out);
+  }
+
+  // Sixteen positions at `at` of x and ds; the gradient of the inputs goes to `to` as pairs.
+  __device__ __forceinline__ void run(const Inputs& x, const Gradients& ds, int at, uint32_t to) {
     uint32_t z[INPUT_BLOCKS][2], g[HEAD_BLOCKS][2], before[WIDTH_PAIRS][4];
     x.read(z, at);
     ds.read(g, at);
 #pragma unroll
     for (int u = 0; u < WIDTH_PAIRS; ++u) {
       uint32_t active[4], gradient[4];  // A operands [units, positions]
+      activate(active, z, u);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float h[4], dh[4];
-        multiply_units(h, mlp.w1[2 * u], mlp.w1[2 * u + 1], z, half);
+        float dh[4];
         multiply_units(dh, w2[2 * u], w2[2 * u + 1], g, half);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          active[2 * half + e] = leaky_relu(pack(h[2 * e], h[2 * e + 1]), b1[2 * u + e]);
           gradient[2 * half + e] = leaky_gradient(pack(dh[2 * e], dh[2 * e + 1]), active[2 * half + e]);
         }
       }

@@ -54,9 +54,13 @@ struct Lane {
   int lane, warp, g, t;
 };
 
+__device__ __forceinline__ Lane lane_of(int thread) {
+  const int lane = thread % WARP;
+  return {lane, thread / WARP, lane / 4, lane % 4};
+}
+
 __device__ __forceinline__ Lane this_lane() {
-  const int lane = threadIdx.x % WARP;
-  return {lane, static_cast<int>(threadIdx.x) / WARP, lane / 4, lane % 4};
+  return lane_of(threadIdx.x);
 }
 
 // A tile of positions: where its first row's keys lie in x, and its pairs in mix. The second row is 8 X_ROW further.

@@ -30,7 +30,7 @@ def shared_bytes(call: Call, mix: HeadMix) -> int:
     kept = heads * _KEYS * 2 * (2 * dim + dim_v)
     planes = (cuda_mix.planes(call, mix) + heads) * (2 * _KEYS * _QUERIES + 16)
     mixed = -(-max(inputs, heads) // 8) * 8 * (2 * _KEYS * _QUERIES + 16)
-    return kept + planes + mixed
+    return kept + planes + mixed + 16
 
 
 def unsupported(call: Call, mix: HeadMix, arch: str) -> str | None:

@@ -53,9 +53,12 @@ def _columns(x: Tensor) -> Tensor:
 
 
 def _pairs(x: Tensor) -> Tensor:
-    """[H, tile, eight, D / 32, g, t, 4, 2]: lane (g, t) has rows 2 t and 2 t + 1 of four dimensions 8 n + g."""
-    by_lane = x.unflatten(-1, (-1, 4, 8)).unflatten(3, (4, 2))  # [H, tile, eight, t, row, D / 32, n, g]
-    return by_lane.permute(0, 1, 2, 5, 7, 3, 6, 4).contiguous()
+    """Lane (g, t) has rows 2 t and 2 t + 1 of dimensions 8 n + g: two of them and eights 0 and 1, four of them and the
+    last eight."""
+    by_lane = x.unflatten(-1, (-1, 8)).unflatten(3, (4, 2))  # [H, tile, eight, t, row, n, g]
+    both = by_lane[:, :, :2].unflatten(5, (-1, 2)).permute(0, 1, 5, 7, 3, 6, 2, 4)
+    last = by_lane[:, :, 2:].unflatten(5, (-1, 4)).permute(0, 1, 5, 7, 3, 6, 2, 4)
+    return torch.cat([both.flatten(2), last.flatten(2)], dim=2)
 
 
 def _statistics(minus_lse2: Tensor, minus_delta: Tensor) -> Tensor:
