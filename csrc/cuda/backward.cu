@@ -14,9 +14,6 @@
 
 namespace posattn {
 
-// A head dimension of 64 leaves no register for the sums of operands.
-constexpr bool REGISTERS_ARE_SHORT = WANT_TABLE || WANT_LINES || WANT_PSI;
-
 struct Backward : BackwardBlock {
   using BackwardBlock::BackwardBlock;
 
@@ -62,7 +59,7 @@ __device__ __forceinline__ void Backward::run() {
   int stage = 0;
   SegmentRanges ranges;
 
-  uint2* columns = reinterpret_cast<uint2*>(shared + COLUMNS_AT);
+  uint4* columns = reinterpret_cast<uint4*>(shared + COLUMNS_AT);
   if (SLOPE_BY_PRODUCT && warp == 0) columns[lane] = slope_columns(lane);
   Sums sums(p, lane, index * p.shape.heads, key_block * WARPS + warp);
   HeadBias head(p.bias, sequence.batch, at.head);
@@ -88,100 +85,131 @@ __device__ __forceinline__ void Backward::run() {
     }
     ptx::cp_async_commit_group();
 
-    // Where registers are short, all this is derived in every step rather than spilled.
-    const int here = REGISTERS_ARE_SHORT ? ptx::tid_x() : thread;
-    const int warp = here / WARP, lane = here % WARP;
-    const int logit_row = warp / LOGIT_COLUMNS * WARP_KEYS, logit_column = warp % LOGIT_COLUMNS * WARP_QUERIES;
-    const int j0 = key_block * BLOCK_N;
-
-    // Where this lane reads operands. Keys: this warp's, as A; all of them, at this warp's dimensions of dQ, as B.
-    const auto keys = Rows<PADDED>::by_rows(memory + K_AT, logit_row, 0, lane);
-    const auto values = keys.moved(V_AT - K_AT);
-    const auto all_keys = Rows<PADDED, QueryGradients::EIGHTS>::by_rows(
-        memory + K_AT, 0, warp % QUERY_COLUMNS * QueryGradients::EIGHTS, lane);
+    // Where this lane reads operands, derived at each use from the thread's number: kept, it would be spilled.
+    const auto own = [&] {
+      struct Own {
+        int warp, lane, row, column;
+      };
+      const uint32_t here = anew(thread);
+      const int warp = REGISTERS_ARE_SHORT ? here / WARP : this->warp;
+      const int lane = REGISTERS_ARE_SHORT ? here % WARP : this->lane;
+      return Own{warp, lane, warp / LOGIT_COLUMNS * WARP_KEYS, warp % LOGIT_COLUMNS * WARP_QUERIES};
+    };
+    // This warp's keys, as A; all of them, at this warp's dimensions of dQ, as B.
+    const auto keys = [&] {
+      const auto o = own();
+      return Rows<PADDED>::by_rows(memory + K_AT, o.row, 0, o.lane);
+    };
+    const auto all_keys = [&] {
+      const auto o = own();
+      return Rows<PADDED, QueryGradients::EIGHTS>::by_rows(memory + K_AT, 0,
+                                                           o.warp % QUERY_COLUMNS * QueryGradients::EIGHTS, o.lane);
+    };
     // Queries: this warp's as B, and all of them, at this warp's dimensions of dK and dV, as B.
-    const auto stage_queries = Rows<PADDED>::by_columns(memory + Q_AT, logit_column, 0, lane);
-    const auto stage_all_queries =
-        Rows<PADDED, KeyGradients::EIGHTS>::by_rows(memory + Q_AT, 0, warp % KEY_COLUMNS * KeyGradients::EIGHTS, lane);
+    const auto queries = [&](int part) {
+      const auto o = own();
+      return Rows<PADDED>::by_columns(memory + Q_AT + stage * Q_BYTES + part * PART * Wide::PITCH, o.column, 0, o.lane);
+    };
+    const auto all_queries = [&](int part) {
+      const auto o = own();
+      return Rows<PADDED, KeyGradients::EIGHTS>::by_rows(memory + Q_AT + stage * Q_BYTES + part * PART * Wide::PITCH, 0,
+                                                         o.warp % KEY_COLUMNS * KeyGradients::EIGHTS, o.lane);
+    };
     // P^T by this warp's keys of dV, and dS by its queries of dQ.
-    const auto pairs = Rows<BLOCK_M>::by_rows(memory + P_AT, warp / KEY_COLUMNS * (16 * KeyGradients::GROUPS), 0, lane);
-    const auto pairs_by_query = Rows<BLOCK_M, 2 * QueryGradients::GROUPS>::by_columns(
-        memory + DS_AT, 0, warp / QUERY_COLUMNS * (2 * QueryGradients::GROUPS), lane);
-    const uint32_t own_pairs = first_pair(memory + P_AT, warp, lane);
+    const auto pairs = [&] {
+      const auto o = own();
+      return Rows<BLOCK_M>::by_rows(memory + P_AT, o.warp / KEY_COLUMNS * (16 * KeyGradients::GROUPS), 0, o.lane);
+    };
+    const auto pairs_by_query = [&] {
+      const auto o = own();
+      return Rows<BLOCK_M, 2 * QueryGradients::GROUPS>::by_columns(
+          memory + DS_AT, 0, o.warp / QUERY_COLUMNS * (2 * QueryGradients::GROUPS), o.lane);
+    };
+    const auto own_pairs = [&](int part) {
+      const auto o = own();
+      return first_pair(memory + P_AT, o.warp, o.lane) ^ part * (PART * 2);
+    };
     constexpr uint32_t DS = DS_AT - P_AT;  // from P^T to dS^T
     const uint32_t to_grad = GRAD_AT - Q_AT - (GRAD_STAGES == 1 ? stage * Q_BYTES : 0);
-    const auto queries = stage_queries.moved(stage * Q_BYTES);
-    const auto all_queries = stage_all_queries.moved(stage * Q_BYTES);
-    const float* rows = reinterpret_cast<const float*>(shared + ROWS_AT) + stage * RowStage::FLOATS;
-    const LogitPlace place{at.block * BLOCK_M + logit_column, j0 + logit_row, lane / 4, lane % 4};
-    const int column = logit_column + 2 * place.t;
-    const int strip_at = column - logit_row - place.g - 8 * BANDS_BEFORE + BLOCK_N - 1 + (first_diagonal() & 3);
-    const Operands operands(p, sequence, place, rows, strip_at, column);
-    SegmentRange range;
-    if constexpr (HAS_PROFILE && EXPLICIT) range = operands.segments(p.bias);
-    if constexpr (HAS_PROFILE && !EXPLICIT) {
-      const int ahead = (at.block - spans.lo) % WARP;
-      if (ahead == 0) ranges.find(p.bias, place, sequence.shift(), lane);
-      range = ranges.of(ahead);
-    }
+    const float* stage_rows = reinterpret_cast<const float*>(shared + ROWS_AT) + stage * RowStage::FLOATS;
 
-    Fragments<Logits> s = {}, slack;
-    product<PADDED / 16, As::IS, As::IS>(s, keys, queries);
-    add_terms(s, slack, p, sequence, place, operands, head, range, at.head, rows + RowStage::LSE2 + column);
-    mask_logits(s, p, sequence, place, at.head, spans.border(at.block));
-    for_logits([&](int group, int n, int e) { s[group][n][e] = ptx::ex2_approx(s[group][n][e]); });
-
-    // dP^T - delta: the product starts from -delta, unless dropout stands between the two.
-    Fragments<Logits> ds;
 #pragma unroll
-    for (int n = 0; n < Logits::EIGHTS; ++n) {
-      const float2 delta = *reinterpret_cast<const float2*>(rows + RowStage::MINUS_DELTA + column + 8 * n);
-#pragma unroll
-      for (int group = 0; group < Logits::GROUPS; ++group) {
-        ds[group][n][0] = ds[group][n][2] = HAS_DROPOUT ? 0.0f : delta.x;
-        ds[group][n][1] = ds[group][n][3] = HAS_DROPOUT ? 0.0f : delta.y;
+    for (int part = 0; part < QUERY_PARTS; ++part) {
+      const float* rows = stage_rows + part * PART;
+      const auto [warp, lane, logit_row, logit_column] = own();
+      const LogitPlace place{at.block * BLOCK_M + part * PART + logit_column, key_block * BLOCK_N + logit_row, lane / 4,
+                             lane % 4};
+      const int column = logit_column + 2 * place.t;
+      const int strip_at = column - logit_row - place.g - 8 * BANDS_BEFORE + BLOCK_N - 1 + (first_diagonal() & 3);
+      const Operands operands(p, sequence, place, rows, strip_at, column);
+      SegmentRange range;
+      if constexpr (HAS_PROFILE && EXPLICIT) range = operands.segments(p.bias);
+      if constexpr (HAS_PROFILE && !EXPLICIT) {
+        const int ahead = (at.block - spans.lo) * QUERY_PARTS % WARP;
+        if (ahead == 0 && part == 0) ranges.find(p.bias, place, sequence.shift(), lane);
+        range = ranges.of(ahead + part);
       }
-    }
-    product<PADDED / 16, As::IS, As::IS>(ds, values, queries.moved(to_grad));
 
-    uint32_t weights[Logits::GROUPS][Logits::EIGHTS / 2][4];
-    if constexpr (HAS_DROPOUT) {
-      Fragments<Logits> kept;
-      for_logits([&](int group, int n, int e) { kept[group][n][e] = s[group][n][e]; });
-      drop(kept, ds, p, sequence, place, at.head);
-      for_logits(
-          [&](int group, int n, int e) { ds[group][n][e] += rows[RowStage::MINUS_DELTA + column + 8 * n + (e & 1)]; });
-      round_fragments(weights, kept);
-    } else {
-      round_fragments(weights, s);
-    }
-    if constexpr (!WEIGHTS_IN_REGISTERS) store_pairs(own_pairs, weights);
-    for_logits([&](int group, int n, int e) { ds[group][n][e] *= s[group][n][e]; });
-    sums.add(ds, sequence, place, operands, head, range, strip, at.head, at.row + logit_column);
-    if constexpr (HAS_SOFTCAP) {
-      for_logits([&](int group, int n, int e) { ds[group][n][e] *= slack[group][n][e]; });
-    }
-    uint32_t rounded[Logits::GROUPS][Logits::EIGHTS / 2][4];
-    round_fragments(rounded, ds);
-    if constexpr (SLOPE_BY_PRODUCT) sums.add_slope(rounded, columns[lane], place, sequence.shift());
-    store_pairs(own_pairs + DS, rounded);
+      Fragments<Logits> s = {}, slack;
+      product<PADDED / 16, As::IS, As::IS>(s, keys(), queries(part));
+      add_terms(s, slack, p, sequence, place, operands, head, range, at.head, rows + RowStage::LSE2 + column);
+      mask_logits(s, p, sequence, place, at.head, spans.border(at.block));
+      for_logits([&](int group, int n, int e) { s[group][n][e] = ptx::ex2_approx(s[group][n][e]); });
 
-    if constexpr (WEIGHTS_IN_REGISTERS) {
-      product<As::TRANSPOSED>(dv, weights, all_queries.moved(to_grad));
-      product<As::TRANSPOSED>(dk, rounded, all_queries);
-      ptx::bar_sync();  // dS^T is there as a whole
-    } else {
-      ptx::bar_sync();  // P^T and dS^T are
-      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dv, pairs, all_queries.moved(to_grad));
-      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dk, pairs.moved(DS), all_queries);
+      // dP^T - delta: the product starts from -delta, unless dropout stands between the two.
+      Fragments<Logits> ds;
+#pragma unroll
+      for (int n = 0; n < Logits::EIGHTS; ++n) {
+        const float2 delta = *reinterpret_cast<const float2*>(rows + RowStage::MINUS_DELTA + column + 8 * n);
+#pragma unroll
+        for (int group = 0; group < Logits::GROUPS; ++group) {
+          ds[group][n][0] = ds[group][n][2] = HAS_DROPOUT ? 0.0f : delta.x;
+          ds[group][n][1] = ds[group][n][3] = HAS_DROPOUT ? 0.0f : delta.y;
+        }
+      }
+      product<PADDED / 16, As::IS, As::IS>(ds, keys().moved(V_AT - K_AT), queries(part).moved(to_grad));
+
+      uint32_t weights[Logits::GROUPS][Logits::EIGHTS / 2][4];
+      if constexpr (HAS_DROPOUT) {
+        Fragments<Logits> kept;
+        for_logits([&](int group, int n, int e) { kept[group][n][e] = s[group][n][e]; });
+        drop(kept, ds, p, sequence, place, at.head);
+        for_logits([&](int group, int n, int e) {
+          ds[group][n][e] += rows[RowStage::MINUS_DELTA + column + 8 * n + (e & 1)];
+        });
+        round_fragments(weights, kept);
+      } else {
+        round_fragments(weights, s);
+      }
+      if constexpr (!WEIGHTS_IN_REGISTERS) store_pairs(own_pairs(part), weights);
+      for_logits([&](int group, int n, int e) { ds[group][n][e] *= s[group][n][e]; });
+      sums.add(ds, sequence, place, operands, head, range, strip, at.head, at.row + part * PART + logit_column);
+      if constexpr (HAS_SOFTCAP) {
+        for_logits([&](int group, int n, int e) { ds[group][n][e] *= slack[group][n][e]; });
+      }
+      uint32_t rounded[Logits::GROUPS][Logits::EIGHTS / 2][4];
+      round_fragments(rounded, ds);
+      store_pairs(own_pairs(part) + DS, rounded);
+
+      if constexpr (WEIGHTS_IN_REGISTERS) {
+        product<As::TRANSPOSED>(dv, weights, all_queries(part).moved(to_grad));
+        product<As::TRANSPOSED>(dk, rounded, all_queries(part));
+      }
+      if constexpr (INTERCEPT_BY_PRODUCT) sums.add_intercept(rounded);
+      if constexpr (SLOPE_BY_PRODUCT) sums.add_slope(rounded, columns[lane], place, sequence.shift());
+    }
+    ptx::bar_sync();  // dS^T is there as a whole, and P^T where it goes by shared memory
+    if constexpr (!WEIGHTS_IN_REGISTERS) {
+      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dv, pairs(), all_queries(0).moved(to_grad));
+      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dk, pairs().moved(DS), all_queries(0));
     }
     if constexpr (GRAD_STAGES == 1) {
-      ptx::bar_sync();  // nobody needs dO
+      if constexpr (!WEIGHTS_IN_REGISTERS) ptx::bar_sync();  // nobody needs dO
       if (more) load_grad(next, 0);
       ptx::cp_async_commit_group();
     }
     Fragments<QueryGradients> dq = {};
-    product<BLOCK_N / 16, As::TRANSPOSED, As::TRANSPOSED>(dq, pairs_by_query, all_keys);
+    product<BLOCK_N / 16, As::TRANSPOSED, As::TRANSPOSED>(dq, pairs_by_query(), all_keys());
     add_to_queries(dq, at);
     stage ^= 1;
 

@@ -20,11 +20,19 @@ constexpr int DS_AT = P_AT + (WEIGHTS_IN_REGISTERS ? 0 : Tile<BLOCK_M>::bytes(BL
 constexpr int ROWS_AT = DS_AT + Tile<BLOCK_M>::bytes(BLOCK_N);
 constexpr int STRIP_AT = ROWS_AT + 2 * RowStage::FLOATS * 4;
 constexpr int COLUMNS_AT = STRIP_AT + WARPS * Strip::FLOATS * 4;
-static_assert(SHARED_BYTES == COLUMNS_AT + (WANT_SLOPE ? WARP * 8 : 0));
+static_assert(SHARED_BYTES == COLUMNS_AT + (WANT_SLOPE ? WARP * 16 : 0));
 static_assert(GRAD_STAGES == 1 || GRAD_STAGES == 2);
 static_assert(RowStage::FLOATS % 4 == 0 && BLOCK_M % 32 == 0);
 
 extern __shared__ __align__(128) unsigned char shared[];
+
+// Registers are short where a warp owns both dK and dV of 32 keys, and with sums of operands. What follows from a
+// thread's number is then derived at each use rather than kept and spilled.
+constexpr bool REGISTERS_ARE_SHORT = QUERY_PARTS > 1 || WANT_TABLE || WANT_LINES || WANT_PSI;
+
+__device__ __forceinline__ int anew(int x) {
+  return REGISTERS_ARE_SHORT ? ptx::fresh(x) : x;
+}
 
 struct BackwardBlock {
   const BackwardParams& p;
@@ -37,8 +45,8 @@ struct BackwardBlock {
   int warp;
   int lane;
   uint32_t first_row;  // of the sequence, in padded rows
-  Loader<PADDED, DIM, BLOCK_M, THREADS> q_loader;
-  Loader<PADDED, DIM_V, BLOCK_M, THREADS> grad_loader;
+  const Element* q;    // the rows that are loaded next
+  const Element* grad_out;
 
   __device__ __forceinline__ BackwardBlock(const BackwardParams& p, const Sequence& sequence, int index, int key_head,
                                            int key_block, int thread)
@@ -52,26 +60,20 @@ struct BackwardBlock {
         warp(thread / WARP),
         lane(thread % WARP),
         first_row((PACKED ? sequence.q_start / BLOCK_M + index : index * p.shape.q_blocks) * BLOCK_M),
-        q_loader(first_of(p.q, p.q_strides), p.q_strides.token, sequence.q_start + spans.lo * BLOCK_M,
-                 ptx::shared_address(shared) + Q_AT, thread),
-        grad_loader(first_of(p.grad_out, p.grad_out_strides), p.grad_out_strides.token,
-                    sequence.q_start + spans.lo * BLOCK_M, ptx::shared_address(shared) + Q_AT, thread) {}
+        q(first_of(p.q, p.q_strides)),
+        grad_out(first_of(p.grad_out, p.grad_out_strides)) {}
 
-  // The first of the heads that share the key head.
+  // The first block of queries, of the first of the heads that share the key head.
   __device__ __forceinline__ const Element* first_of(const void* tensor, const Strides& strides) const {
     return static_cast<const Element*>(tensor) + sequence.batch * strides.batch +
-           int64_t{key_head} * p.shape.group * strides.head;
-  }
-
-  // From behind the last block of one head to the first of the next, for a tensor of these strides.
-  __device__ __forceinline__ int64_t to_next_head(int64_t head, int64_t token) const {
-    return head - (spans.hi - spans.lo) * BLOCK_M * token;
+           int64_t{key_head} * p.shape.group * strides.head + (sequence.q_start + spans.lo * BLOCK_M) * strides.token;
   }
 
   // Blocks are loaded in the order in which they are walked; after the last one of a head:
   __device__ __forceinline__ void load_next_head() {
-    q_loader.from += to_next_head(p.q_strides.head, p.q_strides.token);
-    grad_loader.from += to_next_head(p.grad_out_strides.head, p.grad_out_strides.token);
+    const int64_t back = (spans.hi - spans.lo) * BLOCK_M;
+    q += p.q_strides.head - back * p.q_strides.token;
+    grad_out += p.grad_out_strides.head - back * p.grad_out_strides.token;
   }
 
   __device__ __forceinline__ Cursor first_block(int head) const {
@@ -92,18 +94,29 @@ struct BackwardBlock {
     v.next(0, sequence.k_len - j0);
   }
 
+  // Starts the copies of a block of queries; what is the lane's own is derived anew rather than kept from step to step.
+  template <int USED>
+  __device__ __forceinline__ void load_block(const Element*& rows, int64_t stride, const Cursor& at, uint32_t to) {
+    Loader<PADDED, USED, BLOCK_M, THREADS> loader(rows, stride, 0, to, anew(thread));
+    loader.next(0, sequence.q_len - at.block * BLOCK_M);
+    rows += BLOCK_M * stride;
+  }
+
   __device__ __forceinline__ void load_queries(const Cursor& at, int stage) {
-    q_loader.next(stage * Q_BYTES, sequence.q_len - at.block * BLOCK_M);
-    load_rows(at, ptx::shared_address(shared) + ROWS_AT + stage * RowStage::FLOATS * 4);
+    const uint32_t memory = ptx::shared_address(shared);
+    load_block<DIM>(q, p.q_strides.token, at, memory + Q_AT + stage * Q_BYTES);
+    load_rows(at, memory + ROWS_AT + stage * RowStage::FLOATS * 4);
   }
 
   __device__ __forceinline__ void load_grad(const Cursor& at, int stage) {
-    grad_loader.next(GRAD_AT - Q_AT + stage % GRAD_STAGES * Q_BYTES, sequence.q_len - at.block * BLOCK_M);
+    load_block<DIM_V>(grad_out, p.grad_out_strides.token, at,
+                      ptx::shared_address(shared) + GRAD_AT + stage % GRAD_STAGES * Q_BYTES);
   }
 
   __device__ __forceinline__ void load_rows(const Cursor& at, uint32_t to) {
     // Four numbers a thread; padded rows and diagonals are there to be read.
     constexpr int EACH = BLOCK_M / 4;
+    const int thread = anew(this->thread);
     const int which = thread / EACH;
     if (which < (HAS_PROFILE ? 3 : 2)) {
       const uint32_t row = which == 2 ? at.row - at.head * static_cast<uint32_t>(p.rows) : at.row;

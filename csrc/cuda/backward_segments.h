@@ -21,17 +21,17 @@ struct SegmentRange {
   }
 };
 
-// The ranges of 32 blocks of queries at a time, one for each lane, so that a step takes one shuffle.
+// The ranges of 32 parts of blocks of queries at a time, one for each lane, so that a step takes one shuffle.
 //
 // They come from the host's bounds of psi over the tile's distances and of the row scale over its rows: too wide at
 // worst.
 struct SegmentRanges {
   uint32_t packed = 0;
 
-  // `at` is the warp's place in the first of the blocks.
+  // `at` is the warp's place in the first of them.
   __device__ __forceinline__ void find(const BiasParams& bias, const LogitPlace& at, int shift, int lane) {
     static_assert(8 * BANDS + 7 <= BOUNDS_BLOCK && WARP_QUERIES <= BOUNDS_BLOCK);
-    const int i0 = at.i0 + lane * BLOCK_M;
+    const int i0 = at.i0 + lane * PART;
     const float2 psi = bounds(bias.psi_bounds, i0 + shift - at.j0 - (WARP_KEYS - 1), bias.psi_first, bias.psi_last);
     const float2 row = bounds(bias.row_bounds, i0 + shift, bias.row_first, bias.row_last);
     const float a = psi.x * row.x, b = psi.x * row.y, c = psi.y * row.x, d = psi.y * row.y;
@@ -39,8 +39,8 @@ struct SegmentRanges {
     packed = range.low | range.high << 16;
   }
 
-  __device__ __forceinline__ SegmentRange of(int block) const {
-    const uint32_t both = ptx::shfl_idx(packed, block);
+  __device__ __forceinline__ SegmentRange of(int part) const {
+    const uint32_t both = ptx::shfl_idx(packed, part);
     SegmentRange range;
     range.low = both & 0xffff;
     range.high = both >> 16;

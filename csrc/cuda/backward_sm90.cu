@@ -47,7 +47,7 @@ __device__ __forceinline__ void Backward::run() {
 
   Fragments<KeyGradients> dk = {}, dv = {};
   SegmentRanges ranges;
-  uint2* columns = reinterpret_cast<uint2*>(shared + COLUMNS_AT);
+  uint4* columns = reinterpret_cast<uint4*>(shared + COLUMNS_AT);
   if (SLOPE_BY_PRODUCT && warp == 0) columns[lane] = slope_columns(lane);
 
   make_barriers();

@@ -16,7 +16,8 @@ constexpr int KEY_ROWS = WARPS / KEY_COLUMNS;
 constexpr int QUERY_ROWS = WARPS / QUERY_COLUMNS;
 // Elements of a warp's part.
 constexpr int WARP_KEYS = BLOCK_N / LOGIT_ROWS;
-constexpr int WARP_QUERIES = BLOCK_M / LOGIT_COLUMNS;
+constexpr int WARP_QUERIES = BLOCK_M / (LOGIT_COLUMNS * QUERY_PARTS);
+constexpr int PART = BLOCK_M / QUERY_PARTS;  // queries whose logits a block holds at a time
 
 // The same in fragments of mma.m16n8k16: groups of 16 rows, eights of columns.
 struct Logits {
@@ -34,7 +35,7 @@ struct QueryGradients {
 
 constexpr bool WEIGHTS_IN_REGISTERS = LOGIT_COLUMNS == 1 && KEY_COLUMNS == 1;
 
-static_assert(Logits::GROUPS * LOGIT_ROWS * 16 == BLOCK_N && Logits::EIGHTS * LOGIT_COLUMNS * 8 == BLOCK_M);
+static_assert(Logits::GROUPS * LOGIT_ROWS * 16 == BLOCK_N && Logits::EIGHTS * LOGIT_COLUMNS * 8 == PART);
 static_assert(KeyGradients::GROUPS * KEY_ROWS * 16 == BLOCK_N && KeyGradients::EIGHTS * KEY_COLUMNS * 8 == PADDED);
 static_assert(QueryGradients::GROUPS * QUERY_ROWS * 16 == BLOCK_M);
 static_assert(QueryGradients::EIGHTS * QUERY_COLUMNS * 8 == PADDED);
@@ -46,31 +47,32 @@ using Fragments = float[Part::GROUPS][Part::EIGHTS][4];
 // Where one lane reads an operand of ldmatrix in a tile [rows, DIM], as swizzle.h's Reader, but in one register: the
 // chunk of 16 columns k differs from that of columns 0 in bits that only the swizzle sets, so it is one exclusive or
 // away. That needs the PART chunks of a warp not to straddle the swizzle's period; else there is an offset for each.
+// The tile's own place is added last, so that tiles of one shape, which differ in it alone, share the rest.
 template <int DIM, int PART = DIM / 8>
 struct Rows {
   static constexpr int PERIOD = Tile<DIM>::PERIOD;
   static constexpr int STEPS = PERIOD / 2;
   static constexpr bool ONE = PART % PERIOD == 0 || PERIOD % PART == 0;
   uint32_t offsets[ONE ? 1 : STEPS];
+  uint32_t tile;
 
   // A lane's row, and its chunk among the columns' first two.
-  __device__ __forceinline__ Rows(uint32_t tile, int row, int chunk) {
+  __device__ __forceinline__ Rows(uint32_t tile, int row, int chunk) : tile(tile) {
 #pragma unroll
-    for (int k = 0; k < (ONE ? 1 : STEPS); ++k) offsets[k] = tile + Tile<DIM>::offset(row, 2 * k + chunk);
+    for (int k = 0; k < (ONE ? 1 : STEPS); ++k) offsets[k] = Tile<DIM>::offset(row, 2 * k + chunk);
   }
 
   // The rows of a tile `base` bytes further.
   __device__ __forceinline__ Rows moved(uint32_t base) const {
     Rows to = *this;
-#pragma unroll
-    for (uint32_t& offset : to.offsets) offset += base;
+    to.tile += base;
     return to;
   }
 
   // For rows from `row` (a multiple of 8) on, columns 16 k .. 16 k + 15.
   __device__ __forceinline__ uint32_t at(int row, int k) const {
     const uint32_t first = ONE ? offsets[0] ^ (k % STEPS * 32) : offsets[ONE ? 0 : k % STEPS];
-    return first + row * Tile<DIM>::PITCH + k / STEPS * (STEPS * 32);
+    return first + tile + row * Tile<DIM>::PITCH + k / STEPS * (STEPS * 32);
   }
 
   // Rows of the tile are rows of A, or rows of B: lanes 0 .. 15 give rows, the others the chunk beside.
@@ -163,6 +165,7 @@ __device__ __forceinline__ void round_fragments(uint32_t (&to)[GROUPS][EIGHTS / 
 // its first elements; the eights that follow are, as in Rows, an exclusive or away.
 __device__ __forceinline__ uint32_t first_pair(uint32_t tile, int warp, int lane) {
   static_assert(WGMMA || Tile<BLOCK_M>::PERIOD % Logits::EIGHTS == 0);
+  static_assert(QUERY_PARTS == 1 || BLOCK_M / 8 == Tile<BLOCK_M>::PERIOD);
   const int row = warp / LOGIT_COLUMNS * WARP_KEYS + lane / 4, eight = warp % LOGIT_COLUMNS * Logits::EIGHTS;
   return tile + Tile<BLOCK_M>::offset(row, eight) + lane % 4 * 4;
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from posattn.backends.cuda_operands import Constants
 
@@ -29,6 +30,7 @@ class BackwardTile:
     reason: str
     grad_stages: int = 2
     strip_rows: int = 8
+    query_parts: int = 1
     source: str = "backward.cu"
     columns: int = 32  # what head dimensions are padded to a multiple of
 
@@ -41,7 +43,7 @@ class BackwardTile:
 
     @property
     def warp_queries(self) -> int:
-        return self.block_m // self.logit_columns
+        return self.block_m // (self.logit_columns * self.query_parts)
 
     def constants(self) -> Constants:
         return {
@@ -51,6 +53,7 @@ class BackwardTile:
             "LOGIT_COLUMNS": self.logit_columns,
             "KEY_COLUMNS": self.key_columns,
             "QUERY_COLUMNS": self.query_columns,
+            "QUERY_PARTS": self.query_parts,
             "WGMMA": self.source == "backward_sm90.cu",
         }
 
@@ -58,6 +61,11 @@ class BackwardTile:
 _TILES = {
     32: (BackwardTile(32, 128, 4, 1, 1, 2, 2, "the tile of 64; more queries would not fit the registers"),),
     64: (
+        BackwardTile(
+            64, 128, 4, 1, 1, 2, 2,
+            "32 keys a warp with P^T and dS^T in registers; two parts of 32 queries share dQ's product",
+            query_parts=2, grad_stages=1,
+        ),
         BackwardTile(
             32, 128, 4, 1, 1, 2, 2,
             "32 keys a warp with P^T and dS^T in registers: shared memory about as long busy as the tensor cores",
@@ -97,7 +105,7 @@ def shared_bytes(tile: BackwardTile, dim: int, constants: Constants) -> int:
     by_distance = (constants["WANT_TABLE"] or constants["WANT_PSI"]) and not constants["EXPLICIT"]
     bands = tile.warp_queries // 8 + tile.warp_keys // 8 - 1
     strips = tile.warps * tile.strip_rows * (8 * bands + 16) if by_distance else 0
-    slope = 8 * 32 if constants["WANT_SLOPE"] else 0
+    slope = 16 * 32 if constants["WANT_SLOPE"] else 0
     return 2 * (pairs + tiles) + 4 * (2 * rows + strips) + slope
 
 
@@ -105,9 +113,11 @@ def backward_tile(arch: str, dim: int, constants: Constants) -> BackwardTile:
     """The first tile for head dimension `dim` (padded) that fits `arch` together with what the plan stages: with two
     buffers for dO or, at the cost of a barrier, with one; and then with whole or with half strips."""
     limit = _SMALL if int(arch[3:].rstrip("af")) in _SMALL_ARCHITECTURES else _LARGE
-    for tile in _TILES[dim]:
-        for stages, strip_rows in ((2, 8), (2, 4), (1, 8), (1, 4)):
-            choice = BackwardTile(**{**tile.__dict__, "grad_stages": stages, "strip_rows": strip_rows})
-            if shared_bytes(choice, dim, constants) <= limit:
-                return choice
+    for alone in (False, True):
+        for tile in _TILES[dim]:
+            room = limit if alone else _MULTIPROCESSOR[limit] // tile.blocks - _RESERVED
+            for stages, strip_rows in product(range(tile.grad_stages, 0, -1), (8, 4)):
+                choice = replace(tile, grad_stages=stages, strip_rows=strip_rows)
+                if shared_bytes(choice, dim, constants) <= room:
+                    return choice
     raise AssertionError(f"no backward tile for head dimension {dim} fits {limit} bytes")
