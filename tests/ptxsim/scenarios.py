@@ -78,7 +78,12 @@ _DECODE = (
     _Case(13, 250), _Case(12, 290), _Case(1, 1), _Case(3, 65), _Case(16, 64), _Case(15, 9), _Case(15, 611),
     _Case(5, 1290, 150.0), _Case(1, 8470, 150.0), _Case(1, 8490),
 )  # fmt: skip
-_MIX = (_Case(37, 37), _Case(20, 53), _Case(33, 90), _Case(52, 41))
+# Rows that end in every row of a tile, a block with a single key, and logits that move the rows' references.
+_MIX = (
+    _Case(37, 37), _Case(20, 53), _Case(33, 90), _Case(52, 41), _Case(38, 158, 150.0), _Case(40, 9), _Case(18, 60),
+    _Case(35, 70), _Case(23, 23), _Case(44, 44), _Case(26, 26), _Case(27, 50), _Case(30, 65), _Case(31, 31),
+    _Case(25, 40), _Case(29, 29), _Case(39, 105, 150.0),
+)  # fmt: skip
 
 
 def _encoding(name: str) -> posattn.Encoding | None:
