@@ -164,12 +164,15 @@ __device__ __forceinline__ void add_terms(Fragments<Logits>& s, Fragments<Logits
   float keys[Logits::GROUPS][2];
   if constexpr (SLOPE_IS_LINEAR) {
     // slope (i - j) in two parts, one for each query and one for each key.
+    if constexpr (!LSE_HAS_SLOPE) {
 #pragma unroll
-    for (int n = 0; n < Logits::EIGHTS; ++n) {
-      rows[n][0] = fmaf(slope, static_cast<float>(8 * n), rows[n][0]);
-      rows[n][1] = fmaf(slope, static_cast<float>(8 * n + 1), rows[n][1]);
+      for (int n = 0; n < Logits::EIGHTS; ++n) {
+        rows[n][0] = fmaf(slope, static_cast<float>(8 * n), rows[n][0]);
+        rows[n][1] = fmaf(slope, static_cast<float>(8 * n + 1), rows[n][1]);
+      }
     }
-    const float first = static_cast<float>(at.i0 + 2 * at.t + sequence.shift() - at.j0 - at.g);
+    const int query = at.i0 + (LSE_HAS_SLOPE ? 0 : 2 * at.t);
+    const float first = static_cast<float>(query + sequence.shift() - at.j0 - at.g);
 #pragma unroll
     for (int x = 0; x < 2 * Logits::GROUPS; ++x) keys[x / 2][x % 2] = slope * (first - static_cast<float>(8 * x));
   }

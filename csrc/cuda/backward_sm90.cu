@@ -10,6 +10,37 @@
 
 namespace posattn {
 
+// A linear slope's gradient, dS times distance, as two more columns of dK += dS^T Q: ones and the query's number in the
+// tile, which 16 bits hold exactly. A lane of column 1 counts on from step to step.
+struct SlopeColumns {
+  uint32_t b[2];
+  uint32_t step;
+
+  __device__ __forceinline__ explicit SlopeColumns(int lane) {
+    const int g = lane / 4;
+    const float number = 2 * (lane % 4);
+    b[0] = g == 0 ? pack(1.0f, 1.0f) : g == 1 ? pack(number, number + 1.0f) : 0;
+    b[1] = g == 1 ? pack(number + 8.0f, number + 9.0f) : b[0];
+    step = g == 1 ? pack(16.0f, 16.0f) : 0;
+  }
+
+  // The sum over a warp's logits, in the lanes that hold columns 0 and 1; zero in the others.
+  __device__ __forceinline__ float sum(const uint32_t (&ds)[Logits::EIGHTS / 2][4], const LogitPlace& at,
+                                       int shift) const {
+    float product[4] = {};
+    const uint32_t ones = pack(1.0f, 1.0f);
+    uint32_t b0 = b[0], b1 = b[1];
+#pragma unroll
+    for (int n = 0; n < Logits::EIGHTS / 2; ++n) {
+      mma(product, ds[n], b0, b1);
+      b0 = BF16 ? ptx::fma_rn_bf16x2(step, ones, b0) : ptx::fma_rn_f16x2(step, ones, b0);
+      b1 = BF16 ? ptx::fma_rn_bf16x2(step, ones, b1) : ptx::fma_rn_f16x2(step, ones, b1);
+    }
+    const float distance = static_cast<float>(at.i0 + shift - at.j0 - at.g);
+    return fmaf(product[0], distance, product[1]) + fmaf(product[2], distance - 8.0f, product[3]);
+  }
+};
+
 struct Backward : HopperBlock {
   using HopperBlock::HopperBlock;
 
@@ -47,8 +78,7 @@ __device__ __forceinline__ void Backward::run() {
 
   Fragments<KeyGradients> dk = {}, dv = {};
   SegmentRanges ranges;
-  uint4* columns = reinterpret_cast<uint4*>(shared + COLUMNS_AT);
-  if (SLOPE_BY_PRODUCT && warp == 0) columns[lane] = slope_columns(lane);
+  const SlopeColumns columns(lane);
 
   make_barriers();
   load_keys();
@@ -130,7 +160,7 @@ __device__ __forceinline__ void Backward::run() {
     }
     uint32_t rounded[1][Logits::EIGHTS / 2][4];
     round_fragments(rounded, ds);
-    if constexpr (SLOPE_BY_PRODUCT) sums.add_slope(rounded, columns[lane], place, sequence.shift());
+    if constexpr (SLOPE_BY_PRODUCT) sums.slope += columns.sum(rounded[0], place, sequence.shift());
     store_pairs_matrix(memory + DS_AT + pairs, rounded[0], warp, lane);
     ptx::fence_proxy_async();
 

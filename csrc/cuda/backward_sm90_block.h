@@ -22,8 +22,7 @@ constexpr int DS_AT = Q_AT + STAGES * STAGE_BYTES;
 constexpr int DS_BYTES = Tile<BLOCK_M>::bytes(BLOCK_N);
 constexpr int ROWS_AT = DS_AT + 2 * DS_BYTES;
 constexpr int STRIP_AT = ROWS_AT + STAGES * RowStage::FLOATS * 4;
-constexpr int COLUMNS_AT = STRIP_AT + WARPS * Strip::FLOATS * 4;
-constexpr int BARRIERS_AT = COLUMNS_AT + (WANT_SLOPE ? WARP * 16 : 0);
+constexpr int BARRIERS_AT = STRIP_AT + WARPS * Strip::FLOATS * 4;
 static_assert(SHARED_BYTES == BARRIERS_AT + STAGES * 8);
 static_assert(RowStage::FLOATS % 4 == 0);
 

@@ -242,6 +242,18 @@ def _query_tiles(of: _Pass) -> Members:
     return {"q": tiles["q_tiles"], "grad_out": tiles["grad_tiles"]}
 
 
+def _with_slope(of: _Pass, lse2: Tensor) -> Tensor:
+    """lse2 [H, rows] less a linear slope times the row's number in its block (LSE_HAS_SLOPE)."""
+    slope, count = of.call.plan.bias.slope, sequences(of.call)
+    if slope is None or not of.constants["LINEAR"] or of.call.q_positions is not None:
+        return lse2
+    number = torch.arange(of.tile.block_m, device=lse2.device) * LOG2E
+    by_head = slope.slope.float().reshape(-1, lse2.shape[0]).T  # [H, 1 or B]
+    sequence = 1 if of.call.mask.cu_seqlens_q is not None else count
+    blocks = lse2.view(lse2.shape[0], sequence, -1, of.tile.block_m)
+    return (blocks + by_head[:, :, None, None] * number).view_as(lse2)
+
+
 def _main(of: _Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Runs attention_backward: dQ's accumulators, the sums of operands, and the gradients of k and v."""
     call, tile, bias = of.call, of.tile, of.call.plan.bias
@@ -293,7 +305,7 @@ def _main(of: _Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]
     }
     if of.by_wgmma:
         shared = hopper_shared_bytes(tile, int(of.constants["PADDED"]), of.constants)
-        values.update(_query_tiles(of))
+        values.update(_query_tiles(of), lse2=_with_slope(of, rows["lse2"]))
     else:
         shared = shared_bytes(tile, int(of.constants["PADDED"]), of.constants)
     constants = {

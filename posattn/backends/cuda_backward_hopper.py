@@ -45,7 +45,7 @@ def hopper_tile(arch: str, dim: int, constants: Constants) -> BackwardTile | Non
 
 def hopper_shared_bytes(tile: BackwardTile, dim: int, constants: Constants) -> int:
     """Dynamic shared memory of backward_sm90.cu: a stage and a tile of dS more than backward.cu, and mbarriers."""
-    two_stages = shared_bytes(tile, dim, constants)
+    two_stages = shared_bytes(tile, dim, {**constants, "WANT_SLOPE": False})
     strip = 0 if constants["EXPLICIT"] else tile.block_m + tile.block_n + 4
     rows = 2 * tile.block_m
     rows += strip if constants["HAS_TABLE"] else 0
