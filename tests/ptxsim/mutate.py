@@ -28,6 +28,7 @@ from .survivors import Signature, signature, unexplained
 from .triton_run import Compiled
 
 _SEEDS = (1, 3)
+_BLOCKS_WAIT = re.compile(r"\b(?:ld\.acquire|ld\.volatile|atom\.)")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _judge(
     scenario: Scenario, compiled: Compiled | CompiledCuda, mutant: Mutant, arch: int, options: Options
 ) -> tuple[str, str]:
     # Races inside a block are found on any schedule; whether one block catches up with another depends on it.
-    for seed in _SEEDS:
+    for seed in _SEEDS if _BLOCKS_WAIT.search(mutant.ptx) else _SEEDS[:1]:
         try:
             with (
                 _in_place(compiled, mutant.ptx),
