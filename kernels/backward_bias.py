@@ -1,7 +1,8 @@
 """Gradients of dense biases and, for explicit positions, of tables and psi.
 
-A program owns one tile and walks the batches and heads that share the bias. With explicit positions no two tiles hold
-the same distances, and each element is added to the table by an atomic: of integers, in units so small that nothing is
+A program owns one tile and walks the batches and heads that share the bias. Where tiles share entries too, of a bias
+that broadcasts over queries or keys (one sum a row or column of the tile) or of a table that explicit positions index
+(no two elements of a tile need share one), they are added by atomics: of integers, in units so small that nothing is
 lost, since sums of integers do not depend on their order.
 """
 
@@ -15,8 +16,8 @@ from .masks import mask_offset, sequence
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def gradient_by_tile(
-    Q, K, V, GradOut, Lse2, Delta, DDense, stride_gdb, stride_gdh, out_heads, batches_each, heads_each, DTable, DPsi,
-    TableUnits, PsiUnits, num_sequences,
+    Q, K, V, GradOut, Lse2, Delta, DDense, DSums, stride_gdb, stride_gdh, out_heads, batches_each, heads_each,
+    DTable, DPsi, SumUnits, TableUnits, PsiUnits, num_sequences,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm,
     scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
@@ -32,10 +33,13 @@ def gradient_by_tile(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
+    OVER_QUERIES: tl.constexpr,
 ):  # fmt: skip
     """DDense [1 or B, 1 or H, Tq, Tk] float32: the sum over the batches and heads that share an element (batches_each
-    and heads_each of them). It comes zeroed where documents are packed, and one program has one document. DTable [H, L]
-    and DPsi [L] int64, zeroed, take explicit positions' gradients times TableUnits and PsiUnits ([1], powers of 2)."""
+    and heads_each of them). It comes zeroed where documents are packed, and one program has one document.
+
+    In int64 and zeroed, and times units that are powers of 2: DSums [1 or B, 1 or H, Tk], the sum over queries too if
+    OVER_QUERIES, else [.., Tq], over keys; DTable [H, L] and DPsi [L], explicit positions' gradients. Units are [1]."""
     EXPLICIT: tl.constexpr = QPositions is not None
     blocks_m = tl.cdiv(q_max, BLOCK_M)
     blocks_n = tl.cdiv(k_max, BLOCK_N)
@@ -91,12 +95,19 @@ def gradient_by_tile(
                 entry = tl.minimum(tl.maximum(pi - pj, psi_first), psi_last) - psi_first
                 units = (dpsi * tl.load(PsiUnits)).to(tl.int64)
                 tl.atomic_add(DPsi + entry, units, sem="relaxed")
+    b_out = first if CuQ is None else first * 0
+    i = i0 + tl.arange(0, BLOCK_M)
+    j = j0 + tl.arange(0, BLOCK_N)
+    row_in = i < (q_len if CuQ is not None else q_tokens)
+    column_in = j < (k_len if CuQ is not None else k_tokens)
+    shared = b_out.to(tl.int64) * stride_gdb + head.to(tl.int64) * stride_gdh
     if DDense is not None:
-        b_out = first if CuQ is None else first * 0
-        i = i0 + tl.arange(0, BLOCK_M)
-        j = j0 + tl.arange(0, BLOCK_N)
-        i_end = q_len if CuQ is not None else q_tokens
-        j_end = k_len if CuQ is not None else k_tokens
-        base = DDense + b_out.to(tl.int64) * stride_gdb + head.to(tl.int64) * stride_gdh
-        rows = (q_start + i).to(tl.int64)[:, None] * k_tokens + (k_start + j)[None, :]
-        tl.store(base + rows, acc, mask=(i < i_end)[:, None] & (j < j_end)[None, :])
+        at = (q_start + i).to(tl.int64)[:, None] * k_tokens + (k_start + j)[None, :]
+        tl.store(DDense + shared + at, acc, mask=row_in[:, None] & column_in[None, :])
+    if DSums is not None:
+        if OVER_QUERIES:
+            sums = (tl.sum(acc, 0) * tl.load(SumUnits)).to(tl.int64)
+            tl.atomic_add(DSums + shared + k_start + j, sums, mask=column_in, sem="relaxed")
+        else:
+            sums = (tl.sum(acc, 1) * tl.load(SumUnits)).to(tl.int64)
+            tl.atomic_add(DSums + shared + q_start + i, sums, mask=row_in, sem="relaxed")

@@ -21,6 +21,7 @@ from .tiles import Tile
 from .units import units
 
 _LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
+_QUERIES, _KEYS = 2, 3
 
 
 def row_statistics(
@@ -171,6 +172,13 @@ def fold_bands(bands: Tensor, block: int) -> Tensor:
     return total.view(heads, -1)
 
 
+def summed_over(dense: Tensor, q_tokens: int, k_tokens: int) -> int | None:
+    """The dimension of [B, H, Tq, Tk] over which kernels add up the gradient of a bias that broadcasts over it."""
+    if dense.shape[_QUERIES] < q_tokens:
+        return _QUERIES
+    return _KEYS if dense.shape[_KEYS] < k_tokens else None
+
+
 def _bias_gradients(
     call: Call, shared: dict[str, Any], needs: frozenset[str], launch: Launch, tile: Tile
 ) -> dict[str, Tensor]:
@@ -217,13 +225,20 @@ def _bias_gradients(
         out_heads = heads if scatter or dense is None else dense.shape[1]
         if call.mask.cu_seqlens_q is not None:
             out_batches = sequences(call)
-        target = None
+        target, summed = None, None
         if dense is not None:
-            target_batches = 1 if call.mask.cu_seqlens_q is not None else out_batches
-            create = torch.zeros if call.mask.cu_seqlens_q is not None else torch.empty
-            target = create((target_batches, out_heads, q_tokens, k_tokens), dtype=torch.float32, device=device)
+            packed = call.mask.cu_seqlens_q is not None
+            summed = summed_over(dense, q_tokens, k_tokens)
+            shape = [1 if packed else out_batches, out_heads, q_tokens, k_tokens]
+            if summed is not None:
+                shape[summed] = 1
+            create = torch.zeros if packed or summed is not None else torch.empty
+            dtype = torch.float32 if summed is None else torch.int64
+            target = create(shape, dtype=dtype, device=device)
         values = {
-            "DDense": target,
+            "DDense": target if summed is None else None,
+            "DSums": None if summed is None else target,
+            "SumUnits": None if summed is None else units(call, shared),
             "stride_gdb": 0 if target is None else target.stride(0),
             "stride_gdh": 0 if target is None else target.stride(1),
             "out_heads": out_heads,
@@ -243,11 +258,12 @@ def _bias_gradients(
             values["Table"] = arguments.values["Table"].contiguous()
             values["stride_table_h"] = values["DTable"].stride(0)
         tiles = -(-q_max(call) // tile.block_m) * -(-k_max(call) // tile.block_n)
-        arguments.with_(values, {}).launch_with(
+        arguments.with_(values, {"OVER_QUERIES": summed == _QUERIES}).launch_with(
             launch, gradient_by_tile, (tiles * out_heads * out_batches,), tile.num_warps, tile.num_stages
         )
         if target is not None and dense is not None:
-            grads["dense"] = target.sum_to_size(dense.shape)
+            total = target if summed is None else (target.double() / values["SumUnits"]).float()
+            grads["dense"] = total.sum_to_size(dense.shape)
         if values["DTable"] is not None:
             grads["table"] = (values["DTable"].double() / values["TableUnits"]).float()
         if values["DPsi"] is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posattn.plan import Call
+from posattn.plan import Bias, Call
 
 
 def units(call: Call, shared: dict[str, Any], factor: Tensor | float = 1.0) -> Tensor:
@@ -18,3 +18,14 @@ def units(call: Call, shared: dict[str, Any], factor: Tensor | float = 1.0) -> T
     rows = torch.linalg.vector_norm(shared["GradOut"].float(), dim=-1).sum() * largest_v / (1.0 - call.dropout_p)
     total = (rows + shared["Delta"].abs().sum()) * factor
     return torch.exp2((61.0 - torch.log2(total).ceil()).clamp(-120.0, 120.0)).reshape(1)
+
+
+def bias_units(call: Call, bias: Bias, grad_out: Tensor, delta: Tensor) -> Tensor:
+    """units() that serve the gradients of all operands of `bias` alike."""
+    factor = torch.ones((), device=delta.device)
+    if bias.profile is not None:
+        psi, scale, steep = (
+            x.float().abs().max() for x in (bias.profile.psi, bias.profile.row_scale, bias.profile.slope)
+        )
+        factor = torch.stack([factor, psi * scale, psi * steep, scale * steep]).max()
+    return units(call, {"GradOut": grad_out, "Delta": delta}, factor)

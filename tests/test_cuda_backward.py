@@ -174,23 +174,22 @@ def _gradients(options, reverse, seed):
     position = posattn.ALiBi(2, learnable=True) + _plan(2)
     with behind_launch(80, Options(stats=False, reverse=reverse, seed=seed)):
         out = posattn.attention(q, k, v, position, backend="cuda", **options)
-        leaves = [q, k, v, *position.parameters()]
+        leaves = [q, k, v, *position.parameters(), *filter(torch.is_tensor, [options.get("bias")])]
         return torch.autograd.grad(out, leaves, torch.randn(out.shape).to(BF16))
 
 
-def test_ordered_sums_do_not_depend_on_the_order_of_blocks_and_warps():
-    options = {"causal": True, "deterministic": True}
+IN_ORDER = {
+    "by distance": {},
+    "explicit positions": {"q_positions": torch.arange(200) * 2, "k_positions": torch.arange(290)},
+    "a bias of each key": {"bias": torch.zeros(1, 1, 1, 290, requires_grad=True)},
+}
+
+
+@pytest.mark.parametrize("options", IN_ORDER.values(), ids=IN_ORDER.keys())
+def test_ordered_sums_do_not_depend_on_the_order_of_blocks_and_warps(options):
+    options = {"causal": True, "deterministic": True, **options}
     first, second = _gradients(options, False, 1), _gradients(options, True, 7)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-
-
-def test_only_explicit_positions_are_refused_as_not_deterministic():
-    q, k, v = tensors(BF16, q_len=3, k_len=5, dim=16)
-    positions = {"q_positions": torch.arange(3), "k_positions": torch.arange(5)}
-    with behind_launch(80):
-        with pytest.raises(ValueError, match="not deterministic"):
-            posattn.attention(q, k, v, posattn.Kerple(2), deterministic=True, backend="cuda", **positions)
-        posattn.attention(q, k, v, posattn.Kerple(2), deterministic=True, backend="cuda")
 
 
 def _figures(label):

@@ -6,6 +6,7 @@
 // each. No element is added to shared or global memory by itself.
 #pragma once
 #include "backward_bands.h"
+#include "global_sums.h"
 
 namespace posattn {
 
@@ -53,8 +54,8 @@ struct Strip {
     }
   }
 
-  // Adds the sums of bands by distance to `to`, whose entry 0 is the least distance of the warp's tile.
-  __device__ __forceinline__ void add(const Banded& sums, float* to) const {
+  // Adds the sums of bands by distance to `to`, where place `least` is for the least distance of the warp's tile.
+  __device__ __forceinline__ void add(const Banded& sums, const GlobalSums& to, int64_t least) const {
     float total[ceil_div(SUMS, WARP)];
 #pragma unroll
     for (int first = 0; first < 8; first += ROWS) {
@@ -82,7 +83,7 @@ struct Strip {
     ptx::bar_warp_sync();
 #pragma unroll
     for (int x = 0; x < SUMS; x += WARP) {
-      if (x + WARP <= SUMS || x + lane < SUMS) ptx::red_add(to + x + lane, total[x / WARP]);
+      if (x + WARP <= SUMS || x + lane < SUMS) to.add(least + x + lane, total[x / WARP]);
     }
   }
 };

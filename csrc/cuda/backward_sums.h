@@ -2,8 +2,6 @@
 //
 // A profile's line in the tile's lowest segment is a constant, so what its slope and intercept need is summed as if all
 // were in that segment. Tiles with knots inside, which are few, correct it element by element.
-//
-// A head has one slice of sums, to which warps add in any order, or (ORDERED) one for each warp of each key block.
 #pragma once
 #include "backward_diagonals.h"
 #include "backward_logits.h"
@@ -67,23 +65,21 @@ struct Sums {
   __device__ __forceinline__ Sums(const BackwardParams& p, int lane, int first_head, int warp_of_head)
       : p(p), lane(lane), first_head(first_head), warp_of_head(warp_of_head) {}
 
-  // The slice of a head's sums that this warp adds to.
-  __device__ __forceinline__ int64_t slice_of(int head) const {
-    return ORDERED ? int64_t{first_head + head} * (p.shape.k_blocks * WARPS) + warp_of_head : first_head + head;
-  }
+  __device__ __forceinline__ GlobalSums global(void* sums) const { return GlobalSums(sums, p.units); }
 
-  __device__ __forceinline__ float* distances(float* sums, const LogitPlace& at, int shift, int head) const {
+  // Where the distances of the warp's tile begin among the sums of all.
+  __device__ __forceinline__ int64_t distances(const LogitPlace& at, int shift, int head) const {
     const int least = at.i0 + shift - at.j0 - (WARP_KEYS - 1);
-    return sums + slice_of(head) * p.diagonals + (least - p.first_distance);
+    return int64_t{first_head + head} * p.diagonals + (least - p.first_distance);
   }
 
   __device__ __forceinline__ void add_to_segment(int head, int m, float sum, float sum_y) {
     sum = add_over_warp(sum);
     sum_y = add_over_warp(sum_y);
     if (lane == 0) {
-      float* to = p.dsegments + slice_of(head) * (2 * (KNOTS + 1)) + m;
-      ptx::red_add(to, sum);
-      ptx::red_add(to + KNOTS + 1, sum_y);
+      const int64_t at = int64_t{first_head + head} * (2 * (KNOTS + 1)) + m;
+      global(p.dsegments).add(at, sum);
+      global(p.dsegments).add(at + KNOTS + 1, sum_y);
     }
   }
 
@@ -113,16 +109,17 @@ struct Sums {
     }
     if constexpr (WANT_TABLE) {
       if constexpr (EXPLICIT) {
-        float* to = p.dtable + int64_t{first_head + head_index} * (p.bias.table_last - p.bias.table_first + 1);
+        const int64_t first = int64_t{first_head + head_index} * (p.bias.table_last - p.bias.table_first + 1);
         for_logits([&](int group, int n, int e) {
-          ptx::red_add(to + of.entry(group, n, e, p.bias.table_first, p.bias.table_last), ds[group][n][e]);
+          const int entry = of.entry(group, n, e, p.bias.table_first, p.bias.table_last);
+          global(p.dtable).add(first + entry, ds[group][n][e]);
         });
       } else {
         Banded sums;
         for_bands([&](int k, int c) {
           sums[k][c] = sum_of_band(k, c, [&](int group, int n, int e) { return ds[group][n][e]; });
         });
-        strip.add(sums, distances(p.dtable, at, sequence.shift(), head_index));
+        strip.add(sums, global(p.dtable), distances(at, sequence.shift(), head_index));
       }
     }
     if constexpr (WANT_LINES || WANT_PSI) add_profile(ds, sequence, at, of, head, range, strip, head_index, row);
@@ -130,12 +127,12 @@ struct Sums {
       for_logits([&](int group, int n, int e) {
         const int i = at.query(n, e), j = at.key(group, e);
         if (i < sequence.q_len && j < sequence.k_len) {
-          float* to = p.ddense + pair_offset(p.ddense_strides, sequence.batch, head_index, sequence.q_start + i,
-                                             sequence.k_start + j);
+          const int64_t place =
+              pair_offset(p.ddense_strides, sequence.batch, head_index, sequence.q_start + i, sequence.k_start + j);
           if constexpr (WANT_DENSE == 1) {
-            *to = ds[group][n][e];
+            static_cast<float*>(p.ddense)[place] = ds[group][n][e];
           } else {
-            ptx::red_add(to, ds[group][n][e]);
+            global(p.ddense).add(place, ds[group][n][e]);
           }
         }
       });
@@ -234,22 +231,22 @@ struct Sums {
       constexpr int KEPT = Logits::EIGHTS <= 4 ? 1 : Logits::EIGHTS / 4;
       const int first = add_over_rows(rows, lane);
       const bool one = Logits::EIGHTS >= 4 || (lane & 4) == 0;  // with four sums two lanes hold each
-      float* to = p.drow_scale + (ORDERED ? int64_t{warp_of_head} * p.shape.heads * p.rows : 0) + row;
 #pragma unroll
       for (int x = 0; x < KEPT; ++x) {
         const int i = 8 * ((first + x) / 2) + 2 * at.t + (first + x) % 2;
-        if (one && at.i0 + i < sequence.q_len) ptx::red_add(to + i, rows[x]);
+        if (one && at.i0 + i < sequence.q_len) global(p.drow_scale).add(row + i, rows[x]);
       }
     }
     if constexpr (WANT_PSI) {
       if constexpr (EXPLICIT) {
-        float* to = p.dpsi + int64_t{first_head + head_index} * (p.bias.psi_last - p.bias.psi_first + 1);
+        const int64_t first = int64_t{first_head + head_index} * (p.bias.psi_last - p.bias.psi_first + 1);
         for_logits([&](int group, int n, int e) {
-          ptx::red_add(to + of.entry(group, n, e, p.bias.psi_first, p.bias.psi_last),
-                       ds[group][n][e] * steepness_of(of, head, range, group, n, e) * of.scale[n][e & 1]);
+          const int entry = of.entry(group, n, e, p.bias.psi_first, p.bias.psi_last);
+          const float steep = steepness_of(of, head, range, group, n, e);
+          global(p.dpsi).add(first + entry, ds[group][n][e] * steep * of.scale[n][e & 1]);
         });
       } else {
-        strip.add(sums, distances(p.dpsi, at, sequence.shift(), head_index));
+        strip.add(sums, global(p.dpsi), distances(at, sequence.shift(), head_index));
       }
     }
   }

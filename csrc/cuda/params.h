@@ -253,12 +253,13 @@ struct BackwardParams {
   float* dq;                 // [H, rows / BLOCK_M, BLOCK_M * PADDED], in the order of the fragments
   void* dk;
   void* dv;
-  float* dslope;      // [S, H, slices]
-  float* dtable;      // [S, H, slices, diagonals]; [S, H, entries] with explicit positions
-  float* dpsi;        // the same
-  float* drow_scale;  // [slices, H, rows]
-  float* dsegments;   // [S, H, slices, 2, knots + 1]
-  float* ddense;
+  float* dslope;     // [S, H, warps of all key blocks]
+  void* dtable;      // [S, H, diagonals], see global_sums.h; [S, H, entries] with explicit positions
+  void* dpsi;        // the same
+  void* drow_scale;  // [H, rows]
+  void* dsegments;   // [S, H, 2, knots + 1]
+  void* ddense;      // as strided; float32 where each element has one logit
+  const float* units;
   int32_t* turns;  // ordered: a ticket, then [H, rows / BLOCK_M] counts of key blocks
   Strides q_strides;
   Strides k_strides;

@@ -23,9 +23,6 @@ def unsupported(call: Call) -> str | None:
         return missing
     if call.plan.mix is not None:
         return cuda_mix.unsupported(call, call.plan.mix, cuda_launch.architecture(q.device))
-    by_distance = call.plan.bias.table is not None or call.plan.bias.profile is not None
-    if call.deterministic and call.q_positions is not None and by_distance:
-        return "with explicit positions it sums a table's gradient by atomics, whose order is not deterministic"
     return None
 
 

@@ -15,8 +15,10 @@ from posattn.backends.cuda_backward_hopper import hopper_shared_bytes, hopper_ti
 from posattn.backends.cuda_backward_tiles import BackwardTile, backward_tile, shared_bytes
 from posattn.backends.cuda_forward import run, turned
 from posattn.backends.cuda_operands import Constants, Members
+from posattn.backends.strides import steps
 from posattn.kernels.operands import k_max, q_max, sequences
 from posattn.kernels.sums import by_entry, slope_gradient
+from posattn.kernels.units import bias_units
 from posattn.plan import Call
 
 LOG2E = math.log2(math.e)
@@ -45,11 +47,6 @@ class _Pass:
         if self.call.mask.cu_seqlens_q is not None:
             return (self.call.q.shape[2] // block + count) * block
         return self.padded_queries * count
-
-    @property
-    def slices(self) -> int:
-        """Into how many parts sums are kept that would else be added to in any order."""
-        return self.key_blocks * self.tile.warps if self.call.deterministic else 1
 
     @property
     def key_blocks(self) -> int:
@@ -88,9 +85,8 @@ def _wants(call: Call, needs: frozenset[str]) -> Constants:
     """WANT_*: which operands' gradients the kernel sums."""
     dense = 0
     if "dense" in needs and call.plan.bias.dense is not None:
-        batch, heads = call.plan.bias.dense.bias.shape[:2]
-        alone = (batch == call.q.shape[0]) and heads == call.q.shape[1]
-        dense = _EACH_ONCE if alone or call.deterministic else _SHARED
+        alone = call.plan.bias.dense.bias.shape == (*call.q.shape[:3], call.k.shape[2])
+        dense = _EACH_ONCE if alone else _SHARED
     return {
         "WANT_SLOPE": "slope" in needs,
         "WANT_TABLE": "table" in needs,
@@ -257,35 +253,19 @@ def _with_slope(of: _Pass, lse2: Tensor) -> Tensor:
 def _main(of: _Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Runs attention_backward: dQ's accumulators, the sums of operands, and the gradients of k and v."""
     call, tile, bias = of.call, of.tile, of.call.plan.bias
-    batch, heads, q_tokens, _ = call.q.shape
+    heads = call.q.shape[1]
     count, device = sequences(call), of.q.device
     accumulated = of.zeros(heads, of.rows * int(of.constants["PADDED"]))
     # Keys of no sequence are written by nobody.
     partial = call.mask.cu_seqlens_k is not None or call.mask.k_lengths is not None
     create = torch.zeros if partial else torch.empty
     dk, dv = (create(x.shape, dtype=x.dtype, device=device) for x in (of.k, of.v))
-    sums: dict[str, Tensor] = {}
-    want = of.constants
-    explicit = call.q_positions is not None
-    if want["WANT_SLOPE"]:
-        sums["dslope"] = of.zeros(count, heads, of.key_blocks * tile.warps)
-    if want["WANT_TABLE"] and bias.table is not None:
-        entries = (bias.table.values.shape[1],) if explicit else (of.slices, of.diagonals)
-        sums["dtable"] = of.zeros(count, heads, *entries)
-    if want["WANT_PSI"] and bias.profile is not None:
-        entries = (bias.profile.psi.shape[0],) if explicit else (of.slices, of.diagonals)
-        sums["dpsi"] = of.zeros(count, heads, *entries)
-    if want["WANT_LINES"] and bias.profile is not None:
-        sums["drow_scale"] = of.zeros(of.slices, heads, of.rows)
-        sums["dsegments"] = of.zeros(count, heads, of.slices, 2, bias.profile.knots.shape[0] + 1)
-    ddense = {}
-    if want["WANT_DENSE"] and bias.dense is not None:
-        shape = bias.dense.bias.shape if want["WANT_DENSE"] == _SHARED else (batch, heads)
-        sums["ddense"] = of.zeros(*shape[:2], q_tokens, call.k.shape[2])
-        steps = (0 if size == 1 else step for size, step in zip(sums["ddense"].shape, sums["ddense"].stride()))
-        ddense = dict(zip(("batch", "head", "query", "key"), steps))
+    sums, units = _sums(of), None
+    dense = sums.get("ddense")
     turns = None
     if call.deterministic:
+        if bias:
+            units = bias_units(call, bias, of.grad_out, rows["minus_delta"])
         turns = torch.zeros(1 + heads * of.rows // tile.block_m, dtype=torch.int32, device=device)
     values = {
         **of.values,
@@ -298,7 +278,8 @@ def _main(of: _Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]
         "turns": turns,
         "dk_strides": operands.strides(dk),
         "dv_strides": operands.strides(dv),
-        "ddense_strides": ddense,
+        "ddense_strides": {} if dense is None else dict(zip(("batch", "head", "query", "key"), steps(dense))),
+        "units": units,
         "rows": of.rows,
         "diagonals": of.diagonals,
         "first_distance": of.first_distance,
@@ -318,7 +299,33 @@ def _main(of: _Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]
     grid = (of.key_blocks * call.k.shape[1] * count,)
     run(tile.source, "attention_backward", "BackwardParams", constants, values, grid, 32 * tile.warps, shared, device)
     keys = {"k": dk[..., : call.k.shape[3]].contiguous(), "v": dv[..., : call.v.shape[3]].contiguous()}
+    if units is not None:
+        sums = {name: x if x.is_floating_point() else (x.double() / units).float() for name, x in sums.items()}
     return accumulated, sums, {name: grad for name, grad in keys.items() if name in of.needs}
+
+
+def _sums(of: _Pass) -> dict[str, Tensor]:
+    """Zeros for what attention_backward adds up over the operands, by member of BackwardParams."""
+    call, bias, want = of.call, of.call.plan.bias, of.constants
+    count, heads = sequences(call), call.q.shape[1]
+    explicit = call.q_positions is not None
+    shapes: dict[str, tuple[int, ...]] = {}
+    if want["WANT_TABLE"] and bias.table is not None:
+        shapes["dtable"] = (count, heads, bias.table.values.shape[1] if explicit else of.diagonals)
+    if want["WANT_PSI"] and bias.profile is not None:
+        shapes["dpsi"] = (count, heads, bias.profile.psi.shape[0] if explicit else of.diagonals)
+    if want["WANT_LINES"] and bias.profile is not None:
+        shapes["drow_scale"] = (heads, of.rows)
+        shapes["dsegments"] = (count, heads, 2, bias.profile.knots.shape[0] + 1)
+    if want["WANT_DENSE"] == _SHARED and bias.dense is not None:
+        shapes["ddense"] = tuple(bias.dense.bias.shape)
+    dtype = torch.int64 if call.deterministic else torch.float32
+    sums = {name: torch.zeros(shape, dtype=dtype, device=of.q.device) for name, shape in shapes.items()}
+    if want["WANT_SLOPE"]:
+        sums["dslope"] = of.zeros(count, heads, of.key_blocks * of.tile.warps)
+    if want["WANT_DENSE"] == _EACH_ONCE and bias.dense is not None:
+        sums["ddense"] = of.zeros(*bias.dense.bias.shape)
+    return sums
 
 
 def _operand_gradients(of: _Pass, sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -328,24 +335,19 @@ def _operand_gradients(of: _Pass, sums: dict[str, Tensor]) -> dict[str, Tensor]:
     if "dslope" in sums and bias.slope is not None:
         grads["slope"] = slope_gradient(call, bias.slope, sums["dslope"].sum(2))
     if "dtable" in sums and bias.table is not None:
-        if explicit:
-            grads["table"] = sums["dtable"].sum(0)
-        else:
-            by_distance = sums["dtable"].sum((0, 2))
+        grads["table"] = sums["dtable"].sum(0)
+        if not explicit:
             length = bias.table.values.shape[1]
-            grads["table"] = by_entry(by_distance, of.first_distance, bias.table.first, length)
+            grads["table"] = by_entry(grads["table"], of.first_distance, bias.table.first, length)
     profile = bias.profile
     if "dpsi" in sums and profile is not None:
-        if explicit:
-            grads["psi"] = sums["dpsi"].sum((0, 1))
-        else:
-            by_distance = sums["dpsi"].sum((0, 1, 2))[None]
-            grads["psi"] = by_entry(by_distance, of.first_distance, profile.first, profile.psi.shape[0])[0]
+        grads["psi"] = sums["dpsi"].sum((0, 1))
+        if not explicit:
+            grads["psi"] = by_entry(grads["psi"][None], of.first_distance, profile.first, profile.psi.shape[0])[0]
     if "dsegments" in sums and profile is not None:
-        segments = sums["dsegments"].sum((0, 2))
+        segments = sums["dsegments"].sum(0)
         grads["profile_intercept"], grads["profile_slope"] = segments[:, 0], segments[:, 1]
-        rows = sums["drow_scale"].sum((0, 1))
-        grads["row_scale"] = gradients.row_scale(call, profile, rows, of.tile.block_m)
-    if "ddense" in sums and bias.dense is not None:
-        grads["dense"] = sums["ddense"].sum_to_size(bias.dense.bias.shape)
+        grads["row_scale"] = gradients.row_scale(call, profile, sums["drow_scale"].sum(0), of.tile.block_m)
+    if "ddense" in sums:
+        grads["dense"] = sums["ddense"]
     return grads
