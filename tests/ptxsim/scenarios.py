@@ -64,7 +64,7 @@ _FORWARD = (
     _Case(250, 250), _Case(133, 573, 150.0), _Case(150, 610), _Case(148, 211), _Case(165, 318), _Case(180, 463),
     _Case(198, 201), _Case(213, 409), _Case(229, 342), _Case(243, 388, 150.0), _Case(143, 97), _Case(133, 396),
     _Case(229, 296), _Case(227, 266), _Case(250, 123), _Case(130, 10), _Case(150, 20), _Case(134, 40), _Case(150, 60),
-    _Case(134, 70),
+    _Case(134, 70), _Case(250, 362),
 )  # fmt: skip
 # The same from the side of the keys, whose blocks walk the queries; one walk longer than any ring of tiles.
 _BACKWARD = (
