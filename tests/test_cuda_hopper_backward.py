@@ -120,12 +120,14 @@ def test_ordered_sums_do_not_depend_on_the_order_of_blocks_and_warps():
 FLASH_ATTENTION_3 = {64: 1038, 128: 1794}
 
 
-@pytest.mark.parametrize("label", ["plain, D = 64", "plain, D = 128"])
-def test_modelled_cycles(label, kernel_cache, monkeypatch):  # noqa: F811
-    """Two-phase cycles within FlashAttention-3's, and no spill."""
+@pytest.mark.parametrize(
+    ("label", "share"), [("plain, D = 64", 1), ("plain, D = 128", 1), ("slope, D = 64", 1.05), ("table, D = 128", 1.15)]
+)
+def test_modelled_cycles(label, share, kernel_cache, monkeypatch):  # noqa: F811
+    """Two-phase cycles within FlashAttention-3's plain ones, times what an operand may cost, and no spill."""
     monkeypatch.setenv("POSATTN_CACHE_DIR", kernel_cache)
     case = next(case for case in cases() if case.label == label)
     (main,) = (x for x in launches(case, "sm_90", backward=True) if x.kernel.name == "attention_backward")
     found = figures(main, "sm_90")
     assert found.spills == 0
-    assert found.two_phase <= FLASH_ATTENTION_3[case.dim]
+    assert found.two_phase <= share * FLASH_ATTENTION_3[case.dim]

@@ -13,7 +13,7 @@ _TILES = {
     64: BackwardTile(
         128, 128, 8, 1, 1, 1, 1, "2P 960; with 64 queries K and V are read twice as often: shared memory 832 for 704"
     ),
-    128: BackwardTile(64, 128, 8, 1, 1, 2, 1, "2P 1654; beside dK and dV of 64 keys the registers hold 64 queries"),
+    128: BackwardTile(64, 128, 8, 1, 1, 2, 1, "2P 1680; beside dK and dV of 64 keys the registers hold 64 queries"),
 }
 _BY_ELEMENT = BackwardTile(
     64,
