@@ -14,6 +14,7 @@ namespace posattn::mix {
 
 // Shared memory: queries, x, mix, and two buffers of staged values for each head.
 constexpr int OUT8 = HEAD_DIM_V / 8;
+constexpr int KEY_BYTES = (HEAD_DIM + HEAD_DIM_V) * 2;  // of a key and its value in a tile
 constexpr int X_AT = Q_BYTES;
 constexpr int MIX_AT = X_AT + X_BYTES;
 constexpr int STAGE_AT = MIX_AT + MIX_BYTES;
@@ -25,26 +26,33 @@ extern __shared__ __align__(128) unsigned char shared[];
 // One head of a warp, from the first tile to the last.
 struct Head {
   HeadScores scores;
-  Rows keys;
-  Rows values;
+  const unsigned char* tiles;  // of keys and values; this lane's sixteen bytes of the first one
   Softmax<GROUPS> softmax;
   float out[GROUPS][OUT8][4];
   float s[GROUPS][N8][4];
 
-  __device__ __forceinline__ Head(const MixForwardParams& p, const Sequence& sequence, int h, Place place,
-                                  const Lane& lane)
+  __device__ __forceinline__ Head(const MixForwardParams& p, const Sequence& sequence, int64_t key_row, int h,
+                                  Place place, const Lane& lane)
       : scores(p.inner, sequence, h, place, lane),
-        keys(p.k, p.k_strides, sequence.batch, h / p.shape.group, sequence.k_start, sequence.k_len, 8 * lane.t),
-        values(p.v, p.v_strides, sequence.batch, h / p.shape.group, sequence.k_start, sequence.k_len,
-               Run<HEAD_DIM_V>::FIRST * lane.g) {
+        tiles(static_cast<const unsigned char*>(p.tiles) + (h / p.shape.group * p.key_rows + key_row) * KEY_BYTES +
+              lane.lane * 16) {
 #pragma unroll
     for (int x = 0; x < GROUPS * OUT8 * 4; ++x) out[x / 4 / OUT8][x / 4 % OUT8][x % 4] = 0.0f;
+  }
+
+  __device__ __forceinline__ void load_keys(ColumnFragments<HEAD_DIM>& to, int j0) const {
+    load_columns(to, tiles + j0 * static_cast<int64_t>(KEY_BYTES));
+  }
+
+  __device__ __forceinline__ void load_values(PairFragments<HEAD_DIM_V>& to, int j0) const {
+    to.load(tiles + j0 * static_cast<int64_t>(KEY_BYTES) + BLOCK_N * HEAD_DIM * 2);
   }
 };
 
 struct Forward {
   const MixForwardParams& p;
   const Sequence sequence;
+  const int64_t key_row;  // where the sequence begins among the rows of all tiles
   const Lane lane;
   const Place place;  // its column counts from 0
   const int i0;
@@ -52,9 +60,10 @@ struct Forward {
   const Mlp mlp;
   const InputReader inputs;
 
-  __device__ __forceinline__ Forward(const MixForwardParams& p, const Sequence& sequence, int i0)
+  __device__ __forceinline__ Forward(const MixForwardParams& p, const Sequence& sequence, int64_t key_row, int i0)
       : p(p),
         sequence(sequence),
+        key_row(key_row),
         lane(this_lane()),
         place{i0 + lane.g, 2 * lane.t},
         i0(i0),
@@ -62,7 +71,7 @@ struct Forward {
         mlp(p.mix, p.scale, FOLD_SLOPE ? p.inner.slope + sequence.batch * p.inner.slope_batch : nullptr, lane),
         inputs(memory + X_AT, lane) {}
 
-  __device__ __forceinline__ Head head(int h) const { return Head(p, sequence, h, place, lane); }
+  __device__ __forceinline__ Head head(int h) const { return Head(p, sequence, key_row, h, place, lane); }
 
   __device__ __forceinline__ void load_queries(int h) const {
     const Rows rows(p.q, p.q_strides, sequence.batch, h, sequence.q_start, sequence.q_len, 8 * lane.t);
@@ -198,14 +207,14 @@ __device__ __forceinline__ void step(const Forward& f, Head (&heads)[HEADS_PER_W
 #pragma unroll
   for (int x = 0; x < HEADS_PER_WARP; ++x) {
     if (!owned(x, count)) break;
-    if (!ONE) fragments.load(heads[x].keys, j0, f.lane);
+    if (!ONE) heads[x].load_keys(fragments, j0);
     f.start(heads[x], fragments, j0, buffer);
     f.stage(heads[x], ahead, buffer ^ 1);
   }
   ptx::bar_sync();
   mix_tile(f.mlp, f.inputs, f.memory + MIX_AT, f.lane);
-  RowFragments<HEAD_DIM_V, N8> values;
-  if (ONE) values.template load<!BORDER>(heads[0].values, j0, f.lane);
+  PairFragments<HEAD_DIM_V> values;
+  if (ONE) heads[0].load_values(values, j0);
   ptx::bar_sync();
 #pragma unroll
   for (int x = 0; x < HEADS_PER_WARP; ++x) {
@@ -213,8 +222,8 @@ __device__ __forceinline__ void step(const Forward& f, Head (&heads)[HEADS_PER_W
     f.finish<BORDER>(heads[x], j0);
     Weights weights;
     round_tile(weights, heads[x].s);
-    if (!ONE) values.template load<!BORDER>(heads[x].values, j0, f.lane);
-    if (ONE) fragments.load(heads[x].keys, ahead, f.lane);
+    if (!ONE) heads[x].load_values(values, j0);
+    if (ONE) heads[x].load_keys(fragments, ahead);
     multiply_rows<HEAD_DIM_V>(heads[x].out, weights, values);
   }
   buffer ^= 1;
@@ -234,7 +243,7 @@ __device__ __forceinline__ void run(const Forward& f, Head (&heads)[HEADS_PER_WA
       f.load_queries(heads[x].scores.h);
       f.stage(heads[x], first, 0);
     }
-    if (HEADS_PER_WARP == 1) fragments.load(heads[0].keys, first, f.lane);
+    if (HEADS_PER_WARP == 1) heads[0].load_keys(fragments, first);
     ptx::cp_async_wait_group<0>();
     ptx::bar_warp_sync();
   }
@@ -274,7 +283,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   if (i0 >= sequence.q_len) return;
   const KeySpans spans(sequence, p.mask, i0, min(i0 + BLOCK_M, sequence.q_len) - 1);
   store_ones(ptx::shared_address(shared) + X_AT);
-  start<HEADS_PER_WARP>(Forward(p, sequence, i0), spans);
+  const int index = blockIdx.x / p.shape.q_blocks;
+  const int first_tile = PACKED ? sequence.k_start / BLOCK_N + index : index * ceil_div(p.shape.k_tokens, BLOCK_N);
+  start<HEADS_PER_WARP>(Forward(p, sequence, static_cast<int64_t>(first_tile) * BLOCK_N, i0), spans);
 }
 
 }  // namespace posattn::mix

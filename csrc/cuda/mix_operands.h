@@ -1,5 +1,7 @@
 // One warp's products: operands from global memory as fragments, without a tile of them in shared memory.
 //
+// What a loop reads lies in global memory in tiles in the order of the fragments, so that a warp reads whole lines from
+// one pointer, and no row needs an address or a bound; posattn/backends/cuda_mix_rows.py lays it out.
 // The order in which a product sums is free, so that a lane's 16 bytes of a row serve as they come: lane t of a row
 // takes dimensions 32 d + 8 t .. 8 t + 7, and products k16 number 2 d and 2 d + 1 take four of them each. The columns
 // of the output are as free: lane g takes 8 (or 4) neighbouring dimensions of a value row.
@@ -35,18 +37,48 @@ struct Rows {
   }
 };
 
-// B operands whose columns are rows 8 c + g of a tensor [tokens, DIM], BLOCK_N of them.
+// B operands whose columns are rows 8 c + g of a tile [BLOCK_N, DIM] that lies in the order of the fragments.
 template <int DIM>
 struct ColumnFragments {
   uint4 r[N8][DIM / 32];
+};
 
-  __device__ __forceinline__ void load(const Rows& rows, int j0, const Lane& lane) {
+__device__ __forceinline__ uint4 load_16(const unsigned char* p) {
+  return *reinterpret_cast<const uint4*>(p);
+}
+
+// `tile`: this lane's sixteen bytes of the part in question.
+template <int DIM>
+__device__ __forceinline__ void load_columns(ColumnFragments<DIM>& to, const unsigned char* tile) {
 #pragma unroll
-    for (int c = 0; c < N8; ++c) {
-      const Element* row = rows.row(j0 + 8 * c + lane.g);
+  for (int c = 0; c < N8; ++c) {
 #pragma unroll
-      for (int d = 0; d < DIM / 32; ++d) r[c][d] = *reinterpret_cast<const uint4*>(row + 32 * d);
-    }
+    for (int d = 0; d < DIM / 32; ++d) to.r[c][d] = load_16(tile + (c * (DIM / 32) + d) * (WARP * 16));
+  }
+}
+
+// B operands whose rows are rows of a tile: (rows 8 c + 2t and 8 c + 2t + 1, dimension 8 n + g). Two eights of rows
+// come in neighbouring registers, as one product takes them; the last eight is alone.
+template <int DIM>
+struct PairFragments {
+  uint4 both[DIM / 16];  // of eights 0 and 1: dimensions 8 n and 8 (n + 1)
+  uint4 last[DIM / 32];  // of eight 2: four of them
+
+  __device__ __forceinline__ void load(const unsigned char* tile) {
+    static_assert(N8 == 3);
+#pragma unroll
+    for (int m = 0; m < DIM / 16; ++m) both[m] = load_16(tile + m * (WARP * 16));
+#pragma unroll
+    for (int m = 0; m < DIM / 32; ++m) last[m] = load_16(tile + (DIM / 16 + m) * (WARP * 16));
+  }
+
+  __device__ __forceinline__ uint32_t operand(int c, int n) const {
+    return c == 2 ? word(last[n / 4], n % 4) : word(both[n / 2], n % 2 * 2 + c);
+  }
+
+private:
+  __device__ static __forceinline__ uint32_t word(const uint4& w, int x) {
+    return x == 0 ? w.x : x == 1 ? w.y : x == 2 ? w.z : w.w;
   }
 };
 

@@ -134,14 +134,11 @@ struct MixParams {
 
 struct MixForwardParams {
   const void* q;
-  const void* k;
-  const void* v;
+  const void* tiles;  // [Hkv, rows / 24] of keys (turned) and values, and one tile more, see cuda_mix_rows.py
   void* out;
   float* lse;  // [B, H, Tq]
   const float* sinks;
   Strides q_strides;
-  Strides k_strides;
-  Strides v_strides;
   Strides out_strides;
   ShapeParams shape;
   MaskParams mask;
@@ -150,6 +147,7 @@ struct MixForwardParams {
   BiasParams outer;
   MixParams mix;
   DropoutParams dropout;
+  int64_t key_rows;  // padded rows of all sequences, each beginning at a multiple of 24
   float scale;
   float softcap;
 };

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from posattn.backends import cuda_launch
+from posattn.backends import cuda_launch, cuda_mix_rows
 from posattn.backends import cuda_operands as operands
 from posattn.backends.cuda_compile import Constant
 from posattn.backends.cuda_forward import run, turned
@@ -199,8 +199,9 @@ def forward(call: Call, mix: HeadMix) -> tuple[Tensor, Tensor]:
     constants["FOLD_SLOPE"] = _folds_slope(call, mix)
     constants.update({"HAS_SINKS": call.sinks is not None, "BLOCKS_PER_SM": 1})
     constants["SHARED_BYTES"] = forward_shared(call, mix, tile)
-    values.update({"q": q, "k": k, "v": v, "out": out, "lse": lse, "sinks": call.sinks})
-    values.update({f"{name}_strides": operands.strides(x) for name, x in zip(("q", "k", "v", "out"), (q, k, v, out))})
+    tiles, key_rows = cuda_mix_rows.key_tiles(call, k, v)
+    values.update({"q": q, "tiles": tiles, "key_rows": key_rows, "out": out, "lse": lse, "sinks": call.sinks})
+    values.update({"q_strides": operands.strides(q), "out_strides": operands.strides(out)})
     grid = (-(-q_max(call) // tile.block_m) * sequences(call),)
     run(
         "mix_forward.cu", "headmix_forward", "MixForwardParams", constants, values, grid, 32 * tile.warps,

@@ -49,19 +49,23 @@ def unsupported(call: Call, mix: HeadMix, arch: str) -> str | None:
     return None
 
 
-def _by_distance_alone(call: Call, bias: Bias) -> bool:
-    """Whether the inner bias has a table, and nothing else that the kernel looks up one logit at a time."""
-    alone = bias.profile is None and bias.dense is None and call.q_positions is None
-    return alone and bias.table is not None
+def _has_table_alone(call: Call, mix: HeadMix) -> bool:
+    """Whether the inner bias has a table, and nothing that is looked up otherwise than by distance."""
+    inner = mix.inner
+    return inner.table is not None and inner.profile is None and inner.dense is None and call.q_positions is None
 
 
-def _first_distance(call: Call) -> int:
-    """Of the first diagonal that a tile can meet."""
-    return -(q_max(call) + _KEYS)
-
-
-def _diagonals(call: Call) -> int:
-    return k_max(call) + _QUERIES + 8 - _first_distance(call)
+def _by_distance(call: Call, mix: HeadMix) -> Members:
+    """The inner table, if it is alone, at every distance that a tile can meet."""
+    first = -(q_max(call) + _KEYS)
+    count = k_max(call) + _QUERIES + 8 - first
+    members: Members = {"diagonals": count, "first_distance": first}
+    table = mix.inner.table
+    if table is not None and _has_table_alone(call, mix):
+        distance = torch.arange(count, device=call.q.device) + first
+        entry = (distance - table.first).clamp(0, table.values.shape[1] - 1)
+        members["by_distance"] = table.values.float()[:, entry].contiguous()
+    return members
 
 
 def backward(
@@ -102,7 +106,9 @@ def backward(
         "db1": zeros(slots * _MLP_WARPS, width),
         "dw2": zeros(slots * _MLP_WARPS, heads, width),
     }
-    inner = _bias_sums(call, mix.inner, "inner.", needs, slots, values["inner"])
+    values.update(_by_distance(call, mix))
+    diagonals = values["diagonals"] if _has_table_alone(call, mix) else None
+    inner = _bias_sums(call, mix.inner, "inner.", needs, slots, values["inner"], diagonals)
     outer = _bias_sums(call, call.plan.bias, "", needs, slots, values["outer"])
     if call.deterministic:
         through = 1.0 + (mix.w2.float().abs() @ mix.w1.float().abs()).max()  # what the MLP can make of a gradient
@@ -111,12 +117,7 @@ def backward(
         results["turns"] = torch.zeros(1 + heads * rows // _QUERIES, dtype=torch.int32, device=device)
     values.update({"k": k, "v": v, "k_strides": operands.strides(k), "v_strides": operands.strides(v), **results})
     values["tiles"] = cuda_mix_rows.tiles(call, q, grad, minus_lse2, -delta)
-    if mix.inner.table is not None and _by_distance_alone(call, mix.inner):
-        distance = torch.arange(_diagonals(call), device=device) + _first_distance(call)
-        entry = (distance - mix.inner.table.first).clamp(0, mix.inner.table.values.shape[1] - 1)
-        values["by_distance"] = mix.inner.table.values.float()[:, entry].contiguous()
     values.update({"dinner": _with_strides(inner), "douter": _with_strides(outer), "rows": rows})
-    values.update({"diagonals": _diagonals(call), "first_distance": _first_distance(call)})
     values["shape"] = {**values["shape"], "k_blocks": blocks}
     shared, warps = shared_bytes(call, mix), heads + _MLP_WARPS
     constants.update({"MLP_WARPS": _MLP_WARPS, "WARPS": warps, "THREADS": 32 * warps, "ORDERED": call.deterministic})
@@ -144,8 +145,10 @@ def backward(
         weight = torch.exp(call.sinks.float()[:, None] - lse)
         grads["sinks"] = -(torch.where(sees, weight, 0.0) * delta).sum((0, 2))
         grads["b2"] = grads["b2"] - grads["sinks"]
-    grads.update(_bias_gradients(call, mix.inner, "inner.", inner, values["inner"]))
-    grads.update(_bias_gradients(call, call.plan.bias, "", outer, values["outer"]))
+    first = values["inner"]["table_first"] if diagonals is None else values["first_distance"]
+    grads.update(_bias_gradients(call, mix.inner, "inner.", inner, first, values["inner"]["psi_first"]))
+    outer_first = values["outer"]["table_first"], values["outer"]["psi_first"]
+    grads.update(_bias_gradients(call, call.plan.bias, "", outer, *outer_first))
     return {name: grads[name].contiguous() for name in needs}
 
 
@@ -160,8 +163,17 @@ def _units(call: Call, bias: Bias, grad_out: Tensor, delta: Tensor) -> Tensor:
     return units(call, {"GradOut": grad_out, "Delta": delta}, factor)
 
 
-def _bias_sums(call: Call, bias: Bias, prefix: str, needs: frozenset[str], slots: int, operand: Members) -> Members:
-    """BiasGradParams: zeroed sums for what is wanted of a bias, for the entries that the kernel's `operand` has."""
+def _bias_sums(
+    call: Call,
+    bias: Bias,
+    prefix: str,
+    needs: frozenset[str],
+    slots: int,
+    operand: Members,
+    diagonals: int | None = None,
+) -> Members:
+    """BiasGradParams: zeroed sums for what is wanted of a bias, for the entries that the kernel's `operand` has; of a
+    table by distance if `diagonals` are given."""
     wanted = {name.removeprefix(prefix) for name in needs if name.startswith("inner.") == bool(prefix)}
     heads = call.q.shape[1]
     sums: Members = {}
@@ -173,8 +185,7 @@ def _bias_sums(call: Call, bias: Bias, prefix: str, needs: frozenset[str], slots
     if "slope" in wanted:
         sums["slope"] = torch.zeros((slots, heads), device=call.q.device)
     if "table" in wanted and bias.table is not None:
-        by_distance = bool(prefix) and _by_distance_alone(call, bias)
-        sums["table"] = zeros(heads, _diagonals(call)) if by_distance else zeros(*operand["table"].shape)
+        sums["table"] = zeros(*operand["table"].shape) if diagonals is None else zeros(heads, diagonals)
     if bias.profile is not None and "psi" in wanted:
         sums["psi"] = zeros(*operand["psi"].shape)
     if bias.profile is not None and wanted & _LINES:
@@ -193,7 +204,10 @@ def _with_strides(sums: Members) -> Members:
     return {**sums, "dense_strides": dict(zip(("batch", "head", "query", "key"), steps))}
 
 
-def _bias_gradients(call: Call, bias: Bias, prefix: str, sums: Members, operand: Members) -> dict[str, Tensor]:
+def _bias_gradients(
+    call: Call, bias: Bias, prefix: str, sums: Members, table_first: int, psi_first: int
+) -> dict[str, Tensor]:
+    """From sums; *_first: the distances of the first ones."""
     grads: dict[str, Tensor] = {}
     if "units" in sums:
         whole = {name: (x.double() / sums["units"]).float() for name, x in sums.items() if x.dtype == torch.int64}
@@ -203,12 +217,10 @@ def _bias_gradients(call: Call, bias: Bias, prefix: str, sums: Members, operand:
         grads["slope"] = slope_gradient(call, bias.slope, by_sequence)
     if "table" in sums and bias.table is not None:
         length = bias.table.values.shape[1]
-        by_distance = bool(prefix) and _by_distance_alone(call, bias)
-        start = _first_distance(call) if by_distance else operand["table_first"]
-        grads["table"] = by_entry(sums["table"], start, bias.table.first, length)
+        grads["table"] = by_entry(sums["table"], table_first, bias.table.first, length)
     if "psi" in sums and bias.profile is not None:
         length = bias.profile.psi.shape[0]
-        grads["psi"] = by_entry(sums["psi"][None], operand["psi_first"], bias.profile.first, length)[0]
+        grads["psi"] = by_entry(sums["psi"][None], psi_first, bias.profile.first, length)[0]
     if "segments" in sums and bias.profile is not None:
         grads["profile_intercept"], grads["profile_slope"] = sums["segments"].unbind(1)
         grads["row_scale"] = gradients.row_scale(call, bias.profile, sums["row_scale"], _QUERIES)

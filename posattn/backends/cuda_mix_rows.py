@@ -38,13 +38,49 @@ def tiles(call: Call, q: Tensor, grad_out: Tensor, minus_lse2: Tensor, minus_del
     def padded(x: Tensor) -> Tensor:
         rows = x.new_zeros((x.shape[1], count + 1, *x.shape[3:]))
         rows[:, to] = x.transpose(0, 1).flatten(1, 2)
-        return rows[:, :count].unflatten(1, (-1, _EIGHTS, 8))  # [H, tile, eight, row, D]
+        return rows[:, :count].unflatten(1, (count // ROWS, _EIGHTS, 8))  # [H, tile, eight, row, D]
 
     q, grad_out = padded(q), padded(grad_out)
     parts = [_columns(q), _columns(grad_out)]
     parts.append(_statistics(padded(minus_lse2.clamp(min=_NO_WEIGHT)), padded(minus_delta)))
     parts += [_pairs(q), _pairs(grad_out)]
     return torch.cat([x.flatten(2).view(torch.int16) for x in parts], dim=2)
+
+
+def key_tiles(call: Call, k: Tensor, v: Tensor) -> tuple[Tensor, int]:
+    """Keys and values [B, Hkv, Tk, a multiple of 32] as the forward kernel takes them, and how many rows they are.
+
+    A tile's keys lie as queries do in the backward kernel's tiles (see _columns), its values by pairs whose dimensions
+    are those that a lane stores. A tile of zeros ends them, for the kernel reads one ahead.
+    """
+    cu, batch, tokens = call.mask.cu_seqlens_k, k.shape[0], k.shape[2]
+    count = (-(-tokens // ROWS) * batch if cu is None else tokens // ROWS + sequences(call)) * ROWS
+    token = torch.arange(tokens, device=k.device)[None]
+    if cu is None:
+        to = torch.arange(batch, device=k.device)[:, None] * (count // max(batch, 1)) + token
+    else:
+        document = torch.searchsorted(cu.long()[1:], token, right=True).clamp(max=sequences(call) - 1)
+        start = cu.long()[document]
+        to = (start // ROWS + document) * ROWS + token - start
+        to = torch.where(token < cu[-1], to, count)
+    if call.mask.k_lengths is not None:
+        to = torch.where(token < call.mask.k_lengths[:, None], to, count)
+
+    def padded(x: Tensor) -> Tensor:
+        rows = x.new_zeros((x.shape[1], count + 1, x.shape[3]))
+        rows[:, to.flatten()] = x.transpose(0, 1).flatten(1, 2)
+        return rows[:, :count].unflatten(1, (count // ROWS, _EIGHTS, 8))
+
+    tiles = torch.cat([_columns(padded(k)).flatten(2), _pairs(_in_runs(padded(v)))], dim=2).flatten()
+    return torch.cat([tiles, tiles.new_zeros(ROWS * (k.shape[3] + v.shape[3]))]), count
+
+
+def _in_runs(x: Tensor) -> Tensor:
+    """Dimension 8 n + g of the result is what lane g stores as its n-th: neighbours, eight in each 64 of them and four
+    in a last 32."""
+    wide = x.shape[-1] // 64 * 64
+    runs = x[..., :wide].unflatten(-1, (-1, 8, 8)), x[..., wide:].unflatten(-1, (-1, 8, 4))
+    return torch.cat([part.transpose(-1, -2).flatten(-3) for part in runs], dim=-1)
 
 
 def _columns(x: Tensor) -> Tensor:
