@@ -9,18 +9,20 @@ order of summation is fixed and no atomic adds to it.
 import triton
 import triton.language as tl
 
-from .bias import distance_tile
+from .bias import distance_tile, gather, plus_256
+from .diagonals import SLOTS, add_bands, finish_bands, start_bands, store_bands
 from .dropout import RANDOM_BITS, keep_tile
+from .halves import multiply_bf16, widen_bf16
 from .masks import mask_offset, query_spans, sequence
 from .profile import profile_sums, write_sums
 from .scores import LOG2E, load_rows, logits_tile
-from .turns import load_shared, opaque, publish, store_shared, wait_for
+from .turns import by_query, hidden, load_shared, opaque, publish, store_shared, wait_for
 
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def attention_backward(
-    Q, K, V, GradOut, Lse2, Delta, DQ, DK, DV_, DSlope, DRowScale, DSegments, Ticket, Progress,
-    num_sequences,
+    Q, K, V, GradOut, Lse2, Delta, DQ, DK, DV_, DSlope, DTable, TableUnits, Bands, DRowScale, DSegments,
+    Ticket, Progress, num_sequences,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm,
     scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
@@ -36,13 +38,23 @@ def attention_backward(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr, HOIST: tl.constexpr,
+    HIDE: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, Tq, BLOCK_D] float32, zeroed, takes the gradient of the queries times 1 / scale. DK [B, Hkv, Tk, D] and
     DV_ [B, Hkv, Tk, DV] are contiguous; keys of no sequence are not written. DSlope [sequences, H, blocks], DRowScale
     [B, H, Tq] and DSegments [sequences, H, blocks, 2, W + 1] (sums of ds and of ds * y on each segment) are float32 and
-    zeroed, or None where not wanted. Ticket [1] and Progress [sequences, Hkv, blocks] are int32 and zeroed."""
+    zeroed, or None where not wanted. DTable [H, table_last - table_first + 1] int64, zeroed, or None takes the gradient
+    of a table over implicit distances times TableUnits ([1], a power of 2); Bands is diagonals.py's memory. Ticket [1]
+    and Progress [sequences, Hkv, blocks] are int32 and zeroed."""
     EXPLICIT: tl.constexpr = QPositions is not None
     PACKED: tl.constexpr = CuQ is not None
+    # Logit gradients are rounded to 16 bits for the products anyway. In bfloat16, which has float32's range, they are
+    # made in it: half the instructions, and the weights hold half the registers until then.
+    IN_BF16: tl.constexpr = Q.dtype.element_ty == tl.bfloat16 and threshold is None and softcap is None
+    # A slope's gradient, the sum of ds times distance, is linear in the query: then tensor cores take its moments.
+    MOMENTS: tl.constexpr = DSlope is not None and LINEAR and softcap is None and Q.dtype.element_ty != tl.float32
+    COLUMNS: tl.constexpr = 8 if NVIDIA else 16  # the narrowest product
+    GROUPS: tl.constexpr = BLOCK_N // 16
     blocks = tl.cdiv(k_max, BLOCK_N)
     kv_heads = num_heads // group
     pid = tl.atomic_add(Ticket, 1, sem="relaxed")
@@ -97,10 +109,20 @@ def attention_backward(
         dq_base = DQ + stat_base * BLOCK_D
         slope = None
         dslope = tl.zeros([BLOCK_N], tl.float32)
+        if MOMENTS:
+            # In pairs of columns, the sum of ds over the queries so far and of ds times their distance from the first
+            # of the step. Ones and numbers below 256 are exact in 16 bits.
+            moments = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
+            query = tl.arange(0, BLOCK_M)[:, None].to(tl.float32)
+            columns = tl.where(tl.arange(0, COLUMNS)[None, :] % 2 == 0, 1.0, query).to(Q.dtype.element_ty)
         slot = (sequence64 * num_heads + h64) * blocks + n  # where this program's sums for this head go
         sums = DSegments
         if DSegments is not None:
             sums = DSegments + slot * 2 * (num_knots + 1)
+        if DTable is not None:
+            dtable = DTable + h64 * stride_table_h
+            bands = Bands + pid.to(tl.int64) * (SLOTS * (BLOCK_N // 2) * (BLOCK_M + 8))
+            carried = start_bands(bands, lo // BLOCK_M, GROUPS, BLOCK_M, NVIDIA)
         segment = 0
         of_ds = tl.zeros([BLOCK_N], tl.float32)
         of_dsy = tl.zeros([BLOCK_M], tl.float32)
@@ -115,7 +137,8 @@ def attention_backward(
                     span_lo, span_hi = full_lo, full_hi
                 else:
                     span_lo, span_hi = full_hi, hi
-                for i0 in tl.range(span_lo, span_hi, BLOCK_M, disable_licm=not HOIST):
+                for i_loop in tl.range(span_lo, span_hi, BLOCK_M, disable_licm=not HOIST):
+                    i0 = hidden(i_loop, HIDE and NVIDIA)
                     rows = tl.arange(0, BLOCK_M)
                     if span != 1:
                         rows = tl.minimum(rows, q_len - 1 - i0)
@@ -125,12 +148,17 @@ def attention_backward(
                     q = load_rows(q_base + row0 * stride_qm, rows, stride_qm, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
                     do = load_rows(do_base + row0 * stride_gm, rows, stride_gm, DV, BLOCK_DV)
                     lse2 = tl.load(Lse2 + stat_base + row0 + rows)
-                    delta = tl.load(Delta + stat_base + row0 + rows)
+                    if span == 1 and BLOCK_M > 32:
+                        delta = by_query(Delta + stat_base + row0, 1, i0, BLOCK_M, NVIDIA)
+                        delta = gather(delta, i0, NVIDIA)
+                    else:
+                        delta = tl.load(Delta + stat_base + row0 + rows)
                     if span != 1:
                         # A row past the end has no weight.
                         lse2 = tl.where(tl.arange(0, BLOCK_M) < q_len - i0, lse2, float("inf"))
                     if LINEAR:
-                        lse2 += slope * (i0 + shift - reference + tl.arange(0, BLOCK_M)).to(tl.float32) * LOG2E
+                        ahead = (i0 + shift - reference - 256).to(tl.float32) + plus_256(tl.arange(0, BLOCK_M))
+                        lse2 += (slope * LOG2E) * ahead
                     pi = i_in
                     if EXPLICIT:
                         pi = tl.load(QPositions + b64 * stride_qpos + q_start + row0 + rows)[None, :]
@@ -158,7 +186,8 @@ def attention_backward(
                         )  # fmt: skip
                         keep = tl.trans(keep)
                         kept = tl.where(keep, p * keep_scale, 0.0)
-                    dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION)
+                    kept = kept.to(do.dtype)
+                    dv = tl.dot(kept, do, dv, input_precision=PRECISION)
                     if threshold is not None:
                         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
                         dp = tl.where(keep, dp * keep_scale, 0.0) - delta[None, :]
@@ -166,31 +195,61 @@ def attention_backward(
                         # Starting at -delta costs what subtracting it would, and holds fewer registers.
                         dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) - delta[None, :]
                         dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
-                    ds = p * dp
-                    if DSlope is not None:
+                    if IN_BF16:
+                        ds_half = multiply_bf16(kept, dp.to(tl.bfloat16), NVIDIA)
+                        ds = widen_bf16(ds_half, NVIDIA)
+                    else:
+                        ds = p * dp
+                        ds_half = (ds * slack).to(q.dtype)
+                    if DSlope is not None and not MOMENTS:
                         distance = distance_tile(pi, pj, i0, j0, shift, EXPLICIT)
                         dslope += tl.sum(ds * (distance if SIGNED or LINEAR else tl.abs(distance)), 1)
+                    if DTable is not None:
+                        carried = store_bands(bands, i0 // BLOCK_M, ds, carried, NVIDIA)
                     if DRowScale is not None:
                         drow_scale, segment, of_ds, of_dsy = profile_sums(
                             ds, low, high, segment, of_ds, of_dsy, sums, i0, j0, pi, pj, shift, row_scale,
                             Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope + h * (num_knots + 1),
                             1, CLAMP, EXPLICIT, NVIDIA,
                         )  # fmt: skip
-                    ds = (ds * slack).to(q.dtype)
-                    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+                    if MOMENTS:
+                        total, first = tl.split(moments.reshape([BLOCK_N, COLUMNS // 2, 2]))
+                        first -= BLOCK_M * total
+                        moments = tl.join(total, first).reshape([BLOCK_N, COLUMNS])
+                        moments = tl.dot(ds_half, columns, moments, input_precision=PRECISION)
+                    dk = tl.dot(ds_half, q, dk, input_precision=PRECISION)
                     turn = wait_for(awaited, tl.where(i0 >= next_lo, done + i0 + BLOCK_M, 0), NVIDIA)
-                    dq_tile = dq_base + row0 * BLOCK_D + tl.arange(0, BLOCK_D)[:, None]
-                    dq_tile = opaque(dq_tile, turn, NVIDIA) + rows[None, :] * BLOCK_D  # [BLOCK_D, BLOCK_M]
+                    if DTable is not None:
+                        add_bands(
+                            dtable, TableUnits, bands, i0 // BLOCK_M - 1, turn, i0 > lo, j0, shift,
+                            table_first, table_last, GROUPS, BLOCK_M, NVIDIA,
+                        )  # fmt: skip
+                    dq_tile = dq_base + row0 * BLOCK_D + tl.arange(0, BLOCK_D)[:, None]  # [BLOCK_D, BLOCK_M]
+                    if span == 1 and BLOCK_M > 32:
+                        dq_tile = by_query(dq_tile, BLOCK_D, turn, BLOCK_M, NVIDIA)
+                    else:
+                        dq_tile = opaque(dq_tile, turn, NVIDIA) + rows[None, :] * BLOCK_D
                     dq = load_shared(dq_tile, turn, NVIDIA)  # [BLOCK_D, BLOCK_M]
-                    dq = tl.dot(tl.trans(k), ds, dq, input_precision=PRECISION)
+                    dq = tl.dot(tl.trans(k), ds_half, dq, input_precision=PRECISION)
                     store_shared(dq_tile, dq, (tl.arange(0, BLOCK_M) < q_len - i0)[None, :], span != 1, NVIDIA)
                     if DRowScale is not None:
                         # In turn, as above, so the order of these additions is fixed too.
                         inside = tl.arange(0, BLOCK_M) < q_len - i0
                         tl.atomic_add(DRowScale + stat_base + row0 + rows + turn, drow_scale, inside, sem="relaxed")
                     publish(progress, done + i0 + BLOCK_M, NVIDIA)
+        if DTable is not None:
+            if hi > lo:
+                end = tl.cdiv(hi, BLOCK_M)
+                finish_bands(
+                    dtable, TableUnits, bands, end, carried, progress, done + end * BLOCK_M, j0, shift,
+                    table_first, table_last, GROUPS, BLOCK_M, NVIDIA,
+                )  # fmt: skip
         if DSegments is not None:
             write_sums(sums, segment, num_knots, of_ds, of_dsy)
+        if MOMENTS:
+            total, first = tl.split(moments.reshape([BLOCK_N, COLUMNS // 2, 2]))
+            at_last = lo + (tl.cdiv(hi - lo, BLOCK_M) - 1) * BLOCK_M + shift - j
+            dslope = tl.sum(tl.where(tl.arange(0, COLUMNS // 2)[None, :] == 0, first + total * at_last, 0.0), 1)
         if DSlope is not None:
             tl.store(DSlope + slot, -tl.sum(tl.where(own, dslope, 0.0)))
         done += tl.cdiv(q_len, BLOCK_M) * BLOCK_M

@@ -1,4 +1,4 @@
-"""Gradients of what is indexed by distance, tables and psi, and of a profile's lines and row scale.
+"""Gradients of a profile: of psi, which is indexed by distance, of its lines and of its row scale.
 
 A program walks the tiles along one diagonal, where every tile holds the same distances, adds them element by element,
 and only at the end sums its accumulator along the diagonals. So there is one plain addition an element and no atomic,
@@ -25,7 +25,7 @@ def _diagonals(tile, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def gradient_by_distance(
-    Q, K, V, GradOut, Lse2, Delta, DTable, DPsi, DRowScale, RowUnits, DSegments, first_corner,
+    Q, K, V, GradOut, Lse2, Delta, DPsi, DRowScale, RowUnits, DSegments, first_corner,
     num_sequences,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm,
@@ -43,14 +43,13 @@ def gradient_by_distance(
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """DTable and DPsi [H, bands, 2 * BLOCK] float32 or None: entry x of band t is the sum at the distance
+    """DPsi [H, bands, 2 * BLOCK] float32 or None: entry x of band t is the sum at the distance
     first_corner + (t - 1) * BLOCK + x over the tiles of the band. BLOCK_M = BLOCK_N = BLOCK; positions are implicit.
     DRowScale [B, H, Tq] int64 or None takes the row scale's gradient times RowUnits ([1], a power of 2) and DSegments
     [H, bands, 2, W + 1] sums of ds and of ds * y on each segment; both come zeroed."""
     band = tl.program_id(0)
     h = tl.program_id(1)
     corner = first_corner + band * BLOCK_N  # the distance at the first row and column of each tile
-    table = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     psi = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     segment = 0
     of_ds = tl.zeros([BLOCK_N], tl.float32)
@@ -106,8 +105,6 @@ def gradient_by_distance(
                     SIGNED, LINEAR, CLAMP, NATURAL,
                     KNOTS, BOUNDS_BLOCK, PRECISION, NVIDIA,
                 )  # fmt: skip
-                if DTable is not None:
-                    table += ds
                 if DPsi is not None:
                     psi += psi_gradient(
                         ds, low, high, i0, j0, pi, pj, shift, row_scale, h, Psi, psi_first, psi_last,
@@ -126,10 +123,6 @@ def gradient_by_distance(
         write_sums(sums, segment, num_knots, of_ds, of_dsy)
     x = tl.arange(0, BLOCK_N)
     out = (h.to(tl.int64) * tl.num_programs(0) + band) * 2 * BLOCK_N
-    if DTable is not None:
-        below, above = _diagonals(table, BLOCK_N)
-        tl.store(DTable + out + x, below)
-        tl.store(DTable + out + BLOCK_N + x, above)
     if DPsi is not None:
         below, above = _diagonals(psi, BLOCK_N)
         tl.store(DPsi + out + x, below)

@@ -7,9 +7,11 @@ distance of implicit positions is d = i + shift - j; kernels for explicit ones p
 import triton
 import triton.language as tl
 
+from .turns import opaque
+
 
 @triton.jit
-def _plus_256(x):
+def plus_256(x):
     """256 + x as float32, for 0 <= x < 256: from 256 to 512 the last bit of the mantissa's top eight counts ones."""
     return (0x43800000 | (x << 15)).to(tl.float32, bitcast=True)
 
@@ -20,7 +22,7 @@ def distance_tile(i, j, i0, j0, shift, EXPLICIT: tl.constexpr):
     if EXPLICIT:
         return (i - j).to(tl.float32)
     else:
-        return ((i0 - j0 + shift).to(tl.float32) + _plus_256(i - i0)) - _plus_256(j - j0)
+        return ((i0 - j0 + shift).to(tl.float32) + plus_256(i - i0)) - plus_256(j - j0)
 
 
 @triton.jit
@@ -36,11 +38,11 @@ def slope_tile(
         d = (i - j).to(tl.float32)
         return -slope * (d if SIGNED else tl.abs(d))
     else:
-        column = (j0 - reference - 256).to(tl.float32) + _plus_256(j - j0)
+        column = (j0 - reference - 256).to(tl.float32) + plus_256(j - j0)
         if LINEAR:
             return slope * column
         else:
-            d = (i0 + shift - reference - 256).to(tl.float32) + _plus_256(i - i0) - column
+            d = (i0 + shift - reference - 256).to(tl.float32) + plus_256(i - i0) - column
             return -slope * (d if SIGNED else tl.abs(d))
 
 
@@ -83,13 +85,16 @@ def by_distance(
     else:
         SIGN: tl.constexpr = -1 if i.shape[0] == 1 else 1
         BLOCKS: tl.constexpr = COLUMNS // 8
-        row = 16 * tl.arange(0, ROWS // 16)[:, None, None] + tl.arange(0, 8)[None, :, None]
-        d = SIGN * (row - tl.arange(0, 8)[None, None, :])
+        row = 16 * tl.arange(0, ROWS // 16)[:, None, None, None] + tl.arange(0, 8)[None, :, None, None]
+        d = SIGN * (row - 2 * tl.arange(0, 4)[None, None, :, None])  # at the first of two columns side by side
         corner = i0 - j0 + shift - first
-        before = _at(Values, corner, d + SIGN * 8, last - first, again, CLAMP, NVIDIA)
+        if not CLAMP:
+            # Pointers that the compiler does not see through: all loads then share them, and steps fit the instruction.
+            d = opaque(Values + corner.to(tl.int64) + d, again, NVIDIA)
+        before = _at(d, SIGN * 8, SIGN, Values, corner, last - first, again, CLAMP, NVIDIA)
         pairs = ()
         for k in tl.static_range(0, BLOCKS):
-            here = _at(Values, corner, d - SIGN * 8 * k, last - first, again, CLAMP, NVIDIA)
+            here = _at(d, -SIGN * 8 * k, SIGN, Values, corner, last - first, again, CLAMP, NVIDIA)
             pairs = pairs + (tl.join(here, before),)  # noqa: RUF005 - the compiler knows no starred tuples
             before = here
         tile = _joined(pairs, 0, 1, BLOCKS).reshape([ROWS // 16, 8, 8, 2, BLOCKS])
@@ -97,12 +102,12 @@ def by_distance(
 
 
 @triton.jit
-def _at(Values, corner, offsets, last, again, CLAMP: tl.constexpr, NVIDIA: tl.constexpr):
+def _at(at, step, SIGN: tl.constexpr, Values, corner, last, again, CLAMP: tl.constexpr, NVIDIA: tl.constexpr):
+    """[ROWS // 16, 8, 8] values `step` from `at`, [ROWS // 16, 8, 4, 1] distances from the corner, or pointers."""
+    at = at + (step - SIGN * tl.arange(0, 2)[None, None, None, :])
     if CLAMP:
-        return gather(Values + tl.minimum(tl.maximum(corner + offsets, 0), last), again, NVIDIA)
-    else:
-        # A scalar pointer and offsets that do not change: their constant parts fold into the load.
-        return gather(Values + corner.to(tl.int64) + offsets, again, NVIDIA)
+        at = Values + tl.minimum(tl.maximum(corner + at, 0), last)
+    return gather(at, again, NVIDIA).reshape([at.shape[0], 8, 8])
 
 
 @triton.jit

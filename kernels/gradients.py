@@ -14,6 +14,7 @@ from .backward import attention_backward
 from .backward_bias import gradient_by_tile
 from .backward_distance import gradient_by_distance
 from .configs_backward import bias_tile, main_tile
+from .diagonals import bands_size
 from .operands import Arguments, Launch, common_arguments, k_max, padded, q_max, sequences, strides, unit_stride
 from .prepare import prepare
 from .sums import by_entry, row_scale_gradient, slope_gradient
@@ -79,9 +80,10 @@ def backward(
     if "sinks" in needs and call.sinks is not None:
         grads["sinks"] = sink_gradient(call.sinks, lse, shared["Delta"])
     explicit = call.q_positions is not None
-    if needs & {"q", "k", "v", "slope"} or (explicit and needs & _LINES):
+    # With implicit positions the main pass has a table's gradient, and the walk along diagonals a profile's for less.
+    if needs & {"q", "k", "v", "slope"} or needs & (_LINES if explicit else {"table"}):
         grads.update(_gradients(call, shared, needs, launch, main_tile(arch, call)))
-    if needs & {"table", "psi", "dense"} or (not explicit and needs & _LINES):
+    if needs & {"psi", "dense"} or needs & ({"table"} if explicit else _LINES):
         grads.update(_bias_gradients(call, shared, needs, launch, bias_tile(arch, call)))
     if rotary is not None:
         for name, cos, sin in (("q", rotary.q_cos, rotary.q_sin), ("k", rotary.k_cos, rotary.k_sin)):
@@ -128,19 +130,30 @@ def _gradients(
     drow_scale = zeros(batch, heads, q_tokens) if lines else None
     width = 0 if profile is None else profile.knots.shape[0] + 1
     dsegments = zeros(count, heads, blocks, 2, width) if lines else None
+    dtable = table_units = bands = None
+    beyond = tile.block_m + tile.block_n  # as bias_arguments pads tables
+    if "table" in needs and bias.table is not None and call.q_positions is None:
+        dtable = zeros(heads, bias.table.values.shape[1] + 2 * beyond, dtype=torch.int64)
+        table_units = units(call, shared)
+        size = bands_size(tile.block_n, tile.block_m)
+        bands = torch.empty((blocks * count * kv_heads, size), dtype=torch.float32, device=q.device)
     values = {
         **shared,
         "DQ": dq,
         "DK": dk,
         "DV_": dv,
         "DSlope": dslope,
+        "DTable": dtable,
+        "TableUnits": table_units,
+        "Bands": bands,
         "DRowScale": drow_scale,
         "DSegments": dsegments,
         "Ticket": zeros(1, dtype=torch.int32),
         "Progress": zeros(count, kv_heads, blocks, dtype=torch.int32),
         "num_sequences": count,
     }
-    arguments = common_arguments(call, tile.block_m, tile.block_n).with_(values, {"HOIST": tile.hoist})
+    arguments = common_arguments(call, tile.block_m, tile.block_n)
+    arguments = arguments.with_(values, {"HOIST": tile.hoist, "HIDE": tile.hide})
     arguments.launch_with(launch, attention_backward, (blocks * count * kv_heads,), tile.num_warps, tile.num_stages)
 
     # With rotary still to be turned back, dq stays float32 so that it is rounded once.
@@ -148,6 +161,9 @@ def _gradients(
     grads = {"q": dq if call.plan.rotary is not None else dq.to(q.dtype), "k": dk, "v": dv}
     if dslope is not None and bias.slope is not None:
         grads["slope"] = slope_gradient(call, bias.slope, dslope.sum(2))
+    if dtable is not None and table_units is not None and bias.table is not None:
+        sums = (dtable.double() / table_units).float()
+        grads["table"] = by_entry(sums, bias.table.first - beyond, bias.table.first, bias.table.values.shape[1])
     if dsegments is not None and drow_scale is not None and profile is not None:
         grads.update(_line_gradients(call, profile, drow_scale, dsegments.sum((0, 2))))
     return grads
@@ -189,15 +205,14 @@ def _bias_gradients(
     arguments = arguments.with_({**shared, "num_sequences": sequences(call)}, {})
     grads: dict[str, Tensor] = {}
     explicit = call.q_positions is not None
-    by_distance = needs & {"table", "psi"}
+    by_distance = needs & ({"table", "psi"} if explicit else {"psi"})
     lines = bool(needs & _LINES) and not explicit
     if (by_distance or lines) and not explicit:
         block = tile.block_n
         first_corner, bands = band_range(call, block)
         shape = (heads, bands, 2 * block)
-        table = torch.empty(shape, dtype=torch.float32, device=device) if "table" in needs else None
         psi = torch.empty(shape, dtype=torch.float32, device=device) if "psi" in needs else None
-        values = {"DTable": table, "DPsi": psi, "first_corner": first_corner}
+        values = {"DPsi": psi, "first_corner": first_corner}
         rows = segments = None
         if lines and bias.profile is not None:
             rows = torch.zeros((q.shape[0], heads, q_tokens), dtype=torch.int64, device=device)
@@ -213,8 +228,6 @@ def _bias_gradients(
             by_row = (rows.double() / values["RowUnits"]).float()
             grads.update(_line_gradients(call, bias.profile, by_row, segments.sum(1)))
         start = first_corner - block
-        if table is not None and bias.table is not None:
-            grads["table"] = by_entry(fold_bands(table, block), start, bias.table.first, bias.table.values.shape[1])
         if psi is not None and bias.profile is not None:
             folded = fold_bands(psi, block).sum(0, keepdim=True)
             grads["psi"] = by_entry(folded, start, bias.profile.first, bias.profile.psi.shape[0])[0]

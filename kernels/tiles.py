@@ -26,6 +26,8 @@ class Tile:
     reason: str
     # Whether invariants may leave the main loop (of kernels that ask): each then holds a register throughout.
     hoist: bool = True
+    # Whether addresses are computed anew in each step, and none carried from step to step (of kernels that ask).
+    hide: bool = False
 
 
 # Tables of configurations: by family of architecture, padded head dimension, and kind of plan.

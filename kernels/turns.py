@@ -69,6 +69,31 @@ def opaque(pointers, turn, NVIDIA: tl.constexpr):
 
 
 @triton.jit
+def by_query(pointers, STRIDE: tl.constexpr, turn, BLOCK_M: tl.constexpr, NVIDIA: tl.constexpr):
+    """A pointer, or [rows, 1] of them, and the BLOCK_M - 1 after it, STRIDE apart, as the last axis.
+
+    In the layout of a tensor core's result a thread holds queries 2 c, 2 c + 1 and all those 8 apart from them: one
+    opaque pointer each, and the rest fit in the instruction."""
+    pairs = (2 * STRIDE) * tl.arange(0, 4)[:, None]
+    steps = STRIDE * (8 * tl.arange(0, BLOCK_M // 8)[:, None, None] + tl.arange(0, 2)[None, None, :])
+    if len(pointers.shape) == 0:
+        return (opaque(pointers + pairs[None, :, :], turn, NVIDIA) + steps).reshape([BLOCK_M])
+    else:
+        at = opaque(pointers[:, :, None, None] + pairs[None, None, :, :], turn, NVIDIA) + steps[None, :, :, :]
+        return at.reshape([pointers.shape[0], BLOCK_M])
+
+
+@triton.jit
+def hidden(index, HIDE: tl.constexpr):
+    """The same int32, in a way that the compiler does not see through: what follows from a loop's index is then
+    computed anew in each step, where the compiler would carry an address for each load."""
+    if HIDE:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [index], tl.int32, is_pure=True, pack=1)
+    else:
+        return index
+
+
+@triton.jit
 def load_shared(pointers, turn, NVIDIA: tl.constexpr):
     """The float32 tile that other programs add to, in the layout in which it is used; `turn` comes from wait_for."""
     if NVIDIA:

@@ -60,6 +60,17 @@ CASES = {
         lambda: posattn.Kerple(1), lambda: {"causal": True},
     ),
     "table": (BF16, {}, lambda: posattn.Kerple(2), lambda: {"causal": True}),
+    "table, many steps": (
+        BF16, {"heads": 1, "kv_heads": 1, "q_len": 330, "k_len": 341}, lambda: posattn.Kerple(1),
+        lambda: {"causal": True},
+    ),
+    "table both ways, grouped heads, softcap": (
+        HALF, {"kv_heads": 1}, lambda: posattn.T5Bias(2), lambda: {"window": (60, 30), "softcap": 8.0}
+    ),
+    "ALiBi, many steps, grouped heads": (
+        HALF, {"kv_heads": 1, "q_len": 290, "k_len": 310}, lambda: posattn.ALiBi(2, learnable=True),
+        lambda: {"causal": True, "window": (200, None)},
+    ),
     "table and mask": (BF16, {}, lambda: posattn.T5Bias(2), lambda: {"mask": _mask(70, 150, 2)}),
     "profile": (BF16, {}, lambda: posattn.FIRE(2, width=8), lambda: {"causal": True}),
     "dense": (BF16, {}, None, lambda: {"bias": torch.randn(1, 2, 70, 150).masked_fill(_mask(70, 150, 2), -math.inf)}),
