@@ -17,7 +17,60 @@ namespace posattn {
 struct Backward : BackwardBlock {
   using BackwardBlock::BackwardBlock;
 
+  // This thread's warp and lane, and where the warp's part of the logits begins.
+  struct Own {
+    int warp;
+    int lane;
+    int row;
+    int column;
+  };
+
+  __device__ __forceinline__ Own own() const {
+    const uint32_t here = anew();
+    const int warp = REGISTERS_ARE_SHORT ? here / WARP : this->warp;
+    const int lane = REGISTERS_ARE_SHORT ? here % WARP : this->lane;
+    return {warp, lane, warp / LOGIT_COLUMNS * WARP_KEYS, warp % LOGIT_COLUMNS * WARP_QUERIES};
+  }
+
+  // Where this lane reads operands. Keys: this warp's, as A; all of them, at this warp's dimensions of dQ, as B.
+  __device__ __forceinline__ auto keys(uint32_t tile) const {
+    const Own o = own();
+    return Rows<PADDED>::by_rows(shared_at() + tile, o.row, 0, o.lane);
+  }
+  __device__ __forceinline__ auto all_keys() const {
+    const Own o = own();
+    const int chunk = o.warp % QUERY_COLUMNS * QueryGradients::EIGHTS;
+    return Rows<PADDED, QueryGradients::EIGHTS>::by_rows(shared_at() + K_AT, 0, chunk, o.lane);
+  }
+  // Queries, or dO, from a row of the block on: this warp's as B, and all, at this warp's dimensions of dK and dV, as
+  // B.
+  __device__ __forceinline__ auto queries(uint32_t tile, int row) const {
+    const Own o = own();
+    return Rows<PADDED>::by_columns(shared_at() + tile + row * Wide::PITCH, o.column, 0, o.lane);
+  }
+  __device__ __forceinline__ auto all_queries(uint32_t tile, int row) const {
+    const Own o = own();
+    const int chunk = o.warp % KEY_COLUMNS * KeyGradients::EIGHTS;
+    return Rows<PADDED, KeyGradients::EIGHTS>::by_rows(shared_at() + tile + row * Wide::PITCH, 0, chunk, o.lane);
+  }
+  // P^T or dS^T by this warp's keys of dK and dV, and dS by its queries of dQ.
+  __device__ __forceinline__ auto pairs(uint32_t tile) const {
+    const Own o = own();
+    return Rows<BLOCK_M>::by_rows(shared_at() + tile, o.warp / KEY_COLUMNS * (16 * KeyGradients::GROUPS), 0, o.lane);
+  }
+  __device__ __forceinline__ auto pairs_by_query() const {
+    const Own o = own();
+    const int chunk = o.warp / QUERY_COLUMNS * (2 * QueryGradients::GROUPS);
+    return Rows<BLOCK_M, 2 * QueryGradients::GROUPS>::by_columns(shared_at() + DS_AT, 0, chunk, o.lane);
+  }
+  // Where the logits of a part of the queries are stored.
+  __device__ __forceinline__ uint32_t own_pairs(uint32_t tile, int part) const {
+    const Own o = own();
+    return first_pair(shared_at() + tile, o.warp, o.lane) ^ part * (PART * 2);
+  }
+
   __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at) const {
+    const int thread = anew();
     float* to = p.dq + at.row * int64_t{PADDED} + thread;
     int32_t* turn = p.turns + 1 + at.row / BLOCK_M;
     if constexpr (ORDERED) {
@@ -50,7 +103,6 @@ struct Backward : BackwardBlock {
 };
 
 __device__ __forceinline__ void Backward::run() {
-  const uint32_t memory = ptx::shared_address(shared);
   const Strip strip(reinterpret_cast<float*>(shared + STRIP_AT), warp, lane);
 
   Fragments<KeyGradients> dk = {}, dv = {};
@@ -61,7 +113,7 @@ __device__ __forceinline__ void Backward::run() {
 
   uint4* columns = reinterpret_cast<uint4*>(shared + COLUMNS_AT);
   if (SLOPE_BY_PRODUCT && warp == 0) columns[lane] = slope_columns(lane);
-  Sums sums(p, lane, index * p.shape.heads, key_block * WARPS + warp);
+  Sums sums(p, index * p.shape.heads, key_block * WARPS + warp);
   HeadBias head(p.bias, sequence.batch, at.head);
 
   load_keys();
@@ -85,52 +137,7 @@ __device__ __forceinline__ void Backward::run() {
     }
     ptx::cp_async_commit_group();
 
-    // Where this lane reads operands, derived at each use from the thread's number: kept, it would be spilled.
-    const auto own = [&] {
-      struct Own {
-        int warp, lane, row, column;
-      };
-      const uint32_t here = anew(thread);
-      const int warp = REGISTERS_ARE_SHORT ? here / WARP : this->warp;
-      const int lane = REGISTERS_ARE_SHORT ? here % WARP : this->lane;
-      return Own{warp, lane, warp / LOGIT_COLUMNS * WARP_KEYS, warp % LOGIT_COLUMNS * WARP_QUERIES};
-    };
-    // This warp's keys, as A; all of them, at this warp's dimensions of dQ, as B.
-    const auto keys = [&] {
-      const auto o = own();
-      return Rows<PADDED>::by_rows(memory + K_AT, o.row, 0, o.lane);
-    };
-    const auto all_keys = [&] {
-      const auto o = own();
-      return Rows<PADDED, QueryGradients::EIGHTS>::by_rows(memory + K_AT, 0,
-                                                           o.warp % QUERY_COLUMNS * QueryGradients::EIGHTS, o.lane);
-    };
-    // Queries: this warp's as B, and all of them, at this warp's dimensions of dK and dV, as B.
-    const auto queries = [&](int part) {
-      const auto o = own();
-      return Rows<PADDED>::by_columns(memory + Q_AT + stage * Q_BYTES + part * PART * Wide::PITCH, o.column, 0, o.lane);
-    };
-    const auto all_queries = [&](int part) {
-      const auto o = own();
-      return Rows<PADDED, KeyGradients::EIGHTS>::by_rows(memory + Q_AT + stage * Q_BYTES + part * PART * Wide::PITCH, 0,
-                                                         o.warp % KEY_COLUMNS * KeyGradients::EIGHTS, o.lane);
-    };
-    // P^T by this warp's keys of dV, and dS by its queries of dQ.
-    const auto pairs = [&] {
-      const auto o = own();
-      return Rows<BLOCK_M>::by_rows(memory + P_AT, o.warp / KEY_COLUMNS * (16 * KeyGradients::GROUPS), 0, o.lane);
-    };
-    const auto pairs_by_query = [&] {
-      const auto o = own();
-      return Rows<BLOCK_M, 2 * QueryGradients::GROUPS>::by_columns(
-          memory + DS_AT, 0, o.warp / QUERY_COLUMNS * (2 * QueryGradients::GROUPS), o.lane);
-    };
-    const auto own_pairs = [&](int part) {
-      const auto o = own();
-      return first_pair(memory + P_AT, o.warp, o.lane) ^ part * (PART * 2);
-    };
-    constexpr uint32_t DS = DS_AT - P_AT;  // from P^T to dS^T
-    const uint32_t to_grad = GRAD_AT - Q_AT - (GRAD_STAGES == 1 ? stage * Q_BYTES : 0);
+    const uint32_t q_at = Q_AT + stage * Q_BYTES, grad_at = GRAD_AT + (GRAD_STAGES == 1 ? 0 : stage) * Q_BYTES;
     const float* stage_rows = reinterpret_cast<const float*>(shared + ROWS_AT) + stage * RowStage::FLOATS;
 
 #pragma unroll
@@ -151,7 +158,7 @@ __device__ __forceinline__ void Backward::run() {
       }
 
       Fragments<Logits> s = {}, slack;
-      product<PADDED / 16, As::IS, As::IS>(s, keys(), queries(part));
+      product<PADDED / 16, As::IS, As::IS>(s, keys(K_AT), queries(q_at, part * PART));
       add_terms(s, slack, p, sequence, place, operands, head, range, at.head, rows + RowStage::LSE2 + column);
       mask_logits(s, p, sequence, place, at.head, spans.border(at.block));
       for_logits([&](int group, int n, int e) { s[group][n][e] = ptx::ex2_approx(s[group][n][e]); });
@@ -167,7 +174,7 @@ __device__ __forceinline__ void Backward::run() {
           ds[group][n][1] = ds[group][n][3] = HAS_DROPOUT ? 0.0f : delta.y;
         }
       }
-      product<PADDED / 16, As::IS, As::IS>(ds, keys().moved(V_AT - K_AT), queries(part).moved(to_grad));
+      product<PADDED / 16, As::IS, As::IS>(ds, keys(V_AT), queries(grad_at, part * PART));
 
       uint32_t weights[Logits::GROUPS][Logits::EIGHTS / 2][4];
       if constexpr (HAS_DROPOUT) {
@@ -181,27 +188,29 @@ __device__ __forceinline__ void Backward::run() {
       } else {
         round_fragments(weights, s);
       }
-      if constexpr (!WEIGHTS_IN_REGISTERS) store_pairs(own_pairs(part), weights);
+      if constexpr (!WEIGHTS_IN_REGISTERS) store_pairs(own_pairs(P_AT, part), weights);
       for_logits([&](int group, int n, int e) { ds[group][n][e] *= s[group][n][e]; });
-      sums.add(ds, sequence, place, operands, head, range, strip, at.head, at.row + part * PART + logit_column);
+      sums.add(ds, sequence, place, operands, head, range,
+               strip.again(reinterpret_cast<float*>(shared + STRIP_AT), warp, lane), at.head,
+               at.row + part * PART + logit_column);
       if constexpr (HAS_SOFTCAP) {
         for_logits([&](int group, int n, int e) { ds[group][n][e] *= slack[group][n][e]; });
       }
       uint32_t rounded[Logits::GROUPS][Logits::EIGHTS / 2][4];
       round_fragments(rounded, ds);
-      store_pairs(own_pairs(part) + DS, rounded);
+      store_pairs(own_pairs(DS_AT, part), rounded);
 
       if constexpr (WEIGHTS_IN_REGISTERS) {
-        product<As::TRANSPOSED>(dv, weights, all_queries(part).moved(to_grad));
-        product<As::TRANSPOSED>(dk, rounded, all_queries(part));
+        product<As::TRANSPOSED>(dv, weights, all_queries(grad_at, part * PART));
+        product<As::TRANSPOSED>(dk, rounded, all_queries(q_at, part * PART));
       }
       if constexpr (INTERCEPT_BY_PRODUCT) sums.add_intercept(rounded);
       if constexpr (SLOPE_BY_PRODUCT) sums.add_slope(rounded, columns[lane], place, sequence.shift());
     }
     ptx::bar_sync();  // dS^T is there as a whole, and P^T where it goes by shared memory
     if constexpr (!WEIGHTS_IN_REGISTERS) {
-      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dv, pairs(), all_queries(0).moved(to_grad));
-      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dk, pairs().moved(DS), all_queries(0));
+      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dv, pairs(P_AT), all_queries(grad_at, 0));
+      product<BLOCK_M / 16, As::IS, As::TRANSPOSED>(dk, pairs(DS_AT), all_queries(q_at, 0));
     }
     if constexpr (GRAD_STAGES == 1) {
       if constexpr (!WEIGHTS_IN_REGISTERS) ptx::bar_sync();  // nobody needs dO

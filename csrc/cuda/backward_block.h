@@ -26,13 +26,13 @@ static_assert(RowStage::FLOATS % 4 == 0 && BLOCK_M % 32 == 0);
 
 extern __shared__ __align__(128) unsigned char shared[];
 
+__device__ __forceinline__ uint32_t shared_at() {
+  return ptx::shared_address(shared);
+}
+
 // Registers are short where a warp owns both dK and dV of 32 keys, and with sums of operands. What follows from a
 // thread's number is then derived at each use rather than kept and spilled.
 constexpr bool REGISTERS_ARE_SHORT = QUERY_PARTS > 1 || WANT_TABLE || WANT_LINES || WANT_PSI;
-
-__device__ __forceinline__ int anew(int x) {
-  return REGISTERS_ARE_SHORT ? ptx::fresh(x) : x;
-}
 
 struct BackwardBlock {
   const BackwardParams& p;
@@ -83,7 +83,7 @@ struct BackwardBlock {
   __device__ __forceinline__ void load_keys() {
     const int64_t kv = sequence.batch;
     const int j0 = key_block * BLOCK_N;
-    const uint32_t memory = ptx::shared_address(shared);
+    const uint32_t memory = shared_at();
     Loader<PADDED, DIM, BLOCK_N, THREADS> k(
         static_cast<const Element*>(p.k) + kv * p.k_strides.batch + key_head * p.k_strides.head, p.k_strides.token,
         sequence.k_start + j0, memory + K_AT, thread);
@@ -94,29 +94,31 @@ struct BackwardBlock {
     v.next(0, sequence.k_len - j0);
   }
 
+  // This thread's number, for what shall not be kept.
+  __device__ __forceinline__ int anew() const { return REGISTERS_ARE_SHORT ? ptx::fresh(thread) : thread; }
+
   // Starts the copies of a block of queries; what is the lane's own is derived anew rather than kept from step to step.
   template <int USED>
   __device__ __forceinline__ void load_block(const Element*& rows, int64_t stride, const Cursor& at, uint32_t to) {
-    Loader<PADDED, USED, BLOCK_M, THREADS> loader(rows, stride, 0, to, anew(thread));
+    Loader<PADDED, USED, BLOCK_M, THREADS> loader(rows, stride, 0, to, anew());
     loader.next(0, sequence.q_len - at.block * BLOCK_M);
     rows += BLOCK_M * stride;
   }
 
   __device__ __forceinline__ void load_queries(const Cursor& at, int stage) {
-    const uint32_t memory = ptx::shared_address(shared);
+    const uint32_t memory = shared_at();
     load_block<DIM>(q, p.q_strides.token, at, memory + Q_AT + stage * Q_BYTES);
     load_rows(at, memory + ROWS_AT + stage * RowStage::FLOATS * 4);
   }
 
   __device__ __forceinline__ void load_grad(const Cursor& at, int stage) {
-    load_block<DIM_V>(grad_out, p.grad_out_strides.token, at,
-                      ptx::shared_address(shared) + GRAD_AT + stage % GRAD_STAGES * Q_BYTES);
+    load_block<DIM_V>(grad_out, p.grad_out_strides.token, at, shared_at() + GRAD_AT + stage % GRAD_STAGES * Q_BYTES);
   }
 
   __device__ __forceinline__ void load_rows(const Cursor& at, uint32_t to) {
     // Four numbers a thread; padded rows and diagonals are there to be read.
     constexpr int EACH = BLOCK_M / 4;
-    const int thread = anew(this->thread);
+    const int thread = anew();
     const int which = thread / EACH;
     if (which < (HAS_PROFILE ? 3 : 2)) {
       const uint32_t row = which == 2 ? at.row - at.head * static_cast<uint32_t>(p.rows) : at.row;

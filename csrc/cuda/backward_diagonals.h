@@ -54,6 +54,16 @@ struct Strip {
     }
   }
 
+  // The same strip, whose place in memory and the lane's in it are derived anew.
+  __device__ __forceinline__ Strip again(float* of_block, int warp, int lane) const {
+    Strip strip = *this;
+    strip.memory = of_block + warp * FLOATS;
+    strip.g = lane / 4;
+    strip.t = lane % 4;
+    strip.lane = lane;
+    return strip;
+  }
+
   // Adds the sums of bands by distance to `to`, where place `least` is for the least distance of the warp's tile.
   __device__ __forceinline__ void add(const Banded& sums, const GlobalSums& to, int64_t least) const {
     float total[ceil_div(SUMS, WARP)];

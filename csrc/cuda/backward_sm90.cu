@@ -88,7 +88,7 @@ __device__ __forceinline__ void Backward::run() {
   ptx::bar_sync();
 
   Cursor at = first_block(key_head * p.shape.group), ahead = at;
-  Sums sums(p, lane, index * p.shape.heads, key_block * WARPS + warp);
+  Sums sums(p, index * p.shape.heads, key_block * WARPS + warp);
   HeadBias head(p.bias, sequence.batch, at.head);
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {

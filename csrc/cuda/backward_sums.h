@@ -53,7 +53,6 @@ constexpr bool INTERCEPT_BY_PRODUCT = WANT_LINES && !HAS_SOFTCAP && !WGMMA;
 // The sums of one warp over the query blocks of one head.
 struct Sums {
   const BackwardParams& p;
-  int lane;
   int first_head;           // of the sequence, among the heads of all
   int warp_of_head;         // the warp among those of all key blocks
   float slope = 0.0f;       // this lane's
@@ -62,8 +61,8 @@ struct Sums {
   float in_segment = 0.0f;  // sum of dS, this lane's
   float moment = 0.0f;      // sum of dS y
 
-  __device__ __forceinline__ Sums(const BackwardParams& p, int lane, int first_head, int warp_of_head)
-      : p(p), lane(lane), first_head(first_head), warp_of_head(warp_of_head) {}
+  __device__ __forceinline__ Sums(const BackwardParams& p, int first_head, int warp_of_head)
+      : p(p), first_head(first_head), warp_of_head(warp_of_head) {}
 
   __device__ __forceinline__ GlobalSums global(void* sums) const { return GlobalSums(sums, p.units); }
 
@@ -76,7 +75,7 @@ struct Sums {
   __device__ __forceinline__ void add_to_segment(int head, int m, float sum, float sum_y) {
     sum = add_over_warp(sum);
     sum_y = add_over_warp(sum_y);
-    if (lane == 0) {
+    if (ptx::tid_x() % WARP == 0) {
       const int64_t at = int64_t{first_head + head} * (2 * (KNOTS + 1)) + m;
       global(p.dsegments).add(at, sum);
       global(p.dsegments).add(at + KNOTS + 1, sum_y);
@@ -92,7 +91,8 @@ struct Sums {
   __device__ __forceinline__ void finish_head(int head) {
     if constexpr (WANT_SLOPE) {
       const float sum = add_over_warp(slope);
-      if (lane == 0) p.dslope[int64_t{first_head + head} * (p.shape.k_blocks * WARPS) + warp_of_head] = -sum;
+      const int64_t at = int64_t{first_head + head} * (p.shape.k_blocks * WARPS) + warp_of_head;
+      if (ptx::tid_x() % WARP == 0) p.dslope[at] = -sum;
       slope = 0.0f;
     }
     if constexpr (WANT_LINES) {
@@ -229,7 +229,7 @@ struct Sums {
     }
     if constexpr (WANT_LINES) {
       constexpr int KEPT = Logits::EIGHTS <= 4 ? 1 : Logits::EIGHTS / 4;
-      const int first = add_over_rows(rows, lane);
+      const int lane = 4 * at.g + at.t, first = add_over_rows(rows, lane);
       const bool one = Logits::EIGHTS >= 4 || (lane & 4) == 0;  // with four sums two lanes hold each
 #pragma unroll
       for (int x = 0; x < KEPT; ++x) {

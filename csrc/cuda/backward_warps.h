@@ -62,13 +62,6 @@ struct Rows {
     for (int k = 0; k < (ONE ? 1 : STEPS); ++k) offsets[k] = Tile<DIM>::offset(row, 2 * k + chunk);
   }
 
-  // The rows of a tile `base` bytes further.
-  __device__ __forceinline__ Rows moved(uint32_t base) const {
-    Rows to = *this;
-    to.tile += base;
-    return to;
-  }
-
   // For rows from `row` (a multiple of 8) on, columns 16 k .. 16 k + 15.
   __device__ __forceinline__ uint32_t at(int row, int k) const {
     const uint32_t first = ONE ? offsets[0] ^ (k % STEPS * 32) : offsets[ONE ? 0 : k % STEPS];
