@@ -8,7 +8,8 @@ from mix_cases import SHARED, tensors
 from tolerance import assert_parity
 
 import posattn
-from posattn.backends import cuda_compile, cuda_launch
+from posattn import backends
+from posattn.backends import cuda_compile, cuda_launch, cuda_mix
 from posattn.check import compare
 from tests.ptxsim import Options
 from tests.ptxsim.seam import behind_launch
@@ -149,6 +150,31 @@ def test_backward_says_what_it_cannot_do(heads, width, reason):
         out = posattn.attention(q, k, v, position, backend="cuda")
         with pytest.raises(ValueError, match=reason):
             out.sum().backward()
+
+
+def kernels_of_auto(heads, width, monkeypatch):
+    """Which kernels the machine ran, where CPU tensors have a GPU's backends; after parity."""
+    monkeypatch.setitem(backends._AUTO, "cpu", backends._AUTO["cuda"])
+    with behind_launch(80) as machine:
+        position = posattn.DAPE(posattn.Kerple(heads), heads, width=width)
+        assert_parity(*tensors(heads=heads, kv_heads=heads, batch=2), position, {"causal": True}, "auto")
+    return {launch.kernel for launch in machine.launches}
+
+
+def test_auto_hands_a_call_that_is_refused_to_triton(monkeypatch):
+    """A width that Triton's kernels are compiled for elsewhere in the tests, one too many for these."""
+    monkeypatch.setattr(cuda_mix, "MAX_WIDTH", 7)
+    kernels = kernels_of_auto(3, 8, monkeypatch)
+    assert "mixed_forward" in kernels
+    assert not any(kernel.startswith("headmix") for kernel in kernels)
+
+
+def test_auto_hands_a_backward_pass_that_is_refused_to_triton(monkeypatch):
+    kernels = kernels_of_auto(9, 64, monkeypatch)
+    assert "headmix_forward" in kernels
+    assert "mixed_forward" not in kernels
+    assert "headmix_backward" not in kernels
+    assert any(kernel.startswith("mixed") for kernel in kernels)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
