@@ -50,7 +50,7 @@ def _attention(machine: Machine, causal: bool) -> None:
 
 @dataclass(frozen=True)
 class _Case:
-    """A causal call with 2 heads of 64 channels; `loud` scales the queries until exponents could overflow."""
+    """A call with 2 heads of 64 channels; `loud` scales the queries until exponents could overflow."""
 
     q_len: int
     k_len: int
@@ -93,7 +93,9 @@ def _encoding(name: str) -> posattn.Encoding | None:
     return makers[name]() if name in makers else None
 
 
-def _results(name: str, case: _Case, backward: bool, backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+def _results(
+    name: str, case: _Case, backward: bool, causal: bool, backend: str, dtype: torch.dtype
+) -> list[torch.Tensor]:
     torch.manual_seed(case.q_len)
     q = torch.randn(1, 2, case.q_len, 64, dtype=torch.float16) * case.loud
     k, v = (torch.randn(1, 2, case.k_len, 64, dtype=torch.float16) for _ in range(2))
@@ -102,7 +104,7 @@ def _results(name: str, case: _Case, backward: bool, backend: str, dtype: torch.
     encoding = _encoding(name)
     if encoding is not None and dtype == torch.float64:
         encoding = encoding.double()
-    out, lse = posattn.attention(*leaves, encoding, causal=True, return_lse=True, backend=backend)
+    out, lse = posattn.attention(*leaves, encoding, causal=causal, return_lse=True, backend=backend)
     found = [out, lse]
     if backward:
         out.backward(upstream)
@@ -111,10 +113,10 @@ def _results(name: str, case: _Case, backward: bool, backend: str, dtype: torch.
 
 
 @cache
-def _expected(name: str, case: _Case, backward: bool) -> list[tuple[torch.Tensor, float]]:
+def _expected(name: str, case: _Case, backward: bool, causal: bool) -> list[tuple[torch.Tensor, float]]:
     """What is right, and how far from it twice naive PyTorch's error and a few roundings allow."""
-    exact = _results(name, case, backward, "reference", torch.float64)
-    naive = _results(name, case, backward, "reference", torch.float16)
+    exact = _results(name, case, backward, causal, "reference", torch.float64)
+    naive = _results(name, case, backward, causal, "reference", torch.float16)
 
     def largest(x: torch.Tensor) -> float:
         return x[x.isfinite()].abs().max().item()
@@ -122,11 +124,13 @@ def _expected(name: str, case: _Case, backward: bool) -> list[tuple[torch.Tensor
     return [(x, 2 * largest(y - x) + 2.0**-10 * largest(x)) for x, y in zip(exact, naive, strict=True)]
 
 
-def _parity(name: str, cases: Sequence[_Case], backward: bool = False, backend: str = "triton") -> Run:
+def _parity(
+    name: str, cases: Sequence[_Case], backward: bool = False, causal: bool = True, backend: str = "triton"
+) -> Run:
     def run(machine: Machine) -> None:
         for case in cases:
-            found = _results(name, case, backward, backend, torch.float16)
-            for got, (want, allowed) in zip(found, _expected(name, case, backward), strict=True):
+            found = _results(name, case, backward, causal, backend, torch.float16)
+            for got, (want, allowed) in zip(found, _expected(name, case, backward, causal), strict=True):
                 seen = want.isfinite()
                 assert torch.equal(got.isfinite(), seen), case
                 assert (got - want)[seen].abs().max() <= allowed, case
@@ -137,7 +141,7 @@ def _parity(name: str, cases: Sequence[_Case], backward: bool = False, backend: 
 SCENARIOS = {
     "attention": Scenario(partial(_attention, causal=True), "the calibration kernel, causal"),
     "attention_full": Scenario(partial(_attention, causal=False), "the calibration kernel, every key"),
-    "forward_plain": Scenario(_parity("plain", _FORWARD), "Triton forward, no encoding", "attention"),
+    "forward_plain": Scenario(_parity("plain", _FORWARD, causal=False), "Triton forward, every key", "attention"),
     "forward_slope": Scenario(_parity("slope", _FORWARD), "Triton forward, ALiBi", "attention"),
     "forward_rotary": Scenario(_parity("rotary", _FORWARD), "Triton forward, rotary", "attention"),
     "backward_slope": Scenario(
