@@ -38,7 +38,7 @@ struct HeadWarp {
         mixed(of.memory + MIX_AT + h * MIX_HEAD) {
     const uint32_t row = h * static_cast<uint32_t>(p.rows) + static_cast<uint32_t>(of.first_row + i0);
     tile = row / BLOCK_N * (TILE_BYTES / 16) + lane.lane;
-    dq = row * HEAD_DIM + lane.lane;
+    dq = row * HEAD_DIM + lane.lane * (VECTOR_ADDS ? 4 : 1);
     if constexpr (HAS_INNER && BY_DISTANCE_ALONE && HAS_TABLE) {
       diagonal = h * p.diagonals + query(i0, 0, 0) + sequence.shift() - key(0) - p.first_distance;
     }
@@ -287,8 +287,12 @@ struct HeadWarp {
       for (int n = 0; n < N8; ++n) {
         float d[4];
         mma_to(d, a, b[n][0], b[n][1], ZEROS);
+        if constexpr (VECTOR_ADDS) {
+          ptx::red_add_v4(to + n * (8 * HEAD_DIM) + m * (4 * WARP), d);
+        } else {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) ptx::red_add(to + n * (8 * HEAD_DIM) + (m * 4 + e) * WARP, d[e]);
+          for (int e = 0; e < 4; ++e) ptx::red_add(to + n * (8 * HEAD_DIM) + (m * 4 + e) * WARP, d[e]);
+        }
       }
     }
     of.pass_turn(h, i0);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from posattn.backends import cuda_gradients as gradients
-from posattn.backends import cuda_mix, cuda_mix_rows
+from posattn.backends import cuda_launch, cuda_mix, cuda_mix_rows
 from posattn.backends import cuda_operands as operands
 from posattn.backends.cuda_forward import run, turned
 from posattn.backends.cuda_mix import MixTile
@@ -121,7 +121,8 @@ def backward(
     values["shape"] = {**values["shape"], "k_blocks": blocks}
     shared, warps = shared_bytes(call, mix), heads + _MLP_WARPS
     constants.update({"MLP_WARPS": _MLP_WARPS, "WARPS": warps, "THREADS": 32 * warps, "ORDERED": call.deterministic})
-    constants.update({"SHARED_BYTES": shared, "WANT_INNER": bool(inner.keys() - {"units"})})
+    by_lane = int(cuda_launch.architecture(device)[3:]) >= 90  # it has additions of four numbers
+    constants.update({"SHARED_BYTES": shared, "VECTOR_ADDS": by_lane, "WANT_INNER": bool(inner.keys() - {"units"})})
     run(
         "mix_backward.cu", "headmix_backward", "MixBackwardParams", constants, values, (slots,), 32 * warps, shared,
         device,
@@ -131,7 +132,7 @@ def backward(
     rotary = call.plan.rotary
     by_key = {"k": results["dk"][..., : call.k.shape[3]], "v": results["dv"][..., : call.v.shape[3]]}
     grads.update({name: x.unflatten(1, (-1, group)).sum(2).to(call.q.dtype) for name, x in by_key.items()})
-    dq = cuda_mix_rows.queries_gradient(call, results["dq"], dim) * call.scale
+    dq = cuda_mix_rows.queries_gradient(call, results["dq"], dim, by_lane) * call.scale
     grads["q"] = dq[..., : call.q.shape[3]].to(call.q.dtype)
     if rotary is not None:
         grads["q"] = turned(operands.in_chunks(grads["q"]), rotary.q_cos, rotary.q_sin, rotary, back=True)

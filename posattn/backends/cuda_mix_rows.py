@@ -113,13 +113,16 @@ def _in_parts(x: Tensor) -> list[Tensor]:
     return [*parts, torch.zeros_like(parts[0])]
 
 
-def queries_gradient(call: Call, accumulated: Tensor, dim: int) -> Tensor:
-    """dQ [B, H, Tq, dim] float32 from sums in the order of the fragments, [H, rows / 8, 8 dim].
+def queries_gradient(call: Call, accumulated: Tensor, dim: int, by_lane: bool) -> Tensor:
+    """dQ [B, H, Tq, dim] float32 from sums in the order of the fragments, [H, rows / 8, 8 dim]; a lane's four numbers
+    are neighbours, or (unless by_lane) those of a warp's lanes.
 
     A fragment [16 dimensions, 8 queries] has its rows g and g + 8 at neighbouring dimensions 2 m and 2 m + 1 of lane
     g's run of 8 (4 in the last 32 of an odd dim), its columns at queries 2 t and 2 t + 1.
     """
     heads, wide = call.q.shape[1], dim // 64
+    if by_lane:
+        accumulated = accumulated.view(heads, -1, 32, 4).transpose(2, 3).contiguous()
     by_step = accumulated.view(heads, -1, dim // 16, 2, 2, 8, 4)
     parts = []
     if wide:
