@@ -54,6 +54,7 @@ constexpr bool INTERCEPT_BY_PRODUCT = WANT_LINES && !HAS_SOFTCAP && !WGMMA;
 struct Sums {
   const BackwardParams& p;
   int first_head;           // of the sequence, among the heads of all
+  int first_sum;            // of its slot, among the heads of all slots
   int warp_of_head;         // the warp among those of all key blocks
   float slope = 0.0f;       // this lane's
   int segment = -1;         // of the two sums that follow
@@ -62,21 +63,21 @@ struct Sums {
   float moment = 0.0f;      // sum of dS y
 
   __device__ __forceinline__ Sums(const BackwardParams& p, int first_head, int warp_of_head)
-      : p(p), first_head(first_head), warp_of_head(warp_of_head) {}
+      : p(p), first_head(first_head), first_sum(first_head % (p.slots * p.shape.heads)), warp_of_head(warp_of_head) {}
 
   __device__ __forceinline__ GlobalSums global(void* sums) const { return GlobalSums(sums, p.units); }
 
   // Where the distances of the warp's tile begin among the sums of all.
   __device__ __forceinline__ int64_t distances(const LogitPlace& at, int shift, int head) const {
     const int least = at.i0 + shift - at.j0 - (WARP_KEYS - 1);
-    return int64_t{first_head + head} * p.diagonals + (least - p.first_distance);
+    return int64_t{first_sum + head} * p.diagonals + (least - p.first_distance);
   }
 
   __device__ __forceinline__ void add_to_segment(int head, int m, float sum, float sum_y) {
     sum = add_over_warp(sum);
     sum_y = add_over_warp(sum_y);
     if (ptx::tid_x() % WARP == 0) {
-      const int64_t at = int64_t{first_head + head} * (2 * (KNOTS + 1)) + m;
+      const int64_t at = int64_t{first_sum + head} * (2 * (KNOTS + 1)) + m;
       global(p.dsegments).add(at, sum);
       global(p.dsegments).add(at + KNOTS + 1, sum_y);
     }
@@ -109,7 +110,7 @@ struct Sums {
     }
     if constexpr (WANT_TABLE) {
       if constexpr (EXPLICIT) {
-        const int64_t first = int64_t{first_head + head_index} * (p.bias.table_last - p.bias.table_first + 1);
+        const int64_t first = int64_t{first_sum + head_index} * (p.bias.table_last - p.bias.table_first + 1);
         for_logits([&](int group, int n, int e) {
           const int entry = of.entry(group, n, e, p.bias.table_first, p.bias.table_last);
           global(p.dtable).add(first + entry, ds[group][n][e]);
@@ -239,7 +240,7 @@ struct Sums {
     }
     if constexpr (WANT_PSI) {
       if constexpr (EXPLICIT) {
-        const int64_t first = int64_t{first_head + head_index} * (p.bias.psi_last - p.bias.psi_first + 1);
+        const int64_t first = int64_t{first_sum + head_index} * (p.bias.psi_last - p.bias.psi_first + 1);
         for_logits([&](int group, int n, int e) {
           const int entry = of.entry(group, n, e, p.bias.psi_first, p.bias.psi_last);
           const float steep = steepness_of(of, head, range, group, n, e);

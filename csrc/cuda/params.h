@@ -251,11 +251,11 @@ struct BackwardParams {
   float* dq;                 // [H, rows / BLOCK_M, BLOCK_M * PADDED], in the order of the fragments
   void* dk;
   void* dv;
-  float* dslope;     // [S, H, warps of all key blocks]
-  void* dtable;      // [S, H, diagonals], see global_sums.h; [S, H, entries] with explicit positions
+  float* dslope;     // [sequences, H, warps of all key blocks]
+  void* dtable;      // [slots, H, diagonals], see global_sums.h; [slots, H, entries] with explicit positions
   void* dpsi;        // the same
   void* drow_scale;  // [H, rows]
-  void* dsegments;   // [S, H, 2, knots + 1]
+  void* dsegments;   // [slots, H, 2, knots + 1]
   void* ddense;      // as strided; float32 where each element has one logit
   const float* units;
   int32_t* turns;  // ordered: a ticket, then [H, rows / BLOCK_M] counts of key blocks
@@ -273,6 +273,7 @@ struct BackwardParams {
   AngleParams k_angles;
   DropoutParams dropout;
   int32_t rows;
+  int32_t slots;      // sequence s adds to slot s % slots of the operands' sums
   int32_t diagonals;  // distances that tiles can meet, a multiple of 4
   float scale;
   float scale2;  // times log2(e)

@@ -66,6 +66,13 @@ class _Pass:
     def by_wgmma(self) -> bool:
         return bool(self.constants["WGMMA"])
 
+    @property
+    def slots(self) -> int:
+        """Into how many parts sums by distance are spread, so that few warps meet at one address: one a sequence, as
+        long as all take no more than the tokens do. One long document among many short ones has no room for each."""
+        tokens = self.call.q.shape[0] * (self.call.q.shape[2] + self.call.k.shape[2])
+        return max(1, min(sequences(self.call), 2 * tokens // self.diagonals))
+
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.q.device)
 
@@ -281,6 +288,7 @@ def _main(of: _Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]
         "ddense_strides": {} if dense is None else dict(zip(("batch", "head", "query", "key"), steps(dense))),
         "units": units,
         "rows": of.rows,
+        "slots": of.slots,
         "diagonals": of.diagonals,
         "first_distance": of.first_distance,
     }
@@ -307,22 +315,22 @@ def _main(of: _Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]
 def _sums(of: _Pass) -> dict[str, Tensor]:
     """Zeros for what attention_backward adds up over the operands, by member of BackwardParams."""
     call, bias, want = of.call, of.call.plan.bias, of.constants
-    count, heads = sequences(call), call.q.shape[1]
+    heads, slots = call.q.shape[1], of.slots
     explicit = call.q_positions is not None
     shapes: dict[str, tuple[int, ...]] = {}
     if want["WANT_TABLE"] and bias.table is not None:
-        shapes["dtable"] = (count, heads, bias.table.values.shape[1] if explicit else of.diagonals)
+        shapes["dtable"] = (slots, heads, bias.table.values.shape[1] if explicit else of.diagonals)
     if want["WANT_PSI"] and bias.profile is not None:
-        shapes["dpsi"] = (count, heads, bias.profile.psi.shape[0] if explicit else of.diagonals)
+        shapes["dpsi"] = (slots, heads, bias.profile.psi.shape[0] if explicit else of.diagonals)
     if want["WANT_LINES"] and bias.profile is not None:
         shapes["drow_scale"] = (heads, of.rows)
-        shapes["dsegments"] = (count, heads, 2, bias.profile.knots.shape[0] + 1)
+        shapes["dsegments"] = (slots, heads, 2, bias.profile.knots.shape[0] + 1)
     if want["WANT_DENSE"] == _SHARED and bias.dense is not None:
         shapes["ddense"] = tuple(bias.dense.bias.shape)
     dtype = torch.int64 if call.deterministic else torch.float32
     sums = {name: torch.zeros(shape, dtype=dtype, device=of.q.device) for name, shape in shapes.items()}
     if want["WANT_SLOPE"]:
-        sums["dslope"] = of.zeros(count, heads, of.key_blocks * of.tile.warps)
+        sums["dslope"] = of.zeros(sequences(call), heads, of.key_blocks * of.tile.warps)
     if want["WANT_DENSE"] == _EACH_ONCE and bias.dense is not None:
         sums["ddense"] = of.zeros(*bias.dense.bias.shape)
     return sums
