@@ -10,7 +10,9 @@
 
 namespace posattn {
 
-constexpr bool SUMS_BY_DISTANCE = (WANT_TABLE || WANT_PSI) && !EXPLICIT;
+// A block's whole tile of dS^T sums a table's diagonals by tensor cores (backward_sm90_diagonals.h).
+constexpr bool TABLE_BY_PRODUCT = WANT_TABLE && !EXPLICIT && WGMMA && BLOCK_M == BLOCK_N;
+constexpr bool SUMS_BY_DISTANCE = ((WANT_TABLE && !TABLE_BY_PRODUCT) || WANT_PSI) && !EXPLICIT;
 
 // The elements of a band, f(group, n, e) each, added up; without a zero to begin with, which would be an addition.
 template <class F>

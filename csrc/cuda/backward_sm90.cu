@@ -79,6 +79,9 @@ __device__ __forceinline__ void Backward::run() {
   Fragments<KeyGradients> dk = {}, dv = {};
   SegmentRanges ranges;
   const SlopeColumns columns(lane);
+  TileDiagonals diagonals;
+  float* strips = reinterpret_cast<float*>(shared + DIAGONALS_AT);
+  diagonals.clear(strips, thread);
 
   make_barriers();
   load_keys();
@@ -174,6 +177,16 @@ __device__ __forceinline__ void Backward::run() {
     ptx::hold(dq[0]);
     ptx::wgmma_fence();
     products.query_gradients(dq[0], pairs);
+    // Where the step's strip belongs, and which it is.
+    const int64_t of_head = (int64_t{index} * p.shape.heads + at.head) * p.diagonals;
+    const int first =
+        at.block * BLOCK_M + sequence.shift() - key_block * BLOCK_N - p.first_distance - TileDiagonals::BEHIND;
+    float* strip_here = strips + pairs / DS_BYTES * TileDiagonals::STRIP;
+    float* strip_other = strips + (1 - pairs / DS_BYTES) * TileDiagonals::STRIP;
+    if constexpr (TABLE_BY_PRODUCT) {
+      if (at.block > spans.lo) diagonals.add_up(strip_other, thread, sums.global(p.dtable), of_head, first - BLOCK_M);
+      diagonals.add(memory + DS_AT + pairs, strip_here, warp, lane);
+    }
     ptx::wgmma_wait_group<0>();
     ptx::hold(dv[0]);
     ptx::hold(dk[0]);
@@ -185,6 +198,13 @@ __device__ __forceinline__ void Backward::run() {
     const Cursor next = after(at);
     if (next.head != at.head) {
       sums.finish_head(at.head);
+      if constexpr (TABLE_BY_PRODUCT) {
+        ptx::bar_sync();
+        diagonals.add_up(strip_here, thread, sums.global(p.dtable), of_head, first);
+        diagonals.finish(strip_other, warp, lane);
+        ptx::bar_sync();
+        diagonals.add_up(strip_other, thread, sums.global(p.dtable), of_head, first + BLOCK_M);
+      }
       if (next.head < end_head) head = HeadBias(p.bias, sequence.batch, next.head);
     }
     at = next;

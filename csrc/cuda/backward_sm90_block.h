@@ -4,6 +4,7 @@
 // an mbarrier counts. The block meets once a step, when all of dS^T is there: by then every warp has done with the step
 // before, so its stage is filled again, and with two tiles of dS^T nothing else needs a barrier.
 #pragma once
+#include "backward_sm90_diagonals.h"
 #include "backward_sm90_products.h"
 #include "backward_spans.h"
 #include "backward_sums.h"
@@ -22,7 +23,8 @@ constexpr int DS_AT = Q_AT + STAGES * STAGE_BYTES;
 constexpr int DS_BYTES = Tile<BLOCK_M>::bytes(BLOCK_N);
 constexpr int ROWS_AT = DS_AT + 2 * DS_BYTES;
 constexpr int STRIP_AT = ROWS_AT + STAGES * RowStage::FLOATS * 4;
-constexpr int BARRIERS_AT = STRIP_AT + WARPS * Strip::FLOATS * 4;
+constexpr int DIAGONALS_AT = STRIP_AT + WARPS * Strip::FLOATS * 4;
+constexpr int BARRIERS_AT = DIAGONALS_AT + TileDiagonals::FLOATS * 4;
 static_assert(SHARED_BYTES == BARRIERS_AT + STAGES * 8);
 static_assert(RowStage::FLOATS % 4 == 0);
 

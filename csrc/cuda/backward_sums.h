@@ -108,7 +108,7 @@ struct Sums {
     if constexpr (WANT_SLOPE && !SLOPE_BY_PRODUCT) {
       for_logits([&](int group, int n, int e) { slope = fmaf(ds[group][n][e], of.distance_of(group, n, e), slope); });
     }
-    if constexpr (WANT_TABLE) {
+    if constexpr (WANT_TABLE && !TABLE_BY_PRODUCT) {
       if constexpr (EXPLICIT) {
         const int64_t first = int64_t{first_sum + head_index} * (p.bias.table_last - p.bias.table_first + 1);
         for_logits([&](int group, int n, int e) {

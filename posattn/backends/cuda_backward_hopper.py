@@ -45,9 +45,12 @@ def hopper_tile(arch: str, dim: int, constants: Constants) -> BackwardTile | Non
 
 def hopper_shared_bytes(tile: BackwardTile, dim: int, constants: Constants) -> int:
     """Dynamic shared memory of backward_sm90.cu: a stage and a tile of dS more than backward.cu, and mbarriers."""
-    two_stages = shared_bytes(tile, dim, {**constants, "WANT_SLOPE": False})
+    table_by_product = constants["WANT_TABLE"] and not constants["EXPLICIT"] and tile.block_m == tile.block_n
+    given = {"WANT_SLOPE": False, "WANT_TABLE": constants["WANT_TABLE"] and not table_by_product}
+    two_stages = shared_bytes(tile, dim, {**constants, **given})
+    diagonals = 4 * 2 * 8 * (tile.block_m + 24) if table_by_product else 0
     strip = 0 if constants["EXPLICIT"] else tile.block_m + tile.block_n + 4
     rows = 2 * tile.block_m
     rows += strip if constants["HAS_TABLE"] else 0
     rows += strip + tile.block_m if constants["HAS_PROFILE"] else 0
-    return two_stages + 2 * (2 * tile.block_m * dim + tile.block_m * tile.block_n) + 4 * rows + 8 * _STAGES
+    return two_stages + 2 * (2 * tile.block_m * dim + tile.block_m * tile.block_n) + 4 * rows + diagonals + 8 * _STAGES
