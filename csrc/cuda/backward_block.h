@@ -32,7 +32,7 @@ __device__ __forceinline__ uint32_t shared_at() {
 
 // Registers are short where a warp owns both dK and dV of 32 keys, and with sums of operands. What follows from a
 // thread's number is then derived at each use rather than kept and spilled.
-constexpr bool REGISTERS_ARE_SHORT = QUERY_PARTS > 1 || WANT_TABLE || WANT_LINES || WANT_PSI;
+constexpr bool REGISTERS_ARE_SHORT = QUERY_PARTS > 1 || WANT_SLOPE || WANT_TABLE || WANT_LINES || WANT_PSI;
 
 struct BackwardBlock {
   const BackwardParams& p;
@@ -94,8 +94,12 @@ struct BackwardBlock {
     v.next(0, sequence.k_len - j0);
   }
 
-  // This thread's number, for what shall not be kept.
-  __device__ __forceinline__ int anew() const { return REGISTERS_ARE_SHORT ? ptx::fresh(thread) : thread; }
+  // This thread's number, for what shall not be kept. Held in a register where strips are added up, else read again:
+  // of the two, what compiles without spills for most architectures.
+  __device__ __forceinline__ int anew() const {
+    if constexpr (!REGISTERS_ARE_SHORT) return thread;
+    return HAS_TABLE || HAS_PROFILE ? ptx::fresh(thread) : ptx::tid_x();
+  }
 
   // Starts the copies of a block of queries; what is the lane's own is derived anew rather than kept from step to step.
   template <int USED>
