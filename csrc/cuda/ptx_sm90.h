@@ -60,13 +60,6 @@ __device__ __forceinline__ void cp_async_bulk(uint32_t to, const void* from, int
                : "memory");
 }
 
-// Four floats in a row, each as by red_add.
-__device__ __forceinline__ void red_add_v4(float* p, const float (&x)[4]) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x[0]), "f"(x[1]), "f"(x[2]),
-               "f"(x[3])
-               : "memory");
-}
-
 // Keeps the compiler from moving accesses of the accumulators past this place.
 template <int N8>
 __device__ __forceinline__ void hold(float (&d)[N8][4]) {
