@@ -59,7 +59,10 @@ class BackwardTile:
 
 
 _TILES = {
-    32: (BackwardTile(32, 128, 4, 1, 1, 2, 2, "the tile of 64; more queries would not fit the registers"),),
+    32: (
+        BackwardTile(64, 128, 4, 1, 1, 2, 2, "the tile of 64", query_parts=2, grad_stages=1),
+        BackwardTile(32, 128, 4, 1, 1, 2, 2, "where strips of two operands leave no room for 64 queries"),
+    ),
     64: (
         BackwardTile(
             64, 128, 4, 1, 1, 2, 2,
@@ -68,7 +71,7 @@ _TILES = {
         ),
         BackwardTile(
             32, 128, 4, 1, 1, 2, 2,
-            "32 keys a warp with P^T and dS^T in registers: shared memory about as long busy as the tensor cores",
+            "where strips of two operands leave no room for 64 queries: 2P 1764 for 1583",
         ),
     ),
     96: (
@@ -110,8 +113,9 @@ def shared_bytes(tile: BackwardTile, dim: int, constants: Constants) -> int:
 
 
 def backward_tile(arch: str, dim: int, constants: Constants) -> BackwardTile:
-    """The first tile for head dimension `dim` (padded) that fits `arch` together with what the plan stages: with two
-    buffers for dO or, at the cost of a barrier, with one; and then with whole or with half strips."""
+    """The first tile for head dimension `dim` (padded) of which `arch` has room for all blocks, or else for one, with
+    what the plan stages: with two buffers for dO or, at the cost of waiting for it, with one; and then with whole or
+    with half strips."""
     limit = _SMALL if int(arch[3:].rstrip("af")) in _SMALL_ARCHITECTURES else _LARGE
     for alone in (False, True):
         for tile in _TILES[dim]:
