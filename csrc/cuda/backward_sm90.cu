@@ -77,7 +77,6 @@ __device__ __forceinline__ void Backward::run() {
   const Products products(memory + K_AT, memory + Q_AT, memory + DS_AT, group);
 
   Fragments<KeyGradients> dk = {}, dv = {};
-  SegmentRanges ranges;
   const SlopeColumns columns(lane);
   TileDiagonals diagonals;
   float* strips = reinterpret_cast<float*>(shared + DIAGONALS_AT);
@@ -128,13 +127,7 @@ __device__ __forceinline__ void Backward::run() {
 
     const int strip_at = column - warp * WARP_KEYS - place.g - 8 * BANDS_BEFORE + BLOCK_N - 1 + (first_diagonal() & 3);
     const Operands operands(p, sequence, place, rows, strip_at, column);
-    SegmentRange range;
-    if constexpr (HAS_PROFILE && EXPLICIT) range = operands.segments(p.bias);
-    if constexpr (HAS_PROFILE && !EXPLICIT) {
-      const int ahead = (at.block - spans.lo) % WARP;
-      if (ahead == 0) ranges.find(p.bias, place, sequence.shift(), lane);
-      range = ranges.of(ahead);
-    }
+    const SegmentRange range;  // of profiles, which backward.cu serves
     add_terms(s, slack, p, sequence, place, operands, head, range, at.head, rows + RowStage::LSE2 + column);
     mask_logits(s, p, sequence, place, at.head, spans.border(at.block));
     for_logits([&](int group, int n, int e) { s[group][n][e] = ptx::ex2_approx(s[group][n][e]); });
@@ -199,6 +192,7 @@ __device__ __forceinline__ void Backward::run() {
     if (next.head != at.head) {
       sums.finish_head(at.head);
       if constexpr (TABLE_BY_PRODUCT) {
+        // What the last step left, and the diagonals that no further step finishes.
         ptx::bar_sync();
         diagonals.add_up(strip_here, thread, sums.global(p.dtable), of_head, first);
         diagonals.finish(strip_other, warp, lane);

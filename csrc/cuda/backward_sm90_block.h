@@ -26,7 +26,7 @@ constexpr int STRIP_AT = ROWS_AT + STAGES * RowStage::FLOATS * 4;
 constexpr int DIAGONALS_AT = STRIP_AT + WARPS * Strip::FLOATS * 4;
 constexpr int BARRIERS_AT = DIAGONALS_AT + TileDiagonals::FLOATS * 4;
 static_assert(SHARED_BYTES == BARRIERS_AT + STAGES * 8);
-static_assert(RowStage::FLOATS % 4 == 0);
+static_assert(RowStage::FLOATS % 4 == 0 && !HAS_PROFILE);
 
 extern __shared__ __align__(1024) unsigned char shared[];
 
@@ -102,28 +102,20 @@ struct HopperBlock {
   // Starts the copies of one step, if there is such a step.
   __device__ __forceinline__ void load_step(const Cursor& at, int stage) const {
     if (thread != 0 || at.head >= end_head) return;
-    constexpr int STRIP_BYTES = RowStage::STRIP * 4 * (STRIPS ? HAS_TABLE + HAS_PROFILE : 0);
+    constexpr int STRIP_BYTES = RowStage::STRIP * 4 * (HAS_TABLE && STRIPS);
     constexpr int ROW_BYTES = BLOCK_M * 4;
     const uint32_t done = barrier(stage), tiles = memory + Q_AT + stage * STAGE_BYTES;
     const uint32_t rows = memory + ROWS_AT + stage * RowStage::FLOATS * 4;
-    ptx::mbarrier_arrive_expect_tx(done, STAGE_BYTES + (HAS_PROFILE ? 3 : 2) * ROW_BYTES + STRIP_BYTES);
+    ptx::mbarrier_arrive_expect_tx(done, STAGE_BYTES + 2 * ROW_BYTES + STRIP_BYTES);
     const int64_t tile = at.row * int64_t{PADDED};
     ptx::cp_async_bulk(tiles, static_cast<const Element*>(p.q) + tile, Q_BYTES, done);
     ptx::cp_async_bulk(tiles + Q_BYTES, static_cast<const Element*>(p.grad_out) + tile, Q_BYTES, done);
     ptx::cp_async_bulk(rows + RowStage::LSE2 * 4, p.lse2 + at.row, ROW_BYTES, done);
     ptx::cp_async_bulk(rows + RowStage::MINUS_DELTA * 4, p.minus_delta + at.row, ROW_BYTES, done);
-    if constexpr (HAS_PROFILE) {
-      const uint32_t row = at.row - at.head * static_cast<uint32_t>(p.rows);
-      ptx::cp_async_bulk(rows + RowStage::SCALE * 4, p.row_scale + row, ROW_BYTES, done);
-    }
-    if constexpr (STRIPS) {
+    if constexpr (HAS_TABLE && STRIPS) {
       const int diagonal = (first_diagonal() & ~3) + at.block * BLOCK_M;
-      if constexpr (HAS_TABLE) {
-        const float* from = p.table + at.head * int64_t{p.diagonals} + diagonal;
-        ptx::cp_async_bulk(rows + RowStage::TABLE * 4, from, RowStage::STRIP * 4, done);
-      }
-      if constexpr (HAS_PROFILE)
-        ptx::cp_async_bulk(rows + RowStage::PSI * 4, p.psi + diagonal, RowStage::STRIP * 4, done);
+      const float* from = p.table + at.head * int64_t{p.diagonals} + diagonal;
+      ptx::cp_async_bulk(rows + RowStage::TABLE * 4, from, RowStage::STRIP * 4, done);
     }
   }
 

@@ -16,20 +16,13 @@ _TILES = {
     128: BackwardTile(64, 128, 8, 1, 1, 2, 1, "2P 1680; beside dK and dV of 64 keys the registers hold 64 queries"),
 }
 _BY_ELEMENT = BackwardTile(
-    64,
-    128,
-    8,
-    1,
-    1,
-    2,
-    1,
-    "dropout, softcap, explicit positions, boolean masks and dense biases would spill beside 128",
-)
+    64, 128, 8, 1, 1, 2, 1, "what is worked out for each element would spill beside 128 queries"
+)  # fmt: skip
 
 
 def hopper_tile(arch: str, dim: int, constants: Constants) -> BackwardTile | None:
     """The tile for head dimension `dim` (padded) and this plan; None if mma.sync serves it."""
-    # A profile's line, sums by row and by distance and row scales do not fit the registers beside dK, dV, P and dP.
+    # A profile's sums by row and by distance, psi and row scales do not fit the registers beside dK, dV, P and dP.
     if arch != "sm_90" or dim > max(_TILES) or constants["HAS_PROFILE"]:
         return None
     tile = _TILES[min(d for d in _TILES if d >= dim)]
@@ -52,5 +45,4 @@ def hopper_shared_bytes(tile: BackwardTile, dim: int, constants: Constants) -> i
     strip = 0 if constants["EXPLICIT"] else tile.block_m + tile.block_n + 4
     rows = 2 * tile.block_m
     rows += strip if constants["HAS_TABLE"] else 0
-    rows += strip + tile.block_m if constants["HAS_PROFILE"] else 0
     return two_stages + 2 * (2 * tile.block_m * dim + tile.block_m * tile.block_n) + 4 * rows + diagonals + 8 * _STAGES
