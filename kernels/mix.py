@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .mix_tiles import repeated
+
 
 class Weights(NamedTuple):
     """w1x, w1b, w2 [HEADS, WIDTH] in the dtype of products (the first layer's transposed), b1 [WIDTH] float32;
     w1b_in is w1b with its heads in the order in which the inner bias's rows come."""
 
     w1x: Any
+    w1x_halves: Any
     w1b: Any
     w1b_in: Any
     b1: Any
@@ -38,9 +41,17 @@ def _matrix(W, rows, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_weights(W1X, W1B, B1, W2, HEADS: tl.constexpr, WIDTH: tl.constexpr, BY_DISTANCE: tl.constexpr):
+def load_weights(W1X, W1B, B1, W2, F: tl.constexpr, BY_DISTANCE: tl.constexpr):
+    HEADS: tl.constexpr = F.heads
+    WIDTH: tl.constexpr = F.width
     heads = tl.arange(0, HEADS)
     w1x = _matrix(W1X, heads, WIDTH)
+    w1x_halves = w1x
+    if F.halves:
+        GROUP: tl.constexpr = F.group
+        w1x_halves = tl.where(heads[:, None] < GROUP // 2, _matrix(W1X, GROUP + heads % (GROUP // 2), WIDTH), 0.0)
+        w1x = tl.where(heads[:, None] < GROUP, w1x, 0.0)
+        w1x_halves = w1x_halves.to(w1x.dtype)
     w1b = w1x
     w1b_in = w1x
     if W1B is not None:
@@ -49,30 +60,32 @@ def load_weights(W1X, W1B, B1, W2, HEADS: tl.constexpr, WIDTH: tl.constexpr, BY_
     b1 = tl.zeros([WIDTH], tl.float32)  # not None: Triton 3.6 returns tensors only
     if B1 is not None:
         b1 = tl.load(B1 + tl.arange(0, WIDTH))
-    return Weights(w1x, w1b, w1b_in, b1, _matrix(W2, heads, WIDTH))
+    # The second layer has the heads of halves twice: a warp then finds its own half of the keys (own_half).
+    second = tl.where(heads < F.group, heads, F.group + heads % (F.group // 2)) if F.halves else heads
+    return Weights(w1x, w1x_halves, w1b, w1b_in, b1, _matrix(W2, second, WIDTH))
 
 
 @triton.jit
-def rows_by_distance(Rows, corner, rows, cols, HEADS: tl.constexpr, NVIDIA: tl.constexpr):
-    """Entries corner + rows - cols of a table [distances, HEADS], as [positions, HEADS] for a product.
+def rows_by_distance(Rows, corner, M: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, NVIDIA: tl.constexpr):
+    """Entries corner + m - n of a table [distances, HEADS], as [positions, HEADS] for a product (the positions in the
+    order of mix_tiles.rows_of_heads). The host has padded the table for queries and keys past the end.
 
     On NVIDIA a lane loads the 4 neighbouring heads that make its share of an operand, with no exchange: the product
     meets heads 4t .. 4t + 3 as k = 2t, 2t + 1, 2t + 8, 2t + 9: operand_order, which the weights follow."""
     T: tl.constexpr = Rows.dtype.element_ty
-    M: tl.constexpr = rows.shape[0]
-    N: tl.constexpr = cols.shape[0]
-    base = Rows + corner.to(tl.int64) * HEADS + (rows * HEADS)[:, None, None]
+    base = Rows + corner.to(tl.int64) * HEADS + (tl.arange(0, M) * HEADS)[None, :, None, None]
+    back = tl.reshape(tl.arange(0, N) * HEADS, [N // 16, 1, 16, 1])
     if NVIDIA and T.primitive_bitwidth == 16:
-        pointers = (base + (tl.arange(0, HEADS // 4) * 4)[None, None, :]) - (cols * HEADS)[None, :, None]
+        pointers = (base + (tl.arange(0, HEADS // 4) * 4)[None, None, None, :]) - back
         a, b, c, d = tl.inline_asm_elementwise(
             "{ .reg .b32 lo, hi; ld.global.nc.v2.b32 {lo, hi}, [$4]; mov.b32 {$0, $1}, lo; mov.b32 {$2, $3}, hi; }",
             "=h,=h,=h,=h,l", [pointers.to(tl.int64)], (tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=1,
         )  # fmt: skip
-        x = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [M, N, HEADS // 16, 4, 2, 2])
-        x = tl.permute(x, (0, 1, 2, 5, 3, 4)).to(T, bitcast=True)
+        x = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [M * N, HEADS // 16, 4, 2, 2])
+        x = tl.permute(x, (0, 1, 4, 2, 3)).to(T, bitcast=True)
     else:
-        pointers = (base + tl.arange(0, HEADS)[None, None, :]) - (cols * HEADS)[None, :, None]
-        x = tl.permute(tl.reshape(tl.load(pointers), [M, N, HEADS // 16, 4, 2, 2]), (0, 1, 2, 4, 3, 5))
+        pointers = (base + tl.arange(0, HEADS)[None, None, None, :]) - back
+        x = tl.permute(tl.reshape(tl.load(pointers), [M * N, HEADS // 16, 4, 2, 2]), (0, 1, 3, 2, 4))
     return tl.reshape(x, [M * N, HEADS])
 
 
@@ -84,7 +97,7 @@ def into_hidden(x, weights, start, PRECISION: tl.constexpr):
 
 @triton.jit
 def out_of_hidden(weights, hidden, WARPS: tl.constexpr, PRECISION: tl.constexpr):
-    """weights @ hidden.T for hidden [P, WIDTH]: [HEADS, P] in the dtype of products.
+    """weights @ hidden.T for hidden [P, WIDTH]: [HEADS, P].
 
     Tensor cores spread rows and columns over warps and registers differently: their order of positions goes into this
     product, and comes out again, so that nothing moves."""
@@ -92,7 +105,7 @@ def out_of_hidden(weights, hidden, WARPS: tl.constexpr, PRECISION: tl.constexpr)
     WIDTH: tl.constexpr = hidden.shape[1]
     HEADS: tl.constexpr = weights.shape[0]
     hidden = tl.permute(tl.reshape(hidden, [P // (16 * WARPS), WARPS, 2, 8, WIDTH]), (4, 0, 2, 1, 3))
-    out = tl.dot(weights, tl.reshape(hidden, [WIDTH, P]), input_precision=PRECISION).to(weights.dtype)
+    out = tl.dot(weights, tl.reshape(hidden, [WIDTH, P]), input_precision=PRECISION)
     out = tl.permute(tl.reshape(out, [HEADS, P // (16 * WARPS), 2, WARPS, 8]), (0, 1, 3, 2, 4))
     return tl.reshape(out, [HEADS, P])
 
@@ -117,11 +130,14 @@ def leaky(before, dtype: tl.constexpr, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def first_layer(x, inner, w: Weights, CONCAT: tl.constexpr, PRECISION: tl.constexpr):
-    """The pre-activation [P, WIDTH] of rows x [HEADS, P] and, for CONCAT, of inner [P, HEADS]. b1 is 0 where a
-    spare head of the inner rows carries it."""
-    start = tl.broadcast_to(w.b1[None, :], [x.shape[1], w.w1x.shape[1]])
-    before = into_hidden(x, w.w1x, start, PRECISION)
-    if CONCAT:
+def first_layer(x, halves, inner, w: Weights, F: tl.constexpr):
+    """The pre-activation [P, WIDTH] of rows x [HEADS, P], of rows `halves` of the heads that take two warps, and, for
+    CONCAT, of inner [P, HEADS]. b1 is 0 where a spare head of the inner rows carries it."""
+    PRECISION: tl.constexpr = F.precision
+    start = tl.broadcast_to(w.b1[None, :], [x.shape[1], F.width])
+    before = into_hidden(repeated(x, F.heads), w.w1x, start, PRECISION)
+    if F.halves:
+        before = into_hidden(repeated(halves, F.heads), w.w1x_halves, before, PRECISION)
+    if F.concat:
         before = tl.dot(inner, w.w1b_in, before, input_precision=PRECISION)
     return before

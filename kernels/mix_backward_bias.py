@@ -1,7 +1,8 @@
 """HeadMix gradients of what is indexed by distance or by (i, j), in the inner bias or the outer one.
 
 As in backward_bias.py: a program walks the tiles of one diagonal (tables, psi) or the batches that share a tile (dense
-biases), so sums have a fixed order and take no atomic, but for explicit positions.
+biases), so sums have a fixed order. Explicit positions have no diagonals: their sums are integers, whose order does
+not matter.
 """
 
 import triton
@@ -23,7 +24,7 @@ def _entry(t, first, last):
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def mixed_gradient_by_tile(
-    Q, K, V, GradOut, Lse2, Delta, DTable, DPsi, DDense, stride_gdb, stride_gdh, stride_gt,
+    Q, K, V, GradOut, Lse2, Delta, DTable, DPsi, DDense, TableUnits, PsiUnits, stride_gdb, stride_gdh, stride_gt,
     first_corner, num_sequences, batches_each,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh,
     scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
@@ -46,8 +47,8 @@ def mixed_gradient_by_tile(
     FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """ALONG_DIAGONAL: DTable [H, bands, 2 * BLOCK] and DPsi [bands, 2 * BLOCK] as in gradient_by_distance. Else
-    DDense [B or 1, H or 1, Tq, Tk] (SHARED_HEADS sums over heads), and by atomics, zeroed, DTable [H, L] and DPsi [L]
-    of explicit positions."""
+    DDense [B or 1, H or 1, Tq, Tk] (SHARED_HEADS sums over heads), and, zeroed, int64, DTable [H, L] and DPsi [L] of
+    explicit positions, times TableUnits and PsiUnits ([1], powers of 2)."""
     pid = tl.program_id(0)
     GROUPS: tl.constexpr = FORM.groups
     GROUP: tl.constexpr = FORM.group
@@ -69,8 +70,8 @@ def mixed_gradient_by_tile(
         threshold, keep_scale, seed_lo, seed_hi,
     )  # fmt: skip
     own = inner if OF_INNER else outer
-    w = load_weights(W1X, W1B, B1, W2, HEADS, FORM.width, Rows is not None)
-    heads, kv = head_groups(num_heads, group, FORM.group, FORM.groups)
+    w = load_weights(W1X, W1B, B1, W2, FORM, Rows is not None)
+    heads, kv = head_groups(num_heads, group, FORM)
     by_head = ()
     for _ in tl.static_range(GROUPS):
         by_head += (tl.zeros([GROUP, BLOCK_M, BLOCK_N], tl.float32),)
@@ -120,13 +121,14 @@ def mixed_gradient_by_tile(
                     psi += dpsi
                 else:
                     entry = _entry(tile, own.psi_first, own.psi_last)
-                    tl.atomic_add(DPsi + tl.reshape(entry, [BLOCK_M, BLOCK_N]), dpsi, sem="relaxed")
+                    units = (dpsi * tl.load(PsiUnits)).to(tl.int64)
+                    tl.atomic_add(DPsi + tl.reshape(entry, [BLOCK_M, BLOCK_N]), units, sem="relaxed")
             if DTable is not None and not ALONG_DIAGONAL:
                 for g in tl.static_range(GROUPS):
                     real = (g * FORM.group + tl.arange(0, FORM.group) < num_heads)[:, None, None]
                     at = DTable + (heads[g] * stride_gt)[:, None, None] + _entry(tile, own.table_first, own.table_last)
-                    there = real & (gradients[g] == gradients[g])
-                    tl.atomic_add(at, gradients[g], mask=there, sem="relaxed")
+                    units = (gradients[g] * tl.load(TableUnits)).to(tl.int64)
+                    tl.atomic_add(at, units, mask=real & (units != 0), sem="relaxed")
             added = ()
             for g in tl.static_range(GROUPS):
                 added += (by_head[g] + gradients[g],)

@@ -6,7 +6,7 @@ import triton.language as tl
 from .dropout import RANDOM_BITS
 from .masks import query_spans
 from .mix import load_weights
-from .mix_bias import Operands, open_sequence, open_tile
+from .mix_bias import Operands, head_offsets, open_sequence, open_tile, queries_exist
 from .mix_scores import Mix, head_groups, input_gradient, mlp_gradient
 from .mix_step import open_tensors, score_gradients
 from .mix_tiles import column_of, summed
@@ -84,8 +84,8 @@ def mixed_backward_kv(
         stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh, num_heads, q_tokens,
         FORM,
     )  # fmt: skip
-    w = load_weights(W1X, W1B, B1, W2, HEADS, FORM.width, Rows is not None)
-    heads, kv = head_groups(num_heads, group, FORM.group, FORM.groups)
+    w = load_weights(W1X, W1B, B1, W2, FORM, Rows is not None)
+    heads, kv = head_groups(num_heads, group, FORM)
     WIDE: tl.constexpr = FORM.block_dim if DV_ is None else FORM.block_value_dim
     acc = ()
     for _ in tl.static_range(GROUPS):
@@ -105,9 +105,8 @@ def mixed_backward_kv(
             for g in tl.static_range(GROUPS):
                 do = summed(
                     x.do + i64 * FORM.grad_step,
-                    heads[g],
-                    tile.rows,
-                    stride_gh,
+                    head_offsets(heads[g], stride_gh, FORM),
+                    queries_exist(tile, seq),
                     BLOCK_M,
                     FORM.grad_step,
                     FORM.value_dim,
@@ -120,9 +119,8 @@ def mixed_backward_kv(
             for g in tl.static_range(GROUPS):
                 q = summed(
                     x.q + i64 * FORM.q_step,
-                    heads[g],
-                    tile.rows,
-                    stride_qh,
+                    head_offsets(heads[g], stride_qh, FORM),
+                    queries_exist(tile, seq),
                     BLOCK_M,
                     FORM.q_step,
                     FORM.dim,

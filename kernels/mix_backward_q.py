@@ -10,7 +10,7 @@ import triton.language as tl
 from .dropout import RANDOM_BITS
 from .masks import key_spans
 from .mix import leaky, load_weights, operand_order
-from .mix_bias import Operands, open_sequence, open_tile
+from .mix_bias import Operands, head_offsets, keys_exist, open_sequence, open_tile
 from .mix_scores import Mix, head_groups, input_gradient, mlp_gradient
 from .mix_step import open_tensors, score_gradients
 from .mix_sums import add_outer, profile_sums, slope_sums
@@ -80,8 +80,8 @@ def mixed_backward_q(
         stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh, num_heads, q_tokens,
         FORM,
     )  # fmt: skip
-    w = load_weights(W1X, W1B, B1, W2, HEADS, FORM.width, Rows is not None)
-    heads, kv = head_groups(num_heads, group, FORM.group, FORM.groups)
+    w = load_weights(W1X, W1B, B1, W2, FORM, Rows is not None)
+    heads, kv = head_groups(num_heads, group, FORM)
     PARTS: tl.constexpr = FORM.group
     dw1x = tl.zeros([PARTS, HEADS, WIDTH], tl.float32)
     dw1b = tl.zeros([PARTS, HEADS, WIDTH], tl.float32)
@@ -135,9 +135,8 @@ def mixed_backward_q(
             for g in tl.static_range(GROUPS):
                 k = summed(
                     x.k + j0.to(tl.int64) * FORM.k_step,
-                    kv[g],
-                    tile.cols,
-                    stride_kh,
+                    head_offsets(kv[g], stride_kh, FORM),
+                    keys_exist(tile, seq),
                     BLOCK_N,
                     FORM.k_step,
                     FORM.dim,

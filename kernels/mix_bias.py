@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .bias import gather, lookup, slope_tile
 from .masks import mask_offset, sequence
+from .mix_tiles import half_of
 from .scores import segments
 
 
@@ -71,6 +72,7 @@ class Tile(NamedTuple):
     shift: Any
     q_start: Any
     k_start: Any
+    first: Any
 
 
 @triton.jit
@@ -110,8 +112,61 @@ def open_tile(
         pi = tl.load(seq.QPositions + b64 * seq.stride_qpos + seq.q_start + i_in)
         pj = tl.load(seq.KPositions + b64 * seq.stride_kpos + seq.k_start + j_in)
     return Tile(
-        seq.b, i0, j0, rows, cols, i, j, i_in, j_in, pi, pj, seq.k_len - seq.q_len, seq.q_start, seq.k_start
+        seq.b, i0, j0, rows, cols, i, j, i_in, j_in, pi, pj, seq.k_len - seq.q_len, seq.q_start, seq.k_start, i0 * 0
     )  # fmt: skip
+
+
+@triton.jit
+def halved(t: Tile, seq: Sequence, GROUP: tl.constexpr, INSIDE: tl.constexpr, EXPLICIT: tl.constexpr):
+    """The tile for a group whose heads take two warps each: j, j_in and pj [GROUP, 1, N / 2] are those of the warp's
+    half of the keys, `first` [GROUP, 1, 1] counts from j0 where it begins."""
+    N: tl.constexpr = t.cols.shape[0] // 2
+    first = (half_of(GROUP) * N)[:, None, None]
+    cols = first + tl.arange(0, N)[None, None, :]
+    j = t.j0 + cols
+    if not INSIDE:
+        cols = tl.maximum(tl.minimum(cols, seq.k_len - 1 - t.j0), -t.j0)
+    j_in = t.j0 + cols
+    pj = j_in
+    if EXPLICIT:
+        pj = tl.load(seq.KPositions + seq.b.to(tl.int64) * seq.stride_kpos + seq.k_start + j_in)
+    return Tile(
+        t.b, t.i0, t.j0, t.rows, t.cols, t.i, j, t.i_in, j_in, t.pi, pj, t.shift, t.q_start, t.k_start, first
+    )  # fmt: skip
+
+
+@triton.jit
+def group_tile(t: Tile, seq: Sequence, g: tl.constexpr, F: tl.constexpr, INSIDE: tl.constexpr):
+    """The tile as group g's warps hold it."""
+    if F.halves and g == F.groups - 1:
+        return halved(t, seq, F.group, INSIDE, F.explicit)
+    else:
+        return t
+
+
+@triton.jit
+def keys_exist(t: Tile, seq: Sequence):
+    """Which of the tile's keys exist, [1 or GROUP, N]."""
+    return tl.reshape((t.j >= 0) & (t.j < seq.k_len), [t.j.shape[0], t.j.shape[2]])
+
+
+@triton.jit
+def queries_exist(t: Tile, seq: Sequence):
+    """Which of the tile's queries exist, [1, M]."""
+    return tl.reshape(t.i < seq.q_len, [1, t.i.shape[1]])
+
+
+@triton.jit
+def head_offsets(heads, stride_h, F: tl.constexpr):
+    """Where each head of a group begins: 32 bits if all heads are near, as each offset is kept through the loop."""
+    return (heads.to(tl.int32) if F.near else heads) * stride_h
+
+
+@triton.jit
+def key_offsets(heads, stride_h, t: Tile, STEP: tl.constexpr, F: tl.constexpr):
+    """Where the tile's first key of each head of a group lies, counted from key j0 of head 0."""
+    first = tl.reshape(tl.broadcast_to(t.first, [heads.shape[0], 1, 1]), [heads.shape[0]])
+    return head_offsets(heads, stride_h, F) + first * STEP
 
 
 @triton.jit
@@ -179,8 +234,8 @@ def heads_bias(t: Tile, heads, o: Operands, B: tl.constexpr, F: tl.constexpr, NV
                 table, t.pi, t.pj, t.i0, t.j0, t.shift, o.table_first, o.table_last, 0, B.clamp, F.explicit, NVIDIA
             )
         else:
-            corner = table + (t.i0 - t.j0 + t.shift - o.table_first).to(tl.int64)
-            found = _by_distance(corner[:, :, :, None], t.rows.shape[0], t.cols.shape[0], NVIDIA)
+            corner = table + (t.i0 - t.j0 + t.shift - o.table_first).to(tl.int64) - t.first
+            found = _by_distance(corner[:, :, :, None], t.rows.shape[0], t.j.shape[2], NVIDIA)
         bias = found if bias is None else bias + found
     if o.Psi is not None:
         psi, row_scale, low, high = profile_tile(t, o, B, F, NVIDIA)

@@ -18,7 +18,9 @@ class BiasForm:
 class Form:
     """dim and value_dim with their padded sizes; steps from token to token of q, k, v and dO; groups of heads (each
     `group` wide, one head a warp), all heads padded, hidden units padded; of forward, whether the queries stay in
-    registers and in how many parts the positions go through the MLP; the forms of the mix, the mask and the biases."""
+    registers (and take the scale there), in how many parts the positions go through the MLP, and whether each of the
+    last group's heads has two warps, one for either half of the keys; whether offsets of heads fit in 32 bits; the
+    forms of the mix, the mask and the biases."""
 
     dim: int
     block_dim: int
@@ -33,7 +35,10 @@ class Form:
     heads: int
     width: int
     keep_queries: bool
+    scaled_queries: bool
+    near: bool
     chunks: int
+    halves: bool
     concat: bool
     residual: bool
     has_inner: bool

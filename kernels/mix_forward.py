@@ -6,7 +6,7 @@ import triton.language as tl
 from .dropout import RANDOM_BITS
 from .masks import key_spans
 from .mix import load_weights
-from .mix_bias import Operands, open_sequence, open_tile
+from .mix_bias import Operands, group_tile, head_offsets, key_offsets, keys_exist, open_sequence, open_tile
 from .mix_scores import Mix, head_groups, keep_heads, mixed_logits
 from .mix_tiles import column_of, contracted, summed
 from .scores import LN2, LOG2E, LOWEST
@@ -23,10 +23,21 @@ def _again(pointer, j0, NVIDIA: tl.constexpr):
 
 
 @triton.jit
+def _both_halves(m, l, o):
+    """Running maxima and sums [GROUP, M] and outputs [GROUP, M, D] of halves of the keys, as those of their heads."""
+    H: tl.constexpr = m.shape[0] // 2
+    M: tl.constexpr = m.shape[1]
+    top = tl.max(tl.reshape(m, [2, H, M]), 0)
+    alpha = tl.exp2(m - tl.reshape(tl.broadcast_to(top[None, :, :], [2, H, M]), [2 * H, M]))
+    o = tl.sum(tl.reshape(o * alpha[:, :, None], [2, H, M, o.shape[2]]), 0)
+    return top, tl.sum(tl.reshape(l * alpha, [2, H, M]), 0), o
+
+
+@triton.jit
 def _lane_sums(p):
-    """Sums over keys [GROUP, M, 4], over those that one lane of four holds: the last sum waits for the end."""
-    p = tl.reshape(p, [p.shape[0], p.shape[1], p.shape[2] // 8, 4, 2])
-    return tl.sum(tl.sum(p, 4), 2)
+    """Sums over keys [GROUP, M, 8], over those that one register of 8 neighbours holds: the last sum waits for the end,
+    and 8 columns lie as products leave them."""
+    return tl.sum(tl.reshape(p, [p.shape[0], p.shape[1], p.shape[2] // 8, 8]), 2)
 
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
@@ -80,10 +91,10 @@ def mixed_forward(
         Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right,
         threshold, keep_scale, seed_lo, seed_hi,
     )  # fmt: skip
-    w = load_weights(W1X, W1B, B1, W2, HEADS, FORM.width, Rows is not None)
+    w = load_weights(W1X, W1B, B1, W2, FORM, Rows is not None)
     b64 = seq.b.to(tl.int64)
-    heads, kv = head_groups(num_heads, group, FORM.group, FORM.groups)
-    rows = tl.minimum(tl.arange(0, BLOCK_M), seq.q_len - 1 - i0)
+    heads, kv = head_groups(num_heads, group, FORM)
+    exist = (tl.arange(0, BLOCK_M) < seq.q_len - i0)[None, :]
     row0 = (seq.q_start + i0).to(tl.int64)
     q_base = Q + b64 * stride_qb + row0 * FORM.q_step
     k_base = K + b64 * stride_kb + seq.k_start.to(tl.int64) * FORM.k_step
@@ -94,10 +105,13 @@ def mixed_forward(
     acc = ()
     for g in tl.static_range(GROUPS):
         if FORM.keep_queries:
-            kept = contracted(q_base, heads[g], rows, stride_qh, BLOCK_M, FORM.q_step, FORM.dim, FORM.block_dim)
+            offsets = head_offsets(heads[g], stride_qh, FORM)
+            kept = contracted(q_base, offsets, exist, BLOCK_M, FORM.q_step, FORM.dim, FORM.block_dim)
+            if FORM.scaled_queries:
+                kept = (kept.to(tl.float32) * scale).to(kept.dtype)
             q += (tl.permute(kept, (0, 2, 1)),)
         m_i += (tl.full([GROUP, BLOCK_M], LOWEST, tl.float32),)
-        l_i += (tl.zeros([GROUP, BLOCK_M, 4], tl.float32),)
+        l_i += (tl.zeros([GROUP, BLOCK_M, 8], tl.float32),)
         acc += (tl.zeros([GROUP, BLOCK_M, BLOCK_DV], tl.float32),)
     last = tl.minimum(i0 + BLOCK_M, seq.q_len) - 1
     lo, full_lo, full_hi, hi = key_spans(
@@ -119,34 +133,38 @@ def mixed_forward(
             tile = open_tile(seq, i0, j0, BLOCK_M, BLOCK_N, INSIDE, FORM.explicit)
             k_tile = k_base + j0.to(tl.int64) * FORM.k_step
             v_tile = v_base + j0.to(tl.int64) * FORM.v_step
-            cols = None if INSIDE else tile.cols
             q_again = _again(q_base, j0, NVIDIA)
             dots = ()
             for g in tl.static_range(GROUPS):
                 if FORM.keep_queries:
                     queries = q[g]
                 else:
-                    queries = contracted(
-                        q_again, heads[g], rows, stride_qh, BLOCK_M, FORM.q_step, FORM.dim, FORM.block_dim
-                    )
+                    offsets = head_offsets(heads[g], stride_qh, FORM)
+                    queries = contracted(q_again, offsets, exist, BLOCK_M, FORM.q_step, FORM.dim, FORM.block_dim)
                     queries = tl.permute(queries, (0, 2, 1))
-                keys = contracted(k_tile, kv[g], cols, stride_kh, BLOCK_N, FORM.k_step, FORM.dim, FORM.block_dim)
+                own = group_tile(tile, seq, g, FORM, INSIDE)
+                there = None if INSIDE else keys_exist(own, seq)
+                offsets = key_offsets(kv[g], stride_kh, own, FORM.k_step, FORM)
+                keys = contracted(k_tile, offsets, there, own.j.shape[2], FORM.k_step, FORM.dim, FORM.block_dim)
                 dots += (tl.dot(queries, keys, input_precision=PRECISION),)
             s, _slack, _x_rows, _inner_rows, _before = mixed_logits(
-                dots, tile, seq, heads, w, mix, FORM, INSIDE, FORM.chunks, NVIDIA
+                dots, tile, seq, heads, w, mix, FORM, FORM.scaled_queries, INSIDE, FORM.chunks, NVIDIA
             )
             m_next = ()
             l_next = ()
             acc_next = ()
             for g in tl.static_range(GROUPS):
+                own = group_tile(tile, seq, g, FORM, INSIDE)
                 m_new = tl.maximum(m_i[g], tl.max(s[g], 2) * LOG2E)
                 p = tl.exp2(s[g] * LOG2E - m_new[:, :, None])
                 alpha = tl.exp2(m_i[g] - m_new)
                 l_next += (l_i[g] * alpha[:, :, None] + _lane_sums(p),)
                 if threshold is not None:
-                    p = tl.where(keep_heads(tile, heads[g], mix), p, 0.0)
+                    p = tl.where(keep_heads(own, heads[g], mix), p, 0.0)
+                there = None if INSIDE else keys_exist(own, seq)
+                offsets = key_offsets(kv[g], stride_vh, own, FORM.v_step, FORM)
                 values = summed(
-                    v_tile, kv[g], cols, stride_vh, BLOCK_N, FORM.v_step, FORM.value_dim, FORM.block_value_dim
+                    v_tile, offsets, there, own.j.shape[2], FORM.v_step, FORM.value_dim, FORM.block_value_dim
                 )
                 scaled = acc[g] * alpha[:, :, None]
                 acc_next += (tl.dot(p.to(values.dtype), values, scaled, input_precision=PRECISION),)
@@ -158,12 +176,16 @@ def mixed_forward(
     column = column_of(tl.arange(0, FORM.block_value_dim), FORM.block_value_dim)
     o_base = Out + b64 * stride_ob + row0 * stride_om
     for g in tl.static_range(GROUPS):
-        b2 = tl.load(B2 + heads[g])[:, None]
         m = m_i[g]
         l = tl.sum(l_i[g], 2)
         o = acc[g]
+        if FORM.halves and g == GROUPS - 1:
+            m, l, o = _both_halves(m, l, o)
+        offs_h = g * GROUP + tl.arange(0, m.shape[0])
+        head = tl.minimum(offs_h, num_heads - 1).to(tl.int64)
+        b2 = tl.load(B2 + head)[:, None]
         if Sinks is not None:
-            sink = tl.load(Sinks + heads[g])[:, None] * LOG2E - b2 * LOG2E
+            sink = tl.load(Sinks + head)[:, None] * LOG2E - b2 * LOG2E
             m_new = tl.maximum(m, sink)
             alpha = tl.exp2(m - m_new)
             l = l * alpha + tl.exp2(sink - m_new)
@@ -174,9 +196,8 @@ def mixed_forward(
         out = o / tl.where(empty, 1.0, l)[:, :, None]
         if threshold is not None:
             out = out * keep_scale
-        offs_h = g * FORM.group + tl.arange(0, FORM.group)
         inside = (offs_h < num_heads)[:, None] & (offs_m < seq.q_len - i0)[None, :]
-        at = heads[g][:, None, None] * stride_oh + offs_m[None, :, None] * stride_om + column[None, None, :]
+        at = head[:, None, None] * stride_oh + offs_m[None, :, None] * stride_om + column[None, None, :]
         tl.store(
             o_base + at,
             out.to(Out.dtype.element_ty),

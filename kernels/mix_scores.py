@@ -11,8 +11,8 @@ import triton.language as tl
 
 from .masks import allowed
 from .mix import Weights, first_layer, into_hidden, leaky, out_of_hidden, rows_by_distance
-from .mix_bias import Sequence, Tile, heads_bias
-from .mix_tiles import rows_of_heads, tiles_of_heads
+from .mix_bias import Sequence, Tile, group_tile, heads_bias
+from .mix_tiles import own_half, rows_of_halves, rows_of_heads, tiles_of_heads
 from .scores import LOG2E, cap
 
 
@@ -42,12 +42,17 @@ class Mix(NamedTuple):
 
 
 @triton.jit
-def head_groups(num_heads, group, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+def head_groups(num_heads, group, F: tl.constexpr):
     """The query heads of each group and the key heads that they read, int64; those past the last one repeat it."""
     heads = ()
     keys = ()
+    GROUP: tl.constexpr = F.group
+    GROUPS: tl.constexpr = F.groups
     for g in tl.static_range(GROUPS):
-        h = tl.minimum(g * GROUP + tl.arange(0, GROUP), num_heads - 1)
+        own = tl.arange(0, GROUP)
+        if F.halves and g == GROUPS - 1:
+            own = own % (GROUP // 2)
+        h = tl.minimum(g * GROUP + own, num_heads - 1)
         heads += (h.to(tl.int64),)
         keys += ((h // group).to(tl.int64),)
     return heads, keys
@@ -76,36 +81,54 @@ def _masked(s, t: Tile, seq: Sequence, heads, m: Mix, F: tl.constexpr, INSIDE: t
     if m.Boolean is not None:
         tile = m.Boolean + t.b.to(tl.int64) * m.stride_bb + heads[:, None, None] * m.stride_bh
         tile += (t.q_start + t.i0).to(tl.int64) * m.stride_bi + (t.k_start + t.j0).to(tl.int64) * m.stride_bj
-        sees = tl.load(tile + t.rows[None, :, None] * m.stride_bi + t.cols[None, None, :] * m.stride_bj)
+        sees = tl.load(tile + (t.i_in - t.i0) * m.stride_bi + (t.j_in - t.j0) * m.stride_bj)
         s = tl.where(sees, s, float("-inf"))
     return s
 
 
 @triton.jit
-def _mixed_rows(x, inner, w: Weights, F: tl.constexpr, CHUNKS: tl.constexpr, NVIDIA: tl.constexpr):
-    """(what the MLP adds to the logits, less b2, [HEADS, P]; pre-activation [P, WIDTH], of the last part only if the
-    positions go through in CHUNKS parts, so that the hidden layer takes fewer registers)."""
-    PRECISION: tl.constexpr = F.precision
+def _positions_halved(x, PART: tl.constexpr):
+    """The positions of rows [HEADS, P] in two parts, PART by PART."""
+    H: tl.constexpr = x.shape[0]
     P: tl.constexpr = x.shape[1]
-    HEADS: tl.constexpr = F.heads
+    low, high = tl.split(tl.permute(tl.reshape(x, [H, P // (2 * PART), 2, PART]), (0, 1, 3, 2)))
+    return tl.reshape(low, [H, P // 2]), tl.reshape(high, [H, P // 2])
+
+
+@triton.jit
+def _hidden(
+    x, halves, inner, w: Weights, F: tl.constexpr, CHUNKS: tl.constexpr, PART: tl.constexpr, NVIDIA: tl.constexpr
+):
+    """(hidden units [P, WIDTH] in the dtype of products; pre-activation [P, WIDTH], of the last part only if the
+    positions go through in CHUNKS parts, PART at a time, so that it takes fewer registers)."""
+    P: tl.constexpr = x.shape[1]
     if CHUNKS == 1:
-        before = first_layer(x, inner, w, F.concat, PRECISION)
-        return out_of_hidden(w.w2, leaky(before, x.dtype, NVIDIA), F.group, PRECISION), before
+        before = first_layer(x, halves, inner, w, F)
+        return leaky(before, x.dtype, NVIDIA), before
     else:
-        x0, x1 = tl.split(tl.permute(tl.reshape(x, [HEADS, 2, P // 2]), (0, 2, 1)))
-        inner0, inner1 = tl.split(tl.permute(tl.reshape(inner, [2, P // 2, HEADS]), (1, 2, 0)))
-        low, before = _mixed_rows(x0, inner0, w, F, CHUNKS // 2, NVIDIA)
-        high, before = _mixed_rows(x1, inner1, w, F, CHUNKS // 2, NVIDIA)
-        return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [HEADS, P]), before
+        x0, x1 = _positions_halved(x, PART)
+        halves0, halves1 = _positions_halved(halves, PART)
+        inner0 = inner
+        inner1 = inner
+        if F.concat:
+            inner = tl.permute(tl.reshape(inner, [P // (2 * PART), 2, PART, F.heads]), (0, 2, 3, 1))
+            inner0, inner1 = tl.split(inner)
+            inner0 = tl.reshape(inner0, [P // 2, F.heads])
+            inner1 = tl.reshape(inner1, [P // 2, F.heads])
+        low, before = _hidden(x0, halves0, inner0, w, F, CHUNKS // 2, PART // 2, NVIDIA)
+        high, before = _hidden(x1, halves1, inner1, w, F, CHUNKS // 2, PART // 2, NVIDIA)
+        low = tl.reshape(low, [P // (2 * PART), PART, F.width])
+        both = tl.join(low, tl.reshape(high, [P // (2 * PART), PART, F.width]))
+        return tl.reshape(tl.permute(both, (0, 3, 1, 2)), [P, F.width]), before
 
 
 @triton.jit
 def mixed_logits(
     dots, t: Tile, seq: Sequence, heads, w: Weights, m: Mix, F: tl.constexpr,
-    INSIDE: tl.constexpr, CHUNKS: tl.constexpr, NVIDIA: tl.constexpr,
+    SCALED: tl.constexpr, INSIDE: tl.constexpr, CHUNKS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """(logits less b2, -inf where masked; x's derivatives by the dot products; rows of x [HEADS, P]; rows of the inner
-    bias [P, HEADS]; pre-activation [P, WIDTH]) from dot products."""
+    bias [P, HEADS]; pre-activation [P, WIDTH]) from dot products, which have the scale already if they are SCALED."""
     PRECISION: tl.constexpr = F.precision
     GROUPS: tl.constexpr = len(dots)
     GROUP: tl.constexpr = dots[0].shape[0]
@@ -119,13 +142,14 @@ def mixed_logits(
     mlp_rows = ()
     inner_tiles = ()
     for g in tl.static_range(GROUPS):
-        x = dots[g] * m.scale
+        x = dots[g] if SCALED else dots[g] * m.scale
         slack = 1.0
         if m.softcap is not None:
             x, slack = cap(x, m.softcap)
         row = x
+        own = group_tile(t, seq, g, F, INSIDE)
         if F.has_inner:
-            inner = heads_bias(t, heads[g], m.inner, INNER, F, NVIDIA)
+            inner = heads_bias(own, heads[g], m.inner, INNER, F, NVIDIA)
             if not F.concat:
                 row = x + inner
             elif m.Rows is None:
@@ -135,22 +159,33 @@ def mixed_logits(
         kept += (x,)
         slacks += (slack,)
         mlp_rows += (row.to(T),)
-    x_rows = rows_of_heads(mlp_rows, F.heads)
+    if F.halves:
+        x_rows = rows_of_heads((mlp_rows[0],), GROUP)
+        half_rows = rows_of_halves(mlp_rows[1])
+    else:
+        x_rows = rows_of_heads(mlp_rows, F.heads)
+        half_rows = x_rows
     if F.concat and m.Rows is not None:
         corner = t.i0 - t.j0 + t.shift - m.rows_first
-        inner_rows = rows_by_distance(m.Rows, corner, t.rows, t.cols, F.heads, NVIDIA)
+        inner_rows = rows_by_distance(m.Rows, corner, M, N, F.heads, NVIDIA)
     elif F.concat:
         inner_rows = tl.permute(rows_of_heads(inner_tiles, F.heads), (1, 0))
     else:
         inner_rows = tl.permute(x_rows, (1, 0))
-    mixed, before = _mixed_rows(x_rows, inner_rows, w, F, CHUNKS, NVIDIA)
+    hidden, before = _hidden(x_rows, half_rows, inner_rows, w, F, CHUNKS, M * 8, NVIDIA)
+    mixed = out_of_hidden(w.w2, hidden, F.group, PRECISION)
+    if not F.halves:
+        mixed = mixed.to(T)
     mixed = tiles_of_heads(mixed, GROUP, M, N)
+    if F.halves:
+        mixed = (mixed[0], own_half(mixed[1]))
     logits = ()
     for g in tl.static_range(GROUPS):
-        s = _plus_rows(kept[g], mixed[g], PRECISION)
+        own = group_tile(t, seq, g, F, INSIDE)
+        s = _plus_rows(kept[g], mixed[g].to(T), PRECISION)
         if F.has_outer:
-            s += heads_bias(t, heads[g], m.outer, OUTER, F, NVIDIA)
-        logits += (_masked(s, t, seq, heads[g], m, F, INSIDE),)
+            s += heads_bias(own, heads[g], m.outer, OUTER, F, NVIDIA)
+        logits += (_masked(s, own, seq, heads[g], m, F, INSIDE),)
     return logits, slacks, x_rows, inner_rows, before
 
 
@@ -200,7 +235,7 @@ def input_gradient(ds, dbefore, weights, t: Tile, F: tl.constexpr, RESIDUAL: tl.
     PRECISION: tl.constexpr = F.precision
     GROUP: tl.constexpr = ds[0].shape[0]
     T: tl.constexpr = weights.dtype
-    dz = out_of_hidden(weights, dbefore.to(T), GROUP, PRECISION)
+    dz = out_of_hidden(weights, dbefore.to(T), GROUP, PRECISION).to(T)
     dz = tiles_of_heads(dz, GROUP, t.rows.shape[0], t.cols.shape[0])
     GROUPS: tl.constexpr = len(ds)
     found = ()

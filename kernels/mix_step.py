@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .mix import Weights
-from .mix_bias import Sequence, Tile
+from .mix_bias import Sequence, Tile, head_offsets, keys_exist, queries_exist
 from .mix_scores import Mix, logit_gradient, mixed_logits
 from .mix_tiles import contracted
 
@@ -57,12 +57,16 @@ def score_gradients(
     GROUPS: tl.constexpr = F.groups
     i64 = t.i0.to(tl.int64)
     j64 = t.j0.to(tl.int64)
+    rows = queries_exist(t, seq)
+    cols = keys_exist(t, seq)
     dots = ()
     for g in tl.static_range(GROUPS):
-        q = contracted(x.q + i64 * F.q_step, heads[g], t.rows, x.stride_qh, BLOCK_M, F.q_step, F.dim, F.block_dim)
-        k = contracted(x.k + j64 * F.k_step, kv[g], t.cols, x.stride_kh, BLOCK_N, F.k_step, F.dim, F.block_dim)
+        offsets = head_offsets(heads[g], x.stride_qh, F)
+        q = contracted(x.q + i64 * F.q_step, offsets, rows, BLOCK_M, F.q_step, F.dim, F.block_dim)
+        offsets = head_offsets(kv[g], x.stride_kh, F)
+        k = contracted(x.k + j64 * F.k_step, offsets, cols, BLOCK_N, F.k_step, F.dim, F.block_dim)
         dots += (tl.dot(tl.permute(q, (0, 2, 1)), k, input_precision=PRECISION),)
-    s, slack, x_rows, inner_rows, before = mixed_logits(dots, t, seq, heads, w, m, F, False, 1, NVIDIA)
+    s, slack, x_rows, inner_rows, before = mixed_logits(dots, t, seq, heads, w, m, F, False, False, 1, NVIDIA)
     exists = (tl.arange(0, BLOCK_M) < seq.q_len - t.i0)[None, :]
     weights = ()
     ds = ()
@@ -73,19 +77,12 @@ def score_gradients(
         delta = lse2
         if GRADIENT:
             delta = tl.load(x.delta + stat)
-            do = contracted(
-                x.do + i64 * F.grad_step,
-                heads[g],
-                t.rows,
-                x.stride_gh,
-                BLOCK_M,
-                F.grad_step,
-                F.value_dim,
-                F.block_value_dim,
-            )
-            v = contracted(
-                x.v + j64 * F.v_step, kv[g], t.cols, x.stride_vh, BLOCK_N, F.v_step, F.value_dim, F.block_value_dim
-            )
+            offsets = head_offsets(heads[g], x.stride_gh, F)
+            do = x.do + i64 * F.grad_step
+            do = contracted(do, offsets, rows, BLOCK_M, F.grad_step, F.value_dim, F.block_value_dim)
+            offsets = head_offsets(kv[g], x.stride_vh, F)
+            v = x.v + j64 * F.v_step
+            v = contracted(v, offsets, cols, BLOCK_N, F.v_step, F.value_dim, F.block_value_dim)
             dp = tl.dot(tl.permute(do, (0, 2, 1)), v, input_precision=PRECISION)
         kept, gradient = logit_gradient(s[g], dp, lse2, delta, t, heads[g], m)
         weights += (kept,)

@@ -11,7 +11,7 @@ from torch import Tensor
 from posattn.plan import Call, HeadMix
 
 from .attention import turned
-from .configs_mix import chunks, forward_tile, keeps_queries
+from .configs_mix import chunks, forward_tile, halves, keeps_queries, scales_queries
 from .mix_form import BiasForm, Form
 from .mix_forward import mixed_forward
 from .operands import (
@@ -42,15 +42,16 @@ def concat(mix: HeadMix) -> bool:
     return bool(mix.inner) and mix.form != "add"
 
 
-def _rows_by_distance(call: Call, mix: HeadMix, heads_padded: int) -> Tensor | None:
-    """The inner bias [distances, heads] from distance 1 - q_max on, where it depends on the distance alone."""
+def _rows_by_distance(call: Call, mix: HeadMix, heads_padded: int, beyond: int) -> Tensor | None:
+    """The inner bias [distances, heads] from distance 1 - q_max - beyond on, where it depends on the distance alone:
+    a tile on the border reads distances beyond those of the sequence."""
     inner = mix.inner
     if not concat(mix) or inner.profile is not None or inner.dense is not None or call.q_positions is not None:
         return None
     if inner.slope is not None and inner.slope.slope.dim() == 2:
         return None
     heads = call.q.shape[1]
-    distances = torch.arange(1 - q_max(call), k_max(call), device=call.q.device)
+    distances = torch.arange(1 - q_max(call) - beyond, k_max(call) + beyond, device=call.q.device)
     rows = torch.zeros((distances.shape[0], heads_padded), dtype=torch.float32, device=call.q.device)
     if inner.table is not None:
         entries = (distances - inner.table.first).clamp(0, inner.table.values.shape[1] - 1)
@@ -70,7 +71,8 @@ def mix_arguments(call: Call, mix: HeadMix, tile: Tile, inputs: Mapping[str, Any
     dtype = call.q.dtype
     b1 = torch.zeros(width_padded, dtype=torch.float32, device=call.q.device)
     b1[:width] = mix.b1
-    rows = _rows_by_distance(call, mix, heads_padded)
+    beyond = tile.block_m + tile.block_n
+    rows = _rows_by_distance(call, mix, heads_padded, beyond)
     w1b = _padded(mix.w1[:, heads:].T, heads_padded, width_padded, dtype) if concat(mix) else None
     carried = rows is not None and w1b is not None and heads + 2 <= heads_padded
     if carried:
@@ -86,7 +88,7 @@ def mix_arguments(call: Call, mix: HeadMix, tile: Tile, inputs: Mapping[str, Any
         W2=_padded(mix.w2, heads_padded, width_padded, dtype),
         B2=mix.b2.float().contiguous(),
         Rows=rows,
-        rows_first=1 - q_max(call),
+        rows_first=1 - q_max(call) - beyond,
     )
     constants = arguments.constants
 
@@ -107,7 +109,10 @@ def mix_arguments(call: Call, mix: HeadMix, tile: Tile, inputs: Mapping[str, Any
         heads=heads_padded,
         width=width_padded,
         keep_queries=keeps_queries(call),
+        scaled_queries=scales_queries(call),
         chunks=chunks(tile),
+        halves=halves(call, tile) and (rows is not None or not concat(mix)),
+        near=all(inputs[x].stride(1) * inputs[x].shape[1] < 1 << 30 for x in ("Q", "K", "V", "GradOut") if x in inputs),
         concat=concat(mix),
         residual=mix.form != "concat",
         has_inner=bool(mix.inner),

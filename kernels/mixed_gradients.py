@@ -26,6 +26,7 @@ from .mixed import concat, input_arguments, mix_arguments
 from .operands import Arguments, Launch, k_max, padded, q_max, sequences
 from .sums import by_entry, row_scale_gradient, slope_gradient
 from .tiles import Tile
+from .units import units
 
 
 def backward(
@@ -58,7 +59,7 @@ def backward(
     if needs - {"k", "v", "sinks", "b2"}:
         grads.update(_query_gradients(call, mix, arguments, needs, launch, tile))
     for prefix, bias in (("", call.plan.bias), ("inner.", mix.inner)):
-        found = _bias_gradients(call, bias, arguments, prefix, needs, launch, tile)
+        found = _bias_gradients(call, mix, bias, arguments, prefix, needs, launch, tile)
         grads.update({prefix + name: grad for name, grad in found.items()})
     if rotary is not None:
         for name, cos, sin in (("q", rotary.q_cos, rotary.q_sin), ("k", rotary.k_cos, rotary.k_sin)):
@@ -157,8 +158,21 @@ def _key_gradients(
     return grads
 
 
+def _most_into_inner(mix: HeadMix, heads: int) -> Tensor:
+    """How much larger than the gradients of the logits those of the inner bias can be, summed over heads."""
+    into = mix.w1[:, -heads:].float().abs().sum(1)
+    return 1.0 + (mix.w2.float().abs() @ into).max()
+
+
 def _bias_gradients(
-    call: Call, bias: Bias, arguments: Arguments, prefix: str, needs: frozenset[str], launch: Launch, tile: Tile
+    call: Call,
+    mix: HeadMix,
+    bias: Bias,
+    arguments: Arguments,
+    prefix: str,
+    needs: frozenset[str],
+    launch: Launch,
+    tile: Tile,
 ) -> dict[str, Tensor]:
     q, k = call.q, call.k
     heads, q_tokens, k_tokens = q.shape[1], q.shape[2], k.shape[2]
@@ -168,7 +182,7 @@ def _bias_gradients(
     profile = bias.profile if prefix + "psi" in needs else None
     dense = bias.dense.bias if bias.dense is not None and prefix + "dense" in needs else None
     floats = {"dtype": torch.float32, "device": q.device}
-    nothing = dict.fromkeys(("DTable", "DPsi", "DDense"))
+    nothing = dict.fromkeys(("DTable", "DPsi", "DDense", "TableUnits", "PsiUnits"))
     nothing.update(dict.fromkeys(("stride_gdb", "stride_gdh", "stride_gt", "first_corner", "batches_each"), 0))
     constants = {"OF_INNER": bool(prefix), "SHARED_HEADS": False}
     grads: dict[str, Tensor] = {}
@@ -202,20 +216,27 @@ def _bias_gradients(
             constants["SHARED_HEADS"] = dense.shape[1] == 1
         values = {
             **nothing,
-            "DTable": torch.zeros(table.values.shape, **floats) if scatter and table is not None else None,
-            "DPsi": torch.zeros(profile.psi.shape, **floats) if scatter and profile is not None else None,
             "DDense": target,
             "stride_gdb": 0 if target is None else target.stride(0),
             "stride_gdh": 0 if target is None else target.stride(1),
             "stride_gt": 0 if table is None else table.values.shape[1],
             "batches_each": sequences(call) // out_batches,
         }
+        most = _most_into_inner(mix, heads) if prefix else 1.0
+        if scatter and table is not None:
+            values["DTable"] = torch.zeros(table.values.shape, dtype=torch.int64, device=q.device)
+            values["TableUnits"] = units(call, arguments.values, most)
+        if scatter and profile is not None:
+            values["DPsi"] = torch.zeros(profile.psi.shape, dtype=torch.int64, device=q.device)
+            steepest = profile.slope.abs().max() * profile.row_scale.abs().max()
+            values["PsiUnits"] = units(call, arguments.values, most * steepest)
         tiles = -(-q_max(call) // tile.block_m) * -(-k_max(call) // tile.block_n)
         arguments.with_(values, {**constants, "ALONG_DIAGONAL": False}).launch_with(
             launch, mixed_gradient_by_tile, (tiles * out_batches,), tile.num_warps, tile.num_stages
         )
         if target is not None and dense is not None:
             grads["dense"] = target.sum_to_size(dense.shape)
-        scattered = {"table": values["DTable"], "psi": values["DPsi"]}
-        grads.update({name: grad for name, grad in scattered.items() if grad is not None})
+        for name, sums, unit in (("table", "DTable", "TableUnits"), ("psi", "DPsi", "PsiUnits")):
+            if values[sums] is not None:
+                grads[name] = (values[sums].double() / values[unit]).float()
     return grads

@@ -22,15 +22,8 @@ def unsupported(call: Call) -> str | None:
         return f"it computes float16, bfloat16 and float32, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return f"it takes head dimensions up to {MAX_HEAD_DIM}, got {max(q.shape[3], v.shape[3])}"
-    if call.deterministic and call.q_positions is not None and call.plan.mix is not None and _by_distance(call):
-        return "under HeadMix with explicit positions it sums a table's gradient by atomics, whose order may change"
     reason: str | None = configs_mix.unsupported(call)
     return reason
-
-
-def _by_distance(call: Call) -> bool:
-    biases = [call.plan.bias] if call.plan.mix is None else [call.plan.bias, call.plan.mix.inner]
-    return any(bias.table is not None or bias.profile is not None for bias in biases)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
