@@ -58,7 +58,7 @@ def forward_tile(arch: str, call: Call) -> Tile:
     narrow = mix is not None and call.q.shape[1] <= 16 and mix.w1.shape[0] <= 32
     if arch.startswith("sm_") and narrow and keeps_queries(call):
         return Tile(
-            16, 32, group(call), 1, "12 heads of 64: 2P 2172 on sm_80, 1992 on sm_90; with 16 keys rows rescale twice as often"
+            16, 32, group(call), 1, "12 heads of 64: 2P 2172 on sm_80, 1992 on sm_90; 16 keys rescale twice as often"
         )
     return Tile(16, 16, group(call), 1, "32 keys spill: AMD 2.5 KB, 32 heads or 64 hidden units more still")
 
