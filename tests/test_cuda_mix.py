@@ -95,6 +95,15 @@ def test_forward_of_calls_too_large_for_the_backward_kernel(case):
         assert comparison.ok, comparison.worst
 
 
+def test_keys_and_values_past_the_length_are_not_read():
+    q, k, v = tensors(batch=2)
+    k[:, :, 20:] = v[:, :, 20:] = torch.nan
+    position = posattn.DAPE(posattn.Kerple(3), 3, width=8)
+    with torch.no_grad(), behind_launch(80):
+        out = posattn.attention(q, k, v, position, k_lengths=torch.tensor([20, 13]), backend="cuda")
+    assert out.isfinite().all()
+
+
 def test_no_bank_conflicts():
     """Twelve heads of dimension 64 with a table, the shape that the layout was made for, forward and backward."""
     q, k, v = (x.requires_grad_() for x in tensors(heads=12, kv_heads=12, q_len=70, k_len=100, dim=64))
