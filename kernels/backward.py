@@ -13,6 +13,7 @@ from .bias import distance_tile, gather, plus_256
 from .diagonals import SLOTS, add_bands, finish_bands, start_bands, store_bands
 from .dropout import RANDOM_BITS, keep_tile
 from .halves import multiply_bf16, widen_bf16
+from .logit_gradient import psi_gradient
 from .masks import mask_offset, query_spans, sequence
 from .profile import profile_sums, write_sums
 from .scores import LOG2E, load_rows, logits_tile
@@ -21,8 +22,8 @@ from .turns import by_query, hidden, load_shared, opaque, publish, store_shared,
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def attention_backward(
-    Q, K, V, GradOut, Lse2, Delta, DQ, DK, DV_, DSlope, DTable, TableUnits, Bands, DRowScale, DSegments,
-    Ticket, Progress, num_sequences,
+    Q, K, V, GradOut, Lse2, Delta, DQ, DK, DV_, DSlope, DTable, TableUnits, TableBands,
+    DPsi, PsiUnits, PsiBands, DRowScale, DSegments, Ticket, Progress, num_sequences,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm,
     scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
@@ -38,14 +39,15 @@ def attention_backward(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr, HOIST: tl.constexpr,
-    HIDE: tl.constexpr,
+    HIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, Tq, BLOCK_D] float32, zeroed, takes the gradient of the queries times 1 / scale. DK [B, Hkv, Tk, D] and
     DV_ [B, Hkv, Tk, DV] are contiguous; keys of no sequence are not written. DSlope [sequences, H, blocks], DRowScale
     [B, H, Tq] and DSegments [sequences, H, blocks, 2, W + 1] (sums of ds and of ds * y on each segment) are float32 and
-    zeroed, or None where not wanted. DTable [H, table_last - table_first + 1] int64, zeroed, or None takes the gradient
-    of a table over implicit distances times TableUnits ([1], a power of 2); Bands is diagonals.py's memory. Ticket [1]
-    and Progress [sequences, Hkv, blocks] are int32 and zeroed."""
+    zeroed, or None where not wanted. DTable [H, table_last - table_first + 1] and DPsi [psi_last - psi_first + 1] int64
+    and zeroed, or None, take the gradients of a table and of psi over implicit distances times TableUnits and PsiUnits
+    ([1], powers of 2); TableBands and PsiBands are diagonals.py's memory. Ticket [1] and Progress [sequences, Hkv,
+    blocks] are int32 and zeroed."""
     EXPLICIT: tl.constexpr = QPositions is not None
     PACKED: tl.constexpr = CuQ is not None
     # Logit gradients are rounded to 16 bits for the products anyway. In bfloat16, which has float32's range, they are
@@ -121,8 +123,11 @@ def attention_backward(
             sums = DSegments + slot * 2 * (num_knots + 1)
         if DTable is not None:
             dtable = DTable + h64 * stride_table_h
-            bands = Bands + pid.to(tl.int64) * (SLOTS * (BLOCK_N // 2) * (BLOCK_M + 8))
-            carried = start_bands(bands, lo // BLOCK_M, GROUPS, BLOCK_M, NVIDIA)
+            table_bands = TableBands + pid.to(tl.int64) * (SLOTS * (BLOCK_N // 2) * (BLOCK_M + 8))
+            table_carried = start_bands(table_bands, lo // BLOCK_M, GROUPS, BLOCK_M, NVIDIA)
+        if DPsi is not None:
+            psi_bands = PsiBands + pid.to(tl.int64) * (SLOTS * (BLOCK_N // 2) * (BLOCK_M + 8))
+            psi_carried = start_bands(psi_bands, lo // BLOCK_M, GROUPS, BLOCK_M, NVIDIA)
         segment = 0
         of_ds = tl.zeros([BLOCK_N], tl.float32)
         of_dsy = tl.zeros([BLOCK_M], tl.float32)
@@ -205,7 +210,13 @@ def attention_backward(
                         distance = distance_tile(pi, pj, i0, j0, shift, EXPLICIT)
                         dslope += tl.sum(ds * (distance if SIGNED or LINEAR else tl.abs(distance)), 1)
                     if DTable is not None:
-                        carried = store_bands(bands, i0 // BLOCK_M, ds, carried, NVIDIA)
+                        table_carried = store_bands(table_bands, i0 // BLOCK_M, ds, table_carried, WHOLE, NVIDIA)
+                    if DPsi is not None:
+                        dpsi = psi_gradient(
+                            ds, low, high, i0, j0, pi, pj, shift, row_scale, h, Psi, psi_first, psi_last,
+                            Knots, num_knots, SegmentSlope, CLAMP, EXPLICIT, NVIDIA,
+                        )  # fmt: skip
+                        psi_carried = store_bands(psi_bands, i0 // BLOCK_M, dpsi, psi_carried, WHOLE, NVIDIA)
                     if DRowScale is not None:
                         drow_scale, segment, of_ds, of_dsy = profile_sums(
                             ds, low, high, segment, of_ds, of_dsy, sums, i0, j0, pi, pj, shift, row_scale,
@@ -221,8 +232,13 @@ def attention_backward(
                     turn = wait_for(awaited, tl.where(i0 >= next_lo, done + i0 + BLOCK_M, 0), NVIDIA)
                     if DTable is not None:
                         add_bands(
-                            dtable, TableUnits, bands, i0 // BLOCK_M - 1, turn, i0 > lo, j0, shift,
+                            dtable, TableUnits, table_bands, i0 // BLOCK_M - 1, turn, i0 > lo, j0, shift,
                             table_first, table_last, GROUPS, BLOCK_M, NVIDIA,
+                        )  # fmt: skip
+                    if DPsi is not None:
+                        add_bands(
+                            DPsi, PsiUnits, psi_bands, i0 // BLOCK_M - 1, turn, i0 > lo, j0, shift,
+                            psi_first, psi_last, GROUPS, BLOCK_M, NVIDIA,
                         )  # fmt: skip
                     dq_tile = dq_base + row0 * BLOCK_D + tl.arange(0, BLOCK_D)[:, None]  # [BLOCK_D, BLOCK_M]
                     if span == 1 and BLOCK_M > 32:
@@ -237,12 +253,17 @@ def attention_backward(
                         inside = tl.arange(0, BLOCK_M) < q_len - i0
                         tl.atomic_add(DRowScale + stat_base + row0 + rows + turn, drow_scale, inside, sem="relaxed")
                     publish(progress, done + i0 + BLOCK_M, NVIDIA)
-        if DTable is not None:
-            if hi > lo:
-                end = tl.cdiv(hi, BLOCK_M)
+        if hi > lo:
+            end = tl.cdiv(hi, BLOCK_M)
+            if DTable is not None:
                 finish_bands(
-                    dtable, TableUnits, bands, end, carried, progress, done + end * BLOCK_M, j0, shift,
-                    table_first, table_last, GROUPS, BLOCK_M, NVIDIA,
+                    dtable, TableUnits, table_bands, end, table_carried, progress, done + end * BLOCK_M, j0, shift,
+                    table_first, table_last, GROUPS, BLOCK_M, WHOLE, NVIDIA,
+                )  # fmt: skip
+            if DPsi is not None:
+                finish_bands(
+                    DPsi, PsiUnits, psi_bands, end, psi_carried, progress, done + end * BLOCK_M, j0, shift,
+                    psi_first, psi_last, GROUPS, BLOCK_M, WHOLE, NVIDIA,
                 )  # fmt: skip
         if DSegments is not None:
             write_sums(sums, segment, num_knots, of_ds, of_dsy)

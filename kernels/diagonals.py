@@ -43,13 +43,13 @@ def _slot(Bands, step, GROUPS: tl.constexpr, QUERIES: tl.constexpr):
 
 
 @triton.jit
-def _store(at, band, COLUMN: tl.constexpr, NVIDIA: tl.constexpr):
+def _store(at, band, COLUMN: tl.constexpr, WHOLE: tl.constexpr, NVIDIA: tl.constexpr):
     pairs = band.reshape([band.shape[0], 8, 4, 2])
     pointers = at + (COLUMN + tl.arange(0, 2)[None, None, None, :])
-    if band.shape[0] >= 8:
+    if WHOLE:
         store_shared(pointers, pairs, tl.full(pairs.shape, 1, tl.int1), False, NVIDIA)
     else:
-        # Of few keys several warps may hold the same element; this stores it once.
+        # Several warps may hold the same element; this stores it once.
         tl.store(pointers, pairs)
 
 
@@ -71,19 +71,21 @@ def start_bands(Bands, step, GROUPS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA
 
 
 @triton.jit
-def store_bands(Bands, step, tile, carried, NVIDIA: tl.constexpr):
-    """Stores the bands of a tile [keys, queries]; returns what the next step is to carry."""
+def store_bands(Bands, step, tile, carried, WHOLE: tl.constexpr, NVIDIA: tl.constexpr):
+    """Stores the bands of a tile [keys, queries]; returns what the next step is to carry.
+
+    WHOLE says that every warp has 16 keys of its own or more: then no two hold the same element of a band."""
     GROUPS: tl.constexpr = tile.shape[0] // 16
     BLOCKS: tl.constexpr = tile.shape[1] // 8
     split = tl.permute(tile.reshape([GROUPS, 2, 8, BLOCKS, 8]), 0, 2, 4, 1, 3)
     parts = _split(split.reshape([GROUPS, 8, 8, 2 * BLOCKS]), GROUPS, 2 * BLOCKS)
     at = _rows(Bands, step, step, GROUPS, tile.shape[1], NVIDIA)
     band = carried + parts[BLOCKS]
-    _store(at, band, 8, NVIDIA)
+    _store(at, band, 8, WHOLE, NVIDIA)
     for n in tl.static_range(0, BLOCKS - 1):
         band = parts[n] + parts[BLOCKS + n + 1]
-        _store(at, band, 8 * n + 16, NVIDIA)
-    _store(_rows(Bands, step + 1, step, GROUPS, tile.shape[1], NVIDIA), band, 0, NVIDIA)
+        _store(at, band, 8 * n + 16, WHOLE, NVIDIA)
+    _store(_rows(Bands, step + 1, step, GROUPS, tile.shape[1], NVIDIA), band, 0, WHOLE, NVIDIA)
     return parts[BLOCKS - 1]
 
 
@@ -113,12 +115,12 @@ def add_bands(
 @triton.jit
 def finish_bands(
     DValues, Units, Bands, end, carried, progress, done, j0, shift, first, last,
-    GROUPS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr,
+    GROUPS: tl.constexpr, QUERIES: tl.constexpr, WHOLE: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Adds what a walk left that ended before step `end`: its last bands, and those that wait for another tile."""
     turn = wait_for(progress, 0, NVIDIA)
     add_bands(DValues, Units, Bands, end - 1, turn, True, j0, shift, first, last, GROUPS, QUERIES, NVIDIA)
-    store_bands(Bands, end, tl.zeros([GROUPS * 16, QUERIES], tl.float32), carried, NVIDIA)
+    store_bands(Bands, end, tl.zeros([GROUPS * 16, QUERIES], tl.float32), carried, WHOLE, NVIDIA)
     publish(progress, done, NVIDIA)
     turn = wait_for(progress, 0, NVIDIA)
     add_bands(DValues, Units, Bands, end, turn, True, j0, shift, first, last, GROUPS, QUERIES, NVIDIA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from posattn.plan import Call, Profile
 from .attention import turned
 from .backward import attention_backward
 from .backward_bias import gradient_by_tile
-from .backward_distance import gradient_by_distance
 from .configs_backward import bias_tile, main_tile
 from .diagonals import bands_size
 from .operands import Arguments, Launch, common_arguments, k_max, padded, q_max, sequences, strides, unit_stride
@@ -21,6 +21,7 @@ from .sums import by_entry, row_scale_gradient, slope_gradient
 from .tiles import Tile
 from .units import units
 
+_BY_DISTANCE = frozenset(("table", "psi"))
 _LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
 _QUERIES, _KEYS = 2, 3
 
@@ -80,11 +81,11 @@ def backward(
     if "sinks" in needs and call.sinks is not None:
         grads["sinks"] = sink_gradient(call.sinks, lse, shared["Delta"])
     explicit = call.q_positions is not None
-    # With implicit positions the main pass has a table's gradient, and the walk along diagonals a profile's for less.
-    if needs & {"q", "k", "v", "slope"} or needs & (_LINES if explicit else {"table"}):
+    by_tile = needs & ({"dense", *_BY_DISTANCE} if explicit else {"dense"})
+    if needs - by_tile - {"sinks"}:
         grads.update(_gradients(call, shared, needs, launch, main_tile(arch, call)))
-    if needs & {"psi", "dense"} or needs & ({"table"} if explicit else _LINES):
-        grads.update(_bias_gradients(call, shared, needs, launch, bias_tile(arch, call)))
+    if by_tile:
+        grads.update(_bias_gradients(call, shared, by_tile, launch, bias_tile(arch, call)))
     if rotary is not None:
         for name, cos, sin in (("q", rotary.q_cos, rotary.q_sin), ("k", rotary.k_cos, rotary.k_sin)):
             if name in needs:
@@ -111,7 +112,7 @@ def band_range(call: Call, block: int) -> tuple[int, int]:
 def _gradients(
     call: Call, shared: dict[str, Any], needs: frozenset[str], launch: Launch, tile: Tile
 ) -> dict[str, Tensor]:
-    """Those of q, k and v, and of what adds up along rows: slopes, row scales and the lines of a profile."""
+    """Those of q, k and v, of slopes and profiles' lines and, over implicit distances, of tables and psi."""
     q, k, v, bias = call.q, call.k, call.v, call.plan.bias
     batch, heads, q_tokens, dim = q.shape
     kv_heads = k.shape[1]
@@ -125,35 +126,43 @@ def _gradients(
     dk, dv = grad_like(call, k), torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     dslope = zeros(count, heads, blocks) if "slope" in needs else None
     profile = bias.profile
-    # With implicit positions the walk along diagonals has these sums for less.
-    lines = call.q_positions is not None and bool(needs & _LINES)
+    lines = bool(needs & _LINES)
     drow_scale = zeros(batch, heads, q_tokens) if lines else None
     width = 0 if profile is None else profile.knots.shape[0] + 1
     dsegments = zeros(count, heads, blocks, 2, width) if lines else None
-    dtable = table_units = bands = None
-    beyond = tile.block_m + tile.block_n  # as bias_arguments pads tables
-    if "table" in needs and bias.table is not None and call.q_positions is None:
-        dtable = zeros(heads, bias.table.values.shape[1] + 2 * beyond, dtype=torch.int64)
-        table_units = units(call, shared)
-        size = bands_size(tile.block_n, tile.block_m)
-        bands = torch.empty((blocks * count * kv_heads, size), dtype=torch.float32, device=q.device)
+
+    # Sums by distance, of tables and psi padded as bias_arguments pads them.
+    beyond = tile.block_m + tile.block_n
+    by_distance: dict[str, Any] = dict.fromkeys(("DTable", "TableUnits", "TableBands", "DPsi", "PsiUnits", "PsiBands"))
+
+    def sum_by_distance(name: str, entries: Sequence[int], steepest: Tensor | float) -> None:
+        *rows, length = entries
+        bands = (blocks * count * kv_heads, bands_size(tile.block_n, tile.block_m))
+        by_distance["D" + name] = zeros(*rows, length + 2 * beyond, dtype=torch.int64)
+        by_distance[name + "Units"] = units(call, shared, steepest)
+        by_distance[name + "Bands"] = torch.empty(bands, dtype=torch.float32, device=q.device)
+
+    implicit = call.q_positions is None
+    if implicit and "table" in needs and bias.table is not None:
+        sum_by_distance("Table", bias.table.values.shape, 1.0)
+    if implicit and "psi" in needs and profile is not None:
+        sum_by_distance("Psi", profile.psi.shape, profile.slope.abs().max() * profile.row_scale.abs().max())
     values = {
         **shared,
         "DQ": dq,
         "DK": dk,
         "DV_": dv,
         "DSlope": dslope,
-        "DTable": dtable,
-        "TableUnits": table_units,
-        "Bands": bands,
+        **by_distance,
         "DRowScale": drow_scale,
         "DSegments": dsegments,
         "Ticket": zeros(1, dtype=torch.int32),
         "Progress": zeros(count, kv_heads, blocks, dtype=torch.int32),
         "num_sequences": count,
     }
+    whole = tile.block_n // 16 >= tile.num_warps
     arguments = common_arguments(call, tile.block_m, tile.block_n)
-    arguments = arguments.with_(values, {"HOIST": tile.hoist, "HIDE": tile.hide})
+    arguments = arguments.with_(values, {"HOIST": tile.hoist, "HIDE": tile.hide, "WHOLE": whole})
     arguments.launch_with(launch, attention_backward, (blocks * count * kv_heads,), tile.num_warps, tile.num_stages)
 
     # With rotary still to be turned back, dq stays float32 so that it is rounded once.
@@ -161,9 +170,12 @@ def _gradients(
     grads = {"q": dq if call.plan.rotary is not None else dq.to(q.dtype), "k": dk, "v": dv}
     if dslope is not None and bias.slope is not None:
         grads["slope"] = slope_gradient(call, bias.slope, dslope.sum(2))
-    if dtable is not None and table_units is not None and bias.table is not None:
-        sums = (dtable.double() / table_units).float()
+    if by_distance["DTable"] is not None and bias.table is not None:
+        sums = (by_distance["DTable"].double() / by_distance["TableUnits"]).float()
         grads["table"] = by_entry(sums, bias.table.first - beyond, bias.table.first, bias.table.values.shape[1])
+    if by_distance["DPsi"] is not None and profile is not None:
+        sums = (by_distance["DPsi"].double() / by_distance["PsiUnits"]).float()
+        grads["psi"] = by_entry(sums[None], profile.first - beyond, profile.first, profile.psi.shape[0])[0]
     if dsegments is not None and drow_scale is not None and profile is not None:
         grads.update(_line_gradients(call, profile, drow_scale, dsegments.sum((0, 2))))
     return grads
@@ -204,81 +216,53 @@ def _bias_gradients(
     arguments = common_arguments(call, tile.block_m, tile.block_n)
     arguments = arguments.with_({**shared, "num_sequences": sequences(call)}, {})
     grads: dict[str, Tensor] = {}
-    explicit = call.q_positions is not None
-    by_distance = needs & ({"table", "psi"} if explicit else {"psi"})
-    lines = bool(needs & _LINES) and not explicit
-    if (by_distance or lines) and not explicit:
-        block = tile.block_n
-        first_corner, bands = band_range(call, block)
-        shape = (heads, bands, 2 * block)
-        psi = torch.empty(shape, dtype=torch.float32, device=device) if "psi" in needs else None
-        values = {"DPsi": psi, "first_corner": first_corner}
-        rows = segments = None
-        if lines and bias.profile is not None:
-            rows = torch.zeros((q.shape[0], heads, q_tokens), dtype=torch.int64, device=device)
-            width = bias.profile.knots.shape[0] + 1
-            segments = torch.zeros((heads, bands, 2, width), dtype=torch.float32, device=device)
-            values["RowUnits"] = units(call, shared, bias.profile.slope.abs().max() * bias.profile.psi.abs().max())
-        values.update(DRowScale=rows, DSegments=segments)
-        values.setdefault("RowUnits", None)
-        arguments.with_(values, {}).launch_with(
-            launch, gradient_by_distance, (bands, heads), tile.num_warps, tile.num_stages
-        )
-        if rows is not None and segments is not None and bias.profile is not None:
-            by_row = (rows.double() / values["RowUnits"]).float()
-            grads.update(_line_gradients(call, bias.profile, by_row, segments.sum(1)))
-        start = first_corner - block
-        if psi is not None and bias.profile is not None:
-            folded = fold_bands(psi, block).sum(0, keepdim=True)
-            grads["psi"] = by_entry(folded, start, bias.profile.first, bias.profile.psi.shape[0])[0]
-    scatter = explicit and bool(by_distance)
-    if scatter or "dense" in needs:
-        dense = bias.dense.bias if bias.dense is not None and "dense" in needs else None
-        out_batches = sequences(call) if scatter or dense is None else dense.shape[0]
-        out_heads = heads if scatter or dense is None else dense.shape[1]
-        if call.mask.cu_seqlens_q is not None:
-            out_batches = sequences(call)
-        target, summed = None, None
-        if dense is not None:
-            packed = call.mask.cu_seqlens_q is not None
-            summed = summed_over(dense, q_tokens, k_tokens)
-            shape = [1 if packed else out_batches, out_heads, q_tokens, k_tokens]
-            if summed is not None:
-                shape[summed] = 1
-            create = torch.zeros if packed or summed is not None else torch.empty
-            dtype = torch.float32 if summed is None else torch.int64
-            target = create(shape, dtype=dtype, device=device)
-        values = {
-            "DDense": target if summed is None else None,
-            "DSums": None if summed is None else target,
-            "SumUnits": None if summed is None else units(call, shared),
-            "stride_gdb": 0 if target is None else target.stride(0),
-            "stride_gdh": 0 if target is None else target.stride(1),
-            "out_heads": out_heads,
-            "batches_each": sequences(call) // out_batches,
-            "heads_each": heads // out_heads,
-            **dict.fromkeys(("DTable", "DPsi", "TableUnits", "PsiUnits")),
-        }
-        if scatter and "table" in needs and bias.table is not None:
-            values["DTable"] = torch.zeros(bias.table.values.shape, dtype=torch.int64, device=device)
-            values["TableUnits"] = units(call, shared)
-        if scatter and "psi" in needs and bias.profile is not None:
-            values["DPsi"] = torch.zeros(bias.profile.psi.shape, dtype=torch.int64, device=device)
-            steepest = bias.profile.slope.abs().max() * bias.profile.row_scale.abs().max()
-            values["PsiUnits"] = units(call, shared, steepest)
-        if values["DTable"] is not None:
-            # The table is read through the same stride as its gradient is written.
-            values["Table"] = arguments.values["Table"].contiguous()
-            values["stride_table_h"] = values["DTable"].stride(0)
-        tiles = -(-q_max(call) // tile.block_m) * -(-k_max(call) // tile.block_n)
-        arguments.with_(values, {"OVER_QUERIES": summed == _QUERIES}).launch_with(
-            launch, gradient_by_tile, (tiles * out_heads * out_batches,), tile.num_warps, tile.num_stages
-        )
-        if target is not None and dense is not None:
-            total = target if summed is None else (target.double() / values["SumUnits"]).float()
-            grads["dense"] = total.sum_to_size(dense.shape)
-        if values["DTable"] is not None:
-            grads["table"] = (values["DTable"].double() / values["TableUnits"]).float()
-        if values["DPsi"] is not None:
-            grads["psi"] = (values["DPsi"].double() / values["PsiUnits"]).float()
+    scatter = bool(needs & _BY_DISTANCE)
+    dense = bias.dense.bias if bias.dense is not None and "dense" in needs else None
+    out_batches = sequences(call) if scatter or dense is None else dense.shape[0]
+    out_heads = heads if scatter or dense is None else dense.shape[1]
+    if call.mask.cu_seqlens_q is not None:
+        out_batches = sequences(call)
+    target, summed = None, None
+    if dense is not None:
+        packed = call.mask.cu_seqlens_q is not None
+        summed = summed_over(dense, q_tokens, k_tokens)
+        shape = [1 if packed else out_batches, out_heads, q_tokens, k_tokens]
+        if summed is not None:
+            shape[summed] = 1
+        create = torch.zeros if packed or summed is not None else torch.empty
+        dtype = torch.float32 if summed is None else torch.int64
+        target = create(shape, dtype=dtype, device=device)
+    values: dict[str, Any] = {
+        "DDense": target if summed is None else None,
+        "DSums": None if summed is None else target,
+        "SumUnits": None if summed is None else units(call, shared),
+        "stride_gdb": 0 if target is None else target.stride(0),
+        "stride_gdh": 0 if target is None else target.stride(1),
+        "out_heads": out_heads,
+        "batches_each": sequences(call) // out_batches,
+        "heads_each": heads // out_heads,
+        **dict.fromkeys(("DTable", "DPsi", "TableUnits", "PsiUnits")),
+    }
+    if scatter and "table" in needs and bias.table is not None:
+        values["DTable"] = torch.zeros(bias.table.values.shape, dtype=torch.int64, device=device)
+        values["TableUnits"] = units(call, shared)
+    if scatter and "psi" in needs and bias.profile is not None:
+        values["DPsi"] = torch.zeros(bias.profile.psi.shape, dtype=torch.int64, device=device)
+        steepest = bias.profile.slope.abs().max() * bias.profile.row_scale.abs().max()
+        values["PsiUnits"] = units(call, shared, steepest)
+    if values["DTable"] is not None:
+        # The table is read through the same stride as its gradient is written.
+        values["Table"] = arguments.values["Table"].contiguous()
+        values["stride_table_h"] = values["DTable"].stride(0)
+    tiles = -(-q_max(call) // tile.block_m) * -(-k_max(call) // tile.block_n)
+    arguments.with_(values, {"OVER_QUERIES": summed == _QUERIES}).launch_with(
+        launch, gradient_by_tile, (tiles * out_heads * out_batches,), tile.num_warps, tile.num_stages
+    )
+    if target is not None and dense is not None:
+        total = target if summed is None else (target.double() / values["SumUnits"]).float()
+        grads["dense"] = total.sum_to_size(dense.shape)
+    if values["DTable"] is not None:
+        grads["table"] = (values["DTable"].double() / values["TableUnits"]).float()
+    if values["DPsi"] is not None:
+        grads["psi"] = (values["DPsi"].double() / values["PsiUnits"]).float()
     return grads
