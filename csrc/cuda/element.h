@@ -37,7 +37,7 @@ __device__ __forceinline__ Element from_float(float x) {
   return static_cast<Element>(pack(x, 0.0f));
 }
 
-// d [16, 8] += a [16, 16] b [16, 8]; ptx.h has the fragments.
+// d [16, 8] += a [16, 16] b [16, 8]; ptx_mma.h has the fragments.
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (BF16) {
     ptx::mma_m16n8k16_bf16(d, a, b0, b1);

@@ -19,7 +19,7 @@ from .mutants import Mutant
 _PATH = Path(__file__).with_name("survivors.json")
 _ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = (_ROOT / "kernels", _ROOT / "csrc" / "cuda")
-_WRAPPERS = ("ptx.h", "ptx_sm90.h")
+_WRAPPERS = ("ptx.h", "ptx_memory.h", "ptx_mma.h", "ptx_sm90.h")
 _FILE = re.compile(r"\s*\.file\s+(\d+)\s+\"([^\"]*)\"")
 _LOCATION = re.compile(r"\s*\.loc\s+(\d+) (\d+) \d+(?:,.*inlined_at (\d+) (\d+))?")
 
