@@ -2,8 +2,8 @@
 // run beside it, with operands in shared memory; and bulk copies, whose bytes an mbarrier counts.
 //
 // wgmma m64nNk16: D [64, N] += A [64, 16] B [16, N]. Warp w of the warpgroup holds rows 16 w .. 16 w + 15 of D, and of
-// A if A is in registers, in the fragments of mma.m16n8k16 (ptx_mma.h), N / 8 of them side by side. A tile in shared memory
-// is given by a descriptor, see descriptor().
+// A if A is in registers, in the fragments of mma.m16n8k16 (ptx_mma.h), N / 8 of them side by side. A tile in shared
+// memory is given by a descriptor, see descriptor().
 #pragma once
 #include "ptx.h"
 
