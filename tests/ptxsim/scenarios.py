@@ -78,7 +78,7 @@ _DECODE = (
     _Case(15, 330), _Case(13, 460, 150.0), _Case(2, 10), _Case(3, 20), _Case(9, 40), _Case(14, 60),
     _Case(15, 70, 150.0), _Case(7, 84), _Case(11, 106), _Case(5, 124), _Case(10, 140), _Case(6, 150), _Case(8, 237),
     _Case(13, 250), _Case(12, 290), _Case(1, 1), _Case(3, 65), _Case(16, 64), _Case(15, 9), _Case(15, 611),
-    _Case(3, 4110), _Case(2, 4105, 150.0), _Case(6, 1050), _Case(1, 8490), _Case(1, 9220),
+    _Case(3, 4096), _Case(2, 4096, 150.0), _Case(6, 1024), _Case(1, 8448), _Case(1, 9216),
 )  # fmt: skip
 # Rows that end in every row of a tile, a block with a single key, and logits that move the rows' references.
 _MIX = (
