@@ -19,7 +19,7 @@ from .mutants import Mutant
 _PATH = Path(__file__).with_name("survivors.json")
 _ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = (_ROOT / "kernels", _ROOT / "csrc" / "cuda")
-_WRAPPERS = ("ptx.h", "ptx_memory.h", "ptx_mma.h", "ptx_sm90.h")
+_WRAPPERS = re.compile(r"ptx(_\w+)?\.h")
 _FILE = re.compile(r"\s*\.file\s+(\d+)\s+\"([^\"]*)\"")
 _LOCATION = re.compile(r"\s*\.loc\s+(\d+) (\d+) \d+(?:,.*inlined_at (\d+) (\d+))?")
 
@@ -34,7 +34,7 @@ def _place(ptx: list[str], line: int) -> str:
         for file, number in ((found[1], found[2]), (found[3], found[4])) if found else ():
             name = files.get(file, "")
             source = next((folder / name for folder in _SOURCES if name and (folder / name).exists()), None)
-            if source and name not in _WRAPPERS and int(number) > 0:
+            if source and not _WRAPPERS.fullmatch(name) and int(number) > 0:
                 return f"{name}: {source.read_text().splitlines()[int(number) - 1].strip()}"
     return ""
 
