@@ -5,9 +5,9 @@
 // keeps a softmax and an output of its own over its 16 keys of every tile; they are joined at the end. Rows belong to
 // several heads, so biases are gathered one logit at a time: 8 GROUPS a lane and tile, far less than the tile's bytes
 // take.
+#include "decode_row.h"
 #include "dropout.h"
 #include "load.h"
-#include "logits.h"
 #include "rotary.h"
 #include "softmax.h"
 
@@ -31,42 +31,6 @@ static_assert(SHARED_BYTES >= WARPS * (PART + 2 * BLOCK_M) * 4);
 static_assert(BLOCK_N == 16 * WARPS && THREADS == WARPS * WARP && STAGES >= 2);
 
 extern __shared__ __align__(128) unsigned char shared[];
-
-// One row of the packed tile. Rows past the last one repeat it and are not stored.
-struct Row {
-  int i;
-  int h;
-  RowBias bias;
-  int64_t dense = 0;
-  int64_t boolean = 0;
-
-  __device__ __forceinline__ void start(const ForwardParams& p, const Sequence& s, int kv, int r) {
-    const int row = min(r, s.q_len * p.shape.group - 1);
-    i = row / p.shape.group;
-    h = kv * p.shape.group + row % p.shape.group;
-    bias.start(p.bias, p.positions, s, s.batch, h, i);
-    if constexpr (DENSE != NO_DENSE) {
-      dense = pair_offset(p.bias.dense_strides, s.batch, h, s.q_start + i, s.k_start);
-    }
-    if constexpr (HAS_BOOLEAN) {
-      boolean = pair_offset(p.mask.boolean_strides, s.batch, h, s.q_start + i, s.k_start);
-    }
-  }
-
-  // The logit towards key j at position `key` from the dot product x; j_in is j, or the last key where j lies past it.
-  __device__ __forceinline__ float logit(const ForwardParams& p, const Sequence& s, float x, int j, int j_in,
-                                         int64_t key) const {
-    if constexpr (NATURAL) {
-      x *= p.scale;
-      if constexpr (HAS_SOFTCAP) x = capped(x, p.softcap);
-      if constexpr (BY_DISTANCE) x += bias.at(p.bias, key);
-      if constexpr (DENSE != NO_DENSE) x += dense_at(p.bias.dense, dense + j_in * p.bias.dense_strides.key);
-    }
-    bool visible = Allowed(s, p.mask, i, 0)(j);
-    if constexpr (HAS_BOOLEAN) visible &= p.mask.boolean[boolean + j_in * p.mask.boolean_strides.key] != 0;
-    return visible ? x : -infinity();
-  }
-};
 
 struct Decode {
   const ForwardParams& p;
