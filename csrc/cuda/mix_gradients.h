@@ -7,6 +7,19 @@
 
 namespace posattn::mix {
 
+// Of a lane's elements (n, e) of a transposed tile, by distance: (n - (e >> 1) + 1, e & 1).
+using ByDistance = float[N8 + 1][2];
+
+// f(x, c, step) for the entries [x][c] of a ByDistance; step: how much more than the first element's that distance is.
+template <class F>
+__device__ __forceinline__ void for_distances(F f) {
+#pragma unroll
+  for (int x = 0; x <= N8; ++x) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) f(x, c, 8 * (x - 1) + c);
+  }
+}
+
 // sums[at] += x
 __device__ __forceinline__ void add_sum(void* sums, int64_t at, float x, const float* units) {
   if constexpr (ORDERED) {

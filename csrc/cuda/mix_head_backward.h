@@ -71,7 +71,7 @@ struct HeadWarp {
     keep_rows<HEAD_DIM>(kept, keys, of.j0, lane);
     keep_rows<HEAD_DIM_V>(kept + K_BYTES, values, of.j0, lane);
     RowFragments<HEAD_DIM, 2> turned;
-    turned.template load<false>(runs, of.j0, lane);
+    turned.load(runs, of.j0, lane);
 #pragma unroll
     for (int m = 0; m < HEAD_DIM / 16; ++m) {
       ptx::st_shared_v4(kept + K_BYTES + V_BYTES + (m * WARP + lane.lane) * 16,
@@ -81,23 +81,9 @@ struct HeadWarp {
     ptx::bar_warp_sync();
   }
 
-  // f(x, c, step) for the distances of the lane's elements, first_distance() + step: (n, e) has x = n - (e >> 1) + 1
-  // and c = e & 1.
-  template <class F>
-  __device__ static __forceinline__ void for_distances(F f) {
-#pragma unroll
-    for (int x = 0; x <= N8; ++x) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) f(x, c, 8 * (x - 1) + c);
-    }
-  }
-
   __device__ __forceinline__ float first_distance(int i0) const {
     return static_cast<float>(query(i0, 0, 0) + sequence.shift() - key(0));
   }
-
-  // Of elements (n, e), by distance: (n - (e >> 1) + 1, e & 1).
-  using ByDistance = float[N8 + 1][2];
 
   // The gradient of the inner bias to its operands, summed by distance first where it can be. Past the ends it is zero.
   __device__ __forceinline__ void add_inner(const Tile& g, int i0) {

@@ -24,16 +24,8 @@ struct Rows {
         stride(static_cast<int>(strides.token) * 2),
         last(length - 1) {}
 
-  __device__ __forceinline__ Rows from_column(int column) const {
-    Rows moved = *this;
-    moved.from += 2 * column;
-    return moved;
-  }
-
-  // INSIDE: row i is known to exist.
-  template <bool INSIDE = false>
   __device__ __forceinline__ const Element* row(int i) const {
-    return reinterpret_cast<const Element*>(from + static_cast<int64_t>(INSIDE ? i : min(i, last)) * stride);
+    return reinterpret_cast<const Element*>(from + static_cast<int64_t>(min(i, last)) * stride);
   }
 };
 
@@ -144,13 +136,12 @@ struct RowFragments {
   uint4 wide[COUNT][2][WIDE ? WIDE : 1];
   uint2 narrow[COUNT][2][NARROW ? NARROW : 1];
 
-  template <bool INSIDE>
   __device__ __forceinline__ void load(const Rows& rows, int j0, const Lane& lane) {
 #pragma unroll
     for (int c = 0; c < COUNT; ++c) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const Element* row = rows.row<INSIDE>(j0 + 8 * c + 2 * lane.t + e);
+        const Element* row = rows.row(j0 + 8 * c + 2 * lane.t + e);
 #pragma unroll
         for (int b = 0; b < WIDE; ++b) wide[c][e][b] = *reinterpret_cast<const uint4*>(row + 64 * b);
         if constexpr (NARROW) {
