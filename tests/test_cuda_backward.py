@@ -16,7 +16,7 @@ import posattn
 
 pytest.importorskip("cuda.core")
 
-from posattn.backends import cpu, cuda, cuda_backward, cuda_backward_tiles
+from posattn.backends import cpu, cuda, cuda_backward_operands, cuda_backward_tiles
 from posattn.kernels.sums import by_entry
 from tests.ptxsim.kernel import Options
 from tests.ptxsim.seam import behind_launch
@@ -195,8 +195,8 @@ def test_ordered_sums_do_not_depend_on_the_order_of_blocks_and_warps(options):
 def test_many_short_documents_beside_a_long_one_share_sums_by_distance(monkeypatch):
     """Else there would be a sum for each distance of the longest document and each document."""
     kept = []
-    sums = cuda_backward._sums
-    monkeypatch.setattr(cuda_backward, "_sums", lambda of: kept.append(sums(of)) or kept[-1])
+    sums = cuda_backward_operands.sums
+    monkeypatch.setattr(cuda_backward_operands, "sums", lambda of: kept.append(sums(of)) or kept[-1])
     cu_seqlens = torch.cat([torch.tensor([0, 300]), torch.arange(301, 381)]).int()
     tokens = int(cu_seqlens[-1])
     packed = {"causal": True, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
