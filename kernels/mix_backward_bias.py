@@ -22,10 +22,16 @@ def _entry(t, first, last):
     return tl.minimum(tl.maximum(t.pi - t.pj, first), last) - first
 
 
+@triton.jit
+def _add_units(to, sums, Units, inside):
+    """Adds float32 `sums` to integers, so that the order of additions does not matter."""
+    tl.atomic_add(to, (sums * tl.load(Units)).to(tl.int64), mask=inside, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def mixed_gradient_by_tile(
-    Q, K, V, GradOut, Lse2, Delta, DTable, DPsi, DDense, TableUnits, PsiUnits, stride_gdb, stride_gdh, stride_gt,
-    first_corner, num_sequences, batches_each,
+    Q, K, V, GradOut, Lse2, Delta, DTable, DPsi, DDense, TableUnits, PsiUnits, DenseUnits,
+    stride_gdb, stride_gdh, stride_gt, first_corner, num_sequences, batches_each,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_gb, stride_gh,
     scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
     Slope, stride_slope_b,
@@ -43,12 +49,13 @@ def mixed_gradient_by_tile(
     QPositions, stride_qpos, KPositions, stride_kpos,
     Boolean, stride_bb, stride_bh, stride_bi, stride_bj,
     KLengths, CuQ, CuK, left, right, threshold, keep_scale, seed_lo, seed_hi,
-    ALONG_DIAGONAL: tl.constexpr, OF_INNER: tl.constexpr, SHARED_HEADS: tl.constexpr,
+    ALONG_DIAGONAL: tl.constexpr, OF_INNER: tl.constexpr, SHARED_HEADS: tl.constexpr, SUMMED: tl.constexpr,
     FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """ALONG_DIAGONAL: DTable [H, bands, 2 * BLOCK] and DPsi [bands, 2 * BLOCK] as in gradient_by_distance. Else
     DDense [B or 1, H or 1, Tq, Tk] (SHARED_HEADS sums over heads), and, zeroed, int64, DTable [H, L] and DPsi [L] of
-    explicit positions, times TableUnits and PsiUnits ([1], powers of 2)."""
+    explicit positions, times TableUnits and PsiUnits ([1], powers of 2); and so DDense [.., Tk] or [.., Tq], times
+    DenseUnits, where the kernel sums over queries (SUMMED = 2) or keys (SUMMED = 3)."""
     pid = tl.program_id(0)
     GROUPS: tl.constexpr = FORM.groups
     GROUP: tl.constexpr = FORM.group
@@ -164,16 +171,28 @@ def mixed_gradient_by_tile(
         i = tile_i0 + tl.arange(0, BLOCK_M)
         j = tile_j0 + c
         base = DDense + seq.b.to(tl.int64) * stride_gdb
+        i_in, j_in = i < i_end, j < j_end
         at = (seq.q_start + i).to(tl.int64)[:, None] * k_tokens + (seq.k_start + j)[None, :]
-        inside = (i < i_end)[:, None] & (j < j_end)[None, :]
+        inside = i_in[:, None] & j_in[None, :]
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for g in tl.static_range(GROUPS):
             head = g * FORM.group + tl.arange(0, FORM.group)
-            real = (head < num_heads)[:, None, None]
+            real = head < num_heads
             if SHARED_HEADS:
-                total += tl.sum(tl.where(real, by_head[g], 0.0), 0)
+                total += tl.sum(tl.where(real[:, None, None], by_head[g], 0.0), 0)
+            elif SUMMED == 2:
+                to = (head * stride_gdh)[:, None] + (seq.k_start + j)[None, :]
+                _add_units(base + to, tl.sum(by_head[g], 1), DenseUnits, real[:, None] & j_in[None, :])
+            elif SUMMED == 3:
+                to = (head * stride_gdh)[:, None] + (seq.q_start + i)[None, :]
+                _add_units(base + to, tl.sum(by_head[g], 2), DenseUnits, real[:, None] & i_in[None, :])
             else:
                 heads_at = (head * stride_gdh)[:, None, None] + at[None, :, :]
-                tl.store(base + heads_at, by_head[g], mask=real & inside[None, :, :])
+                tl.store(base + heads_at, by_head[g], mask=real[:, None, None] & inside[None, :, :])
         if SHARED_HEADS:
-            tl.store(base + at, total, mask=inside)
+            if SUMMED == 2:
+                _add_units(base + seq.k_start + j, tl.sum(total, 0), DenseUnits, j_in)
+            elif SUMMED == 3:
+                _add_units(base + seq.q_start + i, tl.sum(total, 1), DenseUnits, i_in)
+            else:
+                tl.store(base + at, total, mask=inside)

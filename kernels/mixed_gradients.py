@@ -18,6 +18,7 @@ from .gradients import (
     grad_like,
     row_statistics,
     sink_gradient,
+    summed_over,
 )
 from .mix_backward_bias import mixed_gradient_by_tile
 from .mix_backward_kv import mixed_backward_kv
@@ -182,9 +183,9 @@ def _bias_gradients(
     profile = bias.profile if prefix + "psi" in needs else None
     dense = bias.dense.bias if bias.dense is not None and prefix + "dense" in needs else None
     floats = {"dtype": torch.float32, "device": q.device}
-    nothing = dict.fromkeys(("DTable", "DPsi", "DDense", "TableUnits", "PsiUnits"))
+    nothing = dict.fromkeys(("DTable", "DPsi", "DDense", "TableUnits", "PsiUnits", "DenseUnits"))
     nothing.update(dict.fromkeys(("stride_gdb", "stride_gdh", "stride_gt", "first_corner", "batches_each"), 0))
-    constants = {"OF_INNER": bool(prefix), "SHARED_HEADS": False}
+    constants = {"OF_INNER": bool(prefix), "SHARED_HEADS": False, "SUMMED": 0}
     grads: dict[str, Tensor] = {}
     if (table is not None or profile is not None) and not explicit:
         block = tile.block_n
@@ -209,11 +210,14 @@ def _bias_gradients(
     scatter = explicit and (table is not None or profile is not None)
     if scatter or dense is not None:
         out_batches = sequences(call) if scatter or packed or dense is None else dense.shape[0]
-        target = None
+        target, summed = None, None
         if dense is not None:
-            shape = (1 if packed else out_batches, dense.shape[1], q_tokens, k_tokens)
-            target = torch.zeros(shape, **floats)
-            constants["SHARED_HEADS"] = dense.shape[1] == 1
+            summed = summed_over(dense, q_tokens, k_tokens)
+            shape = [1 if packed else out_batches, dense.shape[1], q_tokens, k_tokens]
+            if summed is not None:
+                shape[summed] = 1
+            target = torch.zeros(shape, dtype=torch.float32 if summed is None else torch.int64, device=q.device)
+            constants.update(SHARED_HEADS=dense.shape[1] == 1, SUMMED=summed or 0)
         values = {
             **nothing,
             "DDense": target,
@@ -223,6 +227,8 @@ def _bias_gradients(
             "batches_each": sequences(call) // out_batches,
         }
         most = _most_into_inner(mix, heads) if prefix else 1.0
+        if summed is not None:
+            values["DenseUnits"] = units(call, arguments.values, most)
         if scatter and table is not None:
             values["DTable"] = torch.zeros(table.values.shape, dtype=torch.int64, device=q.device)
             values["TableUnits"] = units(call, arguments.values, most)
@@ -235,7 +241,8 @@ def _bias_gradients(
             launch, mixed_gradient_by_tile, (tiles * out_batches,), tile.num_warps, tile.num_stages
         )
         if target is not None and dense is not None:
-            grads["dense"] = target.sum_to_size(dense.shape)
+            total = target if summed is None else (target.double() / values["DenseUnits"]).float()
+            grads["dense"] = total.sum_to_size(dense.shape)
         for name, sums, unit in (("table", "DTable", "TableUnits"), ("psi", "DPsi", "PsiUnits")):
             if values[sums] is not None:
                 grads[name] = (values[sums].double() / values[unit]).float()

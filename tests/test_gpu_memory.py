@@ -23,7 +23,12 @@ from posattn.check import examples, positions_for
 HEADS, DIM, TOKENS = 2, 64, 2048
 # A bias of one's own that broadcasts over queries, or over keys. (RelativeTable2D is a dense bias of T x T entries.)
 BIASES = ("bias of keys", "bias of queries")
-NAMES = ["none", *BIASES, *(name for name in examples(HEADS, DIM, 64) if name != "RelativeTable2D")]
+NAMES = [
+    "none",
+    *BIASES,
+    *(f"DAPE, {name}" for name in BIASES),
+    *(name for name in examples(HEADS, DIM, 64) if name != "RelativeTable2D"),
+]
 
 
 class Peak(TorchDispatchMode):
@@ -72,11 +77,11 @@ def taken(monkeypatch: pytest.MonkeyPatch, backend: str, name: str, tokens: int,
 
         return run
 
-    position = examples(HEADS, DIM, tokens).get(name)
+    position = examples(HEADS, DIM, tokens).get(name.split(", ")[0])
     options: dict[str, Any] = {"causal": True, "deterministic": deterministic}
     options.update(positions_for(position, tokens, tokens))
-    if name in BIASES:
-        shape = (1, tokens) if name == "bias of keys" else (tokens, 1)
+    if name.endswith(BIASES):
+        shape = (1, tokens) if name.endswith("keys") else (tokens, 1)
         options["bias"] = torch.zeros(1, HEADS, *shape, requires_grad=True)
     q, k, v = (torch.randn(1, HEADS, tokens, DIM, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     with monkeypatch.context() as patched:

@@ -1,8 +1,6 @@
 // Gradients of a bias's operands, added up in global memory over all blocks of keys.
-//
-// Additions come in any order. ORDERED: sums are integers then, in units so small that nothing is lost, and the order
-// does not matter.
 #pragma once
+#include "global_sums.h"
 #include "mix_bias.h"
 
 namespace posattn::mix {
@@ -20,24 +18,16 @@ __device__ __forceinline__ void for_distances(F f) {
   }
 }
 
-// sums[at] += x
-__device__ __forceinline__ void add_sum(void* sums, int64_t at, float x, const float* units) {
-  if constexpr (ORDERED) {
-    ptx::red_add(static_cast<int64_t*>(sums) + at, __float2ll_rn(x * *units));
-  } else {
-    ptx::red_add(static_cast<float*>(sums) + at, x);
-  }
-}
-
 // Adds the gradient g of one logit to what it depends on; returns what the slope's sum takes. row: the query's, padded.
 template <class Kind>
 __device__ __forceinline__ float add_gradient(const BiasGradParams& to, const BiasParams& p, int batch, int h,
                                               int64_t row, const Pair& at, float g) {
   const int64_t d = at.distance();
+  const auto add = [&](void* sums, int64_t entry, float x) { GlobalSums(sums, to.units).add(entry, x); };
   if constexpr (Kind::TABLE) {
     if (to.table) {
       const int64_t entries = p.table_last - p.table_first + 1;
-      add_sum(to.table, h * entries + RowBias::clamped(d, p.table_first, p.table_last), g, to.units);
+      add(to.table, h * entries + RowBias::clamped(d, p.table_first, p.table_last), g);
     }
   }
   if constexpr (Kind::PROFILE) {
@@ -45,16 +35,16 @@ __device__ __forceinline__ float add_gradient(const BiasGradParams& to, const Bi
     const float psi = p.psi[entry], scale = p.row_scale[RowBias::clamped(at.query, p.row_first, p.row_last)];
     const int segment = segment_of(p, psi * scale);
     const float steep = p.segment_slope[h * (p.num_knots + 1) + segment];
-    if (to.psi) add_sum(to.psi, entry, g * steep * scale, to.units);
+    if (to.psi) add(to.psi, entry, g * steep * scale);
     if (to.row_scale) {
       const int line = h * 2 * (p.num_knots + 1) + segment;
-      add_sum(to.row_scale, row, g * steep * psi, to.units);
-      add_sum(to.segments, line, g, to.units);
-      add_sum(to.segments, line + p.num_knots + 1, g * psi * scale, to.units);
+      add(to.row_scale, row, g * steep * psi);
+      add(to.segments, line, g);
+      add(to.segments, line + p.num_knots + 1, g * psi * scale);
     }
   }
   if constexpr (Kind::DENSE_TYPE != NO_DENSE) {
-    if (to.dense) add_sum(to.dense, pair_offset(to.dense_strides, batch, h, at.i, at.j), g, to.units);
+    if (to.dense) add(to.dense, pair_offset(to.dense_strides, batch, h, at.i, at.j), g);
   }
   return Kind::SLOPE ? -g * static_cast<float>(Kind::SIGN || d >= 0 ? d : -d) : 0.0f;
 }

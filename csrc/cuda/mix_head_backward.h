@@ -104,8 +104,9 @@ struct HeadWarp {
       });
       if constexpr (HAS_SLOPE) inner_slope -= fmaf(total, d0, moment);
       if (HAS_TABLE && p.dinner.table) {
-        for_distances(
-            [&](int x, int c, int step) { add_sum(p.dinner.table, diagonal + step, sums[x][c], p.dinner.units); });
+        for_distances([&](int x, int c, int step) {
+          GlobalSums(p.dinner.table, p.dinner.units).add(diagonal + step, sums[x][c]);
+        });
       }
     }
   }

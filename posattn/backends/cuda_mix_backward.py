@@ -11,9 +11,10 @@ from posattn.backends import cuda_operands as operands
 from posattn.backends.cuda_forward import run, turned
 from posattn.backends.cuda_mix import MixTile
 from posattn.backends.cuda_operands import Members
+from posattn.backends.strides import steps
 from posattn.kernels.operands import k_max, q_max, sequences
 from posattn.kernels.sums import by_entry, slope_gradient
-from posattn.kernels.units import units
+from posattn.kernels.units import bias_units
 from posattn.plan import Bias, Call, HeadMix
 
 _LOG2E = 1.4426950408889634
@@ -112,8 +113,8 @@ def backward(
     outer = _bias_sums(call, call.plan.bias, "", needs, slots, values["outer"])
     if call.deterministic:
         through = 1.0 + (mix.w2.float().abs() @ mix.w1.float().abs()).max()  # what the MLP can make of a gradient
-        inner["units"] = _units(call, mix.inner, grad_out, delta) / through
-        outer["units"] = _units(call, call.plan.bias, grad_out, delta)
+        inner["units"] = bias_units(call, mix.inner, grad_out, delta) / through
+        outer["units"] = bias_units(call, call.plan.bias, grad_out, delta)
         results["turns"] = torch.zeros(1 + heads * rows // _QUERIES, dtype=torch.int32, device=device)
     values.update({"k": k, "v": v, "k_strides": operands.strides(k), "v_strides": operands.strides(v), **results})
     values["tiles"] = cuda_mix_rows.tiles(call, q, grad, minus_lse2, -delta)
@@ -153,17 +154,6 @@ def backward(
     return {name: grads[name].contiguous() for name in needs}
 
 
-def _units(call: Call, bias: Bias, grad_out: Tensor, delta: Tensor) -> Tensor:
-    """[1]: the integers that sums of `bias`'s operands count are this many to 1."""
-    factor = torch.ones((), device=delta.device)
-    if bias.profile is not None:
-        profile = bias.profile
-        psi, scale = profile.psi.float().abs().max(), profile.row_scale.float().abs().max()
-        steep = profile.slope.float().abs().max()
-        factor = torch.stack([factor, psi * scale, psi * steep, scale * steep]).max()
-    return units(call, {"GradOut": grad_out, "Delta": delta}, factor)
-
-
 def _bias_sums(
     call: Call,
     bias: Bias,
@@ -193,16 +183,14 @@ def _bias_sums(
         sums["row_scale"] = zeros(cuda_mix_rows.padded_count(call))
         sums["segments"] = zeros(heads, 2, bias.profile.knots.shape[0] + 1)
     if "dense" in wanted and bias.dense is not None:
-        sums["dense"] = zeros(*bias.dense.bias.shape[:2], call.q.shape[2], call.k.shape[2])
+        sums["dense"] = zeros(*bias.dense.bias.shape)
     return sums
 
 
 def _with_strides(sums: Members) -> Members:
     if "dense" not in sums:
         return sums
-    dense: Tensor = sums["dense"]
-    steps = (0 if size == 1 else step for size, step in zip(dense.shape, dense.stride()))
-    return {**sums, "dense_strides": dict(zip(("batch", "head", "query", "key"), steps))}
+    return {**sums, "dense_strides": dict(zip(("batch", "head", "query", "key"), steps(sums["dense"])))}
 
 
 def _bias_gradients(
@@ -225,6 +213,6 @@ def _bias_gradients(
     if "segments" in sums and bias.profile is not None:
         grads["profile_intercept"], grads["profile_slope"] = sums["segments"].unbind(1)
         grads["row_scale"] = gradients.row_scale(call, bias.profile, sums["row_scale"], _QUERIES)
-    if "dense" in sums and bias.dense is not None:
-        grads["dense"] = sums["dense"].sum_to_size(bias.dense.bias.shape)
+    if "dense" in sums:
+        grads["dense"] = sums["dense"]
     return {prefix + name: grad for name, grad in grads.items()}
