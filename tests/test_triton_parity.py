@@ -59,6 +59,10 @@ CASES = {
         BF16, {"heads": 1, "kv_heads": 1, "dim": 200, "dim_v": 256, "q_len": 40, "k_len": 70},
         lambda: posattn.Kerple(1), lambda: {"causal": True},
     ),
+    "profile and dense, wide heads": (
+        BF16, {"heads": 1, "kv_heads": 1, "dim": 128, "q_len": 40}, lambda: posattn.FIRE(1, width=4),
+        lambda: {"bias": torch.randn(1, 1, 40, 150)},
+    ),
     "table": (BF16, {}, lambda: posattn.Kerple(2), lambda: {"causal": True}),
     "table, many steps": (
         BF16, {"heads": 1, "kv_heads": 1, "q_len": 330, "k_len": 341}, lambda: posattn.Kerple(1),
