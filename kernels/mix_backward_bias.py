@@ -52,7 +52,8 @@ def mixed_gradient_by_tile(
     ALONG_DIAGONAL: tl.constexpr, OF_INNER: tl.constexpr, SHARED_HEADS: tl.constexpr, SUMMED: tl.constexpr,
     FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """ALONG_DIAGONAL: DTable [H, bands, 2 * BLOCK] and DPsi [bands, 2 * BLOCK] as in gradient_by_distance. Else
+    """ALONG_DIAGONAL: DTable [H, bands, 2 * BLOCK] and DPsi [bands, 2 * BLOCK], of which entry x of band t is the sum
+    at the distance first_corner + (t - 1) * BLOCK + x over the tiles of the band. Else
     DDense [B or 1, H or 1, Tq, Tk] (SHARED_HEADS sums over heads), and, zeroed, int64, DTable [H, L] and DPsi [L] of
     explicit positions, times TableUnits and PsiUnits ([1], powers of 2); and so DDense [.., Tk] or [.., Tq], times
     DenseUnits, where the kernel sums over queries (SUMMED = 2) or keys (SUMMED = 3)."""
