@@ -40,9 +40,9 @@ def mixed_backward_q(
     KLengths, CuQ, CuK, left, right, threshold, keep_scale, seed_lo, seed_hi,
     FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """DQ [B, H, Tq, D] contiguous. By program, zeroed, float32: DW1X and DW1B [HEADS, WIDTH], DB1 [WIDTH],
-    DW2 [HEADS, WIDTH], DSlope [HEADS], DSegments [2, HEADS, W + 1]. DRowScale [B, Tq]. What is None is not
-    computed; the registers hold either DQ's rows or the sums of the MLP's gradients."""
+    """DQ [B, H, Tq, D] contiguous. By block of queries (operands.all_blocks), zeroed, float32: DW1X and DW1B
+    [HEADS, WIDTH], DB1 [WIDTH], DW2 [HEADS, WIDTH], DSlope [HEADS], DSegments [2, HEADS, W + 1]. DRowScale [B, Tq].
+    What is None is not computed; the registers hold either DQ's rows or the sums of the MLP's gradients."""
     PRECISION: tl.constexpr = FORM.precision
     blocks = tl.cdiv(q_max, BLOCK_M)
     pid = tl.program_id(0)
@@ -97,7 +97,9 @@ def mixed_backward_q(
             dq += (tl.zeros([GROUP, BLOCK_M, BLOCK_D], tl.float32),)
         dslope += (tl.zeros([GROUP], tl.float32),)
         dinner_slope += (tl.zeros([GROUP], tl.float32),)
-    pid64 = pid.to(tl.int64)
+    # Packed documents are numbered by tokens: one may be far longer than the others.
+    earlier = seq.q_start // BLOCK_M + pid // blocks if CuQ is not None else pid // blocks * blocks
+    slot = (earlier + i0 // BLOCK_M).to(tl.int64)
     last = tl.minimum(i0 + BLOCK_M, seq.q_len) - 1
     lo, _full_lo, _full_hi, hi = key_spans(
         i0, last, seq.k_len, seq.offset, left, right, BLOCK_N, FORM.has_left, FORM.has_right
@@ -119,7 +121,7 @@ def mixed_backward_q(
         if DSlope is not None:
             dslope = slope_sums(dslope, ds, tile, FORM.outer.signed, FORM.explicit)
         if DSegments is not None:
-            at = DSegments + pid64 * 2 * HEADS * (num_knots + 1)
+            at = DSegments + slot * 2 * HEADS * (num_knots + 1)
             drow += profile_sums(ds, at, heads, num_heads, tile, outer, OUTER, FORM, NVIDIA)
         if DInnerSlope is not None or DInnerSegments is not None:
             weights_of_inner = w.w1b if FORM.concat else w.w1x
@@ -127,7 +129,7 @@ def mixed_backward_q(
             if DInnerSlope is not None:
                 dinner_slope = slope_sums(dinner_slope, db, tile, FORM.inner.signed, FORM.explicit)
             if DInnerSegments is not None:
-                at = DInnerSegments + pid64 * 2 * HEADS * (inner_num_knots + 1)
+                at = DInnerSegments + slot * 2 * HEADS * (inner_num_knots + 1)
                 dinner_row += profile_sums(db, at, heads, num_heads, tile, inner, INNER, FORM, NVIDIA)
         if DQ is not None:
             dx = input_gradient(ds, dbefore, w.w1x, tile, FORM, True)
@@ -159,19 +161,19 @@ def mixed_backward_q(
             row = ((b64 * num_heads + own)[:, None] * q_tokens + out_row[None, :])[:, :, None]
             tl.store(DQ + row * FORM.dim + column, (dq[g] * scale).to(DQ.dtype.element_ty), mask=inside)
         if DSlope is not None:
-            tl.store(DSlope + pid64 * HEADS + own, dslope[g])
+            tl.store(DSlope + slot * HEADS + own, dslope[g])
         if DInnerSlope is not None:
-            tl.store(DInnerSlope + pid64 * HEADS + own, dinner_slope[g])
+            tl.store(DInnerSlope + slot * HEADS + own, dinner_slope[g])
     if DW1X is not None:
-        at = pid64 * HEADS * FORM.width + offs_h[:, None] * FORM.width + offs_w[None, :]
+        at = slot * HEADS * FORM.width + offs_h[:, None] * FORM.width + offs_w[None, :]
         tl.store(DW1X + at, tl.sum(dw1x, 0))
         if FORM.concat:
             order = operand_order(HEADS) if Rows is not None else offs_h
-            at_inner = pid64 * HEADS * FORM.width + order[:, None] * FORM.width + offs_w[None, :]
+            at_inner = slot * HEADS * FORM.width + order[:, None] * FORM.width + offs_w[None, :]
             tl.store(DW1B + at_inner, tl.sum(dw1b, 0))
         tl.store(DW2 + at, tl.sum(dw2, 0))
         if DB1 is not None:
-            tl.store(DB1 + pid64 * FORM.width + offs_w, db1)
+            tl.store(DB1 + slot * FORM.width + offs_w, db1)
     if DSegments is not None:
         tl.store(DRowScale + b64 * q_tokens + out_row, drow, mask=exists)
     if DInnerSegments is not None:

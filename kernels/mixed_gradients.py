@@ -24,8 +24,8 @@ from .mix_backward_bias import mixed_gradient_by_tile
 from .mix_backward_kv import mixed_backward_kv
 from .mix_backward_q import mixed_backward_q
 from .mixed import concat, input_arguments, mix_arguments
-from .operands import Arguments, Launch, k_max, padded, q_max, sequences
-from .sums import by_entry, row_scale_gradient, slope_gradient
+from .operands import Arguments, Launch, all_blocks, k_max, padded, q_max, sequences
+from .sums import by_entry, by_sequence, row_scale_gradient, slope_gradient
 from .tiles import Tile
 from .units import units
 
@@ -87,9 +87,10 @@ def _query_gradients(
     heads_padded, width_padded = padded(heads), padded(width)
     blocks = -(-q_max(call) // tile.block_m)
     programs = blocks * sequences(call)
+    count = all_blocks(call, q.shape[2], q_max(call), tile.block_m)
 
     def slots(*shape: int) -> Tensor:
-        return torch.zeros((programs, *shape), dtype=torch.float32, device=q.device)
+        return torch.zeros((count, *shape), dtype=torch.float32, device=q.device)
 
     weights = bool(needs & {"w1", "b1", "w2"})
     by_unit = slots(width_padded) if weights and arguments.values["B1"] is not None else None
@@ -125,8 +126,7 @@ def _query_gradients(
     for prefix, name, bias in (("", "D", call.plan.bias), ("inner.", "DInner", mix.inner)):
         slope, segments = values[f"{name}Slope"], values[f"{name}Segments"]
         if slope is not None and bias.slope is not None:
-            by_sequence = slope.view(-1, blocks, heads_padded).sum(1)[:, :heads]
-            grads[prefix + "slope"] = slope_gradient(call, bias.slope, by_sequence)
+            grads[prefix + "slope"] = slope_gradient(call, bias.slope, by_sequence(call, slope)[:, :heads])
         if segments is not None and bias.profile is not None:
             lines = segments.sum(0)[:, :heads]
             grads[prefix + "profile_intercept"], grads[prefix + "profile_slope"] = lines[0], lines[1]

@@ -64,6 +64,13 @@ def sequences(call: Call) -> int:
     return call.q.shape[0] if cu is None else cu.shape[0] - 1
 
 
+def all_blocks(call: Call, tokens: int, longest: int, block: int) -> int:
+    """Blocks of all sequences; of packed documents as many as tokens can fill, however long the longest is."""
+    if call.mask.cu_seqlens_q is not None:
+        return tokens // block + sequences(call)
+    return -(-longest // block) * sequences(call)
+
+
 def q_max(call: Call) -> int:
     return call.mask.max_q or call.q.shape[2]
 

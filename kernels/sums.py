@@ -8,8 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from posattn.kernels.operands import sequences
 from posattn.plan import Call, Profile, Slope
 from posattn.positions import token_indices
+
+
+def by_sequence(call: Call, sums: Tensor) -> Tensor:
+    """Sums [all_blocks, H] as [sequences, H], or [1, H] of packed documents."""
+    count = 1 if call.mask.cu_seqlens_q is not None else sequences(call)
+    return sums.view(count, -1, sums.shape[1]).sum(1)
 
 
 def slope_gradient(call: Call, operand: Slope, by_sequence: Tensor) -> Tensor:

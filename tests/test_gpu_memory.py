@@ -66,7 +66,9 @@ def idle_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def taken(monkeypatch: pytest.MonkeyPatch, backend: str, name: str, tokens: int, deterministic: bool) -> int:
+def taken(
+    monkeypatch: pytest.MonkeyPatch, backend: str, name: str, tokens: int, deterministic: bool = False, **given: Any
+) -> int:
     """Bytes that the backend takes for one call, forward and backward, gradients included."""
     module, peak = import_module(f"posattn.backends.{backend}"), Peak()
 
@@ -78,7 +80,7 @@ def taken(monkeypatch: pytest.MonkeyPatch, backend: str, name: str, tokens: int,
         return run
 
     position = examples(HEADS, DIM, tokens).get(name.split(", ")[0])
-    options: dict[str, Any] = {"causal": True, "deterministic": deterministic}
+    options: dict[str, Any] = {"causal": True, "deterministic": deterministic, **given}
     options.update(positions_for(position, tokens, tokens))
     if name.endswith(BIASES):
         shape = (1, tokens) if name.endswith("keys") else (tokens, 1)
@@ -98,3 +100,17 @@ def test_it_at_most_doubles(monkeypatch: pytest.MonkeyPatch, name: str, backend:
     small, large = (taken(monkeypatch, backend, name, tokens, deterministic) for tokens in (TOKENS, 2 * TOKENS))
     assert small > 3 * TOKENS * HEADS * DIM * 2  # the gradients at least
     assert large < 2.05 * small
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_it_does_not_grow_with_the_number_of_documents_beside_a_long_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, backend: str
+) -> None:
+    half = TOKENS // 2
+    few, many = (torch.tensor([*range(0, half, length), half, TOKENS]) for length in (half // 4, 4))
+    small, large = (
+        taken(monkeypatch, backend, name, TOKENS, cu_seqlens_q=starts, cu_seqlens_k=starts) for starts in (few, many)
+    )
+    # Each document may begin a block of its own: up to nine times as many as without.
+    assert large < 9 * small

@@ -113,7 +113,7 @@ __device__ __forceinline__ void Backward::run() {
 
   uint4* columns = reinterpret_cast<uint4*>(shared + COLUMNS_AT);
   if (SLOPE_BY_PRODUCT && warp == 0) columns[lane] = slope_columns(lane);
-  Sums sums(p, index * p.shape.heads, key_block * WARPS + warp);
+  Sums sums(p, index, block_of_all<BLOCK_N>(p.shape, sequence, index, key_block) * WARPS + warp);
   HeadBias head(p.bias, sequence.batch, at.head);
 
   load_keys();

@@ -90,7 +90,7 @@ __device__ __forceinline__ void Backward::run() {
   ptx::bar_sync();
 
   Cursor at = first_block(key_head * p.shape.group), ahead = at;
-  Sums sums(p, index * p.shape.heads, key_block * WARPS + warp);
+  Sums sums(p, index, block_of_all<BLOCK_N>(p.shape, sequence, index, key_block) * WARPS + warp);
   HeadBias head(p.bias, sequence.batch, at.head);
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; ++stage) {

@@ -53,17 +53,16 @@ constexpr bool INTERCEPT_BY_PRODUCT = WANT_LINES && !HAS_SOFTCAP && !WGMMA;
 // The sums of one warp over the query blocks of one head.
 struct Sums {
   const BackwardParams& p;
-  int first_head;           // of the sequence, among the heads of all
-  int first_sum;            // of its slot, among the heads of all slots
-  int warp_of_head;         // the warp among those of all key blocks
+  int first_sum;            // of the sequence's slot, among the heads of all slots
+  int warp_of_all;          // the warp among those of the key blocks of all sequences
   float slope = 0.0f;       // this lane's
   int segment = -1;         // of the two sums that follow
   float steepness = 0.0f;   // its slope
   float in_segment = 0.0f;  // sum of dS, this lane's
   float moment = 0.0f;      // sum of dS y
 
-  __device__ __forceinline__ Sums(const BackwardParams& p, int first_head, int warp_of_head)
-      : p(p), first_head(first_head), first_sum(first_head % (p.slots * p.shape.heads)), warp_of_head(warp_of_head) {}
+  __device__ __forceinline__ Sums(const BackwardParams& p, int sequence, int warp_of_all)
+      : p(p), first_sum(sequence % p.slots * p.shape.heads), warp_of_all(warp_of_all) {}
 
   __device__ __forceinline__ GlobalSums global(void* sums) const { return GlobalSums(sums, p.units); }
 
@@ -92,7 +91,7 @@ struct Sums {
   __device__ __forceinline__ void finish_head(int head) {
     if constexpr (WANT_SLOPE) {
       const float sum = add_over_warp(slope);
-      const int64_t at = int64_t{first_head + head} * (p.shape.k_blocks * WARPS) + warp_of_head;
+      const int64_t at = int64_t{warp_of_all} * p.shape.heads + head;
       if (ptx::tid_x() % WARP == 0) p.dslope[at] = -sum;
       slope = 0.0f;
     }

@@ -33,6 +33,13 @@ struct Sequence {
   __device__ __forceinline__ int offset() const { return TOP_LEFT ? 0 : k_len - q_len; }
 };
 
+// The number of a sequence's block of KEYS keys among the blocks of all sequences. Packed documents count by tokens,
+// for one of them may be far longer than the others.
+template <int KEYS>
+__device__ __forceinline__ int block_of_all(const ShapeParams& shape, const Sequence& s, int index, int block) {
+  return (PACKED ? s.k_start / KEYS + index : index * shape.k_blocks) + block;
+}
+
 // The keys that queries first .. last see lie in [lo, hi), and each of them sees all of [full_lo, full_hi). All but hi
 // are multiples of BLOCK_N.
 struct KeySpans {

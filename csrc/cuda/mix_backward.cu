@@ -77,7 +77,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) headmix_backward(const 
   const int first_tile = PACKED ? sequence.q_start / BLOCK_N + index : index * ceil_div(p.shape.q_tokens, BLOCK_N);
   const int64_t first_row = static_cast<int64_t>(first_tile) * BLOCK_N;
   const QuerySpan span(sequence, p.mask, j0);
-  const Block of{p, sequence, span, this_lane(), ptx::shared_address(shared), block, j0, first_row};
+  const int slot = block_of_all<BLOCK_M>(p.shape, sequence, index, block % p.shape.k_blocks);
+  const Block of{p, sequence, span, this_lane(), ptx::shared_address(shared), slot, j0, first_row};
   store_ones(of.memory + X_AT);
   if (threadIdx.x == 0) of.keep_span();
   if (of.lane.warp < HEADS) {

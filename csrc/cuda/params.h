@@ -251,7 +251,7 @@ struct BackwardParams {
   float* dq;                 // [H, rows / BLOCK_M, BLOCK_M * PADDED], in the order of the fragments
   void* dk;
   void* dv;
-  float* dslope;     // [sequences, H, warps of all key blocks]
+  float* dslope;     // [warps of the key blocks of all sequences, H]
   void* dtable;      // [slots, H, diagonals], see global_sums.h; [slots, H, entries] with explicit positions
   void* dpsi;        // the same
   void* drow_scale;  // [H, rows]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from posattn.backends.cuda_backward_pass import EACH_ONCE, SHARED, Pass
 from posattn.backends.cuda_gradients import row_scale
-from posattn.kernels.operands import sequences
-from posattn.kernels.sums import by_entry, slope_gradient
+from posattn.kernels.operands import all_blocks, k_max
+from posattn.kernels.sums import by_entry, by_sequence, slope_gradient
 
 
 def by_distance(of: Pass) -> dict[str, Tensor]:
@@ -45,7 +45,9 @@ def sums(of: Pass) -> dict[str, Tensor]:
     dtype = torch.int64 if call.deterministic else torch.float32
     zeros = {name: torch.zeros(shape, dtype=dtype, device=of.q.device) for name, shape in shapes.items()}
     if want["WANT_SLOPE"]:
-        zeros["dslope"] = of.zeros(sequences(call), heads, of.key_blocks * of.tile.warps)
+        zeros["dslope"] = of.zeros(
+            all_blocks(call, call.k.shape[2], k_max(call), of.tile.block_n) * of.tile.warps, heads
+        )
     if want["WANT_DENSE"] == EACH_ONCE and bias.dense is not None:
         zeros["ddense"] = of.zeros(*bias.dense.bias.shape)
     return zeros
@@ -57,7 +59,7 @@ def gradients(of: Pass, sums: dict[str, Tensor]) -> dict[str, Tensor]:
     explicit = call.q_positions is not None
     grads: dict[str, Tensor] = {}
     if "dslope" in sums and bias.slope is not None:
-        grads["slope"] = slope_gradient(call, bias.slope, sums["dslope"].sum(2))
+        grads["slope"] = slope_gradient(call, bias.slope, by_sequence(call, sums["dslope"]))
     if "dtable" in sums and bias.table is not None:
         grads["table"] = sums["dtable"].sum(0)
         if not explicit:

@@ -12,8 +12,8 @@ from posattn.backends.cuda_forward import run, turned
 from posattn.backends.cuda_mix import MixTile
 from posattn.backends.cuda_operands import Members
 from posattn.backends.strides import steps
-from posattn.kernels.operands import k_max, q_max, sequences
-from posattn.kernels.sums import by_entry, slope_gradient
+from posattn.kernels.operands import all_blocks, k_max, q_max, sequences
+from posattn.kernels.sums import by_entry, by_sequence, slope_gradient
 from posattn.kernels.units import bias_units
 from posattn.plan import Bias, Call, HeadMix
 
@@ -93,7 +93,7 @@ def backward(
     # The kernel's logits are without b2, which is constant along a row.
     minus_lse2 = torch.where(lse.isinf(), -torch.inf, (mix.b2.float()[:, None] - lse) * _LOG2E)
     blocks = -(-k_max(call) // _KEYS)
-    slots, inputs = blocks * sequences(call), cuda_mix.inputs(call, mix)
+    slots, inputs = all_blocks(call, k.shape[2], k_max(call), _KEYS), cuda_mix.inputs(call, mix)
     rows = cuda_mix_rows.padded_count(call)
 
     def zeros(*shape: int) -> Tensor:
@@ -125,7 +125,8 @@ def backward(
     by_lane = int(cuda_launch.architecture(device)[3:]) >= 90  # it has additions of four numbers
     constants.update({"SHARED_BYTES": shared, "VECTOR_ADDS": by_lane, "WANT_INNER": bool(inner.keys() - {"units"})})
     run(
-        "mix_backward.cu", "headmix_backward", "MixBackwardParams", constants, values, (slots,), 32 * warps, shared,
+        "mix_backward.cu", "headmix_backward", "MixBackwardParams", constants, values,
+        (blocks * sequences(call),), 32 * warps, shared,
         device,
     )  # fmt: skip
 
@@ -202,8 +203,7 @@ def _bias_gradients(
         whole = {name: (x.double() / sums["units"]).float() for name, x in sums.items() if x.dtype == torch.int64}
         sums = {**sums, **whole}
     if "slope" in sums and bias.slope is not None:
-        by_sequence = sums["slope"].view(sequences(call), -1, call.q.shape[1]).sum(1)
-        grads["slope"] = slope_gradient(call, bias.slope, by_sequence)
+        grads["slope"] = slope_gradient(call, bias.slope, by_sequence(call, sums["slope"]))
     if "table" in sums and bias.table is not None:
         length = bias.table.values.shape[1]
         grads["table"] = by_entry(sums["table"], table_first, bias.table.first, length)
