@@ -46,6 +46,10 @@ CASES = {
     "table, window": (
         HALF, {"kv_heads": 1, "q_len": 400, "k_len": 390}, lambda: posattn.Kerple(2), _causal(window=(150, 0))
     ),
+    "table, short sequences that share sums": (
+        HALF, {"batch": 2, "heads": 4, "kv_heads": 1, "q_len": 130, "k_len": 5}, lambda: posattn.Kerple(4), _causal()
+    ),
+    "table, packed documents": (HALF, {}, lambda: posattn.Kerple(2), _packed),
     "table of explicit positions": (
         BF16, {}, lambda: posattn.T5Bias(2),
         lambda: {"q_positions": torch.arange(150) * 2, "k_positions": torch.arange(300)},

@@ -171,7 +171,7 @@ __device__ __forceinline__ void Backward::run() {
     ptx::wgmma_fence();
     products.query_gradients(dq[0], pairs);
     // Where the step's strip belongs, and which it is.
-    const int64_t of_head = (int64_t{index} * p.shape.heads + at.head) * p.diagonals;
+    const int64_t of_head = int64_t{sums.first_sum + at.head} * p.diagonals;
     const int first =
         at.block * BLOCK_M + sequence.shift() - key_block * BLOCK_N - p.first_distance - TileDiagonals::BEHIND;
     float* strip_here = strips + pairs / DS_BYTES * TileDiagonals::STRIP;
