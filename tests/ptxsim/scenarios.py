@@ -76,7 +76,8 @@ _EVERY_KEY = (
 # The same from the side of the keys, whose blocks walk the queries.
 _BACKWARD = (
     _Case(250, 250), _Case(250, 600), _Case(133, 317, 150.0), _Case(129, 270), _Case(255, 383), _Case(143, 97),
-    _Case(60, 20), _Case(60, 40), _Case(70, 70),
+    _Case(60, 20), _Case(60, 40), _Case(70, 70), _Case(10, 20), _Case(20, 20), _Case(40, 40), _Case(150, 140),
+    _Case(100, 110),
 )  # fmt: skip
 # Walks longer than the ring of three tiles of 128 queries.
 _LONG_BACKWARD = (*_BACKWARD, _Case(690, 560))
