@@ -59,6 +59,7 @@ CASES = {
     "profile of many knots": (HALF, {}, lambda: posattn.FIRE(2, width=40), _causal()),
     "all by distance": (BF16, {}, lambda: posattn.ALiBi(2) + posattn.Kerple(2) + posattn.FIRE(2, width=8), _causal()),
     "dense": (BF16, {}, None, lambda: {"bias": torch.randn(1, 2, 70, 150).masked_fill(_mask(70, 150, 2), -math.inf)}),
+    "dense, D = 128": (BF16, {"dim": 128}, None, lambda: {"bias": torch.randn(1, 2, 70, 150), "causal": True}),
     "dense, bfloat16, shared": (
         BF16, {"batch": 2}, None, lambda: {"bias": torch.randn(1, 1, 70, 150).to(BF16), "causal": True}
     ),

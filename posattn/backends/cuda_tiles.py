@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from posattn.backends.cuda_operands import Constants, padded
@@ -46,6 +47,14 @@ _FORWARD = {
     192: ForwardTile(64, 64, 4, 1, 2, False, "2P 2398, bound by shared memory: 32 rows a warp do not fit registers"),
     256: ForwardTile(128, 32, 8, 1, 1, False, "2P 3118; 64 x 64 in 4 warps gives 3116 with half the warps to hide in"),
 }
+
+
+# A bias tensor's rows and loaded values come on top of a plain call's registers.
+_DENSE = {
+    64: ForwardTile(128, 32, 4, 2, 2, True, "2P 968; 64 keys give 1006 and reload 188 bytes a step"),
+    128: ForwardTile(128, 32, 4, 1, 2, False, "2P 1494; two stages give 1576 and reload 64 bytes a step"),
+}
+_DENSE_BLACKWELL = {64: _DENSE[64]}
 
 
 # A profile keeps a row scale, its lines and the knots besides, and must not spill in the loop for it.
@@ -117,7 +126,11 @@ def forward_tile(arch: str, call: Call) -> ForwardTile:
     dim = max(padded(call.q.shape[3]), padded(call.v.shape[3]))
     if arch == "sm_90" and dim > 32:
         return _HOPPER[min(d for d in _HOPPER if d >= dim)]
-    tile = _FORWARD[min(d for d in _FORWARD if d >= dim)]
-    if call.plan.bias.profile is None:
-        return tile
-    return (_PROFILE_BLACKWELL if int(arch.removeprefix("sm_")) >= 100 else _PROFILE).get(dim, tile)
+    dim = min(d for d in _FORWARD if d >= dim)
+    blackwell = int(arch.removeprefix("sm_")) >= 100
+    special: Mapping[int, ForwardTile] = {}
+    if call.plan.bias.dense is not None:
+        special = _DENSE_BLACKWELL if blackwell else _DENSE
+    elif call.plan.bias.profile is not None:
+        special = _PROFILE_BLACKWELL if blackwell else _PROFILE
+    return special.get(dim, _FORWARD[dim])
