@@ -43,11 +43,11 @@ def attention_backward(
 ):  # fmt: skip
     """DQ [B, H, Tq, BLOCK_D] float32, zeroed, takes the gradient of the queries times 1 / scale. DK [B, Hkv, Tk, D] and
     DV_ [B, Hkv, Tk, DV] are contiguous; keys of no sequence are not written. By block of keys (operands.all_blocks),
-    DSlope [blocks, H] and DSegments [blocks, H, 2, W + 1] (sums of ds and of ds * y on each segment) are float32, as is
-    DRowScale [B, H, Tq], and zeroed, or None where not wanted. DTable [H, table_last - table_first + 1] and DPsi
+    DSlope [B, H, blocks] and DSegments [B, H, blocks, 2, W + 1] (sums of ds and of ds * y on each segment) are float32,
+    as is DRowScale [B, H, Tq], and zeroed, or None where not wanted. DTable [H, table_last - table_first + 1] and DPsi
     [psi_last - psi_first + 1], int64 and zeroed, or None, take the gradients of a table and of psi over implicit
     distances times TableUnits and PsiUnits ([1], powers of 2); TableBands and PsiBands are diagonals.py's memory.
-    Ticket [1] and Progress [blocks, Hkv] are int32 and zeroed."""
+    Ticket [1] and Progress [B, Hkv, blocks] are int32 and zeroed."""
     EXPLICIT: tl.constexpr = QPositions is not None
     PACKED: tl.constexpr = CuQ is not None
     # Logit gradients are rounded to 16 bits for the products anyway. In bfloat16, which has float32's range, they are
@@ -65,14 +65,19 @@ def attention_backward(
     j0 = n * BLOCK_N
     kv = pid % walks % kv_heads
     b = pid % walks // kv_heads
+    program = pid
+    progress = Progress + (pid % walks) * blocks + n
     q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, b, q_tokens, k_tokens)
     if j0 >= k_len:
         return
-    # Of all sequences. Those of packed documents are numbered by tokens: one may be far longer than the others.
-    key_block = ((k_start // BLOCK_N + b if PACKED else b * blocks) + n).to(tl.int64)
-    program = key_block * kv_heads + kv
-    progress = Progress + program
+    sequence64 = b.to(tl.int64)
     if PACKED:
+        # Blocks of all documents are numbered by tokens, for one document may be far longer than the others.
+        n += k_start // BLOCK_N + b
+        blocks = k_tokens // BLOCK_N + num_sequences
+        sequence64 *= 0
+        program = kv * blocks + n
+        progress = Progress + program
         b = b * 0
     b64 = b.to(tl.int64)
     kv64 = kv.to(tl.int64)
@@ -84,7 +89,7 @@ def attention_backward(
     next_lo = tl.cdiv(q_len, BLOCK_M) * BLOCK_M
     awaited = progress
     if j0 + BLOCK_N < k_len:
-        awaited = progress + kv_heads
+        awaited = progress + 1
         next_lo = tl.maximum(j0 + BLOCK_N - offset - right, 0) // BLOCK_M * BLOCK_M if HAS_RIGHT else 0
     done = 0
 
@@ -119,16 +124,16 @@ def attention_backward(
             moments = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
             query = tl.arange(0, BLOCK_M)[:, None].to(tl.float32)
             columns = tl.where(tl.arange(0, COLUMNS)[None, :] % 2 == 0, 1.0, query).to(Q.dtype.element_ty)
-        slot = key_block * num_heads + h64  # where this program's sums for this head go
+        slot = (sequence64 * num_heads + h64) * blocks + n  # where this program's sums for this head go
         sums = DSegments
         if DSegments is not None:
             sums = DSegments + slot * 2 * (num_knots + 1)
         if DTable is not None:
             dtable = DTable + h64 * stride_table_h
-            table_bands = TableBands + program * (SLOTS * (BLOCK_N // 2) * (BLOCK_M + 8))
+            table_bands = TableBands + tl.cast(program, tl.int64) * (SLOTS * (BLOCK_N // 2) * (BLOCK_M + 8))
             table_carried = start_bands(table_bands, lo // BLOCK_M, GROUPS, BLOCK_M, NVIDIA)
         if DPsi is not None:
-            psi_bands = PsiBands + program * (SLOTS * (BLOCK_N // 2) * (BLOCK_M + 8))
+            psi_bands = PsiBands + tl.cast(program, tl.int64) * (SLOTS * (BLOCK_N // 2) * (BLOCK_M + 8))
             psi_carried = start_bands(psi_bands, lo // BLOCK_M, GROUPS, BLOCK_M, NVIDIA)
         segment = 0
         of_ds = tl.zeros([BLOCK_N], tl.float32)

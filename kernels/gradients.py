@@ -28,7 +28,7 @@ from .operands import (
     unit_stride,
 )
 from .prepare import prepare
-from .sums import by_entry, by_sequence, row_scale_gradient, slope_gradient
+from .sums import by_entry, row_scale_gradient, slope_gradient
 from .tiles import Tile
 from .units import units
 
@@ -129,19 +129,19 @@ def _gradients(
     kv_heads = k.shape[1]
     blocks = -(-k_max(call) // tile.block_n)
     count = sequences(call)
-    key_blocks = all_blocks(call, k.shape[2], k_max(call), tile.block_n)
+    key_blocks = all_blocks(call, k.shape[2], k_max(call), tile.block_n) // batch
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=q.device)
 
     dq = zeros(batch, heads, q_tokens, padded(dim))
     dk, dv = grad_like(call, k), torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    dslope = zeros(key_blocks, heads) if "slope" in needs else None
+    dslope = zeros(batch, heads, key_blocks) if "slope" in needs else None
     profile = bias.profile
     lines = bool(needs & _LINES)
     drow_scale = zeros(batch, heads, q_tokens) if lines else None
     width = 0 if profile is None else profile.knots.shape[0] + 1
-    dsegments = zeros(key_blocks, heads, 2, width) if lines else None
+    dsegments = zeros(batch, heads, key_blocks, 2, width) if lines else None
 
     # Sums by distance, of tables and psi padded as bias_arguments pads them.
     beyond = tile.block_m + tile.block_n
@@ -149,7 +149,7 @@ def _gradients(
 
     def sum_by_distance(name: str, entries: Sequence[int], steepest: Tensor | float) -> None:
         *rows, length = entries
-        bands = (key_blocks * kv_heads, bands_size(tile.block_n, tile.block_m))
+        bands = (batch * kv_heads * key_blocks, bands_size(tile.block_n, tile.block_m))
         by_distance["D" + name] = zeros(*rows, length + 2 * beyond, dtype=torch.int64)
         by_distance[name + "Units"] = units(call, shared, steepest)
         by_distance[name + "Bands"] = torch.empty(bands, dtype=torch.float32, device=q.device)
@@ -169,7 +169,7 @@ def _gradients(
         "DRowScale": drow_scale,
         "DSegments": dsegments,
         "Ticket": zeros(1, dtype=torch.int32),
-        "Progress": zeros(key_blocks, kv_heads, dtype=torch.int32),
+        "Progress": zeros(batch, kv_heads, key_blocks, dtype=torch.int32),
         "num_sequences": count,
     }
     whole = tile.block_n // 16 >= tile.num_warps
@@ -181,7 +181,7 @@ def _gradients(
     dq = dq[..., :dim].mul_(call.scale)
     grads = {"q": dq if call.plan.rotary is not None else dq.to(q.dtype), "k": dk, "v": dv}
     if dslope is not None and bias.slope is not None:
-        grads["slope"] = slope_gradient(call, bias.slope, by_sequence(call, dslope))
+        grads["slope"] = slope_gradient(call, bias.slope, dslope.sum(2))
     if by_distance["DTable"] is not None and bias.table is not None:
         sums = (by_distance["DTable"].double() / by_distance["TableUnits"]).float()
         grads["table"] = by_entry(sums, bias.table.first - beyond, bias.table.first, bias.table.values.shape[1])
@@ -189,7 +189,7 @@ def _gradients(
         sums = (by_distance["DPsi"].double() / by_distance["PsiUnits"]).float()
         grads["psi"] = by_entry(sums[None], profile.first - beyond, profile.first, profile.psi.shape[0])[0]
     if dsegments is not None and drow_scale is not None and profile is not None:
-        grads.update(_line_gradients(call, profile, drow_scale, dsegments.sum(0)))
+        grads.update(_line_gradients(call, profile, drow_scale, dsegments.sum((0, 2))))
     return grads
 
 
