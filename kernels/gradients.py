@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posattn.plan import Call, Profile
+from posattn.plan import Call
 
 from .attention import turned
 from .backward import attention_backward
@@ -28,12 +28,11 @@ from .operands import (
     unit_stride,
 )
 from .prepare import prepare
-from .sums import by_entry, row_scale_gradient, slope_gradient
+from .sums import LINES, by_entry, row_scale_gradient, slope_gradient
 from .tiles import Tile
-from .units import units
+from .units import in_ones, units
 
 _BY_DISTANCE = frozenset(("table", "psi"))
-_LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
 _QUERIES, _KEYS = 2, 3
 
 
@@ -114,12 +113,6 @@ def grad_like(call: Call, x: Tensor) -> Tensor:
     return create(x.shape, dtype=dtype, device=x.device)
 
 
-def band_range(call: Call, block: int) -> tuple[int, int]:
-    """(distance at the corner of the first band, number of bands) so that the bands hold every implicit distance."""
-    first_corner = -(q_max(call) - 1) - (block - 1)
-    return first_corner, -(-(k_max(call) + block - 1 - first_corner) // block)
-
-
 def _gradients(
     call: Call, shared: dict[str, Any], needs: frozenset[str], launch: Launch, tile: Tile
 ) -> dict[str, Tensor]:
@@ -138,7 +131,7 @@ def _gradients(
     dk, dv = grad_like(call, k), torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     dslope = zeros(batch, heads, key_blocks) if "slope" in needs else None
     profile = bias.profile
-    lines = bool(needs & _LINES)
+    lines = bool(needs & LINES)
     drow_scale = zeros(batch, heads, q_tokens) if lines else None
     width = 0 if profile is None else profile.knots.shape[0] + 1
     dsegments = zeros(batch, heads, key_blocks, 2, width) if lines else None
@@ -183,33 +176,16 @@ def _gradients(
     if dslope is not None and bias.slope is not None:
         grads["slope"] = slope_gradient(call, bias.slope, dslope.sum(2))
     if by_distance["DTable"] is not None and bias.table is not None:
-        sums = (by_distance["DTable"].double() / by_distance["TableUnits"]).float()
+        sums = in_ones(by_distance["DTable"], by_distance["TableUnits"])
         grads["table"] = by_entry(sums, bias.table.first - beyond, bias.table.first, bias.table.values.shape[1])
     if by_distance["DPsi"] is not None and profile is not None:
-        sums = (by_distance["DPsi"].double() / by_distance["PsiUnits"]).float()
+        sums = in_ones(by_distance["DPsi"], by_distance["PsiUnits"])
         grads["psi"] = by_entry(sums[None], profile.first - beyond, profile.first, profile.psi.shape[0])[0]
     if dsegments is not None and drow_scale is not None and profile is not None:
-        grads.update(_line_gradients(call, profile, drow_scale, dsegments.sum((0, 2))))
+        segments = dsegments.sum((0, 2))
+        grads["profile_intercept"], grads["profile_slope"] = segments[:, 0], segments[:, 1]
+        grads["row_scale"] = row_scale_gradient(call, profile, drow_scale.sum(1))
     return grads
-
-
-def _line_gradients(call: Call, profile: Profile, rows: Tensor, segments: Tensor) -> dict[str, Tensor]:
-    """From sums by query [B, H, Tq], and of ds and ds * y by segment [H, 2, W + 1]."""
-    return {
-        "row_scale": row_scale_gradient(call, profile, rows.sum(1)),
-        "profile_intercept": segments[:, 0],
-        "profile_slope": segments[:, 1],
-    }
-
-
-def fold_bands(bands: Tensor, block: int) -> Tensor:
-    """[H, bands, 2 * block] of overlapping bands to [H, (bands + 1) * block] sums; entry 0 is one block below the
-    first corner."""
-    heads, count, _ = bands.shape
-    total = bands.new_zeros((heads, count + 1, block))
-    total[:, :-1] += bands[:, :, :block]
-    total[:, 1:] += bands[:, :, block:]
-    return total.view(heads, -1)
 
 
 def summed_over(dense: Tensor, q_tokens: int, k_tokens: int) -> int | None:
@@ -271,10 +247,10 @@ def _bias_gradients(
         launch, gradient_by_tile, (tiles * out_heads * out_batches,), tile.num_warps, tile.num_stages
     )
     if target is not None and dense is not None:
-        total = target if summed is None else (target.double() / values["SumUnits"]).float()
+        total = target if summed is None else in_ones(target, values["SumUnits"])
         grads["dense"] = total.sum_to_size(dense.shape)
     if values["DTable"] is not None:
-        grads["table"] = (values["DTable"].double() / values["TableUnits"]).float()
+        grads["table"] = in_ones(values["DTable"], values["TableUnits"])
     if values["DPsi"] is not None:
-        grads["psi"] = (values["DPsi"].double() / values["PsiUnits"]).float()
+        grads["psi"] = in_ones(values["DPsi"], values["PsiUnits"])
     return grads

@@ -13,8 +13,6 @@ from posattn.plan import Bias, Call, HeadMix
 from .attention import turned
 from .configs_mix import backward_tile
 from .gradients import (
-    band_range,
-    fold_bands,
     grad_like,
     row_statistics,
     sink_gradient,
@@ -27,7 +25,7 @@ from .mixed import concat, input_arguments, mix_arguments
 from .operands import Arguments, Launch, all_blocks, k_max, padded, q_max, sequences
 from .sums import by_entry, by_sequence, row_scale_gradient, slope_gradient
 from .tiles import Tile
-from .units import units
+from .units import in_ones, most_into_inner, units
 
 
 def backward(
@@ -159,10 +157,20 @@ def _key_gradients(
     return grads
 
 
-def _most_into_inner(mix: HeadMix, heads: int) -> Tensor:
-    """How much larger than the gradients of the logits those of the inner bias can be, summed over heads."""
-    into = mix.w1[:, -heads:].float().abs().sum(1)
-    return 1.0 + (mix.w2.float().abs() @ into).max()
+def _band_range(call: Call, block: int) -> tuple[int, int]:
+    """(distance at the corner of the first band, number of bands) so that the bands hold every implicit distance."""
+    first_corner = -(q_max(call) - 1) - (block - 1)
+    return first_corner, -(-(k_max(call) + block - 1 - first_corner) // block)
+
+
+def _fold_bands(bands: Tensor, block: int) -> Tensor:
+    """[H, bands, 2 * block] of overlapping bands to [H, (bands + 1) * block] sums; entry 0 is one block below the
+    first corner."""
+    heads, count, _ = bands.shape
+    total = bands.new_zeros((heads, count + 1, block))
+    total[:, :-1] += bands[:, :, :block]
+    total[:, 1:] += bands[:, :, block:]
+    return total.view(heads, -1)
 
 
 def _bias_gradients(
@@ -189,7 +197,7 @@ def _bias_gradients(
     grads: dict[str, Tensor] = {}
     if (table is not None or profile is not None) and not explicit:
         block = tile.block_n
-        first_corner, bands = band_range(call, block)
+        first_corner, bands = _band_range(call, block)
         by_head = torch.empty((heads, bands, 2 * block), **floats) if table is not None else None
         psi = torch.empty((1, bands, 2 * block), **floats) if profile is not None else None
         values = {
@@ -204,9 +212,9 @@ def _bias_gradients(
         )
         start = first_corner - block
         if table is not None and by_head is not None:
-            grads["table"] = by_entry(fold_bands(by_head, block), start, table.first, table.values.shape[1])
+            grads["table"] = by_entry(_fold_bands(by_head, block), start, table.first, table.values.shape[1])
         if profile is not None and psi is not None:
-            grads["psi"] = by_entry(fold_bands(psi, block), start, profile.first, profile.psi.shape[0])[0]
+            grads["psi"] = by_entry(_fold_bands(psi, block), start, profile.first, profile.psi.shape[0])[0]
     scatter = explicit and (table is not None or profile is not None)
     if scatter or dense is not None:
         out_batches = sequences(call) if scatter or packed or dense is None else dense.shape[0]
@@ -226,7 +234,7 @@ def _bias_gradients(
             "stride_gt": 0 if table is None else table.values.shape[1],
             "batches_each": sequences(call) // out_batches,
         }
-        most = _most_into_inner(mix, heads) if prefix else 1.0
+        most = most_into_inner(mix, heads) if prefix else 1.0
         if summed is not None:
             values["DenseUnits"] = units(call, arguments.values, most)
         if scatter and table is not None:
@@ -241,9 +249,9 @@ def _bias_gradients(
             launch, mixed_gradient_by_tile, (tiles * out_batches,), tile.num_warps, tile.num_stages
         )
         if target is not None and dense is not None:
-            total = target if summed is None else (target.double() / values["DenseUnits"]).float()
+            total = target if summed is None else in_ones(target, values["DenseUnits"])
             grads["dense"] = total.sum_to_size(dense.shape)
         for name, sums, unit in (("table", "DTable", "TableUnits"), ("psi", "DPsi", "PsiUnits")):
             if values[sums] is not None:
-                grads[name] = (values[sums].double() / values[unit]).float()
+                grads[name] = in_ones(values[sums], values[unit])
     return grads

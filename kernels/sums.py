@@ -12,6 +12,9 @@ from posattn.kernels.operands import sequences
 from posattn.plan import Call, Profile, Slope
 from posattn.positions import token_indices
 
+# The gradients of a profile that add up along rows, by name.
+LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
+
 
 def by_sequence(call: Call, sums: Tensor) -> Tensor:
     """Sums [all_blocks, H] as [sequences, H], or [1, H] of packed documents."""
@@ -19,11 +22,11 @@ def by_sequence(call: Call, sums: Tensor) -> Tensor:
     return sums.view(count, -1, sums.shape[1]).sum(1)
 
 
-def slope_gradient(call: Call, operand: Slope, by_sequence: Tensor) -> Tensor:
+def slope_gradient(call: Call, operand: Slope, sums: Tensor) -> Tensor:
     """Sums [sequences, H] in the shape of the slopes, [H] or [B, H]."""
     if operand.slope.dim() == 1:
-        return by_sequence.sum(0)
-    return by_sequence.sum(0, keepdim=True) if call.mask.cu_seqlens_q is not None else by_sequence
+        return sums.sum(0)
+    return sums.sum(0, keepdim=True) if call.mask.cu_seqlens_q is not None else sums
 
 
 def row_scale_gradient(call: Call, profile: Profile, rows: Tensor) -> Tensor:

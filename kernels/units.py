@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posattn.plan import Bias, Call
+from posattn.plan import Bias, Call, HeadMix
 
 
 def units(call: Call, shared: dict[str, Any], factor: Tensor | float = 1.0) -> Tensor:
@@ -20,12 +20,23 @@ def units(call: Call, shared: dict[str, Any], factor: Tensor | float = 1.0) -> T
     return torch.exp2((61.0 - torch.log2(total).ceil()).clamp(-120.0, 120.0)).reshape(1)
 
 
-def bias_units(call: Call, bias: Bias, grad_out: Tensor, delta: Tensor) -> Tensor:
-    """units() that serve the gradients of all operands of `bias` alike."""
+def in_ones(sums: Tensor, units: Tensor) -> Tensor:
+    """Integers that count `units` to 1, as float32."""
+    return (sums.double() / units).float()
+
+
+def most_into_inner(mix: HeadMix, heads: int) -> Tensor:
+    """How much larger than the gradients of the logits those of the inner bias can be, summed over heads."""
+    into = mix.w1[:, -heads:].float().abs().sum(1)
+    return 1.0 + (mix.w2.float().abs() @ into).max()
+
+
+def bias_units(call: Call, bias: Bias, grad_out: Tensor, delta: Tensor, most: Tensor | float = 1.0) -> Tensor:
+    """units() that serve the gradients of all operands of `bias` alike; `most`: as most_into_inner has it."""
     factor = torch.ones((), device=delta.device)
     if bias.profile is not None:
         psi, scale, steep = (
             x.float().abs().max() for x in (bias.profile.psi, bias.profile.row_scale, bias.profile.slope)
         )
         factor = torch.stack([factor, psi * scale, psi * steep, scale * steep]).max()
-    return units(call, {"GradOut": grad_out, "Delta": delta}, factor)
+    return units(call, {"GradOut": grad_out, "Delta": delta}, factor * most)

@@ -12,9 +12,8 @@ from posattn.backends.cuda_backward_pass import LOG2E, Pass, prepared
 from posattn.backends.cuda_backward_tiles import shared_bytes
 from posattn.backends.cuda_forward import run
 from posattn.backends.cuda_operands import Members
-from posattn.backends.strides import steps
 from posattn.kernels.operands import sequences
-from posattn.kernels.units import bias_units
+from posattn.kernels.units import bias_units, in_ones
 from posattn.plan import Call
 
 
@@ -132,7 +131,7 @@ def _main(of: Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor],
         "turns": turns,
         "dk_strides": operands.strides(dk),
         "dv_strides": operands.strides(dv),
-        "ddense_strides": {} if dense is None else dict(zip(("batch", "head", "query", "key"), steps(dense))),
+        "ddense_strides": {} if dense is None else operands.pair_strides(dense),
         "units": units,
         "rows": of.rows,
         "slots": of.slots,
@@ -155,5 +154,5 @@ def _main(of: Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor],
     run(tile.source, "attention_backward", "BackwardParams", constants, values, grid, 32 * tile.warps, shared, device)
     keys = {"k": dk[..., : call.k.shape[3]].contiguous(), "v": dv[..., : call.v.shape[3]].contiguous()}
     if units is not None:
-        sums = {name: x if x.is_floating_point() else (x.double() / units).float() for name, x in sums.items()}
+        sums = {name: x if x.is_floating_point() else in_ones(x, units) for name, x in sums.items()}
     return accumulated, sums, {name: grad for name, grad in keys.items() if name in of.needs}

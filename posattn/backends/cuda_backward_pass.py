@@ -15,11 +15,11 @@ from posattn.backends.cuda_backward_tiles import BackwardTile, backward_tile
 from posattn.backends.cuda_forward import run, turned
 from posattn.backends.cuda_operands import Constants, Members
 from posattn.kernels.operands import k_max, q_max, sequences
+from posattn.kernels.sums import LINES
 from posattn.plan import Call
 
 LOG2E = math.log2(math.e)
 EACH_ONCE, SHARED = 1, 2  # WANT_DENSE: elements of the dense gradient are stored, or added up
-_LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _wants(call: Call, needs: frozenset[str]) -> Constants:
         "WANT_SLOPE": "slope" in needs,
         "WANT_TABLE": "table" in needs,
         "WANT_PSI": "psi" in needs,
-        "WANT_LINES": bool(needs & _LINES),
+        "WANT_LINES": bool(needs & LINES),
         "WANT_DENSE": dense,
         "ORDERED": call.deterministic,
     }

@@ -11,17 +11,15 @@ from posattn.backends import cuda_operands as operands
 from posattn.backends.cuda_forward import run, turned
 from posattn.backends.cuda_mix import MixTile
 from posattn.backends.cuda_operands import Members
-from posattn.backends.strides import steps
 from posattn.kernels.operands import all_blocks, k_max, q_max, sequences
-from posattn.kernels.sums import by_entry, by_sequence, slope_gradient
-from posattn.kernels.units import bias_units
+from posattn.kernels.sums import LINES, by_entry, by_sequence, slope_gradient
+from posattn.kernels.units import bias_units, in_ones, most_into_inner
 from posattn.plan import Bias, Call, HeadMix
 
 _LOG2E = 1.4426950408889634
 _KEYS, _QUERIES = 16, cuda_mix_rows.ROWS  # of a tile: rows and columns, for logits are held transposed
 _MLP_WARPS = 4
 _OTHER_REGISTERS = 36  # of a thread, beside dK and dV of its head
-_LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
 
 
 def shared_bytes(call: Call, mix: HeadMix) -> int:
@@ -112,8 +110,7 @@ def backward(
     inner = _bias_sums(call, mix.inner, "inner.", needs, slots, values["inner"], diagonals)
     outer = _bias_sums(call, call.plan.bias, "", needs, slots, values["outer"])
     if call.deterministic:
-        through = 1.0 + (mix.w2.float().abs() @ mix.w1.float().abs()).max()  # what the MLP can make of a gradient
-        inner["units"] = bias_units(call, mix.inner, grad_out, delta) / through
+        inner["units"] = bias_units(call, mix.inner, grad_out, delta, most_into_inner(mix, heads))
         outer["units"] = bias_units(call, call.plan.bias, grad_out, delta)
         results["turns"] = torch.zeros(1 + heads * rows // _QUERIES, dtype=torch.int32, device=device)
     values.update({"k": k, "v": v, "k_strides": operands.strides(k), "v_strides": operands.strides(v), **results})
@@ -180,7 +177,7 @@ def _bias_sums(
         sums["table"] = zeros(*operand["table"].shape) if diagonals is None else zeros(heads, diagonals)
     if bias.profile is not None and "psi" in wanted:
         sums["psi"] = zeros(*operand["psi"].shape)
-    if bias.profile is not None and wanted & _LINES:
+    if bias.profile is not None and wanted & LINES:
         sums["row_scale"] = zeros(cuda_mix_rows.padded_count(call))
         sums["segments"] = zeros(heads, 2, bias.profile.knots.shape[0] + 1)
     if "dense" in wanted and bias.dense is not None:
@@ -191,7 +188,7 @@ def _bias_sums(
 def _with_strides(sums: Members) -> Members:
     if "dense" not in sums:
         return sums
-    return {**sums, "dense_strides": dict(zip(("batch", "head", "query", "key"), steps(sums["dense"])))}
+    return {**sums, "dense_strides": operands.pair_strides(sums["dense"])}
 
 
 def _bias_gradients(
@@ -200,7 +197,7 @@ def _bias_gradients(
     """From sums; *_first: the distances of the first ones."""
     grads: dict[str, Tensor] = {}
     if "units" in sums:
-        whole = {name: (x.double() / sums["units"]).float() for name, x in sums.items() if x.dtype == torch.int64}
+        whole = {name: in_ones(x, sums["units"]) for name, x in sums.items() if x.dtype == torch.int64}
         sums = {**sums, **whole}
     if "slope" in sums and bias.slope is not None:
         grads["slope"] = slope_gradient(call, bias.slope, by_sequence(call, sums["slope"]))

@@ -5,7 +5,6 @@ How a mask, a bias or a seed becomes numbers is the same for every GPU backend, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from posattn.backends.cuda_compile import Constant
+from posattn.backends.strides import steps
 from posattn.kernels import operands
 from posattn.plan import Bias, Call
 
@@ -43,8 +43,9 @@ def strides(x: Tensor) -> Members:
     return dict(zip(("batch", "head", "token"), x.stride()[:3]))
 
 
-def _pair_strides(values: Mapping[str, Any], names: tuple[str, ...]) -> Members:
-    return dict(zip(("batch", "head", "query", "key"), (values[name] for name in names)))
+def pair_strides(x: Tensor) -> Members:
+    """PairStrides of a [B, H, Tq, Tk] tensor whose dimensions of size 1 serve every index."""
+    return dict(zip(("batch", "head", "query", "key"), steps(x)))
 
 
 def shape(call: Call, block_m: int, block_n: int) -> Members:
@@ -68,7 +69,7 @@ def mask(call: Call) -> tuple[Members, Constants]:
         "cu_q": call.mask.cu_seqlens_q,
         "cu_k": call.mask.cu_seqlens_k,
         "boolean": call.mask.boolean,
-        "boolean_strides": _pair_strides(values, ("stride_bb", "stride_bh", "stride_bi", "stride_bj")),
+        "boolean_strides": {} if call.mask.boolean is None else pair_strides(call.mask.boolean),
         "left": values["left"],
         "right": values["right"],
     }
@@ -110,7 +111,7 @@ def bias(call: Call, bias: Bias, rows: int, columns: int) -> tuple[Members, Cons
         "segment_slope": values["SegmentSlope"],
         "segment_intercept": values["SegmentIntercept"],
         "dense": values["Dense"],
-        "dense_strides": _pair_strides(values, ("stride_db", "stride_dh", "stride_di", "stride_dj")),
+        "dense_strides": {} if values["Dense"] is None else pair_strides(values["Dense"]),
         **{n: values[n] for n in ("table_first", "table_last", "psi_first", "psi_last", "row_first", "row_last")},
         "num_knots": values["num_knots"],
     }
