@@ -128,7 +128,7 @@ def _forward(call: Call, launch: Launch, tile: Tile, processors: int) -> tuple[T
         **rotary_arguments(k_cos, k_sin, "k"),
     }
     arguments.with_(values, {"SPLITS": splits}).launch_with(
-        launch, attention_forward, (programs, splits), tile.num_warps, tile.num_stages
+        launch, attention_forward, (programs, splits), tile.num_warps, tile.num_stages, tile.registers
     )
     if splits > 1:
         rows = batch * heads * q_tokens

@@ -12,7 +12,8 @@ from .tiles import Table, Tile, look_up
 
 _FLOAT32 = Tile(32, 32, 4, 1, "exact float32 products run on FMA units, unrolled: larger tiles spill")
 _FLOAT32_WIDE = Tile(16, 16, 4, 1, "exact float32 at D = 256")
-_HALF_80 = Tile(32, 64, 4, 2, "2P 5672 for dense, 22860 with 128 keys; a profile spills with either, 13666 for 13698")
+_HALF_80 = Tile(32, 64, 4, 2, "2P 5672, 22860 with 128 keys")
+_PROFILE_80 = Tile(32, 64, 4, 2, "2P 10228, spills; 13666 with the 128 registers that ptxas takes", registers=255)
 _SMALL = Tile(64, 64, 4, 2, "no spills with operands of every kind")
 
 # Each element of dq must belong to one warp, since programs add to it in memory: a narrow head takes fewer warps.
@@ -35,11 +36,14 @@ MAIN: Table = {
         },
         128: {
             "plain": Tile(32, 128, 8, 2, "2P 4352, bound by shared memory, no spills; 64 queries give 4235 and spill"),
-            "profile": _HALF_80,
+            "profile": _PROFILE_80,
             "dense": _HALF_80,
             "float32": _FLOAT32,
         },
-        256: {"plain": Tile(32, 32, 8, 1, "registers and shared memory"), "float32": _FLOAT32_WIDE},
+        256: {
+            "plain": Tile(32, 32, 8, 1, "2P 61256 and spills; 199904 with the 32 that ptxas takes", registers=255),
+            "float32": _FLOAT32_WIDE,
+        },
     },
     "sm_90": {
         **_NARROW_90,

@@ -168,7 +168,9 @@ def _gradients(
     whole = tile.block_n // 16 >= tile.num_warps
     arguments = common_arguments(call, tile.block_m, tile.block_n)
     arguments = arguments.with_(values, {"HOIST": tile.hoist, "HIDE": tile.hide, "WHOLE": whole})
-    arguments.launch_with(launch, attention_backward, (blocks * count * kv_heads,), tile.num_warps, tile.num_stages)
+    arguments.launch_with(
+        launch, attention_backward, (blocks * count * kv_heads,), tile.num_warps, tile.num_stages, tile.registers
+    )
 
     # With rotary still to be turned back, dq stays float32 so that it is rounded once.
     dq = dq[..., :dim].mul_(call.scale)
@@ -244,7 +246,7 @@ def _bias_gradients(
         values["stride_table_h"] = values["DTable"].stride(0)
     tiles = -(-q_max(call) // tile.block_m) * -(-k_max(call) // tile.block_n)
     arguments.with_(values, {"OVER_QUERIES": summed == _QUERIES}).launch_with(
-        launch, gradient_by_tile, (tiles * out_heads * out_batches,), tile.num_warps, tile.num_stages
+        launch, gradient_by_tile, (tiles * out_heads * out_batches,), tile.num_warps, tile.num_stages, tile.registers
     )
     if target is not None and dense is not None:
         total = target if summed is None else in_ones(target, values["SumUnits"])

@@ -154,5 +154,5 @@ def forward(call: Call, mix: HeadMix, launch: Launch, arch: str) -> tuple[Tensor
     values = {"Out": out, "Lse": lse, **dict(zip(("stride_ob", "stride_oh", "stride_om"), out.stride()))}
     programs = -(-q_max(call) // tile.block_m) * sequences(call)
     arguments = mix_arguments(call, mix, tile, {**input_arguments(call, launch), **values})
-    arguments.launch_with(launch, mixed_forward, (programs,), tile.num_warps, tile.num_stages)
+    arguments.launch_with(launch, mixed_forward, (programs,), tile.num_warps, tile.num_stages, tile.registers)
     return out, lse

@@ -45,7 +45,7 @@ def backward(
     # The kernels' logits leave b2 out.
     rows["Lse2"] = rows["Lse2"] - mix.b2.float()[:, None] / math.log(2.0)
     inputs = {**input_arguments(call, launch), **rows, "num_sequences": sequences(call)}
-    tile = backward_tile(call)
+    tile = backward_tile(arch, call)
     arguments = mix_arguments(call, mix, tile, inputs)
 
     grads: dict[str, Tensor] = {}
@@ -110,7 +110,9 @@ def _query_gradients(
     # Output rows or the MLP's sums, not both: together they do not fit in registers.
     for part in (values, sums) if weights else (values,):
         given = {**dict.fromkeys((*values, *sums)), **part}
-        arguments.with_(given, {}).launch_with(launch, mixed_backward_q, (programs,), tile.num_warps, tile.num_stages)
+        arguments.with_(given, {}).launch_with(
+            launch, mixed_backward_q, (programs,), tile.num_warps, tile.num_stages, tile.registers
+        )
 
     grads = {"q": values["DQ"]}
     if weights:
@@ -150,7 +152,9 @@ def _key_gradients(
             continue
         grad = x.new_zeros((batch, heads, *x.shape[2:]), dtype=dtype)
         values = {"DK": grad if name == "k" else None, "DV_": grad if name == "v" else None}
-        arguments.with_(values, {}).launch_with(launch, mixed_backward_kv, (programs,), tile.num_warps, tile.num_stages)
+        arguments.with_(values, {}).launch_with(
+            launch, mixed_backward_kv, (programs,), tile.num_warps, tile.num_stages, tile.registers
+        )
         if group > 1:
             grad = grad.unflatten(1, (-1, group)).sum(2)
         grads[name] = grad if name == "k" and call.plan.rotary is not None else grad.to(x.dtype)
@@ -208,7 +212,7 @@ def _bias_gradients(
             "first_corner": first_corner,
         }
         arguments.with_(values, {**constants, "ALONG_DIAGONAL": True}).launch_with(
-            launch, mixed_gradient_by_tile, (bands,), tile.num_warps, tile.num_stages
+            launch, mixed_gradient_by_tile, (bands,), tile.num_warps, tile.num_stages, tile.registers
         )
         start = first_corner - block
         if table is not None and by_head is not None:
@@ -246,7 +250,7 @@ def _bias_gradients(
             values["PsiUnits"] = units(call, arguments.values, most * steepest)
         tiles = -(-q_max(call) // tile.block_m) * -(-k_max(call) // tile.block_n)
         arguments.with_(values, {**constants, "ALONG_DIAGONAL": False}).launch_with(
-            launch, mixed_gradient_by_tile, (tiles * out_batches,), tile.num_warps, tile.num_stages
+            launch, mixed_gradient_by_tile, (tiles * out_batches,), tile.num_warps, tile.num_stages, tile.registers
         )
         if target is not None and dense is not None:
             total = target if summed is None else in_ones(target, values["DenseUnits"])

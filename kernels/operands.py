@@ -17,7 +17,7 @@ from torch import Tensor
 from posattn.backends.strides import steps
 from posattn.plan import Bias, Call, Profile
 
-Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, int], None]
+Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, int, int | None], None]
 
 
 MAX_TOKEN_STRIDE = 1 << 23
@@ -33,11 +33,19 @@ class Arguments:
     def with_(self, values: Mapping[str, Any], constants: Mapping[str, Any]) -> Arguments:
         return Arguments({**self.values, **values}, {**self.constants, **constants})
 
-    def launch_with(self, launch: Launch, kernel: Any, grid: Sequence[int], num_warps: int, num_stages: int) -> None:
+    def launch_with(
+        self,
+        launch: Launch,
+        kernel: Any,
+        grid: Sequence[int],
+        num_warps: int,
+        num_stages: int,
+        registers: int | None = None,
+    ) -> None:
         names = kernel.arg_names
         constants = {name: self.constants[name] for name in names if name in self.constants}
         values = [self.values[name] for name in names if name not in constants]
-        launch(kernel, grid, values, constants, num_warps, num_stages)
+        launch(kernel, grid, values, constants, num_warps, num_stages, registers)
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class Shipped:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    registers: int | None
 
 
 def _float(*shape: int) -> torch.Tensor:
@@ -95,12 +96,18 @@ def _recorded(
     found: list[Shipped] = []
 
     def record(
-        kernel: Any, grid: Sequence[int], args: Sequence[Any], constexprs: Mapping[str, Any], warps: int, stages: int
+        kernel: Any,
+        grid: Sequence[int],
+        args: Sequence[Any],
+        constexprs: Mapping[str, Any],
+        warps: int,
+        stages: int,
+        registers: int | None,
     ) -> None:
         given = dict(constexprs)
         if "NVIDIA" in given:  # the host code reads it off the torch it runs in
             given["NVIDIA"] = arch.startswith("sm_")
-        found.append(Shipped(arch, label, kernel, tuple(args), given, warps, stages))
+        found.append(Shipped(arch, label, kernel, tuple(args), given, warps, stages, registers))
 
     needs = frozenset(("q", "k", "v", *wanted))
     lse = _float(1, 12, q_len)

@@ -28,6 +28,9 @@ class Tile:
     hoist: bool = True
     # Whether addresses are computed anew in each step, and none carried from step to step (of kernels that ask).
     hide: bool = False
+    # How many registers ptxas may give a thread (of NVIDIA's alone); None leaves it to ptxas, which at times stops far
+    # below what the block could have, and spills.
+    registers: int | None = None
 
 
 # Tables of configurations: by family of architecture, padded head dimension, and kind of plan.

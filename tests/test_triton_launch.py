@@ -51,25 +51,31 @@ def instructions(ptx: str) -> list[str]:
     return [line for line in code.splitlines() if not line.lstrip().startswith((".loc", "//"))]
 
 
-def test_it_compiles_what_the_machine_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dim", "bounded"), [(64, set()), (256, {"attention_backward"})])
+def test_it_compiles_what_the_machine_runs(monkeypatch: pytest.MonkeyPatch, dim: int, bounded: set[str]) -> None:
     driver = Driver()
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     launch = seam.launch
-    grids = []
+    grids, with_maxnreg = [], set()
 
-    def both(kernel: Any, grid: Any, args: Any, constexprs: Any, num_warps: int, num_stages: int) -> None:
-        launch(kernel, grid, args, constexprs, num_warps, num_stages)
+    def both(
+        kernel: Any, grid: Any, args: Any, constexprs: Any, num_warps: int, num_stages: int, registers: int | None
+    ) -> None:
+        launch(kernel, grid, args, constexprs, num_warps, num_stages, registers)
         (caches,) = kernel.device_caches.values()
         (compiled,) = caches[0].values()
         kernel.device_caches.clear()  # a compiled kernel unloads itself from the driver, so none may outlive this one
-        given = {"arch": ARCH, "num_warps": num_warps, "num_stages": num_stages, "constexprs": constexprs}
-        expected, _ = compile_triton(kernel, args, **given)
+        given = {"arch": ARCH, "num_warps": num_warps, "num_stages": num_stages, "registers": registers}
+        expected, _ = compile_triton(kernel, args, constexprs=constexprs, **given)
         assert instructions(compiled.asm["ptx"]) == instructions(expected.ptx)
         grids.append((*grid, 1, 1)[:3])
+        if ".maxnreg" in compiled.asm["ptx"]:
+            with_maxnreg.add(kernel.__name__)
 
     device = {"architecture": lambda _: f"sm_{ARCH}", "processors": lambda _: 108}
     with mock.patch.multiple(seam, launch=both, has_device=lambda _: True, **device):
-        q, k, v = (torch.randn(1, 2, 100, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        posattn.attention(q, k, v, posattn.RoPE(64) + posattn.ALiBi(2), causal=True, backend="triton").sum().backward()
+        q, k, v = (torch.randn(1, 2, 100, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        posattn.attention(q, k, v, posattn.RoPE(dim) + posattn.ALiBi(2), causal=True, backend="triton").sum().backward()
     assert driver.started == grids
     assert len(grids) >= 3
+    assert with_maxnreg == bounded

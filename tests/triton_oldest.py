@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from posattn.kernels.shipped import shipped
-from tests.ptxsim.triton_run import specialise
+from tests.ptxsim.triton_run import launch_options, specialise
 
 _TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,7 +33,7 @@ def main() -> int:
             if launch.label.split(",")[0] not in plans or name in seen:
                 continue
             signature, constants, attrs, _ = specialise(launch.kernel, launch.args, launch.constexprs)
-            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+            options = launch_options(launch.num_warps, launch.num_stages, launch.registers)
             source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attrs)
             triton.compile(source, target=_TARGETS[arch], options=options)
             seen.add(name)

@@ -38,7 +38,7 @@ PLANS = (
 
 
 def launch(
-    kernel: Any, grid: Sequence[int], args: Sequence[Any], constexprs: Mapping[str, Any], warps: int, stages: int
+    kernel: Any, grid: Sequence[int], args: Sequence[Any], constexprs: Mapping[str, Any], *options: int | None
 ) -> None:
     given = dict(constexprs)
     if "NVIDIA" in given:

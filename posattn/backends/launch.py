@@ -20,10 +20,14 @@ def launch(
     constexprs: Mapping[str, Any],
     num_warps: int,
     num_stages: int,
+    registers: int | None = None,
 ) -> None:
-    """Run a @triton.jit function: `args` are its leading parameters in order (None for an absent tensor)."""
+    """Run a @triton.jit function: `args` are its leading parameters in order (None for an absent tensor). `registers`
+    bounds a thread's, where it is not for ptxas to choose."""
     # Triton 3.10 will no longer fuse a multiply and an add by itself; the kernels' instruction counts are with it.
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if registers is not None:  # an option that AMD's compiler does not know
+        options["maxnreg"] = registers
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
         kernel[tuple(grid)](*args, **constexprs, **options)
@@ -54,4 +58,4 @@ def processors(device: torch.device) -> int:
     return _properties(device.index if device.index is not None else torch.cuda.current_device())[1]
 
 
-Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, int], None]
+Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, int, int | None], None]

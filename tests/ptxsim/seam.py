@@ -56,9 +56,16 @@ class Machine:
         constexprs: Mapping[str, Any],
         num_warps: int,
         num_stages: int,
+        registers: int | None = None,
     ) -> None:
         compiled, passed = compile_triton(
-            kernel, args, arch=self.arch, num_warps=num_warps, num_stages=num_stages, constexprs=constexprs
+            kernel,
+            args,
+            arch=self.arch,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            registers=registers,
+            constexprs=constexprs,
         )
         report = compiled.launch(grid, passed, self.options)
         self._note(Launched(kernel.__name__, tuple(grid), dict(constexprs), compiled, report))

@@ -96,6 +96,12 @@ def specialise(fn: Any, args: Sequence[Argument], constexprs: Mapping[str, Any])
     return signature, constants, attrs, passed
 
 
+def launch_options(num_warps: int, num_stages: int, registers: int | None = None) -> dict[str, Any]:
+    """The compiler's options that posattn.backends.launch.launch gives."""
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    return options if registers is None else {**options, "maxnreg": registers}
+
+
 def compile_triton(
     fn: Any,
     args: Sequence[Argument],
@@ -103,14 +109,15 @@ def compile_triton(
     arch: int = 80,
     num_warps: int = 4,
     num_stages: int = 3,
+    registers: int | None = None,
     constexprs: Mapping[str, Any] | None = None,
 ) -> tuple[Compiled, list[Argument]]:
     """Compiles `fn` for these arguments, once in a process; returns it with the arguments that are passed."""
     signature, constants, attrs, passed = specialise(fn, args, constexprs or {})
-    key = (fn, repr(signature), repr(constants), repr(attrs), arch, num_warps, num_stages)
+    key = (fn, repr(signature), repr(constants), repr(attrs), arch, num_warps, num_stages, registers)
     if key not in _cache:
         source = ASTSource(fn, signature, constexprs=constants, attrs=attrs)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = launch_options(num_warps, num_stages, registers)
         built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         ptx = built.asm["ptx"]
         _cache[key] = Compiled(Kernel(ptx), built, ptx)

@@ -38,7 +38,7 @@ def name_of(launch: Shipped) -> str:
 
 def _what_is_compiled(launch: Shipped) -> str:
     args = [str(arg.dtype) if isinstance(arg, torch.Tensor) else repr(arg) for arg in launch.args]
-    return repr((args, sorted(launch.constexprs.items()), launch.num_warps, launch.num_stages))
+    return repr((args, sorted(launch.constexprs.items()), launch.num_warps, launch.num_stages, launch.registers))
 
 
 def selected(architectures: list[str], match: str) -> list[tuple[str, Shipped]]:
@@ -56,7 +56,7 @@ def selected(architectures: list[str], match: str) -> list[tuple[str, Shipped]]:
 def _measured(architectures: list[str], match: str, number: int) -> Figures | str:
     """Runs in a worker, which makes the list again: launches hold compiled functions and do not travel."""
     launch = selected(architectures, match)[number][1]
-    parts = (launch.kernel, launch.args, launch.constexprs, launch.num_warps, launch.num_stages)
+    parts = (launch.kernel, launch.args, launch.constexprs, launch.num_warps, launch.num_stages, launch.registers)
     try:
         return measure(launch.arch, *parts)
     except Exception as error:  # a configuration that does not compile is a finding of this tool, whatever raised it

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.ptxsim.triton_run import specialise
+from tests.ptxsim.triton_run import launch_options, specialise
 
 from . import amdgcn, sass
 from .flow import loops
@@ -40,13 +40,19 @@ class Figures:
 
 
 def compile_for(
-    arch: str, kernel: Any, args: Sequence[Any], constexprs: Mapping[str, Any], warps: int, stages: int
+    arch: str,
+    kernel: Any,
+    args: Sequence[Any],
+    constexprs: Mapping[str, Any],
+    warps: int,
+    stages: int,
+    registers: int | None,
 ) -> Any:
     """Triton's compiled kernel for "sm_80", ..., or "gfx942"."""
     signature, constants, attrs, _ = specialise(kernel, args, constexprs)
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    return triton.compile(source, target=target, options=launch_options(warps, stages, registers))
 
 
 def _spilled(instructions: Sequence[sass.Instruction]) -> int:
@@ -87,10 +93,16 @@ def _amd(compiled: Any) -> Figures:
 
 
 def measure(
-    arch: str, kernel: Any, args: Sequence[Any], constexprs: Mapping[str, Any], warps: int, stages: int
+    arch: str,
+    kernel: Any,
+    args: Sequence[Any],
+    constexprs: Mapping[str, Any],
+    warps: int,
+    stages: int,
+    registers: int | None = None,
 ) -> Figures:
     """The figures of one launch. Its tile is BLOCK_M x BLOCK_N logits of HEADS heads (one without that constant)."""
-    compiled = compile_for(arch, kernel, args, constexprs, warps, stages)
+    compiled = compile_for(arch, kernel, args, constexprs, warps, stages, registers)
     if not arch.startswith("sm_"):
         return _amd(compiled)
     tile = constexprs.get("BLOCK_M", 0) * constexprs.get("BLOCK_N", 0) * constexprs.get("HEADS", 1)
