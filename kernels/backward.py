@@ -9,7 +9,7 @@ order of summation is fixed and no atomic adds to it.
 import triton
 import triton.language as tl
 
-from .bias import distance_tile, gather, plus_256
+from .bias import distance_tile, gather
 from .diagonals import SLOTS, add_bands, finish_bands, start_bands, store_bands
 from .dropout import RANDOM_BITS, keep_tile
 from .halves import multiply_bf16, widen_bf16
@@ -17,7 +17,18 @@ from .logit_gradient import psi_gradient
 from .masks import mask_offset, query_spans, sequence
 from .profile import profile_sums, write_sums
 from .scores import LOG2E, load_rows, logits_tile
-from .turns import by_query, hidden, load_shared, opaque, publish, store_shared, wait_for
+from .turns import (
+    by_query,
+    fragments,
+    hidden,
+    load_fragments,
+    load_shared,
+    opaque,
+    publish,
+    store_fragments,
+    store_shared,
+    wait_for,
+)
 
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
@@ -39,9 +50,10 @@ def attention_backward(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr, HOIST: tl.constexpr,
-    HIDE: tl.constexpr, WHOLE: tl.constexpr,
+    HIDE: tl.constexpr, WHOLE: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """DQ [B, H, Tq, BLOCK_D] float32, zeroed, takes the gradient of the queries times 1 / scale. DK [B, Hkv, Tk, D] and
+    """DQ [B, H, Tq, BLOCK_D] float32, zeroed, takes the gradient of the queries times -1 / scale, in tiles of BLOCK_M
+    queries as turns.fragments keeps them (the last one whole too) but for packed documents. DK [B, Hkv, Tk, D] and
     DV_ [B, Hkv, Tk, DV] are contiguous; keys of no sequence are not written. By block of keys (operands.all_blocks),
     DSlope [B, H, blocks] and DSegments [B, H, blocks, 2, W + 1] (sums of ds and of ds * y on each segment) are float32,
     as is DRowScale [B, H, Tq], and zeroed, or None where not wanted. DTable [H, table_last - table_first + 1] and DPsi
@@ -84,7 +96,6 @@ def attention_backward(
     shift = k_len - q_len
     offset = mask_offset(q_len, k_len, TOP_LEFT)
     last = tl.minimum(j0 + BLOCK_N, k_len) - 1
-    reference = j0
     # The next block of keys sees the queries from next_lo on. The last block waits for nobody.
     next_lo = tl.cdiv(q_len, BLOCK_M) * BLOCK_M
     awaited = progress
@@ -99,7 +110,8 @@ def attention_backward(
     j_in = (j0 + cols)[:, None]
     col0 = (k_start + j0).to(tl.int64)
     k = load_rows(K + b64 * stride_kb + kv64 * stride_kh + col0 * stride_kn, cols, stride_kn, D, BLOCK_D)
-    v = load_rows(V + b64 * stride_vb + kv64 * stride_vh + col0 * stride_vn, cols, stride_vn, DV, BLOCK_DV)
+    # Negated, as all that follows from it: the product with the output's gradient then starts at delta, as it is.
+    v = -load_rows(V + b64 * stride_vb + kv64 * stride_vh + col0 * stride_vn, cols, stride_vn, DV, BLOCK_DV)
     pj = j_in
     if EXPLICIT:
         pj = tl.load(KPositions + b64 * stride_kpos + col0 + cols)[:, None]
@@ -115,7 +127,10 @@ def attention_backward(
         q_base = Q + b64 * stride_qb + h64 * stride_qh + q_start.to(tl.int64) * stride_qm
         do_base = GradOut + b64 * stride_gb + h64 * stride_gh + q_start.to(tl.int64) * stride_gm
         stat_base = (b64 * num_heads + h64) * q_tokens + q_start
-        dq_base = DQ + stat_base * BLOCK_D
+        if PACKED:
+            dq_base = DQ + stat_base * BLOCK_D
+        else:
+            dq_base = DQ + (b64 * num_heads + h64) * (tl.cdiv(q_tokens, BLOCK_M) * BLOCK_M * BLOCK_D)
         slope = None
         dslope = tl.zeros([BLOCK_N], tl.float32)
         if MOMENTS:
@@ -168,9 +183,8 @@ def attention_backward(
                     if span != 1:
                         # A row past the end has no weight.
                         lse2 = tl.where(tl.arange(0, BLOCK_M) < q_len - i0, lse2, float("inf"))
-                    if LINEAR:
-                        ahead = (i0 + shift - reference - 256).to(tl.float32) + plus_256(tl.arange(0, BLOCK_M))
-                        lse2 += (slope * LOG2E) * ahead
+                    if LINEAR and not SHARES:
+                        lse2 += (slope * LOG2E) * tl.arange(0, BLOCK_M).to(tl.float32)
                     pi = i_in
                     if EXPLICIT:
                         pi = tl.load(QPositions + b64 * stride_qpos + q_start + row0 + rows)[None, :]
@@ -181,7 +195,7 @@ def attention_backward(
                         row_scale = tl.load(RowScale + entry)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                     s, slack, low, high = logits_tile(
-                        s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, reference, slope, row_scale,
+                        s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, i0 + shift, slope, row_scale,
                         b, h, q_start, k_start, scale, softcap, Table, stride_table_h, table_first, table_last,
                         Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds, Knots, num_knots,
                         SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
@@ -202,17 +216,17 @@ def attention_backward(
                     dv = tl.dot(kept, do, dv, input_precision=PRECISION)
                     if threshold is not None:
                         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                        dp = tl.where(keep, dp * keep_scale, 0.0) - delta[None, :]
+                        dp = tl.where(keep, dp * keep_scale, 0.0) + delta[None, :]  # minus what its name says
                     else:
-                        # Starting at -delta costs what subtracting it would, and holds fewer registers.
-                        dp = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) - delta[None, :]
+                        # Starting at delta costs what adding it would, and holds fewer registers.
+                        dp = tl.broadcast_to(delta[None, :], [BLOCK_N, BLOCK_M])
                         dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
                     if IN_BF16:
                         ds_half = multiply_bf16(kept, dp.to(tl.bfloat16), NVIDIA)
-                        ds = widen_bf16(ds_half, NVIDIA)
+                        ds = -widen_bf16(ds_half, NVIDIA)
                     else:
-                        ds = p * dp
-                        ds_half = (ds * slack).to(q.dtype)
+                        ds_half = (p * dp * slack).to(q.dtype)
+                        ds = -(p * dp)
                     if DSlope is not None and not MOMENTS:
                         distance = distance_tile(pi, pj, i0, j0, shift, EXPLICIT)
                         dslope += tl.sum(ds * (distance if SIGNED or LINEAR else tl.abs(distance)), 1)
@@ -247,14 +261,22 @@ def attention_backward(
                             DPsi, PsiUnits, psi_bands, i0 // BLOCK_M - 1, turn, i0 > lo, j0, shift,
                             psi_first, psi_last, GROUPS, BLOCK_M, NVIDIA,
                         )  # fmt: skip
-                    dq_tile = dq_base + row0 * BLOCK_D + tl.arange(0, BLOCK_D)[:, None]  # [BLOCK_D, BLOCK_M]
-                    if span == 1 and BLOCK_M > 32:
-                        dq_tile = by_query(dq_tile, BLOCK_D, turn, BLOCK_M, NVIDIA)
+                    dq_tile = dq_base + row0 * BLOCK_D
+                    if PACKED:
+                        dq_tile += tl.arange(0, BLOCK_D)[:, None]  # [BLOCK_D, BLOCK_M]
+                        if span == 1 and BLOCK_M > 32:
+                            dq_tile = by_query(dq_tile, BLOCK_D, turn, BLOCK_M, NVIDIA)
+                        else:
+                            dq_tile = opaque(dq_tile, turn, NVIDIA) + rows[None, :] * BLOCK_D
+                        dq = load_shared(dq_tile, turn, NVIDIA)
                     else:
-                        dq_tile = opaque(dq_tile, turn, NVIDIA) + rows[None, :] * BLOCK_D
-                    dq = load_shared(dq_tile, turn, NVIDIA)  # [BLOCK_D, BLOCK_M]
+                        dq_tile = fragments(dq_tile, turn, BLOCK_D, BLOCK_M, NVIDIA)
+                        dq = load_fragments(dq_tile, turn, NVIDIA)
                     dq = tl.dot(tl.trans(k), ds_half, dq, input_precision=PRECISION)
-                    store_shared(dq_tile, dq, (tl.arange(0, BLOCK_M) < q_len - i0)[None, :], span != 1, NVIDIA)
+                    if PACKED:
+                        store_shared(dq_tile, dq, (tl.arange(0, BLOCK_M) < q_len - i0)[None, :], span != 1, NVIDIA)
+                    else:
+                        store_fragments(dq_tile, dq, NVIDIA)
                     if DRowScale is not None:
                         # In turn, as above, so the order of these additions is fixed too.
                         inside = tl.arange(0, BLOCK_M) < q_len - i0
@@ -275,7 +297,7 @@ def attention_backward(
         if DSegments is not None:
             write_sums(sums, segment, num_knots, of_ds, of_dsy)
         if MOMENTS:
-            total, first = tl.split(moments.reshape([BLOCK_N, COLUMNS // 2, 2]))
+            total, first = tl.split(-moments.reshape([BLOCK_N, COLUMNS // 2, 2]))
             at_last = lo + (tl.cdiv(hi - lo, BLOCK_M) - 1) * BLOCK_M + shift - j
             dslope = tl.sum(tl.where(tl.arange(0, COLUMNS // 2)[None, :] == 0, first + total * at_last, 0.0), 1)
         if DSlope is not None:
@@ -287,6 +309,6 @@ def attention_backward(
     out0 = (b64 * kv_heads + kv64) * k_tokens + col0
     offs_n = tl.arange(0, BLOCK_N)[:, None]
     offs_d = tl.arange(0, BLOCK_D)[None, :]
-    tl.store(DK + out0 * D + offs_n * D + offs_d, (dk * scale).to(DK.dtype.element_ty), mask=inside & (offs_d < D))
+    tl.store(DK + out0 * D + offs_n * D + offs_d, (dk * -scale).to(DK.dtype.element_ty), mask=inside & (offs_d < D))
     offs_d = tl.arange(0, BLOCK_DV)[None, :]
     tl.store(DV_ + out0 * DV + offs_n * DV + offs_d, dv.to(DV_.dtype.element_ty), mask=inside & (offs_d < DV))

@@ -21,9 +21,11 @@ from .operands import (
     all_blocks,
     common_arguments,
     k_max,
+    linear,
     padded,
     q_max,
     sequences,
+    slope_arguments,
     strides,
     unit_stride,
 )
@@ -37,9 +39,16 @@ _QUERIES, _KEYS = 2, 3
 
 
 def row_statistics(
-    launch: Launch, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    launch: Launch,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    slope: Tensor | None = None,
+    tile: int = 1,
 ) -> dict[str, Any]:
-    """The arguments GradOut, Lse2 and Delta of the backward kernels."""
+    """The arguments GradOut, Lse2 and Delta of the backward kernels; Lse2 with a row's share of a linear bias of
+    `slope` ([H] or [B, H]), counted from the first of `tile` rows."""
     out, grad_out = unit_stride(out), unit_stride(grad_out)
     batch, heads, tokens, dim = out.shape
     delta = torch.empty(lse.shape, dtype=torch.float32, device=out.device)
@@ -52,12 +61,13 @@ def row_statistics(
         "GradLse": None if grad_lse is None else grad_lse.float().contiguous(),
         "Delta": delta,
         "Lse2": lse2,
+        **slope_arguments(slope),
         "tokens": tokens,
         "num_heads": heads,
         **dict(zip(("stride_ob", "stride_oh", "stride_om"), out.stride())),
         **dict(zip(("stride_gb", "stride_gh", "stride_gm"), grad_out.stride())),
     }
-    constants = {"DV": dim, "BLOCK_DV": padded(dim), "BLOCK_M": block}
+    constants = {"DV": dim, "BLOCK_DV": padded(dim), "BLOCK_M": block, "TILE": tile}
     grid = (-(-tokens // block) * batch * heads,)
     Arguments(values, constants).launch_with(launch, prepare, grid, num_warps=4, num_stages=1)
     return {key: values[key] for key in ("GradOut", "Lse2", "Delta", "stride_gb", "stride_gh", "stride_gm")}
@@ -85,15 +95,21 @@ def backward(
         q = turned(launch, q, rotary.q_cos, rotary.q_sin, rotary.interleaved, q.dtype)
         k = turned(launch, k, rotary.k_cos, rotary.k_sin, rotary.interleaved, k.dtype)
     shared = {"Q": q, "K": k, "V": v, **strides("q", q), **strides("k", k), **strides("v", v)}
-    shared.update(row_statistics(launch, out, lse, grad_out, grad_lse))
+    explicit = call.q_positions is not None
+    by_tile = needs & ({"dense", *_BY_DISTANCE} if explicit else {"dense"})
+    main = main_tile(arch, call)
+    slope = call.plan.bias.slope
+    # One tile for all rows: packed documents start anywhere, and gradient_by_tile has tiles of its own.
+    shares = slope is not None and linear(call, call.plan.bias) and call.mask.cu_seqlens_q is None and not by_tile
+    shared.update(
+        row_statistics(launch, out, lse, grad_out, grad_lse, slope.slope if slope and shares else None, main.block_m)
+    )
 
     grads: dict[str, Tensor] = {}
     if "sinks" in needs and call.sinks is not None:
         grads["sinks"] = sink_gradient(call.sinks, lse, shared["Delta"])
-    explicit = call.q_positions is not None
-    by_tile = needs & ({"dense", *_BY_DISTANCE} if explicit else {"dense"})
     if needs - by_tile - {"sinks"}:
-        grads.update(_gradients(call, shared, needs, launch, main_tile(arch, call)))
+        grads.update(_gradients(call, shared, needs, launch, main, shares))
     if by_tile:
         grads.update(_bias_gradients(call, shared, by_tile, launch, bias_tile(arch, call)))
     if rotary is not None:
@@ -113,10 +129,32 @@ def grad_like(call: Call, x: Tensor) -> Tensor:
     return create(x.shape, dtype=dtype, device=x.device)
 
 
+def _rows(call: Call, tile: Tile) -> int:
+    """Rows of DQ a head: whole tiles, but for packed documents, which start anywhere."""
+    tokens = call.q.shape[2]
+    return tokens if call.mask.cu_seqlens_q is not None else -(-tokens // tile.block_m) * tile.block_m
+
+
+def _query_gradient(call: Call, dq: Tensor, tile: Tile) -> Tensor:
+    """The gradient of the queries from what attention_backward left in DQ [B, H, rows, BLOCK_D].
+
+    With rotary still to be turned back it stays float32, so that it is rounded once."""
+    batch, heads, _, width = dq.shape
+    tokens, dim = call.q.shape[2:]
+    out = torch.empty(dq.shape, dtype=call.q.dtype if call.plan.rotary is None else torch.float32, device=dq.device)
+    if call.mask.cu_seqlens_q is None:
+        # turns.fragments: tiles, blocks of 16 dimensions by 8 queries, threads [8, 4], dimensions 8 apart, queries.
+        dq = dq.view(batch, heads, -1, width // 16, tile.block_m // 8, 8, 4, 2, 2).permute(0, 1, 2, 4, 6, 8, 3, 7, 5)
+    torch.mul(dq, -call.scale, out=out.view(dq.shape))
+    return out[:, :, :tokens, :dim].contiguous()
+
+
 def _gradients(
-    call: Call, shared: dict[str, Any], needs: frozenset[str], launch: Launch, tile: Tile
+    call: Call, shared: dict[str, Any], needs: frozenset[str], launch: Launch, tile: Tile, shares: bool
 ) -> dict[str, Tensor]:
-    """Those of q, k and v, of slopes and profiles' lines and, over implicit distances, of tables and psi."""
+    """Those of q, k and v, of slopes and profiles' lines and, over implicit distances, of tables and psi.
+
+    shares: Lse2 has each row's share of a linear bias."""
     q, k, v, bias = call.q, call.k, call.v, call.plan.bias
     batch, heads, q_tokens, dim = q.shape
     kv_heads = k.shape[1]
@@ -127,7 +165,7 @@ def _gradients(
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=q.device)
 
-    dq = zeros(batch, heads, q_tokens, padded(dim))
+    dq = zeros(batch, heads, _rows(call, tile), padded(dim))
     dk, dv = grad_like(call, k), torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     dslope = zeros(batch, heads, key_blocks) if "slope" in needs else None
     profile = bias.profile
@@ -167,14 +205,12 @@ def _gradients(
     }
     whole = tile.block_n // 16 >= tile.num_warps
     arguments = common_arguments(call, tile.block_m, tile.block_n)
-    arguments = arguments.with_(values, {"HOIST": tile.hoist, "HIDE": tile.hide, "WHOLE": whole})
+    arguments = arguments.with_(values, {"HOIST": tile.hoist, "HIDE": tile.hide, "WHOLE": whole, "SHARES": shares})
     arguments.launch_with(
         launch, attention_backward, (blocks * count * kv_heads,), tile.num_warps, tile.num_stages, tile.registers
     )
 
-    # With rotary still to be turned back, dq stays float32 so that it is rounded once.
-    dq = dq[..., :dim].mul_(call.scale)
-    grads = {"q": dq if call.plan.rotary is not None else dq.to(q.dtype), "k": dk, "v": dv}
+    grads = {"q": _query_gradient(call, dq, tile), "k": dk, "v": dv}
     if dslope is not None and bias.slope is not None:
         grads["slope"] = slope_gradient(call, bias.slope, dslope.sum(2))
     if by_distance["DTable"] is not None and bias.table is not None:

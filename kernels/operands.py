@@ -134,7 +134,7 @@ def dropout_arguments(call: Call) -> dict[str, Any]:
     }
 
 
-def _linear(call: Call, bias: Bias) -> bool:
+def linear(call: Call, bias: Bias) -> bool:
     """True if no visible distance is negative, or the sign is kept: the slope's |d| is then linear in j."""
     if bias.slope is None or call.q_positions is not None:
         return False
@@ -188,8 +188,14 @@ def _profile_arguments(profile: Profile | None, bounds_block: int, beyond: int) 
     }
 
 
+def slope_arguments(slope: Tensor | None) -> dict[str, Any]:
+    if slope is None:
+        return {"Slope": None, "stride_slope_b": 0}
+    slope = slope.float().contiguous()
+    return {"Slope": slope, "stride_slope_b": slope.stride(0) if slope.dim() == 2 else 0}
+
+
 def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Arguments:
-    slope = None if bias.slope is None else bias.slope.slope.float()
     # A tile on the border holds distances beyond those of the sequence, which nobody uses but kernels read.
     beyond = 0 if call.q_positions is not None else block_m + block_n
     table = None if bias.table is None else _extended(bias.table.values.float(), beyond)
@@ -197,12 +203,9 @@ def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Argume
     dense = None if bias.dense is None else bias.dense.bias
     if dense is not None and dense.dtype == torch.float64:
         dense = dense.float()
-    if slope is not None:
-        slope = slope.contiguous()
     first = 0 if bias.table is None else bias.table.first - beyond
     values: dict[str, Any] = {
-        "Slope": slope,
-        "stride_slope_b": slope.stride(0) if slope is not None and slope.dim() == 2 else 0,
+        **slope_arguments(None if bias.slope is None else bias.slope.slope),
         "Table": table,
         "stride_table_h": 0 if table is None else table.stride(0),
         "table_first": first,
@@ -218,7 +221,7 @@ def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Argume
     )
     constants = {
         "SIGNED": bias.slope is not None and bias.slope.signed,
-        "LINEAR": _linear(call, bias),
+        "LINEAR": linear(call, bias),
         "CLAMP": not inside,
         "NATURAL": bool(bias) or call.softcap != 0.0 or call.scale <= 0.0,
         "KNOTS": 1 if profile is None else _knots(profile),

@@ -12,11 +12,14 @@ from .scores import LOG2E
 
 @triton.jit
 def prepare(
-    Out, GradOut, Lse, GradLse, Delta, Lse2, tokens, num_heads,
+    Out, GradOut, Lse, GradLse, Delta, Lse2, Slope, stride_slope_b, tokens, num_heads,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Out and GradOut [B, H, T, DV]; Lse, GradLse (or None), Delta and Lse2 [B, H, T] contiguous."""
+    """Out and GradOut [B, H, T, DV]; Lse, GradLse (or None), Delta and Lse2 [B, H, T] contiguous.
+
+    With a Slope (else None) Lse2 also takes what a linear bias takes off the logits of each row beyond the first of its
+    TILE: small numbers, so nothing is lost, and the backward pass would compute them again for each block of keys."""
     blocks = tl.cdiv(tokens, BLOCK_M)
     pid = tl.program_id(0)
     bh = (pid // blocks).to(tl.int64)
@@ -37,4 +40,7 @@ def prepare(
         delta -= tl.load(GradLse + at, mask=row, other=0.0)
     lse = tl.load(Lse + at, mask=row, other=0.0)
     tl.store(Delta + at, delta, mask=row)
-    tl.store(Lse2 + at, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=row)
+    lse2 = lse * LOG2E
+    if Slope is not None:
+        lse2 += tl.load(Slope + b * stride_slope_b + h) * LOG2E * ((i0 + offs_m) % TILE).to(tl.float32)
+    tl.store(Lse2 + at, tl.where(lse == float("-inf"), float("inf"), lse2), mask=row)

@@ -84,6 +84,55 @@ def by_query(pointers, STRIDE: tl.constexpr, turn, BLOCK_M: tl.constexpr, NVIDIA
 
 
 @triton.jit
+def fragments(tile, turn, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr):
+    """Pointers [ROWS // 16, 8, COLUMNS // 8, 4] to the fours of a tile in memory that is kept as a tensor core's result
+    is held: in blocks of 16 x 8 a thread has columns 2 c and 2 c + 1 of rows r and r + 8, here side by side."""
+    block = (COLUMNS // 8) * tl.arange(0, ROWS // 16)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[:, None]
+    thread = 4 * tl.arange(0, 8)[:, None, None] + tl.arange(0, 4)
+    return opaque(tile + 4 * thread, turn, NVIDIA) + 128 * block
+
+
+@triton.jit
+def _each(pointers):
+    """Pointers to all four elements of each: [..., columns, rows]."""
+    return pointers[:, :, :, :, None, None] + (tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2))
+
+
+@triton.jit
+def load_fragments(pointers, turn, NVIDIA: tl.constexpr):
+    """The float32 tile [ROWS, COLUMNS] at fragments(), which other programs add to; `turn` comes from wait_for."""
+    if NVIDIA:
+        x, y, z, w = tl.inline_asm_elementwise(
+            "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l,r", [pointers.to(tl.int64), turn],
+            (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+        tile = tl.join(tl.join(x, y), tl.join(z, w))
+    else:
+        tile = tl.load(_each(pointers), volatile=True)
+    ROWS: tl.constexpr = 16 * pointers.shape[0]
+    COLUMNS: tl.constexpr = 8 * pointers.shape[2]
+    return tl.permute(tile, 0, 5, 1, 2, 3, 4).reshape([ROWS, COLUMNS])
+
+
+@triton.jit
+def store_fragments(pointers, tile, NVIDIA: tl.constexpr):
+    """Stores a tile where load_fragments loads it."""
+    rows: tl.constexpr = pointers.shape[0]
+    columns: tl.constexpr = pointers.shape[2]
+    tile = tl.permute(tile.reshape([rows, 2, 8, columns, 4, 2]), 0, 2, 3, 4, 5, 1)
+    if NVIDIA:
+        upper, lower = tl.split(tile)
+        x, y = tl.split(upper)
+        z, w = tl.split(lower)
+        tl.inline_asm_elementwise(
+            "st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;",
+            "=r,l,f,f,f,f", [pointers.to(tl.int64), x, y, z, w], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.store(_each(pointers), tile)
+
+
+@triton.jit
 def hidden(index, HIDE: tl.constexpr):
     """The same int32, in a way that the compiler does not see through: what follows from a loop's index is then
     computed anew in each step, where the compiler would carry an address for each load."""
