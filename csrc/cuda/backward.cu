@@ -5,9 +5,6 @@
 // memory, in the order of the fragments, so that a warp's addition is one contiguous line and needs no addresses.
 // backward_rows.cu turns it into rows. Recomputing it in a pass of its own would make seven products of five, and at
 // D = 128 those alone take longer than this kernel.
-//
-// ORDERED: blocks of keys add to a block of queries one after the other, in the order of the keys, so the result does
-// not depend on which runs first. A block draws a ticket, so all that it may have to wait for are already running.
 #include "backward_block.h"
 #include "backward_drop.h"
 #include "backward_store.h"
@@ -72,31 +69,18 @@ struct Backward : BackwardBlock {
   __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at) const {
     const int thread = anew();
     float* to = p.dq + at.row * int64_t{PADDED} + thread;
-    int32_t* turn = p.turns + 1 + at.row / BLOCK_M;
-    if constexpr (ORDERED) {
-      // The first block of keys that these queries see has nobody before it.
-      const int offset = sequence.offset();
-      const int first = HAS_LEFT ? max(at.block * BLOCK_M + offset - p.mask.left, 0) / BLOCK_N : 0;
-      if (thread == 0) {
-        while (ptx::ld_acquire(turn) < key_block - first) {
+    in_turn(at, thread, [&] {
+#pragma unroll
+      for (int group = 0; group < QueryGradients::GROUPS; ++group) {
+#pragma unroll
+        for (int n = 0; n < QueryGradients::EIGHTS; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            ptx::red_add(to + ((group * QueryGradients::EIGHTS + n) * 4 + e) * THREADS, dq[group][n][e]);
+          }
         }
       }
-      ptx::bar_sync();
-    }
-#pragma unroll
-    for (int group = 0; group < QueryGradients::GROUPS; ++group) {
-#pragma unroll
-      for (int n = 0; n < QueryGradients::EIGHTS; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          ptx::red_add(to + ((group * QueryGradients::EIGHTS + n) * 4 + e) * THREADS, dq[group][n][e]);
-        }
-      }
-    }
-    if constexpr (ORDERED) {
-      ptx::bar_sync();
-      if (thread == 0) ptx::red_release_add(turn, 1);
-    }
+    });
   }
 
   __device__ __forceinline__ void run();
@@ -116,7 +100,7 @@ __device__ __forceinline__ void Backward::run() {
   Sums sums(p, index, block_of_all<BLOCK_N>(p.shape, sequence, index, key_block) * WARPS + warp);
   HeadBias head(p.bias, sequence.batch, at.head);
 
-  load_keys();
+  load_keys<Wide>(shared_at() + K_AT, shared_at() + V_AT);
   if (at.head < end_head) {
     load_queries(at, 0);
     load_grad(at, 0);
@@ -236,20 +220,7 @@ __device__ __forceinline__ void Backward::run() {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     attention_backward(const __grid_constant__ BackwardParams p) {
-  int index = blockIdx.x;
-  if constexpr (ORDERED) {
-    int* ticket = reinterpret_cast<int*>(shared);
-    if (threadIdx.x == 0) *ticket = ptx::atom_add(p.turns, 1);
-    ptx::bar_sync();
-    index = *ticket;
-    ptx::bar_sync();
-  }
-  const int key_block = index % p.shape.k_blocks;
-  const int key_heads = p.shape.heads / p.shape.group;
-  const int sequence_index = index / p.shape.k_blocks / key_heads;
-  const Sequence sequence(p.shape, p.mask, sequence_index);
-  if (key_block * BLOCK_N >= sequence.k_len) return;
-  Backward(p, sequence, sequence_index, index / p.shape.k_blocks % key_heads, key_block, threadIdx.x).run();
+  run_block<Backward>(p, shared);
 }
 
 }  // namespace posattn

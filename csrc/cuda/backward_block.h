@@ -1,9 +1,8 @@
 // One block of the backward pass: which keys and queries it walks, what it holds in shared memory, and the copies that
 // fill it.
 #pragma once
-#include "backward_spans.h"
+#include "backward_keys.h"
 #include "backward_sums.h"
-#include "load.h"
 
 namespace posattn {
 
@@ -34,32 +33,13 @@ __device__ __forceinline__ uint32_t shared_at() {
 // thread's number is then derived at each use rather than kept and spilled.
 constexpr bool REGISTERS_ARE_SHORT = QUERY_PARTS > 1 || WANT_SLOPE || WANT_TABLE || WANT_LINES || WANT_PSI;
 
-struct BackwardBlock {
-  const BackwardParams& p;
-  Sequence sequence;
-  int index;  // of the sequence
-  int key_head;
-  int key_block;
-  QuerySpans spans;
-  int thread;
-  int warp;
-  int lane;
-  uint32_t first_row;  // of the sequence, in padded rows
-  const Element* q;    // the rows that are loaded next
+struct BackwardBlock : KeyBlock {
+  const Element* q;  // the rows that are loaded next
   const Element* grad_out;
 
   __device__ __forceinline__ BackwardBlock(const BackwardParams& p, const Sequence& sequence, int index, int key_head,
-                                           int key_block, int thread)
-      : p(p),
-        sequence(sequence),
-        index(index),
-        key_head(key_head),
-        key_block(key_block),
-        spans(sequence, p.mask, key_block * BLOCK_N, key_block * BLOCK_N + BLOCK_N - 1),
-        thread(thread),
-        warp(thread / WARP),
-        lane(thread % WARP),
-        first_row((PACKED ? sequence.q_start / BLOCK_M + index : index * p.shape.q_blocks) * BLOCK_M),
+                                           int key_block)
+      : KeyBlock(p, sequence, index, key_head, key_block),
         q(first_of(p.q, p.q_strides)),
         grad_out(first_of(p.grad_out, p.grad_out_strides)) {}
 
@@ -74,24 +54,6 @@ struct BackwardBlock {
     const int64_t back = (spans.hi - spans.lo) * BLOCK_M;
     q += p.q_strides.head - back * p.q_strides.token;
     grad_out += p.grad_out_strides.head - back * p.grad_out_strides.token;
-  }
-
-  __device__ __forceinline__ Cursor first_block(int head) const {
-    return {head, spans.lo, head * static_cast<uint32_t>(p.rows) + first_row + spans.lo * BLOCK_M};
-  }
-
-  __device__ __forceinline__ void load_keys() {
-    const int64_t kv = sequence.batch;
-    const int j0 = key_block * BLOCK_N;
-    const uint32_t memory = shared_at();
-    Loader<PADDED, DIM, BLOCK_N, THREADS> k(
-        static_cast<const Element*>(p.k) + kv * p.k_strides.batch + key_head * p.k_strides.head, p.k_strides.token,
-        sequence.k_start + j0, memory + K_AT, thread);
-    k.next(0, sequence.k_len - j0);
-    Loader<PADDED, DIM_V, BLOCK_N, THREADS> v(
-        static_cast<const Element*>(p.v) + kv * p.v_strides.batch + key_head * p.v_strides.head, p.v_strides.token,
-        sequence.k_start + j0, memory + V_AT, thread);
-    v.next(0, sequence.k_len - j0);
   }
 
   // This thread's number, for what shall not be kept. Held in a register where strips are added up, else read again:
@@ -139,11 +101,6 @@ struct BackwardBlock {
         if constexpr (HAS_PROFILE) ptx::cp_async_16(to + RowStage::PSI * 4 + thread * 16, p.psi + diagonal);
       }
     }
-  }
-
-  // Of the first block of queries with the last of this block's keys; blocks of queries are a multiple of 4 apart.
-  __device__ __forceinline__ int first_diagonal() const {
-    return sequence.shift() - (key_block * BLOCK_N + BLOCK_N - 1) - p.first_distance;
   }
 };
 

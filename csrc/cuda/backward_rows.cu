@@ -7,8 +7,7 @@ namespace posattn {
 
 // A sequence's first padded row.
 __device__ __forceinline__ int64_t first_row(const ShapeParams& shape, const Sequence& sequence, int index) {
-  return PACKED ? (sequence.q_start / BLOCK_M + index) * int64_t{BLOCK_M}
-                : static_cast<int64_t>(index) * shape.q_blocks * BLOCK_M;
+  return first_query_block<BLOCK_M>(shape, sequence, index) * int64_t{BLOCK_M};
 }
 
 __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {

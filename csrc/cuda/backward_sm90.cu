@@ -48,23 +48,10 @@ struct Backward : HopperBlock {
     // backward_rows.cu counts parts of dQ by queries first, then dimensions.
     const int part = QUERY_COLUMNS == 1 ? warp : warp % 4 * 2 + warp / 4;
     float* to = p.dq + at.row * int64_t{PADDED} + (part * WARP + lane) * 4;
-    int32_t* turn = p.turns + 1 + at.row / BLOCK_M;
-    if constexpr (ORDERED) {
-      // The first block of keys that these queries see has nobody before it.
-      const int offset = sequence.offset();
-      const int first = HAS_LEFT ? max(at.block * BLOCK_M + offset - p.mask.left, 0) / BLOCK_N : 0;
-      if (thread == 0) {
-        while (ptx::ld_acquire(turn) < key_block - first) {
-        }
-      }
-      ptx::bar_sync();
-    }
+    in_turn(at, thread, [&] {
 #pragma unroll
-    for (int n = 0; n < QueryGradients::EIGHTS; ++n) ptx::red_add_v4(to + n * (4 * THREADS), dq[0][n]);
-    if constexpr (ORDERED) {
-      ptx::bar_sync();
-      if (thread == 0) ptx::red_release_add(turn, 1);
-    }
+      for (int n = 0; n < QueryGradients::EIGHTS; ++n) ptx::red_add_v4(to + n * (4 * THREADS), dq[0][n]);
+    });
   }
 
   __device__ __forceinline__ void run();
@@ -83,7 +70,7 @@ __device__ __forceinline__ void Backward::run() {
   diagonals.clear(strips, thread);
 
   make_barriers();
-  load_keys();
+  load_keys<KeyPanels>(memory + K_AT, memory + V_AT);
   ptx::cp_async_commit_group();
   ptx::cp_async_wait_group<0>();
   ptx::fence_proxy_async();
@@ -210,20 +197,7 @@ __device__ __forceinline__ void Backward::run() {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     attention_backward(const __grid_constant__ BackwardParams p) {
-  int index = blockIdx.x;
-  if constexpr (ORDERED) {
-    int* ticket = reinterpret_cast<int*>(shared);
-    if (threadIdx.x == 0) *ticket = ptx::atom_add(p.turns, 1);
-    ptx::bar_sync();
-    index = *ticket;
-    ptx::bar_sync();
-  }
-  const int key_block = index % p.shape.k_blocks;
-  const int key_heads = p.shape.heads / p.shape.group;
-  const int sequence_index = index / p.shape.k_blocks / key_heads;
-  const Sequence sequence(p.shape, p.mask, sequence_index);
-  if (key_block * BLOCK_N >= sequence.k_len) return;
-  Backward(p, sequence, sequence_index, index / p.shape.k_blocks % key_heads, key_block, threadIdx.x).run();
+  run_block<Backward>(p, shared);
 }
 
 }  // namespace posattn

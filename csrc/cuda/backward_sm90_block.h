@@ -4,11 +4,10 @@
 // an mbarrier counts. The block meets once a step, when all of dS^T is there: by then every warp has done with the step
 // before, so its stage is filled again, and with two tiles of dS^T nothing else needs a barrier.
 #pragma once
+#include "backward_keys.h"
 #include "backward_sm90_diagonals.h"
 #include "backward_sm90_products.h"
-#include "backward_spans.h"
 #include "backward_sums.h"
-#include "load.h"
 
 namespace posattn {
 
@@ -41,38 +40,15 @@ struct Turn {
   }
 };
 
-struct HopperBlock {
-  const BackwardParams& p;
-  Sequence sequence;
-  int index;  // of the sequence
-  int key_head;
-  int key_block;
-  QuerySpans spans;
-  int thread;
-  int warp;
-  int lane;
-  uint32_t first_row;  // of the sequence, in padded rows
+struct HopperBlock : KeyBlock {
   uint32_t memory;
   int end_head;  // behind the last of the heads that share the key head; the first if their queries see no key
 
   __device__ __forceinline__ HopperBlock(const BackwardParams& p, const Sequence& sequence, int index, int key_head,
-                                         int key_block, int thread)
-      : p(p),
-        sequence(sequence),
-        index(index),
-        key_head(key_head),
-        key_block(key_block),
-        spans(sequence, p.mask, key_block * BLOCK_N, key_block * BLOCK_N + BLOCK_N - 1),
-        thread(thread),
-        warp(thread / WARP),
-        lane(thread % WARP),
-        first_row((PACKED ? sequence.q_start / BLOCK_M + index : index * p.shape.q_blocks) * BLOCK_M),
+                                         int key_block)
+      : KeyBlock(p, sequence, index, key_head, key_block),
         memory(ptx::shared_address(shared)),
         end_head(key_head * p.shape.group + (spans.lo < spans.hi ? p.shape.group : 0)) {}
-
-  __device__ __forceinline__ Cursor first_block(int head) const {
-    return {head, spans.lo, head * static_cast<uint32_t>(p.rows) + first_row + spans.lo * BLOCK_M};
-  }
 
   __device__ __forceinline__ Cursor after(const Cursor& at) const {
     return at.block + 1 == spans.hi ? first_block(at.head + 1) : Cursor{at.head, at.block + 1, at.row + BLOCK_M};
@@ -85,18 +61,6 @@ struct HopperBlock {
       for (int stage = 0; stage < STAGES; ++stage) ptx::mbarrier_init(barrier(stage), 1);
       ptx::fence_mbarrier_init();
     }
-  }
-
-  __device__ __forceinline__ void load_keys() const {
-    const int j0 = key_block * BLOCK_N;
-    Loader<PADDED, DIM, BLOCK_N, THREADS, KeyPanels> k(
-        static_cast<const Element*>(p.k) + sequence.batch * p.k_strides.batch + key_head * p.k_strides.head,
-        p.k_strides.token, sequence.k_start + j0, memory + K_AT, thread);
-    k.next(0, sequence.k_len - j0);
-    Loader<PADDED, DIM_V, BLOCK_N, THREADS, KeyPanels> v(
-        static_cast<const Element*>(p.v) + sequence.batch * p.v_strides.batch + key_head * p.v_strides.head,
-        p.v_strides.token, sequence.k_start + j0, memory + V_AT, thread);
-    v.next(0, sequence.k_len - j0);
   }
 
   // Starts the copies of one step, if there is such a step.
@@ -117,11 +81,6 @@ struct HopperBlock {
       const float* from = p.table + at.head * int64_t{p.diagonals} + diagonal;
       ptx::cp_async_bulk(rows + RowStage::TABLE * 4, from, RowStage::STRIP * 4, done);
     }
-  }
-
-  // Of the first block of queries with the last of this block's keys; blocks of queries are a multiple of 4 apart.
-  __device__ __forceinline__ int first_diagonal() const {
-    return sequence.shift() - (key_block * BLOCK_N + BLOCK_N - 1) - p.first_distance;
   }
 };
 

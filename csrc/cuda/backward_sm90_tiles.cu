@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP)
   const int rows = sequence.q_len - block * BLOCK_M;
   if (rows <= 0) return;
   const int64_t token = sequence.q_start + block * BLOCK_M;
-  const int first = PACKED ? sequence.q_start / BLOCK_M + index : index * p.shape.q_blocks;
+  const int first = first_query_block<BLOCK_M>(p.shape, sequence, index);
   const int64_t to = (head * int64_t{p.rows} + (first + block) * BLOCK_M) * PADDED;
   const auto from = [&](const void* tensor, const Strides& strides) {
     return static_cast<const Element*>(tensor) + sequence.batch * strides.batch + head * strides.head +

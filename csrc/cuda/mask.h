@@ -40,6 +40,12 @@ __device__ __forceinline__ int block_of_all(const ShapeParams& shape, const Sequ
   return (PACKED ? s.k_start / KEYS + index : index * shape.k_blocks) + block;
 }
 
+// The number of a sequence's first block of QUERIES queries, counted the same way.
+template <int QUERIES>
+__device__ __forceinline__ int first_query_block(const ShapeParams& shape, const Sequence& s, int index) {
+  return PACKED ? s.q_start / QUERIES + index : index * shape.q_blocks;
+}
+
 // The keys that queries first .. last see lie in [lo, hi), and each of them sees all of [full_lo, full_hi). All but hi
 // are multiples of BLOCK_N.
 struct KeySpans {

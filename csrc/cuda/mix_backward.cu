@@ -6,8 +6,7 @@
 // again. While these work, the heads' warps multiply: dO V^T beside the MLP's forward half, dV beside its backward
 // half. dQ, to which all blocks of keys add, is summed in global memory, in the order of the fragments.
 //
-// ORDERED: blocks of keys add to dQ one after the other, in the order of the keys, and to everything else in integers,
-// so the result does not depend on which runs first. A block draws a ticket, so all that it may wait for are running.
+// ORDERED: blocks of keys add to dQ one after the other (block_order.h) and to everything else in integers.
 #include "mix_head_backward.h"
 #include "mix_mlp_backward.h"
 
@@ -62,14 +61,7 @@ __device__ __forceinline__ void run_mlp(const Block& of) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) headmix_backward(const __grid_constant__ MixBackwardParams p) {
-  int block = blockIdx.x;
-  if constexpr (ORDERED) {
-    int* ticket = reinterpret_cast<int*>(shared);
-    if (threadIdx.x == 0) *ticket = ptx::atom_add(p.turns, 1);
-    ptx::bar_sync();
-    block = *ticket;
-    ptx::bar_sync();
-  }
+  const int block = block_number(p.turns, shared);
   const int index = block / p.shape.k_blocks;
   const Sequence sequence(p.shape, p.mask, index);
   const int j0 = block % p.shape.k_blocks * BLOCK_M;

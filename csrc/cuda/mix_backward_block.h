@@ -1,7 +1,7 @@
 // What the warps of the backward kernel share: a block's keys and queries, shared memory, and the queries' gradient.
 #pragma once
+#include "block_order.h"
 #include "dense.h"
-#include "mask.h"
 #include "mix_rows.h"
 
 namespace posattn::mix {
@@ -94,11 +94,8 @@ struct Block {
   // ORDERED: a warp waits until all earlier blocks of keys that see the tile have added to its head's dQ there.
   __device__ __forceinline__ void wait_for_turn(int h, int i0) const {
     if constexpr (ORDERED) {
-      const int first = HAS_LEFT ? max(i0 + sequence.offset() - p.mask.left, 0) / BLOCK_M : 0;
-      if (lane.lane == 0) {
-        while (ptx::ld_acquire(turn(h, i0)) < j0 / BLOCK_M - first) {
-        }
-      }
+      const int before = blocks_before<BLOCK_M>(j0 / BLOCK_M, sequence, p.mask, i0);
+      if (lane.lane == 0) await_turn(turn(h, i0), before);
       ptx::bar_warp_sync();
     }
   }
@@ -106,12 +103,11 @@ struct Block {
   __device__ __forceinline__ void pass_turn(int h, int i0) const {
     if constexpr (ORDERED) {
       ptx::bar_warp_sync();
-      if (lane.lane == 0) ptx::red_release_add(turn(h, i0), 1);
+      if (lane.lane == 0) end_turn(turn(h, i0));
     }
   }
 
 private:
-  // Entry 0 of the turns is the ticket.
   __device__ __forceinline__ int32_t* turn(int h, int i0) const {
     return p.turns + 1 + (h * p.rows + first_row + i0) / BLOCK_N;
   }
