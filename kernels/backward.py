@@ -16,7 +16,7 @@ from .halves import multiply_bf16, widen_bf16
 from .logit_gradient import psi_gradient
 from .masks import mask_offset, query_spans, sequence
 from .profile import profile_sums, write_sums
-from .scores import LOG2E, load_rows, logits_tile
+from .scores import LOG2E, load_rows, logits_tile, start_logits
 from .turns import (
     by_query,
     fragments,
@@ -145,11 +145,13 @@ def attention_backward(
             sums = DSegments + slot * 2 * (num_knots + 1)
         if DTable is not None:
             dtable = DTable + h64 * stride_table_h
+            table_units = -gather(TableUnits, h, NVIDIA)
             table_bands = TableBands + tl.cast(program, tl.int64) * (SLOTS * (BLOCK_N // 2) * (BLOCK_M + 8))
-            table_carried = start_bands(table_bands, lo // BLOCK_M, GROUPS, BLOCK_M, NVIDIA)
+            table_carried = start_bands(table_bands, lo, GROUPS, BLOCK_M, NVIDIA)
         if DPsi is not None:
+            psi_units = gather(PsiUnits, h, NVIDIA)
             psi_bands = PsiBands + tl.cast(program, tl.int64) * (SLOTS * (BLOCK_N // 2) * (BLOCK_M + 8))
-            psi_carried = start_bands(psi_bands, lo // BLOCK_M, GROUPS, BLOCK_M, NVIDIA)
+            psi_carried = start_bands(psi_bands, lo, GROUPS, BLOCK_M, NVIDIA)
         segment = 0
         of_ds = tl.zeros([BLOCK_N], tl.float32)
         of_dsy = tl.zeros([BLOCK_M], tl.float32)
@@ -193,7 +195,11 @@ def attention_backward(
                         position = pi if EXPLICIT else pi + shift
                         entry = tl.minimum(tl.maximum(position, row_first), row_last) - row_first
                         row_scale = tl.load(RowScale + entry)
-                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+                    s = start_logits(
+                        i_in, j_in, i0, j0, shift, h, Table, stride_table_h, table_first, table_last,
+                        CLAMP, NATURAL, BLOCK_N, BLOCK_M, NVIDIA,
+                    )  # fmt: skip
+                    s = tl.dot(k, tl.trans(q), s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                     s, slack, low, high = logits_tile(
                         s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, i0 + shift, slope, row_scale,
                         b, h, q_start, k_start, scale, softcap, Table, stride_table_h, table_first, table_last,
@@ -231,13 +237,14 @@ def attention_backward(
                         distance = distance_tile(pi, pj, i0, j0, shift, EXPLICIT)
                         dslope += tl.sum(ds * (distance if SIGNED or LINEAR else tl.abs(distance)), 1)
                     if DTable is not None:
-                        table_carried = store_bands(table_bands, i0 // BLOCK_M, ds, table_carried, WHOLE, NVIDIA)
+                        of_table = ds_half if TableBands.dtype.element_ty == tl.bfloat16 else -ds
+                        table_carried = store_bands(table_bands, i0, of_table, table_carried, WHOLE, NVIDIA)
                     if DPsi is not None:
                         dpsi = psi_gradient(
                             ds, low, high, i0, j0, pi, pj, shift, row_scale, h, Psi, psi_first, psi_last,
                             Knots, num_knots, SegmentSlope, CLAMP, EXPLICIT, NVIDIA,
                         )  # fmt: skip
-                        psi_carried = store_bands(psi_bands, i0 // BLOCK_M, dpsi, psi_carried, WHOLE, NVIDIA)
+                        psi_carried = store_bands(psi_bands, i0, dpsi, psi_carried, WHOLE, NVIDIA)
                     if DRowScale is not None:
                         drow_scale, segment, of_ds, of_dsy = profile_sums(
                             ds, low, high, segment, of_ds, of_dsy, sums, i0, j0, pi, pj, shift, row_scale,
@@ -253,13 +260,13 @@ def attention_backward(
                     turn = wait_for(awaited, tl.where(i0 >= next_lo, done + i0 + BLOCK_M, 0), NVIDIA)
                     if DTable is not None:
                         add_bands(
-                            dtable, TableUnits, table_bands, i0 // BLOCK_M - 1, turn, i0 > lo, j0, shift,
-                            table_first, table_last, GROUPS, BLOCK_M, NVIDIA,
+                            dtable, table_units, table_bands, i0, turn, j0, shift,
+                            table_first, table_last, GROUPS, BLOCK_M, CLAMP, NVIDIA,
                         )  # fmt: skip
                     if DPsi is not None:
                         add_bands(
-                            DPsi, PsiUnits, psi_bands, i0 // BLOCK_M - 1, turn, i0 > lo, j0, shift,
-                            psi_first, psi_last, GROUPS, BLOCK_M, NVIDIA,
+                            DPsi, psi_units, psi_bands, i0, turn, j0, shift,
+                            psi_first, psi_last, GROUPS, BLOCK_M, CLAMP, NVIDIA,
                         )  # fmt: skip
                     dq_tile = dq_base + row0 * BLOCK_D
                     if PACKED:
@@ -283,16 +290,16 @@ def attention_backward(
                         tl.atomic_add(DRowScale + stat_base + row0 + rows + turn, drow_scale, inside, sem="relaxed")
                     publish(progress, done + i0 + BLOCK_M, NVIDIA)
         if hi > lo:
-            end = tl.cdiv(hi, BLOCK_M)
+            end = tl.cdiv(hi, BLOCK_M) * BLOCK_M
             if DTable is not None:
                 finish_bands(
-                    dtable, TableUnits, table_bands, end, table_carried, progress, done + end * BLOCK_M, j0, shift,
-                    table_first, table_last, GROUPS, BLOCK_M, WHOLE, NVIDIA,
+                    dtable, table_units, table_bands, end, table_carried, progress, done + end, j0, shift,
+                    table_first, table_last, GROUPS, BLOCK_M, WHOLE, CLAMP, NVIDIA,
                 )  # fmt: skip
             if DPsi is not None:
                 finish_bands(
-                    DPsi, PsiUnits, psi_bands, end, psi_carried, progress, done + end * BLOCK_M, j0, shift,
-                    psi_first, psi_last, GROUPS, BLOCK_M, WHOLE, NVIDIA,
+                    DPsi, psi_units, psi_bands, end, psi_carried, progress, done + end, j0, shift,
+                    psi_first, psi_last, GROUPS, BLOCK_M, WHOLE, CLAMP, NVIDIA,
                 )  # fmt: skip
         if DSegments is not None:
             write_sums(sums, segment, num_knots, of_ds, of_dsy)

@@ -90,7 +90,7 @@ def by_distance(
         corner = i0 - j0 + shift - first
         if not CLAMP:
             # Pointers that the compiler does not see through: all loads then share them, and steps fit the instruction.
-            d = opaque(Values + corner.to(tl.int64) + d, again, NVIDIA)
+            d = opaque((Values + d) + corner, again, NVIDIA)
         before = _at(d, SIGN * 8, SIGN, Values, corner, last - first, again, CLAMP, NVIDIA)
         pairs = ()
         for k in tl.static_range(0, BLOCKS):

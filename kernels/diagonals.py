@@ -10,15 +10,15 @@ program walks the queries the bands of its tiles join: the last half of a band w
 import triton
 import triton.language as tl
 
-from .bias import gather
-from .turns import load_shared, opaque, publish, store_shared, wait_for
+from .halves import add_bf16
+from .turns import load_shared, opaque, publish, wait_for
 
 # Steps whose bands are in memory at once: one is written, its last band is also the head of the next, one is read.
 SLOTS: tl.constexpr = tl.constexpr(4)
 
 
 def bands_size(keys: int, queries: int) -> int:
-    """float32 numbers that a program needs for tiles of `keys` x `queries`."""
+    """Numbers that a program needs for tiles of `keys` x `queries`."""
     return SLOTS.value * (keys // 2) * (queries + 8)
 
 
@@ -38,89 +38,141 @@ def _split(tile, GROUPS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _slot(Bands, step, GROUPS: tl.constexpr, QUERIES: tl.constexpr):
-    return Bands + (step & (SLOTS - 1)) * (GROUPS * 8 * (QUERIES + 8))
+def _slot(pointers, i0, GROUPS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr):
+    """The pointers, into the first slot, moved into that of the step at query i0: two instructions, and opaque to the
+    compiler as turns.opaque is."""
+    BYTES: tl.constexpr = GROUPS * 8 * (QUERIES + 8) * (pointers.dtype.element_ty.primitive_bitwidth // 8)
+    place = i0 & ((SLOTS - 1) * QUERIES)
+    if NVIDIA:
+        address = tl.inline_asm_elementwise(
+            "mad.wide.u32 $0, $2, $3, $1;", "=l,l,r,r", [pointers.to(tl.int64), place, BYTES // QUERIES], tl.int64,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        return address.to(pointers.dtype)
+    else:
+        return pointers + place * (GROUPS * 8 * (QUERIES + 8) // QUERIES)
 
 
 @triton.jit
 def _store(at, band, COLUMN: tl.constexpr, WHOLE: tl.constexpr, NVIDIA: tl.constexpr):
     pairs = band.reshape([band.shape[0], 8, 4, 2])
-    pointers = at + (COLUMN + tl.arange(0, 2)[None, None, None, :])
-    if WHOLE:
-        store_shared(pointers, pairs, tl.full(pairs.shape, 1, tl.int1), False, NVIDIA)
+    if WHOLE and NVIDIA:
+        even, odd = tl.split(pairs)
+        at = (at + COLUMN).reshape(even.shape).to(tl.int64)
+        if band.dtype == tl.bfloat16:
+            even, odd = even.to(tl.int16, bitcast=True), odd.to(tl.int16, bitcast=True)
+            tl.inline_asm_elementwise(
+                "st.global.v2.b16 [$1], {$2, $3}; mov.b32 $0, 0;",
+                "=r,l,h,h", [at, even, odd], tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            tl.inline_asm_elementwise(
+                "st.global.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0;",
+                "=r,l,f,f", [at, even, odd], tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
     else:
         # Several warps may hold the same element; this stores it once.
-        tl.store(pointers, pairs)
+        tl.store(at + (COLUMN + tl.arange(0, 2)[None, None, None, :]), pairs)
 
 
 @triton.jit
-def _rows(Bands, step, turn, GROUPS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr):
+def _rows(Bands, i0, GROUPS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr):
     """Pointers [GROUPS, 8, 4, 1] to the rows of a step's bands, two columns apart."""
     row = tl.arange(0, GROUPS)[:, None, None, None] * 8 + tl.arange(0, 8)[None, :, None, None]
     offsets = row * (QUERIES + 8) + 2 * tl.arange(0, 4)[None, None, :, None]
-    return opaque(_slot(Bands, step, GROUPS, QUERIES) + offsets, turn, NVIDIA)
+    return _slot(Bands + offsets, i0, GROUPS, QUERIES, NVIDIA)
 
 
 @triton.jit
-def start_bands(Bands, step, GROUPS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr):
-    """Prepares a walk whose first step is `step`; returns what it carries."""
-    zero = tl.zeros([GROUPS, 8, 8], tl.float32)
-    at = _rows(Bands, step, step, GROUPS, QUERIES, NVIDIA)
-    tl.store(at + tl.arange(0, 2)[None, None, None, :], zero.reshape([GROUPS, 8, 4, 2]))
+def start_bands(Bands, i0, GROUPS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr):
+    """Prepares a walk from query i0 on; returns what it carries."""
+    zero = tl.zeros([GROUPS, 8, 8], Bands.dtype.element_ty)
+    _store(_rows(Bands, i0, GROUPS, QUERIES, NVIDIA), zero, 0, False, NVIDIA)
+    before = _rows(Bands, i0 - QUERIES, GROUPS, QUERIES, NVIDIA)
+    for n in tl.static_range(0, QUERIES // 8 + 1):
+        _store(before, zero, 8 * n, False, NVIDIA)
     return zero
 
 
 @triton.jit
-def store_bands(Bands, step, tile, carried, WHOLE: tl.constexpr, NVIDIA: tl.constexpr):
-    """Stores the bands of a tile [keys, queries]; returns what the next step is to carry.
+def store_bands(Bands, i0, tile, carried, WHOLE: tl.constexpr, NVIDIA: tl.constexpr):
+    """Stores the bands of the tile [keys, queries] at query i0, of the type of Bands; returns what the next step has to
+    carry.
 
     WHOLE says that every warp has 16 keys of its own or more: then no two hold the same element of a band."""
     GROUPS: tl.constexpr = tile.shape[0] // 16
     BLOCKS: tl.constexpr = tile.shape[1] // 8
     split = tl.permute(tile.reshape([GROUPS, 2, 8, BLOCKS, 8]), 0, 2, 4, 1, 3)
     parts = _split(split.reshape([GROUPS, 8, 8, 2 * BLOCKS]), GROUPS, 2 * BLOCKS)
-    at = _rows(Bands, step, step, GROUPS, tile.shape[1], NVIDIA)
-    band = carried + parts[BLOCKS]
+    at = _rows(Bands, i0, GROUPS, tile.shape[1], NVIDIA)
+    band = _add(carried, parts[BLOCKS], NVIDIA)
     _store(at, band, 8, WHOLE, NVIDIA)
     for n in tl.static_range(0, BLOCKS - 1):
-        band = parts[n] + parts[BLOCKS + n + 1]
+        band = _add(parts[n], parts[BLOCKS + n + 1], NVIDIA)
         _store(at, band, 8 * n + 16, WHOLE, NVIDIA)
-    _store(_rows(Bands, step + 1, step, GROUPS, tile.shape[1], NVIDIA), band, 0, WHOLE, NVIDIA)
+    _store(_rows(Bands, i0 + tile.shape[1], GROUPS, tile.shape[1], NVIDIA), band, 0, WHOLE, NVIDIA)
     return parts[BLOCKS - 1]
 
 
 @triton.jit
-def add_bands(
-    DValues, Units, Bands, step, turn, stored, j0, shift, first, last,
-    GROUPS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr,
-):  # fmt: skip
-    """Adds a step's bands, if they were `stored`, to DValues, int64 in Units ([1]), of distances first to last.
+def _add(x, y, NVIDIA: tl.constexpr):
+    return add_bf16(x, y, NVIDIA) if x.dtype == tl.bfloat16 else x + y
 
-    Entry (g, n) of the sums is for the keys from 16 g on and queries from n - 16 on of the step's: its bands, and eight
-    columns of those before, hold these distances whole."""
+
+@triton.jit
+def _load(pointers, turn, NVIDIA: tl.constexpr):
+    """What the program stored a step ago, as float32."""
+    if NVIDIA and pointers.dtype.element_ty == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 zero, half;
+            mov.b16 zero, 0;
+            ld.global.b16 half, [$1];
+            mov.b32 $0, {zero, half};
+            }""",
+            "=f,l,r", [pointers.to(tl.int64), turn], tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return load_shared(pointers, turn, NVIDIA).to(tl.float32)
+
+
+@triton.jit
+def add_bands(
+    DValues, units, Bands, i0, turn, j0, shift, first, last,
+    GROUPS: tl.constexpr, QUERIES: tl.constexpr, CLAMP: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """Adds the bands of the step before query i0 times `units` to DValues, int64, of distances first to last.
+
+    Sum (g, n) is for the keys from 16 g on and queries from i0 + n - QUERIES - 16 on: the bands, and eight columns
+    of those before, hold these distances whole. CLAMP false says that no distance is outside."""
     PITCH: tl.constexpr = QUERIES + 8
-    group = tl.arange(0, GROUPS)[None, :, None]
-    at = opaque(
-        _slot(Bands, step, GROUPS, QUERIES) + group * (8 * PITCH) + tl.arange(0, QUERIES)[None, None, :], turn, NVIDIA
-    )
-    rows = load_shared(at + tl.arange(0, 8)[:, None, None] * (PITCH + 1), turn, NVIDIA)
-    sums = tl.where(stored, tl.sum(rows, 0), 0.0)  # [GROUPS, QUERIES]
-    key = j0 + 16 * tl.arange(0, GROUPS)[:, None]
-    distance = step * QUERIES - 16 + shift + tl.arange(0, QUERIES)[None, :] - key
-    entry = tl.minimum(tl.maximum(distance, first), last) - first
-    units = gather(Units, turn, NVIDIA)
-    tl.atomic_add(DValues + entry, (sums * units).to(tl.int64), sem="relaxed")
+    PART: tl.constexpr = GROUPS // 2 if GROUPS > 1 else 1  # what follows group by group is a constant apart
+    part = PART * tl.arange(0, GROUPS // PART)[:, None, None]
+    group = tl.arange(0, PART)[:, None]
+    n = tl.arange(0, QUERIES)[None, :]
+    bands = Bands + (group * (8 * PITCH) + n)[None, :, :]
+    bands = _slot(bands, i0 - QUERIES, GROUPS, QUERIES, NVIDIA) + part * (8 * PITCH)
+    rows = bands[None, :, :, :] + tl.arange(0, 8)[:, None, None, None] * (PITCH + 1)
+    sums = tl.sum(_load(rows, turn, NVIDIA), 0)  # [GROUPS // PART, PART, QUERIES]
+    corner = i0 - j0 + shift - first
+    distance = (n - QUERIES - 16 - 16 * group)[None, :, :]
+    if CLAMP:
+        entry = tl.minimum(tl.maximum(corner + distance - 16 * part, 0), last - first)
+        entries = DValues + entry
+    else:
+        entries = opaque((DValues + distance) + corner, turn, NVIDIA) - 16 * part
+    tl.atomic_add(entries, (sums * units).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
 def finish_bands(
-    DValues, Units, Bands, end, carried, progress, done, j0, shift, first, last,
-    GROUPS: tl.constexpr, QUERIES: tl.constexpr, WHOLE: tl.constexpr, NVIDIA: tl.constexpr,
+    DValues, units, Bands, end, carried, progress, done, j0, shift, first, last,
+    GROUPS: tl.constexpr, QUERIES: tl.constexpr, WHOLE: tl.constexpr, CLAMP: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Adds what a walk left that ended before step `end`: its last bands, and those that wait for another tile."""
+    """Adds what a walk left whose last step was before query `end`: its bands, and those that wait for another tile."""
     turn = wait_for(progress, 0, NVIDIA)
-    add_bands(DValues, Units, Bands, end - 1, turn, True, j0, shift, first, last, GROUPS, QUERIES, NVIDIA)
-    store_bands(Bands, end, tl.zeros([GROUPS * 16, QUERIES], tl.float32), carried, WHOLE, NVIDIA)
+    add_bands(DValues, units, Bands, end, turn, j0, shift, first, last, GROUPS, QUERIES, CLAMP, NVIDIA)
+    store_bands(Bands, end, tl.zeros([GROUPS * 16, QUERIES], carried.dtype), carried, WHOLE, NVIDIA)
     publish(progress, done, NVIDIA)
     turn = wait_for(progress, 0, NVIDIA)
-    add_bands(DValues, Units, Bands, end, turn, True, j0, shift, first, last, GROUPS, QUERIES, NVIDIA)
+    add_bands(DValues, units, Bands, end + QUERIES, turn, j0, shift, first, last, GROUPS, QUERIES, CLAMP, NVIDIA)

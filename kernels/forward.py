@@ -11,7 +11,7 @@ import triton.language as tl
 from .dropout import RANDOM_BITS, keep_tile
 from .masks import key_spans, mask_offset, sequence
 from .rotary import load_turned
-from .scores import LN2, LOG2E, LOWEST, load_rows, logits_tile
+from .scores import LN2, LOG2E, LOWEST, load_rows, logits_tile, start_logits
 
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
@@ -122,7 +122,11 @@ def attention_forward(
                     k = k_turned.to(K.dtype.element_ty)
                 else:
                     k = load_rows(k_tile, cols, stride_kn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+                s = start_logits(
+                    i_in, j_in, i0, j0, shift, h, Table, stride_table_h, table_first, table_last,
+                    CLAMP, NATURAL, BLOCK_M, BLOCK_N, NVIDIA,
+                )  # fmt: skip
+                s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
                 pj = j_in
                 if EXPLICIT:
                     pj = tl.load(KPositions + b64 * stride_kpos + k_start + col0 + cols)[None, :]

@@ -178,18 +178,21 @@ def _gradients(
     beyond = tile.block_m + tile.block_n
     by_distance: dict[str, Any] = dict.fromkeys(("DTable", "TableUnits", "TableBands", "DPsi", "PsiUnits", "PsiBands"))
 
-    def sum_by_distance(name: str, entries: Sequence[int], steepest: Tensor | float) -> None:
+    def sum_by_distance(name: str, entries: Sequence[int], steepest: Tensor | float, dtype: torch.dtype) -> None:
         *rows, length = entries
         bands = (batch * kv_heads * key_blocks, bands_size(tile.block_n, tile.block_m))
         by_distance["D" + name] = zeros(*rows, length + 2 * beyond, dtype=torch.int64)
         by_distance[name + "Units"] = units(call, shared, steepest)
-        by_distance[name + "Bands"] = torch.empty(bands, dtype=torch.float32, device=q.device)
+        by_distance[name + "Bands"] = torch.empty(bands, dtype=dtype, device=q.device)
 
     implicit = call.q_positions is None
+    # The kernel's IN_BF16: the gradient of a logit is made in bfloat16, and so are sums of two.
+    in_halves = q.dtype == torch.bfloat16 and call.dropout_p == 0.0 and call.softcap == 0.0
     if implicit and "table" in needs and bias.table is not None:
-        sum_by_distance("Table", bias.table.values.shape, 1.0)
+        sum_by_distance("Table", bias.table.values.shape, 1.0, torch.bfloat16 if in_halves else torch.float32)
     if implicit and "psi" in needs and profile is not None:
-        sum_by_distance("Psi", profile.psi.shape, profile.slope.abs().max() * profile.row_scale.abs().max())
+        steepest = profile.slope.abs().max() * profile.row_scale.abs().max()
+        sum_by_distance("Psi", profile.psi.shape, steepest, torch.float32)
     values = {
         **shared,
         "DQ": dq,

@@ -21,6 +21,18 @@ def multiply_bf16(x, y, NVIDIA: tl.constexpr):
 
 
 @triton.jit
+def add_bf16(x, y, NVIDIA: tl.constexpr):
+    """x + y rounded once, both bfloat16."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 ones; mov.b32 ones, 0x3f803f80; fma.rn.bf16x2 $0, $1, ones, $2; }",
+            "=r,r,r", [x, y], tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return (x.to(tl.float32) + y.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def widen_bf16(x, NVIDIA: tl.constexpr):
     """A bfloat16 tile as float32, without taking its pairs apart first."""
     if NVIDIA:

@@ -30,6 +30,19 @@ def load_rows(base, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def start_logits(
+    i, j, i0, j0, shift, h, Table, stride_table_h, table_first, table_last,
+    CLAMP: tl.constexpr, NATURAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """What the products of a tile [ROWS, COLUMNS] are added to: zeros, or a table that is in their units already."""
+    if Table is not None and not NATURAL:
+        table = Table + tl.cast(h, tl.int64) * stride_table_h
+        return by_distance(table, i, j, i0, j0, shift, table_first, table_last, 0, ROWS, COLUMNS, CLAMP, False, NVIDIA)
+    else:
+        return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
 def cap(x, softcap):
     """softcap * tanh(x / softcap) and its derivative."""
     t = libdevice.tanh(x / softcap)
