@@ -37,3 +37,5 @@ def test_kernels_compile() -> None:
     done = subprocess.run(command, cwd=root, env={**os.environ, **compiled}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"triton {OLDEST}" in done.stdout
+    kernels = {line.split()[1] for line in done.stdout.splitlines()[1:]}
+    assert kernels >= {"attention_backward", "mixed_forward", "mixed_backward_q", "mixed_backward_kv"}
