@@ -16,7 +16,7 @@ import torch
 
 from posattn.plan import Call
 
-from .tiles import Table, Tile, family, head_dim, kind
+from .tiles import Table, Tile, head_dim, kind, tiles_of
 
 _chosen: dict[str, Tile] = {}
 
@@ -41,7 +41,7 @@ def key(name: str, device: str, call: Call) -> str:
 
 def candidates(table: Table, arch: str, call: Call) -> list[Tile]:
     """The shipped tiles of this architecture and dimension, whatever plan they were chosen for."""
-    by_dim = table[family(arch)]
+    by_dim = tiles_of(table, arch)
     dim = min(d for d in by_dim if d >= head_dim(call))
     of_kind = [tile for name, tile in by_dim[dim].items() if (name == "float32") == (kind(call) == "float32")]
     return list(dict.fromkeys(of_kind))

@@ -12,12 +12,12 @@ import triton.language as tl
 from .bias import distance_tile, gather
 from .diagonals import SLOTS, add_bands, finish_bands, start_bands, store_bands
 from .dropout import RANDOM_BITS, keep_tile
-from .halves import multiply_bf16, widen_bf16
-from .logit_gradient import psi_gradient
+from .logit_gradient import psi_gradient, softmax_gradient
 from .masks import mask_offset, query_spans, sequence
 from .profile import profile_sums, write_sums
-from .scores import LOG2E, load_rows, logits_tile, start_logits
+from .scores import LOG2E, load_rows, logits_tile, rows_ahead, start_logits
 from .turns import (
+    apart,
     by_query,
     fragments,
     hidden,
@@ -50,16 +50,16 @@ def attention_backward(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr, HOIST: tl.constexpr,
-    HIDE: tl.constexpr, WHOLE: tl.constexpr, SHARES: tl.constexpr,
+    HIDE: tl.constexpr, WHOLE: tl.constexpr, SHARES: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, Tq, BLOCK_D] float32, zeroed, takes the gradient of the queries times -1 / scale, in tiles of BLOCK_M
-    queries as turns.fragments keeps them (the last one whole too) but for packed documents. DK [B, Hkv, Tk, D] and
-    DV_ [B, Hkv, Tk, DV] are contiguous; keys of no sequence are not written. By block of keys (operands.all_blocks),
-    DSlope [B, H, blocks] and DSegments [B, H, blocks, 2, W + 1] (sums of ds and of ds * y on each segment) are float32,
-    as is DRowScale [B, H, Tq], and zeroed, or None where not wanted. DTable [H, table_last - table_first + 1] and DPsi
-    [psi_last - psi_first + 1], int64 and zeroed, or None, take the gradients of a table and of psi over implicit
-    distances times TableUnits and PsiUnits ([1], powers of 2); TableBands and PsiBands are diagonals.py's memory.
-    Ticket [1] and Progress [B, Hkv, blocks] are int32 and zeroed."""
+    queries as turns.fragments keeps them (the last one whole too; transposed unless SPREAD) but for packed documents.
+    DK [B, Hkv, Tk, D] and DV_ [B, Hkv, Tk, DV] are contiguous; keys of no sequence are not written. By block of keys
+    (operands.all_blocks), DSlope [B, H, blocks] and DSegments [B, H, blocks, 2, W + 1] (sums of ds and of ds * y on
+    each segment) are float32, as is DRowScale [B, H, Tq], and zeroed, or None where not wanted. DTable [H, table_last -
+    table_first + 1] and DPsi [psi_last - psi_first + 1], int64 and zeroed, or None, take the gradients of a table and
+    of psi over implicit distances times TableUnits and PsiUnits ([1], powers of 2); TableBands and PsiBands are
+    diagonals.py's memory. Ticket [1] and Progress [B, Hkv, blocks] are int32 and zeroed."""
     EXPLICIT: tl.constexpr = QPositions is not None
     PACKED: tl.constexpr = CuQ is not None
     # Logit gradients are rounded to 16 bits for the products anyway. In bfloat16, which has float32's range, they are
@@ -67,6 +67,9 @@ def attention_backward(
     IN_BF16: tl.constexpr = Q.dtype.element_ty == tl.bfloat16 and threshold is None and softcap is None
     # A slope's gradient, the sum of ds times distance, is linear in the query: then tensor cores take its moments.
     MOMENTS: tl.constexpr = DSlope is not None and LINEAR and softcap is None and Q.dtype.element_ty != tl.float32
+    # Whether the logits too are spread over both axes. Sums along diagonals need 16 keys of a warp's own.
+    APART: tl.constexpr = SPREAD and DTable is None and DPsi is None
+    START_AT_DELTA: tl.constexpr = threshold is None and not APART
     COLUMNS: tl.constexpr = 8 if NVIDIA else 16  # the narrowest product
     GROUPS: tl.constexpr = BLOCK_N // 16
     blocks = tl.cdiv(k_max, BLOCK_N)
@@ -82,6 +85,9 @@ def attention_backward(
     q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, b, q_tokens, k_tokens)
     if j0 >= k_len:
         return
+    if SPREAD and PACKED:
+        if q_len == 0:
+            return
     sequence64 = b.to(tl.int64)
     if PACKED:
         # Blocks of all documents are numbered by tokens, for one document may be far longer than the others.
@@ -157,6 +163,10 @@ def attention_backward(
         of_dsy = tl.zeros([BLOCK_M], tl.float32)
         if Slope is not None:
             slope = tl.load(Slope + b * stride_slope_b + h)
+        if SPREAD:
+            first_row = tl.minimum(lo, q_len - 1)
+            q = rows_ahead(q_base, first_row, q_len, stride_qm, D, BLOCK_M, BLOCK_D)
+            do = rows_ahead(do_base, first_row, q_len, stride_gm, DV, BLOCK_M, BLOCK_DV)
         for span in tl.static_range(0, 3):
             # Span 0 is the border on the side of causal masking; span 2 the window's, and rows past the end.
             if span != 0 or HAS_RIGHT:
@@ -174,10 +184,11 @@ def attention_backward(
                     i = (i0 + tl.arange(0, BLOCK_M))[None, :]  # [1, BLOCK_M]
                     i_in = (i0 + rows)[None, :]
                     row0 = tl.cast(i0, tl.int64)
-                    q = load_rows(q_base + row0 * stride_qm, rows, stride_qm, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-                    do = load_rows(do_base + row0 * stride_gm, rows, stride_gm, DV, BLOCK_DV)
+                    if not SPREAD:
+                        q = load_rows(q_base + row0 * stride_qm, rows, stride_qm, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+                        do = load_rows(do_base + row0 * stride_gm, rows, stride_gm, DV, BLOCK_DV)
                     lse2 = tl.load(Lse2 + stat_base + row0 + rows)
-                    if span == 1 and BLOCK_M > 32:
+                    if span == 1 and BLOCK_M > 32 and not SPREAD:
                         delta = by_query(Delta + stat_base + row0, 1, i0, BLOCK_M, NVIDIA)
                         delta = gather(delta, i0, NVIDIA)
                     else:
@@ -211,6 +222,7 @@ def attention_backward(
                     )  # fmt: skip
                     p = tl.exp2(s * factor - lse2[None, :])
                     kept = p
+                    keep = None
                     if threshold is not None:
                         keep = keep_tile(
                             seed_lo, seed_hi, threshold, q_start + i0, k_start + j0, b * num_heads + h,
@@ -219,20 +231,24 @@ def attention_backward(
                         keep = tl.trans(keep)
                         kept = tl.where(keep, p * keep_scale, 0.0)
                     kept = kept.to(do.dtype)
-                    dv = tl.dot(kept, do, dv, input_precision=PRECISION)
-                    if threshold is not None:
-                        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                        dp = tl.where(keep, dp * keep_scale, 0.0) + delta[None, :]  # minus what its name says
-                    else:
-                        # Starting at delta costs what adding it would, and holds fewer registers.
+                    if not SPREAD:
+                        dv = tl.dot(kept, do, dv, input_precision=PRECISION)
+                    if START_AT_DELTA:
+                        # This costs what adding it would, and holds fewer registers.
                         dp = tl.broadcast_to(delta[None, :], [BLOCK_N, BLOCK_M])
                         dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
-                    if IN_BF16:
-                        ds_half = multiply_bf16(kept, dp.to(tl.bfloat16), NVIDIA)
-                        ds = -widen_bf16(ds_half, NVIDIA)
                     else:
-                        ds_half = (p * dp * slack).to(q.dtype)
-                        ds = -(p * dp)
+                        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                    if APART:
+                        ds, ds_half = p, kept
+                        if apart(i_loop, 0, NVIDIA):
+                            ds, ds_half = softmax_gradient(
+                                p, kept, dp, delta, keep, keep_scale, slack, START_AT_DELTA, IN_BF16, NVIDIA
+                            )
+                    else:
+                        ds, ds_half = softmax_gradient(
+                            p, kept, dp, delta, keep, keep_scale, slack, START_AT_DELTA, IN_BF16, NVIDIA
+                        )
                     if DSlope is not None and not MOMENTS:
                         distance = distance_tile(pi, pj, i0, j0, shift, EXPLICIT)
                         dslope += tl.sum(ds * (distance if SIGNED or LINEAR else tl.abs(distance)), 1)
@@ -255,8 +271,18 @@ def attention_backward(
                         total, first = tl.split(moments.reshape([BLOCK_N, COLUMNS // 2, 2]))
                         first -= BLOCK_M * total
                         moments = tl.join(total, first).reshape([BLOCK_N, COLUMNS])
-                        moments = tl.dot(ds_half, columns, moments, input_precision=PRECISION)
-                    dk = tl.dot(ds_half, q, dk, input_precision=PRECISION)
+                        if APART:
+                            if apart(i_loop, 4, NVIDIA):
+                                moments = tl.dot(ds_half, columns, moments, input_precision=PRECISION)
+                        else:
+                            moments = tl.dot(ds_half, columns, moments, input_precision=PRECISION)
+                    if SPREAD:
+                        if apart(i_loop, 1, NVIDIA):
+                            dv = tl.dot(kept, do, dv, input_precision=PRECISION)
+                        if apart(i_loop, 2, NVIDIA):
+                            dk = tl.dot(ds_half, q, dk, input_precision=PRECISION)
+                    else:
+                        dk = tl.dot(ds_half, q, dk, input_precision=PRECISION)
                     turn = wait_for(awaited, tl.where(i0 >= next_lo, done + i0 + BLOCK_M, 0), NVIDIA)
                     if DTable is not None:
                         add_bands(
@@ -269,24 +295,42 @@ def attention_backward(
                             psi_first, psi_last, GROUPS, BLOCK_M, CLAMP, NVIDIA,
                         )  # fmt: skip
                     dq_tile = dq_base + row0 * BLOCK_D
-                    if PACKED:
-                        dq_tile += tl.arange(0, BLOCK_D)[:, None]  # [BLOCK_D, BLOCK_M]
-                        if span == 1 and BLOCK_M > 32:
-                            dq_tile = by_query(dq_tile, BLOCK_D, turn, BLOCK_M, NVIDIA)
+                    inside = tl.arange(0, BLOCK_M) < q_len - i0
+                    if SPREAD:
+                        if PACKED:
+                            dq_tile = opaque(dq_tile + rows[:, None] * BLOCK_D, turn, NVIDIA)
+                            dq_tile += tl.arange(0, BLOCK_D)[None, :]  # [BLOCK_M, BLOCK_D]
+                            dq = load_shared(dq_tile, turn, NVIDIA)
                         else:
-                            dq_tile = opaque(dq_tile, turn, NVIDIA) + rows[None, :] * BLOCK_D
-                        dq = load_shared(dq_tile, turn, NVIDIA)
+                            dq_tile = fragments(dq_tile, turn, BLOCK_M, BLOCK_D, NVIDIA)
+                            dq = load_fragments(dq_tile, turn, NVIDIA)
+                        if apart(i_loop, 3, NVIDIA):
+                            dq = tl.dot(tl.trans(ds_half), k, dq, input_precision=PRECISION)
+                        if PACKED:
+                            store_shared(dq_tile, dq, inside[:, None], span != 1, NVIDIA)
+                        else:
+                            store_fragments(dq_tile, dq, NVIDIA)
+                        # The wait for what was stored to be visible hides the time that these take.
+                        q = rows_ahead(q_base, i0 + BLOCK_M, q_len, stride_qm, D, BLOCK_M, BLOCK_D)
+                        do = rows_ahead(do_base, i0 + BLOCK_M, q_len, stride_gm, DV, BLOCK_M, BLOCK_DV)
                     else:
-                        dq_tile = fragments(dq_tile, turn, BLOCK_D, BLOCK_M, NVIDIA)
-                        dq = load_fragments(dq_tile, turn, NVIDIA)
-                    dq = tl.dot(tl.trans(k), ds_half, dq, input_precision=PRECISION)
-                    if PACKED:
-                        store_shared(dq_tile, dq, (tl.arange(0, BLOCK_M) < q_len - i0)[None, :], span != 1, NVIDIA)
-                    else:
-                        store_fragments(dq_tile, dq, NVIDIA)
+                        if PACKED:
+                            dq_tile += tl.arange(0, BLOCK_D)[:, None]  # [BLOCK_D, BLOCK_M]
+                            if span == 1 and BLOCK_M > 32:
+                                dq_tile = by_query(dq_tile, BLOCK_D, turn, BLOCK_M, NVIDIA)
+                            else:
+                                dq_tile = opaque(dq_tile, turn, NVIDIA) + rows[None, :] * BLOCK_D
+                            dq = load_shared(dq_tile, turn, NVIDIA)
+                        else:
+                            dq_tile = fragments(dq_tile, turn, BLOCK_D, BLOCK_M, NVIDIA)
+                            dq = load_fragments(dq_tile, turn, NVIDIA)
+                        dq = tl.dot(tl.trans(k), ds_half, dq, input_precision=PRECISION)
+                        if PACKED:
+                            store_shared(dq_tile, dq, inside[None, :], span != 1, NVIDIA)
+                        else:
+                            store_fragments(dq_tile, dq, NVIDIA)
                     if DRowScale is not None:
                         # In turn, as above, so the order of these additions is fixed too.
-                        inside = tl.arange(0, BLOCK_M) < q_len - i0
                         tl.atomic_add(DRowScale + stat_base + row0 + rows + turn, drow_scale, inside, sem="relaxed")
                     publish(progress, done + i0 + BLOCK_M, NVIDIA)
         if hi > lo:

@@ -6,15 +6,26 @@ keys reads and writes dq once, and short in queries, whose tiles fill the remain
 
 from __future__ import annotations
 
+from functools import partial
+
 from posattn.plan import Call
 
 from .tiles import Table, Tile, look_up
 
 _FLOAT32 = Tile(32, 32, 4, 1, "exact float32 products run on FMA units, unrolled: larger tiles spill")
 _FLOAT32_WIDE = Tile(16, 16, 4, 1, "exact float32 at D = 256")
-_HALF_80 = Tile(32, 64, 4, 2, "2P 5672, 22860 with 128 keys")
-_PROFILE_80 = Tile(32, 64, 4, 2, "2P 10228, spills; 13666 with the 128 registers that ptxas takes", registers=255)
 _SMALL = Tile(64, 64, 4, 2, "no spills with operands of every kind")
+
+# Warps on both axes of the results read less of both operands: along the keys alone, 8 warps each read all of Q and dO.
+_spread = partial(Tile, hide=True, spread=True, registers=255)
+_SPREAD_128 = _spread(
+    64, 128, 8, 1, "2P 3580, bound by shared memory; 4352 with warps along the keys alone, 32 queries"
+)
+_PROFILE_128 = _spread(32, 128, 8, 1, "2P 7026; 10228 with warps along 64 keys")
+_SPREAD_256 = _spread(32, 64, 8, 1, "2P 10172, no spills; 64 queries 9592 and spills; 61256 with warps along 32 keys")
+# In 99 KB of shared memory; "2P" is sm_80's.
+_SMALL_128 = _spread(32, 128, 8, 1, "2P 4298; 64 queries need 128 KB")
+_SMALL_256 = _spread(32, 32, 8, 1, "64 keys need 104 KB")
 
 # Each element of dq must belong to one warp, since programs add to it in memory: a narrow head takes fewer warps.
 _NARROW = {
@@ -34,16 +45,8 @@ MAIN: Table = {
             "dense": Tile(32, 64, 4, 2, "registers"),
             "float32": _FLOAT32,
         },
-        128: {
-            "plain": Tile(32, 128, 8, 2, "2P 4352, bound by shared memory, no spills; 64 queries give 4235 and spill"),
-            "profile": _PROFILE_80,
-            "dense": _HALF_80,
-            "float32": _FLOAT32,
-        },
-        256: {
-            "plain": Tile(32, 32, 8, 1, "2P 61256 and spills; 199904 with the 32 that ptxas takes", registers=255),
-            "float32": _FLOAT32_WIDE,
-        },
+        128: {"plain": _SPREAD_128, "profile": _PROFILE_128, "float32": _FLOAT32},
+        256: {"plain": _SPREAD_256, "float32": _FLOAT32_WIDE},
     },
     "sm_90": {
         **_NARROW_90,
@@ -65,7 +68,15 @@ MAIN: Table = {
         256: {"plain": Tile(32, 32, 4, 1, "LDS"), "float32": _FLOAT32_WIDE},
     },
 }
-MAIN = {**MAIN, "sm_100": MAIN["sm_90"]}
+MAIN = {
+    **MAIN,
+    "sm_86": {
+        **MAIN["sm_80"],
+        128: {**MAIN["sm_80"][128], "plain": _SMALL_128},
+        256: {**MAIN["sm_80"][256], "plain": _SMALL_256},
+    },
+    "sm_100": MAIN["sm_90"],
+}
 
 # Square, as the walk along diagonals needs.
 _BIAS_WIDE = Tile(32, 32, 4, 1, "square; shared memory at D = 256")

@@ -77,6 +77,6 @@ def chunks(tile: Tile) -> int:
 
 def backward_tile(arch: str, call: Call) -> Tile:
     # On sm_80 ptxas stops at 128 registers for DQ of 12 heads of 128: 2P 8968, where with 255 it is 6960.
-    registers = 255 if family(arch) == "sm_80" and head_dim(call) == 128 else None
+    registers = 255 if family(arch) in ("sm_80", "sm_86") and head_dim(call) == 128 else None
     reason = "logits, their gradients and the hidden layer share the registers"
     return Tile(16, 16, group(call), 1, reason, registers=registers)

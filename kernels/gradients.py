@@ -143,8 +143,11 @@ def _query_gradient(call: Call, dq: Tensor, tile: Tile) -> Tensor:
     tokens, dim = call.q.shape[2:]
     out = torch.empty(dq.shape, dtype=call.q.dtype if call.plan.rotary is None else torch.float32, device=dq.device)
     if call.mask.cu_seqlens_q is None:
-        # turns.fragments: tiles, blocks of 16 dimensions by 8 queries, threads [8, 4], dimensions 8 apart, queries.
-        dq = dq.view(batch, heads, -1, width // 16, tile.block_m // 8, 8, 4, 2, 2).permute(0, 1, 2, 4, 6, 8, 3, 7, 5)
+        # turns.fragments: tiles, blocks of 16 x 8, threads [8, 4], rows 8 apart, columns; the rows are queries or, of a
+        # tile that is not spread, dimensions.
+        rows, columns = (tile.block_m, width) if tile.spread else (width, tile.block_m)
+        dq = dq.view(batch, heads, -1, rows // 16, columns // 8, 8, 4, 2, 2)
+        dq = dq.permute(0, 1, 2, *((3, 7, 5, 4, 6, 8) if tile.spread else (4, 6, 8, 3, 7, 5)))
     torch.mul(dq, -call.scale, out=out.view(dq.shape))
     return out[:, :, :tokens, :dim].contiguous()
 
@@ -208,7 +211,8 @@ def _gradients(
     }
     whole = tile.block_n // 16 >= tile.num_warps
     arguments = common_arguments(call, tile.block_m, tile.block_n)
-    arguments = arguments.with_(values, {"HOIST": tile.hoist, "HIDE": tile.hide, "WHOLE": whole, "SHARES": shares})
+    choices = {"HOIST": tile.hoist, "HIDE": tile.hide, "WHOLE": whole, "SHARES": shares, "SPREAD": tile.spread}
+    arguments = arguments.with_(values, choices)
     arguments.launch_with(
         launch, attention_backward, (blocks * count * kv_heads,), tile.num_warps, tile.num_stages, tile.registers
     )

@@ -5,8 +5,26 @@ import triton.language as tl
 
 from .bias import by_distance, gather
 from .dropout import keep_tile
+from .halves import multiply_bf16, widen_bf16
 from .masks import mask_offset
 from .scores import LOG2E, load_rows, logits_tile
+
+
+@triton.jit
+def softmax_gradient(
+    p, kept, dp, delta, keep, keep_scale, slack, WITH_DELTA: tl.constexpr, IN_BF16: tl.constexpr, NVIDIA: tl.constexpr
+):
+    """ds, before the softcap's share of it, and -ds in 16 bits: from the weights, as they are and as kept by dropout,
+    and minus the gradient of the latter, to which delta is added already if WITH_DELTA."""
+    if keep is not None:
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    if not WITH_DELTA:
+        dp += delta[None, :]
+    if IN_BF16:
+        half = multiply_bf16(kept, dp.to(tl.bfloat16), NVIDIA)
+        return -widen_bf16(half, NVIDIA), half
+    else:
+        return -(p * dp), (p * dp * slack).to(kept.dtype)
 
 
 @triton.jit

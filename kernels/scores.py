@@ -30,6 +30,14 @@ def load_rows(base, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def rows_ahead(base, i0, q_len, stride, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_M, BLOCK_D], the rows from i0 on, of a step that may not come: the last row takes the place of those past
+    it."""
+    rows = tl.minimum(tl.arange(0, BLOCK_M), q_len - 1 - i0)
+    return load_rows(base + tl.cast(i0, tl.int64) * stride, rows, stride, D, BLOCK_D)
+
+
+@triton.jit
 def start_logits(
     i, j, i0, j0, shift, h, Table, stride_table_h, table_first, table_last,
     CLAMP: tl.constexpr, NATURAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,

@@ -28,6 +28,8 @@ class Tile:
     hoist: bool = True
     # Whether addresses are computed anew in each step, and none carried from step to step (of kernels that ask).
     hide: bool = False
+    # Whether warps share both axes of every product's result (of kernels that ask), where Triton lays them along one.
+    spread: bool = False
     # How many registers ptxas may give a thread (of NVIDIA's alone); None leaves it to ptxas, which at times stops far
     # below what the block could have, and spills.
     registers: int | None = None
@@ -38,14 +40,22 @@ Table = Mapping[str, Mapping[int, Mapping[str, Tile]]]
 
 
 def family(arch: str) -> str:
-    """The architecture whose configurations serve `arch`: Hopper's and Blackwell's need their own, the rest of
-    NVIDIA's fit in Ampere's shared memory, and AMD's share one."""
+    """The architecture whose configurations serve `arch`: Hopper's and data-center Blackwell's have their own, the rest
+    of NVIDIA's are like A100, sm_86 and its like with 99 KB of shared memory a block, and AMD's share one."""
     if not arch.startswith("sm_"):
         return "gfx942"
     number = int(arch.removeprefix("sm_"))
     if number in (100, 103):
         return "sm_100"
+    if number in (86, 89, 120, 121):
+        return "sm_86"
     return "sm_90" if number == 90 else "sm_80"
+
+
+def tiles_of(table: Table, arch: str) -> Mapping[int, Mapping[str, Tile]]:
+    """The rows of a table for an architecture, those of sm_80 where sm_86 has none of its own."""
+    of = family(arch)
+    return table["sm_80"] if of == "sm_86" and of not in table else table[of]
 
 
 def head_dim(call: Call) -> int:
@@ -67,7 +77,7 @@ def kind(call: Call) -> str:
 
 def look_up(table: Table, arch: str, call: Call) -> Tile:
     """The tile for a call: its dimension's row (the next larger one), its kind's entry or the plain one."""
-    by_dim = table[family(arch)]
+    by_dim = tiles_of(table, arch)
     dim = min(d for d in by_dim if d >= head_dim(call))
     tiles = by_dim[dim]
     return tiles.get(kind(call), tiles["plain"])

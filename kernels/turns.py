@@ -143,6 +143,20 @@ def hidden(index, HIDE: tl.constexpr):
 
 
 @triton.jit
+def apart(index, NUMBER: tl.constexpr, NVIDIA: tl.constexpr):
+    """True, in a way that only ptxas sees through: what an `if` of it holds is a region of its own for Triton.
+
+    Products in one region are taken for a chain, and the warps of all laid along one axis of the results, so that each
+    reads the whole of one operand. A product in a region of its own has its warps spread over both axes, and results of
+    products that go into no other in their region too. NUMBER tells conditions apart, or regions would be merged."""
+    if NVIDIA:
+        yes = tl.inline_asm_elementwise("mov.b32 $0, 1;", "=r,r,r", [index, NUMBER], tl.int32, is_pure=True, pack=1)
+        return yes > 0
+    else:
+        return True
+
+
+@triton.jit
 def load_shared(pointers, turn, NVIDIA: tl.constexpr):
     """The float32 tile that other programs add to, in the layout in which it is used; `turn` comes from wait_for."""
     if NVIDIA:

@@ -59,6 +59,25 @@ CASES = {
         BF16, {"heads": 1, "kv_heads": 1, "dim": 200, "dim_v": 256, "q_len": 40, "k_len": 70},
         lambda: posattn.Kerple(1), lambda: {"causal": True},
     ),
+    "widest heads, grouped, many steps": (
+        BF16, {"kv_heads": 1, "dim": 256, "q_len": 150, "k_len": 100}, None, lambda: {"window": (60, 10)},
+    ),
+    "table, wide heads": (
+        BF16, {"heads": 1, "kv_heads": 1, "dim": 128, "q_len": 150, "k_len": 260}, lambda: posattn.Kerple(1),
+        lambda: {"causal": True},
+    ),
+    "wide heads, dropout": (
+        HALF, {"heads": 1, "kv_heads": 1, "dim": 128, "q_len": 200, "k_len": 150}, None,
+        lambda: {"causal": True, "dropout_p": 0.3},
+    ),
+    "wide heads, documents": (
+        BF16, {"kv_heads": 1, "dim": 128, "q_len": 200, "k_len": 210}, lambda: posattn.ALiBi(2, learnable=True),
+        lambda: {
+            "causal": True,
+            "cu_seqlens_q": torch.tensor([0, 130, 150, 200, 200]),
+            "cu_seqlens_k": torch.tensor([0, 150, 150, 170, 210]),
+        },
+    ),
     "profile and dense, wide heads": (
         BF16, {"heads": 1, "kv_heads": 1, "dim": 128, "q_len": 40}, lambda: posattn.FIRE(1, width=4),
         lambda: {"bias": torch.randn(1, 1, 40, 150)},

@@ -23,7 +23,8 @@ from posattn.kernels.tiles import Tile
 from posattn.plan import Call
 from tests.ptxsim import interpreter
 
-TILE = Tile(16, 16, 4, 1, "small: a sweep is about borders")
+# Small, since a sweep is about borders; with warps on one axis of the results or on both, in turn.
+TILES = [Tile(16, 16, 4, 1, "a sweep", spread=spread) for spread in (False, True)]
 
 # Plans and masks in turn along the lengths; (encoding, options) for a length.
 PLANS = (
@@ -59,7 +60,7 @@ def main(first: int, last: int) -> int:
     )
 
     def small(arch: str, call: Call) -> Tile:
-        return TILE
+        return TILES[call.q.shape[2] // len(PLANS) % 2]
 
     tiles = mock.patch.multiple(gradients, main_tile=small, bias_tile=small)
     broken = 0
