@@ -135,8 +135,10 @@ def dropout_arguments(call: Call) -> dict[str, Any]:
 
 
 def linear(call: Call, bias: Bias) -> bool:
-    """True if no visible distance is negative, or the sign is kept: the slope's |d| is then linear in j."""
-    if bias.slope is None or call.q_positions is not None:
+    """True if no visible distance is negative, or the sign is kept: the slope's |d| is then linear in j.
+
+    Not in float32, which would be rounded at the size of a whole tile's bias where the logit's own is small."""
+    if bias.slope is None or call.q_positions is not None or call.q.dtype == torch.float32:
         return False
     mask = call.mask
     right = 0 if mask.causal else mask.right

@@ -35,6 +35,12 @@ def _mask(q_len, k_len, heads):
     return torch.rand(1, heads, q_len, k_len) < 0.1
 
 
+def _steep():
+    encoding = posattn.ALiBi(2, learnable=True)
+    encoding.slopes.data.copy_(torch.tensor([0.7, 5.0]))
+    return encoding
+
+
 CASES = {
     "plain": (BF16, {}, None, dict),
     "causal window, grouped heads": (
@@ -48,7 +54,7 @@ CASES = {
         BF16, {"heads": 1, "kv_heads": 1, "q_len": 1, "k_len": 1, "dim": 16}, lambda: posattn.Kerple(1),
         lambda: {"dropout_p": 0.3},
     ),
-    "float32": (FULL, {"dim": 32, "q_len": 40, "k_len": 45}, lambda: posattn.ALiBi(2), lambda: {"causal": True}),
+    "float32, steep slopes": (FULL, {"dim": 32, "q_len": 40, "k_len": 45}, _steep, lambda: {"causal": True}),
     "ALiBi": (BF16, {}, lambda: posattn.ALiBi(2, learnable=True), lambda: {"causal": True}),
     "ALiBi both ways": (HALF, {}, lambda: posattn.ALiBi(2, learnable=True), dict),
     "ALiBi, wide heads": (
