@@ -12,6 +12,7 @@ from .dropout import RANDOM_BITS, keep_tile
 from .masks import key_spans, mask_offset, sequence
 from .rotary import load_turned
 from .scores import LN2, LOG2E, LOWEST, load_rows, logits_tile, start_logits
+from .turns import hidden
 
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
@@ -54,7 +55,6 @@ def attention_forward(
     shift = k_len - q_len
     offset = mask_offset(q_len, k_len, TOP_LEFT)
     last = tl.minimum(i0 + BLOCK_M, q_len) - 1
-    reference = i0 + shift
 
     rows = tl.minimum(tl.arange(0, BLOCK_M), q_len - 1 - i0)  # past the end: the last row again, never stored
     i = (i0 + tl.arange(0, BLOCK_M))[:, None]  # [BLOCK_M, 1]
@@ -106,7 +106,8 @@ def attention_forward(
             if SPLITS > 1:
                 span_lo = tl.maximum(span_lo, share_lo)
                 span_hi = tl.minimum(span_hi, share_hi)
-            for j0 in tl.range(span_lo, span_hi, BLOCK_N):
+            for j_loop in tl.range(span_lo, span_hi, BLOCK_N):
+                j0 = hidden(j_loop, NVIDIA and Dense is None)
                 cols = tl.arange(0, BLOCK_N)
                 if span != 1:
                     cols = tl.minimum(cols, k_len - 1 - j0)
@@ -131,7 +132,7 @@ def attention_forward(
                 if EXPLICIT:
                     pj = tl.load(KPositions + b64 * stride_kpos + k_start + col0 + cols)[None, :]
                 s, _, _, _ = logits_tile(
-                    s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, reference, slope, row_scale,
+                    s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, j0, slope, row_scale,
                     b, h, q_start, k_start, scale, softcap, Table, stride_table_h, table_first, table_last,
                     Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds, Knots, num_knots,
                     SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
@@ -139,8 +140,14 @@ def attention_forward(
                     HAS_LEFT, HAS_RIGHT, SIGNED, LINEAR, CLAMP, EXPLICIT, NATURAL,
                     BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
                 )  # fmt: skip
-                m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
-                p = tl.exp2(s * factor - m_new[:, None])
+                if LINEAR:
+                    # Within the tile the bias counts from its first key, so that it is computed once; here is the rest.
+                    ahead = slope * LOG2E * (j0 - i0 - shift).to(tl.float32)
+                    m_new = tl.maximum(m_i, tl.max(s, 1) * factor + ahead)
+                    p = tl.exp2(s * factor - (m_new - ahead)[:, None])
+                else:
+                    m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
+                    p = tl.exp2(s * factor - m_new[:, None])
                 alpha = tl.exp2(m_i - m_new)
                 l_i = l_i * alpha + tl.sum(p, 1)
                 acc = acc * alpha[:, None]
