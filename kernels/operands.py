@@ -126,8 +126,9 @@ def dropout_arguments(call: Call) -> dict[str, Any]:
     if call.dropout_p == 0.0 or call.seed is None:
         return {"threshold": None, "keep_scale": None, "seed_lo": None, "seed_hi": None}
     seed = int(call.seed)
+    least_kept = min(math.ceil(call.dropout_p * 2**32), 2**32 - 1)
     return {
-        "threshold": _signed32(math.ceil(call.dropout_p * 2**32)),
+        "threshold": _signed32(least_kept),
         "keep_scale": 1.0 / (1.0 - call.dropout_p),
         "seed_lo": _signed32(seed),
         "seed_hi": _signed32(seed >> 32),

@@ -146,6 +146,11 @@ def test_explicit_positions(name):
     assert_parity(*tensors(BF16, q_len=50, k_len=90), position, options, "triton")
 
 
+def test_dropout_of_all_but_nothing():
+    out = posattn.attention(*tensors(FULL, q_len=3, k_len=5, dim=16), dropout_p=1 - 2**-40, backend="triton")
+    assert not out.any()
+
+
 def test_large_logits_stay_finite():
     """Logits in the thousands: exponents far outside float32's range if the maximum were not taken out first."""
     q, k, v = tensors(BF16, q_len=40, k_len=70)
