@@ -27,6 +27,8 @@ _SPREAD_256 = _spread(32, 64, 8, 1, "2P 10172, no spills; 64 queries 9592 and sp
 _SMALL_128 = _spread(32, 128, 8, 1, "2P 4298; 64 queries need 128 KB")
 _SMALL_256 = _spread(32, 32, 8, 1, "64 keys need 104 KB")
 
+_WIDE_90 = Tile(32, 64, 8, 1, "a profile spills 1188 bytes a step; warps on both axes and 64 queries 4148, 32 1724")
+
 # Each element of dq must belong to one warp, since programs add to it in memory: a narrow head takes fewer warps.
 _NARROW = {
     16: {"plain": Tile(32, 32, 1, 2, "dq of 16 dimensions is one warp's"), "float32": _FLOAT32},
@@ -59,7 +61,11 @@ MAIN: Table = {
             "plain": Tile(64, 128, 8, 2, "2P 2127; invariants kept in registers would spill 212 bytes", hoist=False),
             "float32": _FLOAT32,
         },
-        256: {"plain": Tile(32, 64, 8, 1, "shared memory"), "float32": _FLOAT32_WIDE},
+        256: {
+            "plain": _spread(64, 64, 8, 1, "2P 8692; 32 queries 11476, with warps along the keys alone 12728"),
+            "profile": _WIDE_90,
+            "float32": _FLOAT32_WIDE,
+        },
     },
     "gfx942": {
         **_NARROW,
@@ -75,7 +81,10 @@ MAIN = {
         128: {**MAIN["sm_80"][128], "plain": _SMALL_128},
         256: {**MAIN["sm_80"][256], "plain": _SMALL_256},
     },
-    "sm_100": MAIN["sm_90"],
+    "sm_100": {
+        **MAIN["sm_90"],
+        256: {"plain": _WIDE_90, "float32": _FLOAT32_WIDE},
+    },
 }
 
 # Square, as the walk along diagonals needs.
