@@ -168,7 +168,9 @@ def _gradients(
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=q.device)
 
-    dq = zeros(batch, heads, _rows(call, tile), padded(dim))
+    # As wide as what the tile is for: each element of dq must belong to one warp.
+    block_d = padded(max(dim, v.shape[3]))
+    dq = zeros(batch, heads, _rows(call, tile), block_d)
     dk, dv = grad_like(call, k), torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     dslope = zeros(batch, heads, key_blocks) if "slope" in needs else None
     profile = bias.profile
@@ -212,7 +214,7 @@ def _gradients(
     whole = tile.block_n // 16 >= tile.num_warps
     arguments = common_arguments(call, tile.block_m, tile.block_n)
     choices = {"HOIST": tile.hoist, "HIDE": tile.hide, "WHOLE": whole, "SHARES": shares, "SPREAD": tile.spread}
-    arguments = arguments.with_(values, choices)
+    arguments = arguments.with_(values, {**choices, "BLOCK_D": block_d})
     arguments.launch_with(
         launch, attention_backward, (blocks * count * kv_heads,), tile.num_warps, tile.num_stages, tile.registers
     )

@@ -49,6 +49,7 @@ CASES = {
     "more queries than keys": (BF16, {"q_len": 150, "k_len": 70}, None, lambda: {"causal": True, "window": (20, 3)}),
     "softcap and sinks": (BF16, {}, None, lambda: {"softcap": 5.0, "sinks": torch.randn(2), "causal": True}),
     "dropout, odd dims": (HALF, {"dim": 40, "dim_v": 24}, None, lambda: {"dropout_p": 0.4}),
+    "values wider than keys": (BF16, {"dim": 32, "dim_v": 64, "q_len": 40}, None, lambda: {"causal": True}),
     "negative scale, one dimension": (BF16, {"dim": 1, "q_len": 9, "k_len": 33}, None, lambda: {"scale": -1.0}),
     "one query, one key, one head": (
         BF16, {"heads": 1, "kv_heads": 1, "q_len": 1, "k_len": 1, "dim": 16}, lambda: posattn.Kerple(1),
