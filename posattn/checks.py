@@ -165,7 +165,7 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
         raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
     if sinks.dim() != 1 or sinks.shape[0] != q.shape[1]:
         raise ValueError(f"sinks: expected shape [{q.shape[1]}], one number per query head, got {_shape(sinks)}")
-    return sinks.float()
+    return sinks.float().contiguous()
 
 
 def check_logit_shaped(name: str, tensor: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def check_attn_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor) ->
 
 
 def check_k_lengths(k_lengths: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """int32 [B], each within 0 .. Tk."""
+    """Contiguous int32 [B], each within 0 .. Tk."""
     if k_lengths is None:
         return None
     _check_integers("k_lengths", k_lengths, q)
@@ -223,13 +223,13 @@ def check_k_lengths(k_lengths: Tensor | None, q: Tensor, k: Tensor) -> Tensor | 
         low, high = (int(bound) for bound in k_lengths.aminmax())
         if low < 0 or high > k.shape[2]:
             raise ValueError(f"k_lengths: expected lengths from 0 to {k.shape[2]}, got {low} to {high}")
-    return k_lengths.to(torch.int32)
+    return k_lengths.to(torch.int32).contiguous()
 
 
 def check_cu_seqlens(
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor
 ) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """Both as int32, and the longest document's queries and keys (the token counts where looking would cost a wait)."""
+    """Both as contiguous int32, and the longest document's queries and keys (token counts where a look would wait)."""
     if cu_seqlens_q is None and cu_seqlens_k is None:
         return None, None, q.shape[2], k.shape[2]
     if cu_seqlens_q is None or cu_seqlens_k is None:
@@ -243,7 +243,8 @@ def check_cu_seqlens(
             f"cu_seqlens_k: expected as many documents as cu_seqlens_q, {cu_seqlens_q.shape[0] - 1}, "
             f"got {cu_seqlens_k.shape[0] - 1}"
         )
-    return cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), max_q, max_k
+    cu_q, cu_k = (cu.to(torch.int32).contiguous() for cu in (cu_seqlens_q, cu_seqlens_k))
+    return cu_q, cu_k, max_q, max_k
 
 
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor, tokens: int) -> int:
@@ -262,7 +263,7 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor, tokens: int) -> 
 def check_positions(
     q_positions: Tensor | None, k_positions: Tensor | None, q: Tensor, k: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both as int64 [B or 1, T], from [T] or [B or 1, T]."""
+    """Both as contiguous int64 [B or 1, T], from [T] or [B or 1, T]."""
     if q_positions is None and k_positions is None:
         return None, None
     if q_positions is None or k_positions is None:
@@ -285,7 +286,7 @@ def _check_positions(name: str, positions: Tensor, q: Tensor, tokens: int) -> Te
         low, high = (int(bound) for bound in positions.aminmax())
         if low <= -_POSITION_LIMIT or high >= _POSITION_LIMIT:
             raise ValueError(f"{name}: expected positions between -2^31 and 2^31, got {low} to {high}")
-    return (positions if positions.dim() == 2 else positions[None]).long()
+    return (positions if positions.dim() == 2 else positions[None]).long().contiguous()
 
 
 def _check_integers(name: str, tensor: Tensor, q: Tensor) -> None:
