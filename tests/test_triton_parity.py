@@ -47,7 +47,9 @@ CASES = {
         HALF, {"kv_heads": 1}, None, lambda: {"causal": True, "window": (40, None)}
     ),
     "more queries than keys": (BF16, {"q_len": 150, "k_len": 70}, None, lambda: {"causal": True, "window": (20, 3)}),
-    "softcap and sinks": (BF16, {}, None, lambda: {"softcap": 5.0, "sinks": torch.randn(4)[::2], "causal": True}),
+    "softcap and sinks": (
+        BF16, {}, None, lambda: {"softcap": 5.0, "sinks": torch.linspace(0, 6, 4)[::2], "causal": True}
+    ),
     "dropout, odd dims": (HALF, {"dim": 40, "dim_v": 24}, None, lambda: {"dropout_p": 0.4}),
     "values wider than keys": (BF16, {"dim": 32, "dim_v": 64, "q_len": 40}, None, lambda: {"causal": True}),
     "negative scale, one dimension": (BF16, {"dim": 1, "q_len": 9, "k_len": 33}, None, lambda: {"scale": -1.0}),
