@@ -72,7 +72,9 @@ def score_gradients(
     ds = ()
     for g in tl.static_range(GROUPS):
         stat = heads[g][:, None] * x.q_tokens + t.i0 + t.rows[None, :]
-        lse2 = tl.where(exists, tl.load(x.lse2 + stat), float("inf"))
+        # A spare head's logits are not what its log-sum-exp is of: unhidden, its weights could be infinite.
+        real = (g * F.group + tl.arange(0, F.group) < m.num_heads)[:, None]
+        lse2 = tl.where(real & exists, tl.load(x.lse2 + stat), float("inf"))
         dp = tl.zeros(s[g].shape, tl.float32)
         delta = lse2
         if GRADIENT:

@@ -32,6 +32,10 @@ CASES = {
         lambda: {"bias": torch.randn(1, 1, 17, 70), "sinks": torch.randn(9), "dropout_p": 0.3, "window": (60, None),
                  "mask": torch.rand(1, 9, 17, 70) < 0.7},
     ),
+    "logits far from what is mixed": (
+        {"heads": 2, "kv_heads": 2, "q_len": 5, "k_len": 7, "dim": 16, "dtype": torch.float16},
+        lambda: posattn.DAPE(posattn.Kerple(2), 2, width=4), lambda: {"scale": 20.0},
+    ),
     "float32": (
         {"heads": 2, "kv_heads": 2, "q_len": 18, "k_len": 21, "dim": 16, "dtype": torch.float32},
         lambda: posattn.DAPE(posattn.Kerple(2), 2, width=4), lambda: {"causal": True},
