@@ -9,12 +9,13 @@ order of summation is fixed and no atomic adds to it.
 import triton
 import triton.language as tl
 
-from .bias import distance_tile, gather
+from .bias import by_distance, distance_tile, gather
 from .diagonals import SLOTS, add_bands, finish_bands, start_bands, store_bands
 from .dropout import RANDOM_BITS, keep_tile
-from .logit_gradient import psi_gradient, softmax_gradient
+from .logit_gradient import softmax_gradient
 from .masks import mask_offset, query_spans, sequence
-from .profile import profile_sums, write_sums
+from .profile import line_on, next_line, no_line, runs
+from .profile_gradient import SPLIT, add_parts, by_thread, leave_segment, past_knots, psi_gradient, store_parts
 from .scores import LOG2E, load_rows, logits_tile, rows_ahead, start_logits
 from .turns import (
     apart,
@@ -34,7 +35,7 @@ from .turns import (
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def attention_backward(
     Q, K, V, GradOut, Lse2, Delta, DQ, DK, DV_, DSlope, DTable, TableUnits, TableBands,
-    DPsi, PsiUnits, PsiBands, DRowScale, DSegments, Ticket, Progress, num_sequences,
+    DPsi, PsiUnits, PsiBands, DRowScale, RowUnits, RowParts, DSegments, Ticket, Progress, num_sequences,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm,
     scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
@@ -50,16 +51,17 @@ def attention_backward(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr, HOIST: tl.constexpr,
-    HIDE: tl.constexpr, WHOLE: tl.constexpr, SHARES: tl.constexpr, SPREAD: tl.constexpr,
+    HIDE: tl.constexpr, WHOLE: tl.constexpr, SHARES: tl.constexpr, SPREAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, Tq, BLOCK_D] float32, zeroed, takes the gradient of the queries times -1 / scale, in tiles of BLOCK_M
     queries as turns.fragments keeps them (the last one whole too; transposed unless SPREAD) but for packed documents.
     DK [B, Hkv, Tk, D] and DV_ [B, Hkv, Tk, DV] are contiguous; keys of no sequence are not written. By block of keys
     (operands.all_blocks), DSlope [B, H, blocks] and DSegments [B, H, blocks, 2, W + 1] (sums of ds and of ds * y on
-    each segment) are float32, as is DRowScale [B, H, Tq], and zeroed, or None where not wanted. DTable [H, table_last -
-    table_first + 1] and DPsi [psi_last - psi_first + 1], int64 and zeroed, or None, take the gradients of a table and
-    of psi over implicit distances times TableUnits and PsiUnits ([1], powers of 2); TableBands and PsiBands are
-    diagonals.py's memory. Ticket [1] and Progress [B, Hkv, blocks] are int32 and zeroed."""
+    each segment) are float32 and zeroed, or None where not wanted. In int64, zeroed, and times units that are powers
+    of 2 (TableUnits, PsiUnits, RowUnits, [1]), or None: DTable [H, table_last - table_first + 1] and DPsi [psi_last -
+    psi_first + 1] take the gradients of a table and of psi over implicit distances, DRowScale [B, Tq] those of the
+    queries' row scales. TableBands and PsiBands are diagonals.py's memory, RowParts is profile_gradient.py's. Ticket
+    [1] and Progress [B, Hkv, blocks] are int32 and zeroed."""
     EXPLICIT: tl.constexpr = QPositions is not None
     PACKED: tl.constexpr = CuQ is not None
     # Logit gradients are rounded to 16 bits for the products anyway. In bfloat16, which has float32's range, they are
@@ -67,8 +69,8 @@ def attention_backward(
     IN_BF16: tl.constexpr = Q.dtype.element_ty == tl.bfloat16 and threshold is None and softcap is None
     # A slope's gradient, the sum of ds times distance, is linear in the query: then tensor cores take its moments.
     MOMENTS: tl.constexpr = DSlope is not None and LINEAR and softcap is None and Q.dtype.element_ty != tl.float32
-    # Whether the logits too are spread over both axes. Sums along diagonals need 16 keys of a warp's own.
-    APART: tl.constexpr = SPREAD and DTable is None and DPsi is None
+    # Whether the logits too are spread over both axes. Sums by distance and by query need 16 keys of a warp's own.
+    APART: tl.constexpr = SPREAD and DTable is None and DPsi is None and DRowScale is None
     START_AT_DELTA: tl.constexpr = threshold is None and not APART
     COLUMNS: tl.constexpr = 8 if NVIDIA else 16  # the narrowest product
     GROUPS: tl.constexpr = BLOCK_N // 16
@@ -121,6 +123,9 @@ def attention_backward(
     pj = j_in
     if EXPLICIT:
         pj = tl.load(KPositions + b64 * stride_kpos + col0 + cols)[:, None]
+    q_positions = None
+    if EXPLICIT:
+        q_positions = QPositions + b64 * stride_qpos + q_start
     factor = LOG2E if NATURAL else scale * LOG2E
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -147,6 +152,8 @@ def attention_backward(
             columns = tl.where(tl.arange(0, COLUMNS)[None, :] % 2 == 0, 1.0, query).to(Q.dtype.element_ty)
         slot = (sequence64 * num_heads + h64) * blocks + n  # where this program's sums for this head go
         sums = DSegments
+        drow_scale = DRowScale
+        row_units = RowUnits
         if DSegments is not None:
             sums = DSegments + slot * 2 * (num_knots + 1)
         if DTable is not None:
@@ -158,181 +165,245 @@ def attention_backward(
             psi_units = gather(PsiUnits, h, NVIDIA)
             psi_bands = PsiBands + tl.cast(program, tl.int64) * (SLOTS * (BLOCK_N // 2) * (BLOCK_M + 8))
             psi_carried = start_bands(psi_bands, lo, GROUPS, BLOCK_M, NVIDIA)
-        segment = 0
-        of_ds = tl.zeros([BLOCK_N], tl.float32)
-        of_dsy = tl.zeros([BLOCK_M], tl.float32)
+        line = no_line()
+        high = line.segment
+        if DRowScale is not None:
+            row_parts = RowParts + tl.cast(program, tl.int64) * (2 * 8 * PARTS * BLOCK_M)
+            row_units = tl.load(RowUnits)
+            drow_scale = DRowScale + b64 * q_tokens + q_start
+            of_ds = tl.zeros([PARTS, 8, 4], tl.float32)
+            of_dsy = tl.zeros([SPLIT, BLOCK_M], tl.float32)
+        told = 0
         if Slope is not None:
             slope = tl.load(Slope + b * stride_slope_b + h)
         if SPREAD:
             first_row = tl.minimum(lo, q_len - 1)
             q = rows_ahead(q_base, first_row, q_len, stride_qm, D, BLOCK_M, BLOCK_D)
             do = rows_ahead(do_base, first_row, q_len, stride_gm, DV, BLOCK_M, BLOCK_DV)
-        for span in tl.static_range(0, 3):
-            # Span 0 is the border on the side of causal masking; span 2 the window's, and rows past the end.
-            if span != 0 or HAS_RIGHT:
-                if span == 0:
-                    span_lo, span_hi = lo, full_lo
-                elif span == 1:
-                    span_lo, span_hi = full_lo, full_hi
-                else:
-                    span_lo, span_hi = full_hi, hi
-                for i_loop in tl.range(span_lo, span_hi, BLOCK_M, disable_licm=not HOIST):
-                    i0 = hidden(i_loop, HIDE and NVIDIA)
-                    rows = tl.arange(0, BLOCK_M)
-                    if span != 1:
-                        rows = tl.minimum(rows, q_len - 1 - i0)
-                    i = (i0 + tl.arange(0, BLOCK_M))[None, :]  # [1, BLOCK_M]
-                    i_in = (i0 + rows)[None, :]
-                    row0 = tl.cast(i0, tl.int64)
-                    if not SPREAD:
-                        q = load_rows(q_base + row0 * stride_qm, rows, stride_qm, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-                        do = load_rows(do_base + row0 * stride_gm, rows, stride_gm, DV, BLOCK_DV)
-                    lse2 = tl.load(Lse2 + stat_base + row0 + rows)
-                    if span == 1 and BLOCK_M > 32 and not SPREAD:
-                        delta = by_query(Delta + stat_base + row0, 1, i0, BLOCK_M, NVIDIA)
-                        delta = gather(delta, i0, NVIDIA)
+        at, begin, straight, bent = lo, full_lo, full_hi, full_hi
+        for _ in tl.range(0, tl.cdiv(hi - lo, BLOCK_M) if Psi is not None else 1):
+            # A profile's tiles come in runs: of one segment, then of several each. Others are one run.
+            if Psi is not None:
+                begin = tl.maximum(at, full_lo)
+                straight = begin
+                bent = begin
+                of_run = line.segment
+                if at < hi:
+                    straight, bent, of_run = runs(
+                        begin, full_hi, j0, shift, Psi, psi_first, psi_last, PsiBounds,
+                        row_first, row_last, RowBounds, Knots, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+                    )  # fmt: skip
+            for span in tl.static_range(0, 4):
+                # Span 0 is the border on the side of causal masking, span 1 is straight, span 2 bent; span 3 is the
+                # window's border, and rows past the end.
+                if (span != 0 or HAS_RIGHT) and (span != 2 or Psi is not None):
+                    if span == 0:
+                        span_lo, span_hi = at, full_lo
+                    elif span == 1:
+                        span_lo, span_hi = begin, straight
+                        if Psi is not None:
+                            if DRowScale is not None:
+                                of_ds, of_dsy = leave_segment(sums, line.segment, of_run, num_knots, of_ds, of_dsy)
+                            line = line_on(
+                                of_run, Knots, SegmentSlope + h * (num_knots + 1),
+                                SegmentIntercept + h * (num_knots + 1), NVIDIA,
+                            )  # fmt: skip
+                    elif span == 2:
+                        span_lo, span_hi = straight, bent
                     else:
-                        delta = tl.load(Delta + stat_base + row0 + rows)
-                    if span != 1:
-                        # A row past the end has no weight.
-                        lse2 = tl.where(tl.arange(0, BLOCK_M) < q_len - i0, lse2, float("inf"))
-                    if LINEAR and not SHARES:
-                        lse2 += (slope * LOG2E) * tl.arange(0, BLOCK_M).to(tl.float32)
-                    pi = i_in
-                    if EXPLICIT:
-                        pi = tl.load(QPositions + b64 * stride_qpos + q_start + row0 + rows)[None, :]
-                    row_scale = None
-                    if Psi is not None:
-                        position = pi if EXPLICIT else pi + shift
-                        entry = tl.minimum(tl.maximum(position, row_first), row_last) - row_first
-                        row_scale = tl.load(RowScale + entry)
-                    s = start_logits(
-                        i_in, j_in, i0, j0, shift, h, Table, stride_table_h, table_first, table_last,
-                        CLAMP, NATURAL, BLOCK_N, BLOCK_M, NVIDIA,
-                    )  # fmt: skip
-                    s = tl.dot(k, tl.trans(q), s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-                    s, slack, low, high = logits_tile(
-                        s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, i0 + shift, slope, row_scale,
-                        b, h, q_start, k_start, scale, softcap, Table, stride_table_h, table_first, table_last,
-                        Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds, Knots, num_knots,
-                        SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
-                        Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right, span != 1,
-                        HAS_LEFT, HAS_RIGHT, SIGNED, LINEAR, CLAMP, EXPLICIT, NATURAL,
-                        BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
-                    )  # fmt: skip
-                    p = tl.exp2(s * factor - lse2[None, :])
-                    kept = p
-                    keep = None
-                    if threshold is not None:
-                        keep = keep_tile(
-                            seed_lo, seed_hi, threshold, q_start + i0, k_start + j0, b * num_heads + h,
-                            BLOCK_M, BLOCK_N, not PACKED,
+                        span_lo, span_hi = bent, hi if Psi is None else tl.where(bent >= full_hi, hi, bent)
+                    for i_loop in tl.range(span_lo, span_hi, BLOCK_M, disable_licm=not HOIST):
+                        i0 = hidden(i_loop, HIDE and NVIDIA)
+                        rows = tl.arange(0, BLOCK_M)
+                        if span % 3 == 0:
+                            rows = tl.minimum(rows, q_len - 1 - i0)
+                        i = (i0 + tl.arange(0, BLOCK_M))[None, :]  # [1, BLOCK_M]
+                        i_in = (i0 + rows)[None, :]
+                        row0 = tl.cast(i0, tl.int64)
+                        if not SPREAD:
+                            q = load_rows(q_base + row0 * stride_qm, rows, stride_qm, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+                            do = load_rows(do_base + row0 * stride_gm, rows, stride_gm, DV, BLOCK_DV)
+                        pi = i_in
+                        if EXPLICIT:
+                            pi = tl.load(QPositions + b64 * stride_qpos + q_start + row0 + rows)[None, :]
+                        if DRowScale is not None and span != 1:
+                            of_dsy = add_parts(
+                                drow_scale, row_units, row_parts, i0 // BLOCK_M - 1, told, i0 > span_lo, line.slope,
+                                of_dsy, q_len, shift, q_positions, RowScale, row_first, row_last,
+                                PARTS, BLOCK_M, NVIDIA,
+                            )  # fmt: skip
+                        row_scale = None
+                        if Psi is not None:
+                            position = pi if EXPLICIT else pi + shift
+                            entry = tl.minimum(tl.maximum(position, row_first), row_last) - row_first
+                            row_scale = tl.load(RowScale + entry)
+                        if Psi is not None and span != 1:
+                            segment = line.segment
+                            line, high = next_line(
+                                line, i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last,
+                                PsiBounds, row_first, row_last, RowBounds, Knots,
+                                SegmentSlope + h * (num_knots + 1), SegmentIntercept + h * (num_knots + 1),
+                                CLAMP, EXPLICIT, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+                            )  # fmt: skip
+                        lse2 = tl.load(Lse2 + stat_base + row0 + rows)
+                        if span % 3 != 0 and BLOCK_M > 32 and not SPREAD:
+                            delta = by_query(Delta + stat_base + row0, 1, i0, BLOCK_M, NVIDIA)
+                            delta = gather(delta, i0, NVIDIA)
+                        else:
+                            delta = tl.load(Delta + stat_base + row0 + rows)
+                        if span % 3 == 0:
+                            # A row past the end has no weight.
+                            lse2 = tl.where(tl.arange(0, BLOCK_M) < q_len - i0, lse2, float("inf"))
+                        if Psi is not None:
+                            lse2 -= line.intercept * LOG2E
+                        if LINEAR and not SHARES:
+                            lse2 += (slope * LOG2E) * tl.arange(0, BLOCK_M).to(tl.float32)
+                        s = start_logits(
+                            i_in, j_in, i0, j0, shift, h, Table, stride_table_h, table_first, table_last,
+                            CLAMP, NATURAL, BLOCK_N, BLOCK_M, NVIDIA,
                         )  # fmt: skip
-                        keep = tl.trans(keep)
-                        kept = tl.where(keep, p * keep_scale, 0.0)
-                    kept = kept.to(do.dtype)
-                    if not SPREAD:
-                        dv = tl.dot(kept, do, dv, input_precision=PRECISION)
-                    if START_AT_DELTA:
-                        # This costs what adding it would, and holds fewer registers.
-                        dp = tl.broadcast_to(delta[None, :], [BLOCK_N, BLOCK_M])
-                        dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
-                    else:
-                        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                    if APART:
-                        ds, ds_half = p, kept
-                        if apart(i_loop, 0, NVIDIA):
+                        s = tl.dot(k, tl.trans(q), s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+                        s, slack = logits_tile(
+                            s, line, high if span != 1 else None, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift,
+                            offset, i0 + shift, slope, row_scale, b, h, q_start, k_start, scale, softcap,
+                            Table, stride_table_h, table_first, table_last, Psi, psi_first, psi_last,
+                            Knots, num_knots, SegmentSlope, Dense, stride_db, stride_dh, stride_di, stride_dj,
+                            Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right, span % 3 == 0,
+                            HAS_LEFT, HAS_RIGHT, SIGNED, LINEAR, CLAMP, EXPLICIT, NATURAL, NVIDIA,
+                        )  # fmt: skip
+                        p = tl.exp2(s * factor - lse2[None, :])
+                        kept = p
+                        keep = None
+                        if threshold is not None:
+                            keep = keep_tile(
+                                seed_lo, seed_hi, threshold, q_start + i0, k_start + j0, b * num_heads + h,
+                                BLOCK_M, BLOCK_N, not PACKED,
+                            )  # fmt: skip
+                            keep = tl.trans(keep)
+                            kept = tl.where(keep, p * keep_scale, 0.0)
+                        kept = kept.to(do.dtype)
+                        if not SPREAD:
+                            dv = tl.dot(kept, do, dv, input_precision=PRECISION)
+                        if START_AT_DELTA:
+                            # This costs what adding it would, and holds fewer registers.
+                            dp = tl.broadcast_to(delta[None, :], [BLOCK_N, BLOCK_M])
+                            dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
+                        else:
+                            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                        if APART:
+                            ds, ds_half = p, kept
+                            if apart(i_loop, 0, NVIDIA):
+                                ds, ds_half = softmax_gradient(
+                                    p, kept, dp, delta, keep, keep_scale, slack, START_AT_DELTA, IN_BF16, NVIDIA
+                                )
+                        else:
                             ds, ds_half = softmax_gradient(
                                 p, kept, dp, delta, keep, keep_scale, slack, START_AT_DELTA, IN_BF16, NVIDIA
                             )
-                    else:
-                        ds, ds_half = softmax_gradient(
-                            p, kept, dp, delta, keep, keep_scale, slack, START_AT_DELTA, IN_BF16, NVIDIA
-                        )
-                    if DSlope is not None and not MOMENTS:
-                        distance = distance_tile(pi, pj, i0, j0, shift, EXPLICIT)
-                        dslope += tl.sum(ds * (distance if SIGNED or LINEAR else tl.abs(distance)), 1)
-                    if DTable is not None:
-                        of_table = ds_half if TableBands.dtype.element_ty == tl.bfloat16 else -ds
-                        table_carried = store_bands(table_bands, i0, of_table, table_carried, WHOLE, NVIDIA)
-                    if DPsi is not None:
-                        dpsi = psi_gradient(
-                            ds, low, high, i0, j0, pi, pj, shift, row_scale, h, Psi, psi_first, psi_last,
-                            Knots, num_knots, SegmentSlope, CLAMP, EXPLICIT, NVIDIA,
-                        )  # fmt: skip
-                        psi_carried = store_bands(psi_bands, i0, dpsi, psi_carried, WHOLE, NVIDIA)
-                    if DRowScale is not None:
-                        drow_scale, segment, of_ds, of_dsy = profile_sums(
-                            ds, low, high, segment, of_ds, of_dsy, sums, i0, j0, pi, pj, shift, row_scale,
-                            Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope + h * (num_knots + 1),
-                            1, CLAMP, EXPLICIT, NVIDIA,
-                        )  # fmt: skip
-                    if MOMENTS:
-                        total, first = tl.split(moments.reshape([BLOCK_N, COLUMNS // 2, 2]))
-                        first -= BLOCK_M * total
-                        moments = tl.join(total, first).reshape([BLOCK_N, COLUMNS])
-                        if APART:
-                            if apart(i_loop, 4, NVIDIA):
-                                moments = tl.dot(ds_half, columns, moments, input_precision=PRECISION)
-                        else:
-                            moments = tl.dot(ds_half, columns, moments, input_precision=PRECISION)
-                    if SPREAD:
-                        if apart(i_loop, 1, NVIDIA):
-                            dv = tl.dot(kept, do, dv, input_precision=PRECISION)
-                        if apart(i_loop, 2, NVIDIA):
-                            dk = tl.dot(ds_half, q, dk, input_precision=PRECISION)
-                    else:
-                        dk = tl.dot(ds_half, q, dk, input_precision=PRECISION)
-                    turn = wait_for(awaited, tl.where(i0 >= next_lo, done + i0 + BLOCK_M, 0), NVIDIA)
-                    if DTable is not None:
-                        add_bands(
-                            dtable, table_units, table_bands, i0, turn, j0, shift,
-                            table_first, table_last, GROUPS, BLOCK_M, CLAMP, NVIDIA,
-                        )  # fmt: skip
-                    if DPsi is not None:
-                        add_bands(
-                            DPsi, psi_units, psi_bands, i0, turn, j0, shift,
-                            psi_first, psi_last, GROUPS, BLOCK_M, CLAMP, NVIDIA,
-                        )  # fmt: skip
-                    dq_tile = dq_base + row0 * BLOCK_D
-                    inside = tl.arange(0, BLOCK_M) < q_len - i0
-                    if SPREAD:
-                        if PACKED:
-                            dq_tile = opaque(dq_tile + rows[:, None] * BLOCK_D, turn, NVIDIA)
-                            dq_tile += tl.arange(0, BLOCK_D)[None, :]  # [BLOCK_M, BLOCK_D]
-                            dq = load_shared(dq_tile, turn, NVIDIA)
-                        else:
-                            dq_tile = fragments(dq_tile, turn, BLOCK_M, BLOCK_D, NVIDIA)
-                            dq = load_fragments(dq_tile, turn, NVIDIA)
-                        if apart(i_loop, 3, NVIDIA):
-                            dq = tl.dot(tl.trans(ds_half), k, dq, input_precision=PRECISION)
-                        if PACKED:
-                            store_shared(dq_tile, dq, inside[:, None], span != 1, NVIDIA)
-                        else:
-                            store_fragments(dq_tile, dq, NVIDIA)
-                        # The wait for what was stored to be visible hides the time that these take.
-                        q = rows_ahead(q_base, i0 + BLOCK_M, q_len, stride_qm, D, BLOCK_M, BLOCK_D)
-                        do = rows_ahead(do_base, i0 + BLOCK_M, q_len, stride_gm, DV, BLOCK_M, BLOCK_DV)
-                    else:
-                        if PACKED:
-                            dq_tile += tl.arange(0, BLOCK_D)[:, None]  # [BLOCK_D, BLOCK_M]
-                            if span == 1 and BLOCK_M > 32:
-                                dq_tile = by_query(dq_tile, BLOCK_D, turn, BLOCK_M, NVIDIA)
+                        if DSlope is not None and not MOMENTS:
+                            distance = distance_tile(pi, pj, i0, j0, shift, EXPLICIT)
+                            dslope += tl.sum(ds * (distance if SIGNED or LINEAR else tl.abs(distance)), 1)
+                        if DTable is not None:
+                            of_table = ds_half if TableBands.dtype.element_ty == tl.bfloat16 else -ds
+                            table_carried = store_bands(table_bands, i0, of_table, table_carried, WHOLE, NVIDIA)
+                        if DRowScale is not None:
+                            if span != 1:
+                                of_ds, of_dsy = leave_segment(sums, segment, line.segment, num_knots, of_ds, of_dsy)
+                            psi = by_distance(
+                                Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 1, BLOCK_N, BLOCK_M,
+                                CLAMP, EXPLICIT, NVIDIA,
+                            )  # fmt: skip
+                            store_parts(row_parts, i0 // BLOCK_M, ds, psi, PARTS, WHOLE, NVIDIA)
+                            of_ds += by_thread(ds, PARTS)
+                        if DPsi is not None or DRowScale is not None:
+                            dpsi = psi_gradient(ds, line, row_scale)
+                            if span != 1:
+                                if high > line.segment:
+                                    dpsi = past_knots(
+                                        ds, dpsi, line, high, sums, drow_scale, row_units, q_len,
+                                        i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last,
+                                        Knots, num_knots, SegmentSlope + h * (num_knots + 1), 1, DRowScale is not None,
+                                        CLAMP, EXPLICIT, NVIDIA,
+                                    )  # fmt: skip
+                        if DPsi is not None:
+                            psi_carried = store_bands(psi_bands, i0, dpsi, psi_carried, WHOLE, NVIDIA)
+                        if MOMENTS:
+                            total, first = tl.split(moments.reshape([BLOCK_N, COLUMNS // 2, 2]))
+                            first -= BLOCK_M * total
+                            moments = tl.join(total, first).reshape([BLOCK_N, COLUMNS])
+                            if APART:
+                                if apart(i_loop, 4, NVIDIA):
+                                    moments = tl.dot(ds_half, columns, moments, input_precision=PRECISION)
                             else:
-                                dq_tile = opaque(dq_tile, turn, NVIDIA) + rows[None, :] * BLOCK_D
-                            dq = load_shared(dq_tile, turn, NVIDIA)
+                                moments = tl.dot(ds_half, columns, moments, input_precision=PRECISION)
+                        if SPREAD:
+                            if apart(i_loop, 1, NVIDIA):
+                                dv = tl.dot(kept, do, dv, input_precision=PRECISION)
+                            if apart(i_loop, 2, NVIDIA):
+                                dk = tl.dot(ds_half, q, dk, input_precision=PRECISION)
                         else:
-                            dq_tile = fragments(dq_tile, turn, BLOCK_D, BLOCK_M, NVIDIA)
-                            dq = load_fragments(dq_tile, turn, NVIDIA)
-                        dq = tl.dot(tl.trans(k), ds_half, dq, input_precision=PRECISION)
-                        if PACKED:
-                            store_shared(dq_tile, dq, inside[None, :], span != 1, NVIDIA)
+                            dk = tl.dot(ds_half, q, dk, input_precision=PRECISION)
+                        turn = wait_for(awaited, tl.where(i0 >= next_lo, done + i0 + BLOCK_M, 0), NVIDIA)
+                        if DTable is not None:
+                            add_bands(
+                                dtable, table_units, table_bands, i0, turn, j0, shift,
+                                table_first, table_last, GROUPS, BLOCK_M, CLAMP, NVIDIA,
+                            )  # fmt: skip
+                        if DPsi is not None:
+                            add_bands(
+                                DPsi, psi_units, psi_bands, i0, turn, j0, shift,
+                                psi_first, psi_last, GROUPS, BLOCK_M, CLAMP, NVIDIA,
+                            )  # fmt: skip
+                        if DRowScale is not None and span == 1:
+                            of_dsy = add_parts(
+                                drow_scale, row_units, row_parts, i0 // BLOCK_M - 1, turn, i0 > span_lo, line.slope,
+                                of_dsy, q_len, shift, q_positions, RowScale, row_first, row_last,
+                                PARTS, BLOCK_M, NVIDIA,
+                            )  # fmt: skip
+                        dq_tile = dq_base + row0 * BLOCK_D
+                        inside = tl.arange(0, BLOCK_M) < q_len - i0
+                        if SPREAD:
+                            if PACKED:
+                                dq_tile = opaque(dq_tile + rows[:, None] * BLOCK_D, turn, NVIDIA)
+                                dq_tile += tl.arange(0, BLOCK_D)[None, :]  # [BLOCK_M, BLOCK_D]
+                                dq = load_shared(dq_tile, turn, NVIDIA)
+                            else:
+                                dq_tile = fragments(dq_tile, turn, BLOCK_M, BLOCK_D, NVIDIA)
+                                dq = load_fragments(dq_tile, turn, NVIDIA)
+                            if apart(i_loop, 3, NVIDIA):
+                                dq = tl.dot(tl.trans(ds_half), k, dq, input_precision=PRECISION)
+                            if PACKED:
+                                store_shared(dq_tile, dq, inside[:, None], span % 3 == 0, NVIDIA)
+                            else:
+                                store_fragments(dq_tile, dq, NVIDIA)
+                            # The wait for what was stored to be visible hides the time that these take.
+                            q = rows_ahead(q_base, i0 + BLOCK_M, q_len, stride_qm, D, BLOCK_M, BLOCK_D)
+                            do = rows_ahead(do_base, i0 + BLOCK_M, q_len, stride_gm, DV, BLOCK_M, BLOCK_DV)
                         else:
-                            store_fragments(dq_tile, dq, NVIDIA)
+                            if PACKED:
+                                dq_tile += tl.arange(0, BLOCK_D)[:, None]  # [BLOCK_D, BLOCK_M]
+                                if span % 3 != 0 and BLOCK_M > 32:
+                                    dq_tile = by_query(dq_tile, BLOCK_D, turn, BLOCK_M, NVIDIA)
+                                else:
+                                    dq_tile = opaque(dq_tile, turn, NVIDIA) + rows[None, :] * BLOCK_D
+                                dq = load_shared(dq_tile, turn, NVIDIA)
+                            else:
+                                dq_tile = fragments(dq_tile, turn, BLOCK_D, BLOCK_M, NVIDIA)
+                                dq = load_fragments(dq_tile, turn, NVIDIA)
+                            dq = tl.dot(tl.trans(k), ds_half, dq, input_precision=PRECISION)
+                            if PACKED:
+                                store_shared(dq_tile, dq, inside[None, :], span % 3 == 0, NVIDIA)
+                            else:
+                                store_fragments(dq_tile, dq, NVIDIA)
+                        told = publish(progress, done + i0 + BLOCK_M, NVIDIA)
                     if DRowScale is not None:
-                        # In turn, as above, so the order of these additions is fixed too.
-                        tl.atomic_add(DRowScale + stat_base + row0 + rows + turn, drow_scale, inside, sem="relaxed")
-                    publish(progress, done + i0 + BLOCK_M, NVIDIA)
+                        of_dsy = add_parts(
+                            drow_scale, row_units, row_parts, tl.cdiv(span_hi, BLOCK_M) - 1, told, span_hi > span_lo,
+                            line.slope, of_dsy, q_len, shift, q_positions, RowScale, row_first, row_last,
+                            PARTS, BLOCK_M, NVIDIA,
+                        )  # fmt: skip
+            if Psi is not None:
+                at = tl.where(bent >= full_hi, tl.maximum(hi, full_hi), bent)
         if hi > lo:
             end = tl.cdiv(hi, BLOCK_M) * BLOCK_M
             if DTable is not None:
@@ -345,8 +416,8 @@ def attention_backward(
                     DPsi, psi_units, psi_bands, end, psi_carried, progress, done + end, j0, shift,
                     psi_first, psi_last, GROUPS, BLOCK_M, WHOLE, CLAMP, NVIDIA,
                 )  # fmt: skip
-        if DSegments is not None:
-            write_sums(sums, segment, num_knots, of_ds, of_dsy)
+        if DRowScale is not None:
+            of_ds, of_dsy = leave_segment(sums, line.segment, -1, num_knots, of_ds, of_dsy)
         if MOMENTS:
             total, first = tl.split(-moments.reshape([BLOCK_N, COLUMNS // 2, 2]))
             at_last = lo + (tl.cdiv(hi - lo, BLOCK_M) - 1) * BLOCK_M + shift - j

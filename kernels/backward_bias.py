@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from .dropout import RANDOM_BITS
-from .logit_gradient import logit_gradient, psi_gradient
+from .logit_gradient import logit_gradient
 from .masks import mask_offset, sequence
+from .profile_gradient import past_knots, psi_gradient
 
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
@@ -63,7 +64,7 @@ def gradient_by_tile(
         if HAS_LEFT:
             seen = seen & (j0 + (BLOCK_N - 1) >= i0 + offset - left)
         if seen:
-            ds, pi, pj, row_scale, low, high = logit_gradient(
+            ds, pi, pj, row_scale, line, high = logit_gradient(
                 b, h, i0, j0, q_start, k_start, q_len, k_len, Q, K, V, GradOut, Lse2, Delta,
                 stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
                 stride_gb, stride_gh, stride_gm,
@@ -88,10 +89,13 @@ def gradient_by_tile(
                 entry = tl.minimum(tl.maximum(pi - pj, table_first), table_last) - table_first
                 tl.atomic_add(DTable + h.to(tl.int64) * stride_table_h + entry, units, sem="relaxed")
             if DPsi is not None:
-                dpsi = psi_gradient(
-                    ds, low, high, i0, j0, pi, pj, shift, row_scale, h, Psi, psi_first, psi_last,
-                    Knots, num_knots, SegmentSlope, CLAMP, EXPLICIT, NVIDIA,
-                )  # fmt: skip
+                dpsi = psi_gradient(ds, line, row_scale)
+                if high > line.segment:
+                    dpsi = past_knots(
+                        ds, dpsi, line, high, None, None, None, q_len, i0, j0, pi, pj, shift, row_scale,
+                        Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope + h * (num_knots + 1), 0, False,
+                        CLAMP, EXPLICIT, NVIDIA,
+                    )  # fmt: skip
                 entry = tl.minimum(tl.maximum(pi - pj, psi_first), psi_last) - psi_first
                 units = (dpsi * tl.load(PsiUnits)).to(tl.int64)
                 tl.atomic_add(DPsi + entry, units, sem="relaxed")

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .dropout import RANDOM_BITS, keep_tile
 from .masks import key_spans, mask_offset, sequence
+from .profile import next_line, no_line
 from .rotary import load_turned
 from .scores import LN2, LOG2E, LOWEST, load_rows, logits_tile, start_logits
 from .turns import hidden
@@ -84,6 +85,8 @@ def attention_forward(
         position = pi if EXPLICIT else pi + shift
         row_scale = tl.load(RowScale + (tl.minimum(tl.maximum(position, row_first), row_last) - row_first))
 
+    line = no_line()
+    high = line.segment
     m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -123,31 +126,38 @@ def attention_forward(
                     k = k_turned.to(K.dtype.element_ty)
                 else:
                     k = load_rows(k_tile, cols, stride_kn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+                pj = j_in
+                if EXPLICIT:
+                    pj = tl.load(KPositions + b64 * stride_kpos + k_start + col0 + cols)[None, :]
+                if Psi is not None:
+                    line, high = next_line(
+                        line, i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last,
+                        PsiBounds, row_first, row_last, RowBounds, Knots,
+                        SegmentSlope + h * (num_knots + 1), SegmentIntercept + h * (num_knots + 1),
+                        CLAMP, EXPLICIT, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+                    )  # fmt: skip
                 s = start_logits(
                     i_in, j_in, i0, j0, shift, h, Table, stride_table_h, table_first, table_last,
                     CLAMP, NATURAL, BLOCK_M, BLOCK_N, NVIDIA,
                 )  # fmt: skip
                 s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-                pj = j_in
-                if EXPLICIT:
-                    pj = tl.load(KPositions + b64 * stride_kpos + k_start + col0 + cols)[None, :]
-                s, _, _, _ = logits_tile(
-                    s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, j0, slope, row_scale,
+                s, _ = logits_tile(
+                    s, line, high, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, j0, slope, row_scale,
                     b, h, q_start, k_start, scale, softcap, Table, stride_table_h, table_first, table_last,
-                    Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds, Knots, num_knots,
-                    SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
+                    Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope,
+                    Dense, stride_db, stride_dh, stride_di, stride_dj,
                     Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right, span != 1,
-                    HAS_LEFT, HAS_RIGHT, SIGNED, LINEAR, CLAMP, EXPLICIT, NATURAL,
-                    BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+                    HAS_LEFT, HAS_RIGHT, SIGNED, LINEAR, CLAMP, EXPLICIT, NATURAL, NVIDIA,
                 )  # fmt: skip
+                # What a tile's logits share is added to what is one number a row: the intercept of a profile's line,
+                # and a slope's bias of the tile's first key.
+                level = 0.0
                 if LINEAR:
-                    # Within the tile the bias counts from its first key, so that it is computed once; here is the rest.
-                    ahead = slope * LOG2E * (j0 - i0 - shift).to(tl.float32)
-                    m_new = tl.maximum(m_i, tl.max(s, 1) * factor + ahead)
-                    p = tl.exp2(s * factor - (m_new - ahead)[:, None])
-                else:
-                    m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
-                    p = tl.exp2(s * factor - m_new[:, None])
+                    level = slope * LOG2E * (j0 - i0 - shift).to(tl.float32)
+                if Psi is not None:
+                    level += line.intercept * LOG2E
+                m_new = tl.maximum(m_i, tl.max(s, 1) * factor + level)
+                p = tl.exp2(s * factor - (m_new - level)[:, None])
                 alpha = tl.exp2(m_i - m_new)
                 l_i = l_i * alpha + tl.sum(p, 1)
                 acc = acc * alpha[:, None]

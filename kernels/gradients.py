@@ -30,6 +30,7 @@ from .operands import (
     unit_stride,
 )
 from .prepare import prepare
+from .profile_gradient import parts, parts_size
 from .sums import LINES, by_entry, row_scale_gradient, slope_gradient
 from .tiles import Tile
 from .units import in_ones, units
@@ -175,9 +176,14 @@ def _gradients(
     dslope = zeros(batch, heads, key_blocks) if "slope" in needs else None
     profile = bias.profile
     lines = bool(needs & LINES)
-    drow_scale = zeros(batch, heads, q_tokens) if lines else None
+    drow_scale, row_units, row_parts = None, None, None
     width = 0 if profile is None else profile.knots.shape[0] + 1
     dsegments = zeros(batch, heads, key_blocks, 2, width) if lines else None
+    if lines and profile is not None:
+        drow_scale = zeros(batch, q_tokens, dtype=torch.int64)
+        row_units = units(call, shared, profile.slope.abs().max() * profile.psi.abs().max())
+        per_program = parts_size(tile.block_n, tile.block_m, tile.num_warps)
+        row_parts = torch.empty((batch * kv_heads * key_blocks, per_program), dtype=torch.float32, device=q.device)
 
     # Sums by distance, of tables and psi padded as bias_arguments pads them.
     beyond = tile.block_m + tile.block_n
@@ -206,14 +212,23 @@ def _gradients(
         "DSlope": dslope,
         **by_distance,
         "DRowScale": drow_scale,
+        "RowUnits": row_units,
+        "RowParts": row_parts,
         "DSegments": dsegments,
         "Ticket": zeros(1, dtype=torch.int32),
         "Progress": zeros(batch, kv_heads, key_blocks, dtype=torch.int32),
         "num_sequences": count,
     }
-    whole = tile.block_n // 16 >= tile.num_warps
+    warps = parts(tile.block_n, tile.num_warps)
+    choices = {
+        "HOIST": tile.hoist,
+        "HIDE": tile.hide,
+        "WHOLE": warps == tile.num_warps,
+        "SHARES": shares,
+        "SPREAD": tile.spread,
+        "PARTS": warps,
+    }
     arguments = common_arguments(call, tile.block_m, tile.block_n)
-    choices = {"HOIST": tile.hoist, "HIDE": tile.hide, "WHOLE": whole, "SHARES": shares, "SPREAD": tile.spread}
     arguments = arguments.with_(values, {**choices, "BLOCK_D": block_d})
     arguments.launch_with(
         launch, attention_backward, (blocks * count * kv_heads,), tile.num_warps, tile.num_stages, tile.registers
@@ -231,7 +246,7 @@ def _gradients(
     if dsegments is not None and drow_scale is not None and profile is not None:
         segments = dsegments.sum((0, 2))
         grads["profile_intercept"], grads["profile_slope"] = segments[:, 0], segments[:, 1]
-        grads["row_scale"] = row_scale_gradient(call, profile, drow_scale.sum(1))
+        grads["row_scale"] = row_scale_gradient(call, profile, in_ones(drow_scale, row_units))
     return grads
 
 

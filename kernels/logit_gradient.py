@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
-from .bias import by_distance, gather
+from .bias import gather
 from .dropout import keep_tile
 from .halves import multiply_bf16, widen_bf16
 from .masks import mask_offset
+from .profile import next_line, no_line
 from .scores import LOG2E, load_rows, logits_tile
 
 
@@ -47,7 +48,8 @@ def logit_gradient(
     SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
     KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """ds on the tile at (i0, j0), zero outside the sequence; pi, pj, the row scale, and the profile's segments."""
+    """ds on the tile at (i0, j0), zero outside the sequence; pi, pj, the row scale, and the profile's line and
+    highest segment."""
     b64 = tl.cast(b, tl.int64)
     h64 = tl.cast(h, tl.int64)
     kv64 = (h // group).to(tl.int64)
@@ -88,16 +90,24 @@ def logit_gradient(
         position = pi if EXPLICIT else pi + shift
         entry = tl.minimum(tl.maximum(position, row_first), row_last) - row_first
         row_scale = gather(RowScale + entry, 0, NVIDIA)
+    line = no_line()
+    high = line.segment
+    if Psi is not None:
+        line, high = next_line(
+            line, i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last, PsiBounds, row_first, row_last,
+            RowBounds, Knots, SegmentSlope + h * (num_knots + 1), SegmentIntercept + h * (num_knots + 1),
+            CLAMP, EXPLICIT, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+        )  # fmt: skip
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    s, _, low, high = logits_tile(
-        s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, i0 + shift, slope, row_scale,
+    s, _ = logits_tile(
+        s, line, high, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, i0 + shift, slope, row_scale,
         b, h, q_start, k_start, scale, softcap, Table, stride_table_h, table_first, table_last,
-        Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds, Knots, num_knots,
-        SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
+        Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope, Dense, stride_db, stride_dh, stride_di, stride_dj,
         Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right, MASKED,
-        HAS_LEFT, HAS_RIGHT, SIGNED, LINEAR, CLAMP, EXPLICIT, NATURAL,
-        BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+        HAS_LEFT, HAS_RIGHT, SIGNED, LINEAR, CLAMP, EXPLICIT, NATURAL, NVIDIA,
     )  # fmt: skip
+    if Psi is not None:
+        lse2 -= line.intercept * LOG2E
     if MASKED:
         s = tl.where(j >= 0, s, float("-inf"))
     factor = LOG2E if NATURAL else scale * LOG2E
@@ -110,23 +120,4 @@ def logit_gradient(
         dp = tl.where(keep, dp * keep_scale, 0.0)
     if Psi is None:
         row_scale = pi  # every element of a returned tuple is a tensor
-    return p * (dp - delta[:, None]), pi, pj, row_scale, low, high
-
-
-@triton.jit
-def psi_gradient(
-    ds, low, high, i0, j0, pi, pj, shift, row_scale, h, Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope,
-    CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NVIDIA: tl.constexpr,
-):  # fmt: skip
-    """ds times the slope of the profile's segment times the row scale."""
-    slopes = SegmentSlope + h * (num_knots + 1)
-    dpsi = ds * (row_scale * gather(slopes + low, 0, NVIDIA))
-    if high > low:
-        steepness = tl.zeros(ds.shape, tl.float32) + tl.load(slopes + low)
-        for m in range(low, high):
-            psi = by_distance(
-                Psi, pi, pj, i0, j0, shift, psi_first, psi_last, m, ds.shape[0], ds.shape[1], CLAMP, EXPLICIT, NVIDIA
-            )
-            steepness = tl.where(psi * row_scale > tl.load(Knots + m), tl.load(slopes + m + 1), steepness)
-        dpsi = ds * steepness * row_scale
-    return dpsi
+    return p * (dp - delta[:, None]), pi, pj, row_scale, line, high

@@ -8,7 +8,7 @@ import triton.language as tl
 from .bias import gather, lookup, slope_tile
 from .masks import mask_offset, sequence
 from .mix_tiles import half_of
-from .scores import segments
+from .profile import segments
 
 
 class Operands(NamedTuple):
@@ -179,13 +179,12 @@ def _row_scales(t: Tile, o: Operands, EXPLICIT: tl.constexpr):
 @triton.jit
 def profile_tile(t: Tile, o: Operands, B: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr):
     """(psi, row scale, lowest and highest segment) of a profile on the tile."""
-    BLOCK_M: tl.constexpr = t.rows.shape[0]
     BLOCK_N: tl.constexpr = t.cols.shape[0]
     row_scale = _row_scales(t, o, F.explicit)
     low, high = segments(
         t.i0, t.j0, t.pi, t.pj, t.shift, row_scale, o.Psi, o.psi_first, o.psi_last, o.PsiBounds,
-        o.row_first, o.row_last, o.RowBounds, o.Knots, o.num_knots,
-        B.clamp, F.explicit, BLOCK_M, BLOCK_N, F.bounds_block, B.knots, NVIDIA,
+        o.row_first, o.row_last, o.RowBounds, o.Knots,
+        B.clamp, F.explicit, BLOCK_N, F.bounds_block, B.knots, NVIDIA,
     )  # fmt: skip
     psi = lookup(
         o.Psi, t.pi, t.pj, t.i0, t.j0, t.shift, o.psi_first, o.psi_last, 0, B.clamp, F.explicit, NVIDIA

@@ -226,7 +226,6 @@ def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Argume
         "SIGNED": bias.slope is not None and bias.slope.signed,
         "LINEAR": linear(call, bias),
         "CLAMP": not inside,
-        "NATURAL": bool(bias) or call.softcap != 0.0 or call.scale <= 0.0,
         "KNOTS": 1 if profile is None else _knots(profile),
         "BOUNDS_BLOCK": padded(block_m + block_n),
     }
@@ -248,14 +247,19 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
     return dict(zip((f"stride_{name}b", f"stride_{name}h", f"stride_{name}{token}"), x.stride()[:3]))
 
 
-def _in_product(call: Call) -> bool:
-    """True if a table is all that is added to the logits: the tensor cores' sums then start at it.
+def _natural(call: Call) -> bool:
+    """Whether the logits are multiplied by the scale before anything is added to them.
 
-    Exact float32 products would each be rounded at the size of the bias, and a tiny scale would blow it up."""
+    Else the scale joins the exponent, which saves a multiply an element, and what is added is divided by it: a
+    profile's line, or a table alone, at which the tensor cores' sums then start (exact float32 products would each be
+    rounded at its size)."""
     bias = call.plan.bias
-    alone = bias.table is not None and bias.slope is None and bias.profile is None and bias.dense is None
-    plain = call.q_positions is None and call.softcap == 0.0 and call.q.dtype != torch.float32
-    return alone and plain and call.scale > 1e-3
+    if call.softcap != 0.0 or bias.dense is not None or not 1e-3 < call.scale < 1e6:
+        return True
+    if bias.table is None:
+        return bias.slope is not None and bias.profile is None
+    alone = bias.slope is None and bias.profile is None
+    return not alone or call.q_positions is not None or call.q.dtype == torch.float32
 
 
 def common_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
@@ -263,8 +267,9 @@ def common_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
     q, v = call.q, call.v
     mask = mask_arguments(call)
     bias = bias_arguments(call, call.plan.bias, block_m, block_n)
-    if _in_product(call):
-        bias = bias.with_({"Table": bias.values["Table"] / call.scale}, {"NATURAL": False})
+    natural = _natural(call)
+    if call.plan.bias.table is not None and not natural:
+        bias = bias.with_({"Table": bias.values["Table"] / call.scale}, {})
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     values: dict[str, Any] = {
         **mask.values,
@@ -284,6 +289,7 @@ def common_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
     constants = {
         **mask.constants,
         **bias.constants,
+        "NATURAL": natural,
         "D": q.shape[3],
         "BLOCK_D": padded(q.shape[3]),
         "DV": v.shape[3],

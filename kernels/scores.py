@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .bias import by_distance, gather, knots_below, lookup, profile_segments, slope_tile
+from .bias import by_distance, slope_tile
 from .masks import allowed
+from .profile import Line, add_line
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -58,110 +59,70 @@ def cap(x, softcap):
 
 
 @triton.jit
-def segments(
-    i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,
-    Knots, num_knots, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr, NVIDIA: tl.constexpr,
-):  # fmt: skip
-    """The lowest and highest segment that a profile's y can meet on the tile."""
-    if EXPLICIT:
-        y = row_scale * lookup(Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 0, CLAMP, EXPLICIT, NVIDIA)
-        return knots_below(Knots, tl.min(y), KNOTS, NVIDIA), knots_below(Knots, tl.max(y), KNOTS, NVIDIA)
-    else:
-        return profile_segments(
-            PsiBounds, RowBounds, Knots, num_knots, i0, j0, shift, psi_first, psi_last, row_first, row_last,
-            BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
-        )  # fmt: skip
-
-
-@triton.jit
 def add_bias(
-    s, i, j, i0, j0, pi, pj, shift, reference, slope, row_scale,
-    Table, stride_table_h, table_first, table_last, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,
-    Knots, num_knots, SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
-    b, h, i_first, j_first,
-    SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr,
-    NVIDIA: tl.constexpr,
+    s, line: Line, high, unit, i, j, i0, j0, pi, pj, shift, reference, slope, row_scale,
+    Table, stride_table_h, table_first, table_last, Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope,
+    Dense, stride_db, stride_dh, stride_di, stride_dj, b, h, i_first, j_first,
+    SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """The tile s with every operand that is not None added, and the segments that a profile meets on it.
+    """The tile s with every operand that is not None added but for the intercept of the profile's line. What is 1 in
+    the logits is `unit` in s: 1 where there is a table or a dense bias. `high` is the highest segment on the tile.
 
     slope is head h's; the others are given whole. pi and pj are positions, or i and j themselves if implicit; i_first
     and j_first are the tensors' rows at which the sequence begins."""
     b64 = tl.cast(b, tl.int64)
     h64 = tl.cast(h, tl.int64)
-    low = 0
-    high = 0
     if slope is not None:
-        s += slope_tile(slope, pi, pj, i0, j0, shift, reference, LINEAR, SIGNED, EXPLICIT)
+        s += slope_tile(slope * unit, pi, pj, i0, j0, shift, reference, LINEAR, SIGNED, EXPLICIT)
     if Table is not None:
         table = Table + h64 * stride_table_h
         s += by_distance(
             table, pi, pj, i0, j0, shift, table_first, table_last, 0, s.shape[0], s.shape[1], CLAMP, EXPLICIT, NVIDIA
         )
     if Psi is not None:
-        low, high = segments(
-            i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds,
-            Knots, num_knots, CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
+        s = add_line(
+            s, line, high, unit, i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last,
+            Knots, SegmentSlope + h * (num_knots + 1), CLAMP, EXPLICIT, NVIDIA,
         )  # fmt: skip
-        segment_slopes = SegmentSlope + h * (num_knots + 1)
-        segment_slope = gather(segment_slopes + low, 0, NVIDIA)
-        psi = by_distance(
-            Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 0, s.shape[0], s.shape[1], CLAMP, EXPLICIT, NVIDIA
-        )
-        s += gather(SegmentIntercept + h * (num_knots + 1) + low, 0, NVIDIA)
-        s += psi * (row_scale * segment_slope)
-        # Each knot inside the tile bends the line from it on: one max and one FMA an element. The condition hides the
-        # loop from the compiler, which pipelines only loops with no other directly inside.
-        if high > low:
-            for m in range(low, high):
-                psi = by_distance(
-                    Psi, pi, pj, i0, j0, shift, psi_first, psi_last, m, s.shape[0], s.shape[1], CLAMP, EXPLICIT, NVIDIA
-                )
-                steeper = gather(segment_slopes + m + 1, 0, NVIDIA)
-                s += (steeper - segment_slope) * tl.maximum(psi * row_scale - gather(Knots + m, 0, NVIDIA), 0.0)
-                segment_slope = steeper
     if Dense is not None:
         tile = Dense + b64 * stride_db + h64 * stride_dh
         tile += (i_first + i0).to(tl.int64) * stride_di + (j_first + j0).to(tl.int64) * stride_dj
         s += tl.load(tile + (i - i0) * stride_di + (j - j0) * stride_dj).to(tl.float32)
-    return s, low, high
+    return s
 
 
 @triton.jit
 def logits_tile(
-    s, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, reference, slope, row_scale, b, h, i_first, j_first,
-    scale, softcap, Table, stride_table_h, table_first, table_last,
-    Psi, psi_first, psi_last, PsiBounds, row_first, row_last, RowBounds, Knots, num_knots,
-    SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
+    s, line: Line, high, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, reference, slope, row_scale,
+    b, h, i_first, j_first, scale, softcap, Table, stride_table_h, table_first, table_last,
+    Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope, Dense, stride_db, stride_dh, stride_di, stride_dj,
     Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right, MASKED: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SIGNED: tl.constexpr, LINEAR: tl.constexpr,
-    CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NATURAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, KNOTS: tl.constexpr,
-    NVIDIA: tl.constexpr,
+    CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NATURAL: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """From dot products to logits (times 1 / scale unless NATURAL), -inf where masked; softcap's derivative; and the
-    lowest and highest segment of a profile on the tile.
+    """From dot products to logits (times 1 / scale unless NATURAL, with a table in them) but for the intercept of the
+    profile's line, -inf where masked; and softcap's derivative.
 
     i and j are true indices; i_in and j_in are clamped to the sequence, so that no operand is read outside it."""
     slack = 1.0
-    low = 0
-    high = 0
+    unit = 1.0
     if NATURAL:
         s = s * scale
         if softcap is not None:
             s, slack = cap(s, softcap)
-        s, low, high = add_bias(
-            s, i_in, j_in, i0, j0, pi, pj, shift, reference, slope, row_scale,
-            Table, stride_table_h, table_first, table_last, Psi, psi_first, psi_last, PsiBounds,
-            row_first, row_last, RowBounds, Knots, num_knots, SegmentSlope, SegmentIntercept,
-            Dense, stride_db, stride_dh, stride_di, stride_dj, b, h, i_first, j_first,
-            SIGNED, LINEAR, CLAMP, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
-        )  # fmt: skip
+    else:
+        unit = 1.0 / scale
+    s = add_bias(
+        s, line, high, unit, i_in, j_in, i0, j0, pi, pj, shift, reference, slope, row_scale,
+        Table if NATURAL else None, stride_table_h, table_first, table_last,
+        Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope,
+        Dense, stride_db, stride_dh, stride_di, stride_dj, b, h, i_first, j_first,
+        SIGNED, LINEAR, CLAMP, EXPLICIT, NVIDIA,
+    )  # fmt: skip
     if MASKED:
         s = tl.where(allowed(i, j, k_len, offset, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
     if Boolean is not None:
         tile = Boolean + b.to(tl.int64) * stride_bb + h.to(tl.int64) * stride_bh
         tile += (i_first + i0).to(tl.int64) * stride_bi + (j_first + j0).to(tl.int64) * stride_bj
         s = tl.where(tl.load(tile + (i_in - i0) * stride_bi + (j_in - j0) * stride_bj), s, float("-inf"))
-    return s, slack, low, high
+    return s, slack

@@ -34,9 +34,9 @@ def wait_for(Progress, target, NVIDIA: tl.constexpr):
 
 @triton.jit
 def publish(Progress, value, NVIDIA: tl.constexpr):
-    """Sets Progress to `value` after everything that the program has written so far."""
+    """Sets Progress to `value` after everything that the program has written so far, and returns 0 then."""
     if NVIDIA:
-        tl.inline_asm_elementwise(
+        return tl.inline_asm_elementwise(
             """{
             .reg .pred first;
             .reg .b32 thread;
@@ -51,6 +51,7 @@ def publish(Progress, value, NVIDIA: tl.constexpr):
     else:
         tl.debug_barrier()
         tl.atomic_xchg(Progress, value, sem="release")
+        return 0
 
 
 @triton.jit

@@ -6,6 +6,7 @@ a few blocks. On a machine with a GPU the parity suites of tests/test_parity_*.p
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from tolerance import assert_parity
 
 import posattn
 from posattn.check import measure
+from posattn.plan import Bias, Plan
 
 pytest.importorskip("triton")
 
@@ -39,6 +41,32 @@ def _steep():
     encoding = posattn.ALiBi(2, learnable=True)
     encoding.slopes.data.copy_(torch.tensor([0.7, 5.0]))
     return encoding
+
+
+def bent_fire(heads, distances, length):
+    """FIRE with one knot at each of these distances, for queries before `length`."""
+    position = posattn.FIRE(heads, width=len(distances), initial_length=length)
+    side = torch.tensor([1.0, -1.0] * len(distances))[: len(distances)]
+    with torch.no_grad():
+        position.mlp[0].weight[:, 0] = side
+        position.mlp[0].bias[:] = -side * torch.log1p(0.1 * torch.tensor(distances)) / math.log1p(0.1 * length)
+    return position
+
+
+class OnlyPsi(posattn.FIRE):
+    """FIRE of which psi alone is learned."""
+
+    def build(self, context):
+        profile = super().build(context).bias.profile
+        fixed = {name: getattr(profile, name).detach() for name in ("row_scale", "slope", "intercept")}
+        return Plan(bias=Bias(profile=dataclasses.replace(profile, **fixed)))
+
+
+def only_psi(heads):
+    position = OnlyPsi(heads, width=8)
+    for parameter in (position.length_multiplier, *position.mlp.parameters()):
+        parameter.requires_grad_(False)
+    return position
 
 
 CASES = {
@@ -105,6 +133,11 @@ CASES = {
     ),
     "table and mask": (BF16, {}, lambda: posattn.T5Bias(2), lambda: {"mask": _mask(70, 150, 2)}),
     "profile": (BF16, {}, lambda: posattn.FIRE(2, width=8), lambda: {"causal": True}),
+    "profile, runs of tiles": (
+        BF16, {"heads": 1, "kv_heads": 1, "q_len": 600, "k_len": 620}, lambda: bent_fire(1, [9.0, 250.0, 260.0], 400.0),
+        lambda: {"causal": True, "window": (560, None)},
+    ),
+    "profile, psi alone": (BF16, {"dim": 16}, lambda: only_psi(2), lambda: {"causal": True}),
     "dense": (BF16, {}, None, lambda: {"bias": torch.randn(1, 2, 70, 150).masked_fill(_mask(70, 150, 2), -math.inf)}),
     "dense shared": (BF16, {"batch": 2}, None, lambda: {"bias": torch.randn(1, 1, 70, 150), "causal": True}),
     "rotary turned in the kernel": (BF16, {}, lambda: posattn.RoPE(64), lambda: {"causal": True}),
