@@ -50,6 +50,13 @@ def test_integer_operations(name: str, kind: str) -> None:
     assert run(f"{name}.{kind} %d0, %a0, %a1;", [(a, width), (b, width)], width) == want
 
 
+@pytest.mark.parametrize(("name", "pick"), [("min", min), ("max", max)])
+def test_extremes_that_are_not_negative(name: str, pick: Callable[[int, int], int]) -> None:
+    a, b = integers(32), integers(32)
+    want = [max(pick(as_signed(x, 32), as_signed(y, 32)), 0) for x, y in zip(a, b, strict=True)]
+    assert run(f"{name}.relu.s32 %d0, %a0, %a1;", [(a, 32), (b, 32)], 32) == want
+
+
 @pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32"])
 def test_wide_products_have_twice_the_width(kind: str) -> None:
     width = int(kind[1:])
@@ -300,7 +307,12 @@ def test_functions_at_the_edges() -> None:
 
 @pytest.mark.parametrize(
     "instruction",
-    ["add.cc.u32 %d0, %a0, %a1;", "min.xorsign.abs.f32 %d0, %a0, %a1;", "dp4a.u32.u32 %d0, %a0, %a1, %a0;"],
+    [
+        "add.cc.u32 %d0, %a0, %a1;",
+        "min.xorsign.abs.f32 %d0, %a0, %a1;",
+        "min.relu.f16 %d0, %a0, %a1;",
+        "dp4a.u32.u32 %d0, %a0, %a1, %a0;",
+    ],
 )
 def test_what_is_not_modelled_is_refused(instruction: str) -> None:
     with pytest.raises(Unsupported, match="not modelled"):

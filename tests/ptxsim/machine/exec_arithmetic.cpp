@@ -100,6 +100,20 @@ Handler select_binary(Instruction& in) {
   unsupported(in, "type is not modelled");
 }
 
+// A negative result becomes 0.
+template <Arithmetic op>
+uint64_t at_least_zero(uint64_t a, uint64_t b) {
+  const uint64_t bits = IntegerBinary<op>::template Choice<int32_t>::value(a, b);
+  return as_int<int32_t>(bits) < 0 ? 0 : bits;
+}
+template <Arithmetic op>
+Handler select_extreme(Instruction& in) {
+  if (!in.has("relu")) return select_binary<op>(in);
+  require_operands(in, 3);
+  if (in.type != Type::S32) unsupported(in, ".relu of this type is not modelled");
+  return binary<&at_least_zero<op>>;
+}
+
 Handler select_mul(Instruction& in) {
   if (in.has("wide")) return for_integer<MulWide>(in.type);
   if (in.has("hi")) return for_integer<MulHigh>(in.type);
@@ -178,8 +192,8 @@ const OpcodeRows& arithmetic_opcodes() {
       {"add", "rn rz rm rp ftz sat", select_binary<Arithmetic::Add>},
       {"sub", "rn rz rm rp ftz sat", select_binary<Arithmetic::Sub>},
       {"mul", "rn rz rm rp ftz sat lo hi wide", select_mul},
-      {"min", "ftz NaN", select_binary<Arithmetic::Min>},
-      {"max", "ftz NaN", select_binary<Arithmetic::Max>},
+      {"min", "ftz NaN relu", select_extreme<Arithmetic::Min>},
+      {"max", "ftz NaN relu", select_extreme<Arithmetic::Max>},
       {"fma", "rn rz rm rp ftz sat relu", select_float_fma},
       {"mad", "rn rz rm rp ftz sat lo hi wide", select_mad},
       {"div", "rn rz rm rp ftz full approx", select_div},
