@@ -58,10 +58,9 @@ def add_parts(
 
     `slope` is that of the step's line. DRowScale and QPositions (None: implicit) are the sequence's first query's."""
     query = step * QUERIES + tl.arange(0, QUERIES)[None, :]
-    inside = query < q_len
-    query = tl.minimum(tl.maximum(query, 0), q_len - 1)
+    inside = (query >= 0) & (query < q_len)
     if QPositions is not None:
-        position = tl.load(QPositions + query)
+        position = tl.load(QPositions + query, mask=inside, other=0)
     else:
         position = query + shift
     entry = tl.minimum(tl.maximum(position, row_first), row_last) - row_first

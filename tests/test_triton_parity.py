@@ -188,6 +188,19 @@ def test_dropout_of_all_but_nothing():
     assert not out.any()
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_explicit_positions_of_empty_documents():
+    """Nothing is read before the first query or past the last one."""
+    options = {
+        "q_positions": torch.randint(0, 100, (1, 40)),
+        "k_positions": torch.randint(0, 100, (1, 60)),
+        "cu_seqlens_q": torch.tensor([0, 0, 40, 40]),
+        "cu_seqlens_k": torch.tensor([0, 20, 50, 60]),
+    }
+    qkv = tensors(BF16, heads=1, kv_heads=1, q_len=40, k_len=60, dim=16)
+    assert_parity(*qkv, posattn.FIRE(1, width=6), options, "triton")
+
+
 def test_large_logits_stay_finite():
     """Logits in the thousands: exponents far outside float32's range if the maximum were not taken out first."""
     q, k, v = tensors(BF16, q_len=40, k_len=70)
