@@ -19,13 +19,13 @@ FORWARD: Table = {
     "sm_80": {
         64: {
             "plain": _SMALL_80,
-            "profile": Tile(128, 64, 4, 2, "2P 909, no spills; a third stage gives 933, 32 keys 1171"),
+            "profile": Tile(128, 64, 4, 2, "2P 812, no spills; a third stage gives 826"),
             "dense": Tile(128, 32, 4, 2, "a [128, 64] bias tile in both layouts spills"),
             "float32": _FLOAT32,
         },
         128: {
             "plain": Tile(128, 32, 4, 2, "2P 1440, bound by tensor cores; 3 stages give 1490, 8 warps of 16 rows 1628"),
-            "profile": Tile(128, 64, 8, 2, "2P 1908, bound by shared memory; 4 warps of 32 rows and 32 keys spill"),
+            "profile": Tile(128, 32, 4, 2, "2P 1574, no spills; 8 warps of 16 rows and 64 keys 1768"),
             "dense": Tile(64, 32, 4, 2, "registers"),
             "float32": _FLOAT32,
         },
@@ -37,13 +37,13 @@ FORWARD: Table = {
     "sm_90": {
         64: {
             "plain": _HOPPER,
-            "profile": Tile(128, 128, 8, 2, "2P 716, no spills; 64 keys give 879"),
+            "profile": Tile(128, 128, 8, 2, "2P 613, no spills"),
             "dense": Tile(128, 64, 8, 2, "registers"),
             "float32": _FLOAT32,
         },
         128: {
             "plain": Tile(128, 128, 8, 2, "2P 776 at D = 128, bound by tensor cores; 64 keys give 917"),
-            "profile": Tile(128, 128, 8, 2, "2P 979, no spills; 64 keys give 1230"),
+            "profile": Tile(128, 128, 8, 2, "2P 872, no spills"),
             "dense": Tile(128, 64, 8, 2, "registers"),
             "float32": _FLOAT32,
         },
