@@ -11,7 +11,7 @@ from posattn.plan import Call
 
 from . import autotune
 from .combine import combine
-from .configs_forward import FORWARD, forward_tile
+from .configs_forward import FEW_ROWS, FORWARD, forward_tile
 from .forward import attention_forward
 from .operands import (
     Arguments,
@@ -28,9 +28,6 @@ from .operands import (
 from .rotary import turn
 from .tiles import Tile
 
-# Turning K in the kernel costs each query block one pass over K; ahead of time it costs two passes over memory and a
-# launch. With one or two query blocks a head the first is less.
-TURN_IN_KERNEL_BLOCKS = 2
 # A split walks at least this many keys, so that the partial outputs stay small beside the keys read.
 SPLIT_KEYS = 256
 MAX_SPLITS = 64
@@ -98,7 +95,9 @@ def _forward(call: Call, launch: Launch, tile: Tile, processors: int) -> tuple[T
     rotary = call.plan.rotary
     k_cos = k_sin = None
     if rotary is not None:
-        if blocks <= TURN_IN_KERNEL_BLOCKS:
+        # Turning keys ahead takes two passes over them and a launch, which decoding would feel; in the kernel it takes
+        # shared memory for the angles, for which larger tiles have no room.
+        if q_max(call) <= FEW_ROWS:
             k_cos, k_sin = rotary.k_cos, rotary.k_sin
         else:
             k = turned(launch, k, rotary.k_cos, rotary.k_sin, rotary.interleaved, k.dtype)

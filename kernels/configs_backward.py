@@ -83,6 +83,10 @@ MAIN = {
     },
     "sm_100": {
         **MAIN["sm_90"],
+        128: {
+            **MAIN["sm_90"][128],
+            "dense": Tile(64, 128, 8, 1, "128 KiB of shared memory; two stages take 241", hoist=False),
+        },
         256: {"plain": _WIDE_90, "float32": _FLOAT32_WIDE},
     },
 }

@@ -61,15 +61,23 @@ FORWARD: Table = {
 FORWARD = {**FORWARD, "sm_100": FORWARD["sm_90"]}
 
 # Decoding has few rows: a tile of them wastes tensor-core rows past Tq, which cost nothing beside reading the keys.
-_FEW_ROWS = 16
+FEW_ROWS = 16
 _DECODE = Tile(16, 64, 4, 3, "reading K and V binds: three stages of 64 keys in flight")
 _DECODE_NARROW = Tile(16, 64, 1, 3, "a [16, 16] output is one warp's: more would each store it whole")
 _DECODE_WIDE = Tile(16, 32, 4, 2, "the same within 64 KiB at D = 256")
+# Keys that are turned in the kernel bring float32 angles: three stages of 64 keys of 128 would be 244 KiB.
+_DECODE_TURNED = Tile(16, 64, 4, 1, "22 KiB at D = 128: other blocks of a multiprocessor hide what stages would")
+_DECODE_TURNED_WIDE = Tile(16, 32, 4, 1, "the same at D = 256")
 
 
 def forward_tile(arch: str, call: Call) -> Tile:
     tile = look_up(FORWARD, arch, call)
-    if max(call.mask.max_q, 0) <= _FEW_ROWS and call.q.shape[2] <= _FEW_ROWS and tile.block_m > 32:
+    if max(call.mask.max_q, 0) <= FEW_ROWS and call.q.shape[2] <= FEW_ROWS and tile.block_m > 32:
         dim = head_dim(call)
-        return _DECODE_NARROW if dim <= 32 else _DECODE if dim <= 128 else _DECODE_WIDE
+        if dim <= 32:
+            return _DECODE_NARROW
+        if call.plan.rotary is not None:
+            return _DECODE_TURNED if dim <= 128 else _DECODE_TURNED_WIDE
+        fits = dim <= 128 if arch.startswith("sm_") else dim <= 64
+        return _DECODE if fits else _DECODE_WIDE
     return tile

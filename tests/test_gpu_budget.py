@@ -57,6 +57,12 @@ def test_what_counts_as_worse() -> None:
     ]
 
 
+def test_every_configuration_fits_in_shared_memory() -> None:
+    assert [problem for name, x in budget.load().items() if (problem := budget.too_large(name, x["shared"]))] == []
+    assert budget.too_large("sm_80, kernel, plain, D = 64", 163 * 1024) is None
+    assert budget.too_large("CUDA, sm_120, kernel", 163 * 1024) is not None
+
+
 @pytest.mark.parametrize(("arch", "tensor"), [("sm_80", 128), ("sm_90", 16)])
 def test_figures_of_the_attention_pattern(arch: str, tensor: int) -> None:
     """HMMA.16816 does 2048 multiply-adds a warp, wgmma m64nNk16 a whole warpgroup's tile."""

@@ -140,7 +140,7 @@ CASES = {
     "profile, psi alone": (BF16, {"dim": 16}, lambda: only_psi(2), lambda: {"causal": True}),
     "dense": (BF16, {}, None, lambda: {"bias": torch.randn(1, 2, 70, 150).masked_fill(_mask(70, 150, 2), -math.inf)}),
     "dense shared": (BF16, {"batch": 2}, None, lambda: {"bias": torch.randn(1, 1, 70, 150), "causal": True}),
-    "rotary turned in the kernel": (BF16, {}, lambda: posattn.RoPE(64), lambda: {"causal": True}),
+    "rotary turned in the kernel": (BF16, {"q_len": 16}, lambda: posattn.RoPE(64), lambda: {"causal": True}),
     "rotary turned ahead": (
         HALF, {"q_len": 300, "k_len": 300, "dim": 32}, lambda: posattn.RoPE(32, layout="interleaved", rotary_dim=16),
         lambda: {"causal": True},

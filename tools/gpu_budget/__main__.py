@@ -145,6 +145,8 @@ def check(results: Iterator[tuple[str, Figures | str]], whole: bool = False) -> 
             problems = ["is not in the budget file; run update after looking at its figures"]
         else:
             problems = budget.worse(figures, accepted[name])
+        if isinstance(figures, Figures) and (problem := budget.too_large(name, figures.shared)):
+            problems.append(problem)
         if isinstance(figures, Figures) and figures.loop_spills:
             reason = budget.debt(name)
             if reason is None:
@@ -168,6 +170,9 @@ def update(results: Iterator[tuple[str, Figures | str]]) -> int:
         if isinstance(figures, str):
             failed += 1
             print(f"{name}: does not compile: {figures}", flush=True)
+        elif problem := budget.too_large(name, figures.shared):
+            failed += 1
+            print(f"{name}: {problem}", flush=True)
         else:
             budget.accept(name, figures)
     return int(failed > 0)
