@@ -121,10 +121,9 @@ def attention_backward(
     # Negated, as all that follows from it: the product with the output's gradient then starts at delta, as it is.
     v = -load_rows(V + b64 * stride_vb + kv64 * stride_vh + col0 * stride_vn, cols, stride_vn, DV, BLOCK_DV)
     pj = j_in
-    if EXPLICIT:
-        pj = tl.load(KPositions + b64 * stride_kpos + col0 + cols)[:, None]
     q_positions = None
     if EXPLICIT:
+        pj = tl.load(KPositions + b64 * stride_kpos + col0 + cols)[:, None]
         q_positions = QPositions + b64 * stride_qpos + q_start
     factor = LOG2E if NATURAL else scale * LOG2E
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -225,7 +224,7 @@ def attention_backward(
                             do = load_rows(do_base + row0 * stride_gm, rows, stride_gm, DV, BLOCK_DV)
                         pi = i_in
                         if EXPLICIT:
-                            pi = tl.load(QPositions + b64 * stride_qpos + q_start + row0 + rows)[None, :]
+                            pi = tl.load(q_positions + row0 + rows)[None, :]
                         if DRowScale is not None and span != 1:
                             of_dsy = add_parts(
                                 drow_scale, row_units, row_parts, i0 // BLOCK_M - 1, told, i0 > span_lo, line.slope,

@@ -27,7 +27,7 @@ _SPREAD_256 = _spread(32, 64, 8, 1, "2P 10172, no spills; 64 queries 9592 and sp
 _SMALL_128 = _spread(32, 128, 8, 1, "2P 4298; 64 queries need 128 KB")
 _SMALL_256 = _spread(32, 32, 8, 1, "64 keys need 104 KB")
 
-_WIDE_90 = Tile(32, 64, 8, 1, "a profile spills 1188 bytes a step; warps on both axes and 64 queries 4148, 32 1724")
+_WIDE_90 = Tile(32, 64, 8, 1, "a profile spilled 1188 bytes before runs of tiles; warps on both axes 4148 or 1724")
 
 # Each element of dq must belong to one warp, since programs add to it in memory: a narrow head takes fewer warps.
 _NARROW = {
