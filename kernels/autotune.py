@@ -16,6 +16,7 @@ import torch
 
 from posattn.plan import Call
 
+from .operands import k_max, q_max
 from .tiles import Table, Tile, head_dim, kind, tiles_of
 
 _chosen: dict[str, Tile] = {}
@@ -32,11 +33,15 @@ def _directory() -> Path:
 
 
 def key(name: str, device: str, call: Call) -> str:
-    """Calls that share a choice: same device, kernel, kind of plan and dimension, and lengths to a power of two."""
-    lengths = (call.q.shape[2].bit_length(), call.k.shape[2].bit_length())
+    """Calls that share a choice: same device, kernel, kind of plan and dimension, and lengths up to a power of two.
+
+    Rotary counts, for decoding turns keys in the kernel, which larger tiles have no room for.
+    """
+    plan = f"rotary {kind(call)}" if call.plan.rotary is not None else kind(call)
+    lengths = ((q_max(call) - 1).bit_length(), (k_max(call) - 1).bit_length())
     mask = call.mask
     masked = "causal" if mask.causal else "window" if mask.left is not None or mask.right is not None else "full"
-    return "|".join(map(str, (name, device, kind(call), head_dim(call), call.q.dtype, *lengths, masked)))
+    return "|".join(map(str, (name, device, plan, head_dim(call), call.q.dtype, *lengths, masked)))
 
 
 def candidates(table: Table, arch: str, call: Call) -> list[Tile]:

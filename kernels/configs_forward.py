@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from posattn.plan import Call
 
+from .operands import q_max
 from .tiles import Table, Tile, head_dim, look_up
 
 _FLOAT32 = Tile(32, 32, 4, 1, "exact float32 products run on FMA units, unrolled: larger tiles spill")
@@ -72,7 +73,7 @@ _DECODE_TURNED_WIDE = Tile(16, 32, 4, 1, "the same at D = 256")
 
 def forward_tile(arch: str, call: Call) -> Tile:
     tile = look_up(FORWARD, arch, call)
-    if max(call.mask.max_q, 0) <= FEW_ROWS and call.q.shape[2] <= FEW_ROWS and tile.block_m > 32:
+    if q_max(call) <= FEW_ROWS and tile.block_m > 32:
         dim = head_dim(call)
         if dim <= 32:
             return _DECODE_NARROW

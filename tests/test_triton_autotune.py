@@ -74,6 +74,24 @@ def test_the_fastest_is_launched_and_kept(machine, monkeypatch, tmp_path):
     assert len(json.loads((tmp_path / "triton_tiles.json").read_text())) == 2
 
 
+def test_what_fits_differently_is_chosen_for_itself(machine, monkeypatch, tmp_path):
+    """Up to 16 queries, of whatever batch, have keys turned in the kernel, which takes shared memory."""
+    clock(monkeypatch, [])
+
+    def entries(tokens, *position, **options):
+        q = torch.randn(1, 1, tokens, 64, dtype=torch.bfloat16)
+        posattn.attention(q, q, q, *position, backend="triton", **options)
+        return set(json.loads((tmp_path / "triton_tiles.json").read_text()))
+
+    plain = entries(16)
+    turned = entries(16, posattn.RoPE(64)) - plain
+    assert len(turned) == 1
+    assert len(entries(17, posattn.RoPE(64)) - plain - turned) == 1
+    documents = torch.arange(0, 33, 16)
+    assert entries(32, posattn.RoPE(64), cu_seqlens_q=documents, cu_seqlens_k=documents) >= turned
+    assert len(entries(16, posattn.RoPE(64))) == 3
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"forward|a GPU|plain|64|torch.bfloat16|6|6|full": {"block_m": 1}}'])
 def test_a_damaged_file_is_written_anew(machine, monkeypatch, tmp_path, content):
     timed = []

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 
 import posattn
 from posattn.backends import launch as seam
+from tests.ptxsim.seam import behind_launch
 from tests.ptxsim.triton_run import compile_triton
 
 ARCH = 80
@@ -79,3 +80,16 @@ def test_it_compiles_what_the_machine_runs(monkeypatch: pytest.MonkeyPatch, dim:
     assert driver.started == grids
     assert len(grids) >= 3
     assert with_maxnreg == bounded
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_decoding_turns_keys_within_the_tile_of_decoding(packed: bool) -> None:
+    """Many sequences of few queries are decoding too, packed or not."""
+    shape = (1, 2, 40, 128) if packed else (40, 2, 1, 128)
+    q, k, v = (torch.randn(shape, dtype=torch.bfloat16) for _ in range(3))
+    documents = torch.arange(41)
+    options = {"cu_seqlens_q": documents, "cu_seqlens_k": documents} if packed else {}
+    with behind_launch(ARCH) as machine:
+        posattn.attention(q, k, v, posattn.RoPE(128), causal=True, backend="triton", **options)
+    (launched,) = machine.launches
+    assert launched.constexprs["BLOCK_M"] == 16
