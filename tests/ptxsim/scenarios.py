@@ -66,10 +66,10 @@ _FORWARD = (
     _Case(229, 296), _Case(227, 266), _Case(250, 123), _Case(130, 10), _Case(150, 20), _Case(134, 40), _Case(150, 60),
     _Case(134, 70), _Case(250, 362),
 )  # fmt: skip
-# As few queries as the forward kernel turns itself; keys that end in every part of a tile, then split keys.
+# As few queries as the forward kernel turns itself; keys that end in every part of a tile, once without a full one.
 _ROTARY = (
-    _Case(15, 330), _Case(13, 460, 150.0), _Case(2, 10), _Case(9, 40), _Case(14, 60), _Case(7, 84), _Case(10, 140),
-    _Case(16, 64), _Case(15, 9), _Case(3, 4096), _Case(1, 8448),
+    _Case(15, 330), _Case(13, 460, 150.0), _Case(2, 70), _Case(9, 84), _Case(14, 106), _Case(7, 124), _Case(10, 140),
+    _Case(6, 150), _Case(8, 237), _Case(13, 250), _Case(3, 181), _Case(9, 71),
 )  # fmt: skip
 # Without causality only the bound on keys masks: lengths that end at every column that a thread of a tile may hold.
 _EVERY_KEY = (
