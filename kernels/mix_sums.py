@@ -79,6 +79,7 @@ def psi_gradient(
         if high > low:
             for m in range(low, high):
                 steepness = tl.where(y > tl.load(o.Knots + m), tl.load(slopes + m + 1), steepness)
-        real = (g * GROUP + tl.arange(0, GROUP) < num_heads)[:, None, None]
+        own = g * GROUP + tl.arange(0, GROUP)
+        real = (own < num_heads)[:, None, None]
         total += tl.sum(tl.where(real, gradients[g] * steepness * row_scale, 0.0), 0)
     return total

@@ -26,7 +26,8 @@ from tests.ptxsim import interpreter
 # Small, since a sweep is about borders; with warps on one axis of the results or on both, in turn.
 TILES = [Tile(16, 16, 4, 1, "a sweep", spread=spread) for spread in (False, True)]
 
-# Plans and masks in turn along the lengths; (encoding, options) for a length.
+# Plans and masks in turn along the lengths; (encoding, options) for a length. An odd number, so that each plan meets
+# both dtypes, which take turns too.
 PLANS = (
     lambda n: (None, {"causal": True}),
     lambda n: (posattn.Kerple(1), {}),
@@ -35,6 +36,8 @@ PLANS = (
     lambda n: (None, {"bias": torch.randn(1, 1, n, n + 7)}),
     lambda n: (posattn.RoPE(16), {"k_lengths": torch.tensor([n - 1])}),
     lambda n: (posattn.T5Bias(1), {"dropout_p": 0.3, "sinks": torch.zeros(1)}),
+    lambda n: (posattn.DAPE(posattn.FIRE(1, width=4), 1, width=4), {"causal": True}),
+    lambda n: (posattn.DAPE(posattn.ALiBi(1, learnable=True), 1, width=4, form="add"), {"window": (n // 2, None)}),
 )
 
 

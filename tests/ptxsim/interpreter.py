@@ -1,16 +1,19 @@
-"""Mends Triton's own CPU interpreter (TRITON_INTERPRET=1), which computes on bfloat16 as on raw 16-bit integers.
+"""Mends Triton's own CPU interpreter (TRITON_INTERPRET=1): bfloat16, which it computes on as on raw 16-bit integers,
+and loop variables, which it hands to kernels as Python's ints.
 
     os.environ["TRITON_INTERPRET"] = "1"   # before triton is imported
     from tests.ptxsim import interpreter
     interpreter.mend()
 
-Afterwards bfloat16 operations widen to float32, compute, and round once to nearest even; and kernels may be autotuned
-with no GPU. Works on the interpreter's builder methods by name, so a release that lacks one (3.6 to 3.9 differ) is left
-as it is there. Useful for quick sweeps; the PTX machine is what proves a kernel.
+Afterwards bfloat16 operations widen to float32, compute, and round once to nearest even; the variable of a loop that
+is no static_range is a tensor, as in a compiled kernel; and kernels may be autotuned with no GPU. Works on the
+interpreter's builder methods by name, so a release that lacks one (3.6 to 3.9 differ) is left as it is there. Useful
+for quick sweeps; the PTX machine is what proves a kernel.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +91,17 @@ def _cast(method: Callable[..., Any]) -> Callable[..., Any]:
     return cast_impl
 
 
+def _visit_for(self: Any, node: ast.For) -> ast.AST:
+    """Assigns the variable of range() and tl.range() to itself, as the interpreter makes what is assigned a tensor."""
+    called = node.iter.func if isinstance(node.iter, ast.Call) else None
+    name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", None)
+    if name == "range" and isinstance(node.target, ast.Name):
+        variable = ast.Name(id=node.target.id, ctx=ast.Load())
+        node.body.insert(0, ast.copy_location(ast.Assign(targets=[node.target], value=variable), node))
+    visited: ast.AST = self.generic_visit(node)
+    return visited
+
+
 class _NoDevice:
     """What autotuning asks a driver for; every candidate takes no time."""
 
@@ -112,7 +126,7 @@ class _NoDevice:
 
 
 def mend() -> None:
-    """Replaces the interpreter's bfloat16 methods and its driver; a second call changes nothing."""
+    """Replaces the interpreter's bfloat16 methods, its loops and its driver; a second call changes nothing."""
     if getattr(_Builder.create_fadd, "mended", False):
         return
     comparisons = [name for name in dir(_Builder) if name.startswith("create_fcmp")]
@@ -121,4 +135,5 @@ def mend() -> None:
         setattr(_Builder, name, _in_float32(getattr(_Builder, name), name in comparisons))
     _Builder.create_dot = _dot(_Builder.create_dot)
     _Builder.cast_impl = _cast(_Builder.cast_impl)
+    interpreter.ASTTransformer.visit_For = _visit_for
     driver.set_active(_NoDevice())
