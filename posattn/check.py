@@ -152,8 +152,9 @@ class _Run:
         does. These are the errors to expect where logits are in the hundreds, and where the gradient itself cancels,
         in a row with one key for instance.
         """
-        v = self.leaves["v"].detach().repeat_interleave(self.out.shape[1] // self.leaves["v"].shape[1], 1)
-        v = v.nan_to_num(0.0).abs() / (1.0 - self.dropout_p)
+        v = self.leaves["v"].detach()
+        group = self.out.shape[1] // max(v.shape[1], 1)  # a call without heads has no groups
+        v = v.repeat_interleave(group, 1).nan_to_num(0.0).abs() / (1.0 - self.dropout_p)
         reach = (grad_out.abs() * v.amax(2, keepdim=True)).sum(-1) if v.shape[2] else torch.zeros_like(grad_lse)
         # Logits are float32 whatever q is, and one eps of their size is two roundings.
         relative = torch.finfo(torch.float32).eps / rounding(dtype)
@@ -197,6 +198,14 @@ def examples(num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
     return found
 
 
+def examples_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Encoding]:
+    """The examples for a command line's sizes; sizes that an encoding refuses end the program with a usage error."""
+    try:
+        return examples(options.heads, options.head_dim, options.tokens)
+    except ValueError as error:
+        parser.error(f"--heads {options.heads} --head-dim {options.head_dim} --tokens {options.tokens}: {error}")
+
+
 def positions_for(position: Encoding | None, q_len: int, k_len: int) -> dict[str, Any]:
     """Explicit positions for an encoding that needs them: segments of three tokens."""
     if position is None or not position.needs_positions:
@@ -226,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, default=32, help="head dimension (default 32)")
     parser.add_argument("--dtype", choices=_DTYPES, action="append", help="repeat for several (default: all)")
     options = parser.parse_args(argv)
+    torch.manual_seed(0)
+    catalogue = {"none": None, **examples_of(options, parser)}
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     places = [(device, backend) for device in devices for backend in available(device)]
     if not places:
@@ -234,17 +245,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("Errors against a float64 reference, worst of output, log-sum-exp and gradients; naive is plain PyTorch.\n")
     print(f"{'encoding':24}{'backend':10}{'dtype':10}{'result':34}{'error':>10}{'naive':>10}{'allowed':>10}")
     failed = 0
-    for row in _rows(places, options):
+    for row in _rows(places, catalogue, options):
         print(row[1], flush=True)
         failed += not row[0]
     print(f"\n{failed} failed" if failed else "\nall within twice naive PyTorch's error plus rounding")
     return 1 if failed else 0
 
 
-def _rows(places: list[tuple[str, str]], options: argparse.Namespace) -> Iterator[tuple[bool, str]]:
-    torch.manual_seed(0)
+def _rows(
+    places: list[tuple[str, str]], catalogue: Mapping[str, Encoding | None], options: argparse.Namespace
+) -> Iterator[tuple[bool, str]]:
     heads, tokens, dim = options.heads, options.tokens, options.head_dim
-    catalogue: dict[str, Encoding | None] = {"none": None, **examples(heads, dim, tokens)}
     for device, backend in places:
         for dtype_name in options.dtype or _DTYPES:
             if backend not in available(device, _DTYPES[dtype_name]):

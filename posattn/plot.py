@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from posattn.attention import attention
-from posattn.check import examples, positions_for
+from posattn.check import examples_of, positions_for
 from posattn.encodings.base import Encoding
 
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of parameters that start at random (%(default)s)")
     options = parser.parse_args(argv)
     torch.manual_seed(options.seed)
-    catalogue = examples(options.heads, options.head_dim, options.tokens)
+    catalogue = examples_of(options, parser)
     if options.list:
         print("\n".join(catalogue))
         return 0

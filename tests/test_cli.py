@@ -49,6 +49,24 @@ def test_check_fails_without_any_backend(capsys, monkeypatch):
     assert "posattn info" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [("check",), ("plot", "ALiBi")], ids=["check", "plot"])
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (("--heads", "0"), "num_heads: expected a positive int, got 0"),
+        (("--tokens", "0"), "expected a positive int, got 0"),
+        (("--head-dim", "7"), "expected an even number up to head_dim=7"),
+    ],
+)
+def test_sizes_that_an_encoding_refuses_are_usage_errors(command, option, reason, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, *option])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert " ".join(option) in message
+    assert reason in message
+
+
 @pytest.mark.parametrize("name", ["Kerple", "rope", "DAPE-Kerple", "BiPE-ALiBi"])
 def test_plot_writes_a_picture(name, tmp_path, capsys):
     pytest.importorskip("matplotlib")

@@ -61,6 +61,16 @@ def test_grouped_heads(place, heads, kv_heads, mixed):
     assert_parity(q, k, v, position.to(place[0]), {"causal": True}, place[1])
 
 
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "q_len", "k_len"),
+    [(0, 2, 2, 3, 5), (1, 0, 0, 3, 5), (1, 0, 2, 3, 5), (1, 2, 2, 0, 5), (1, 2, 2, 3, 0), (1, 2, 2, 0, 0)],
+)
+def test_calls_without_logits(place, batch, heads, kv_heads, q_len, k_len):
+    """No batch, heads, queries or keys: outputs may be empty, and gradients of what nothing read are zero."""
+    q, k, v = randn(place, batch, heads, q_len, 16), *(randn(place, batch, kv_heads, k_len, 16) for _ in range(2))
+    assert_parity(q, k, v, posattn.Kerple(heads).to(place[0]) if heads else None, {"causal": True}, place[1])
+
+
 VIEWS = {
     "tokens before heads": lambda place, dtype: randn(place, 2, 33, 4, 16, dtype=dtype).transpose(1, 2),
     "packed qkv": lambda place, dtype: randn(place, 2, 33, 3, 4, 16, dtype=dtype)[:, :, 1].transpose(1, 2),
