@@ -12,6 +12,7 @@ import triton.language as tl
 from .bias import by_distance, distance_tile, gather
 from .diagonals import SLOTS, add_bands, finish_bands, start_bands, store_bands
 from .dropout import RANDOM_BITS, keep_tile
+from .halves import widen_bf16
 from .logit_gradient import softmax_gradient
 from .masks import mask_offset, query_spans, sequence
 from .profile import line_on, next_line, no_line, runs
@@ -65,8 +66,10 @@ def attention_backward(
     EXPLICIT: tl.constexpr = QPositions is not None
     PACKED: tl.constexpr = CuQ is not None
     # Logit gradients are rounded to 16 bits for the products anyway. In bfloat16, which has float32's range, they are
-    # made in it: half the instructions, and the weights hold half the registers until then.
-    IN_BF16: tl.constexpr = Q.dtype.element_ty == tl.bfloat16 and threshold is None and softcap is None
+    # made in it: half the instructions, and the weights hold half the registers until then. A profile's sums weigh them
+    # by psi, whose mean makes most of the roundings of a row count alike: there only the weights are rounded.
+    WEIGHTS_BF16: tl.constexpr = Q.dtype.element_ty == tl.bfloat16 and threshold is None and softcap is None
+    IN_BF16: tl.constexpr = WEIGHTS_BF16 and DRowScale is None
     # A slope's gradient, the sum of ds times distance, is linear in the query: then tensor cores take its moments.
     MOMENTS: tl.constexpr = DSlope is not None and LINEAR and softcap is None and Q.dtype.element_ty != tl.float32
     # Whether the logits too are spread over both axes. Sums by distance and by query need 16 keys of a warp's own.
@@ -289,6 +292,8 @@ def attention_backward(
                             dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
                         else:
                             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                        if WEIGHTS_BF16:
+                            p = widen_bf16(kept, NVIDIA)
                         if APART:
                             ds, ds_half = p, kept
                             if apart(i_loop, 0, NVIDIA):
