@@ -61,6 +61,9 @@ CASES = {
     "ALiBi, grouped heads": (
         BF16, {"heads": 4}, lambda: posattn.ALiBi(4, learnable=True), lambda: {"causal": True}
     ),
+    "steep slopes": (
+        HALF, {"q_len": 150}, lambda: posattn.ALiBi(2, learnable=True, slopes=[20.0, 22.0]), lambda: {"causal": True}
+    ),
     "ALiBi both ways": (HALF, {}, lambda: posattn.ALiBi(2, learnable=True), dict),
     "table, grouped heads": (BF16, {"kv_heads": 1}, lambda: posattn.Kerple(2), lambda: {"causal": True}),
     "table and mask": (BF16, {}, lambda: posattn.T5Bias(2), lambda: {"mask": _mask(1, 2, 70, 150)}),

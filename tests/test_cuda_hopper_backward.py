@@ -42,6 +42,7 @@ CASES = {
     "lengths": (BF16, {"batch": 3, "q_len": 20}, None, _causal(k_lengths=torch.tensor([0, 130, 299]))),
     "packed documents": (HALF, {}, lambda: posattn.ALiBi(2, learnable=True), _packed),
     "slope": (BF16, {}, lambda: posattn.ALiBi(2, learnable=True), _causal()),
+    "steep slopes": (BF16, {}, lambda: posattn.ALiBi(2, learnable=True, slopes=[20.0, 22.0]), _causal()),
     "table": (BF16, {"kv_heads": 1}, lambda: posattn.Kerple(2), _causal()),
     "table, window": (
         HALF, {"kv_heads": 1, "q_len": 400, "k_len": 390}, lambda: posattn.Kerple(2), _causal(window=(150, 0))

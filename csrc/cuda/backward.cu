@@ -144,7 +144,8 @@ __device__ __forceinline__ void Backward::run() {
       Fragments<Logits> s = {}, slack;
       product<PADDED / 16, As::IS, As::IS>(s, keys(K_AT), queries(q_at, part * PART));
       add_terms(s, slack, p, sequence, place, operands, head, range, at.head, rows + RowStage::LSE2 + column);
-      mask_logits(s, p, sequence, place, at.head, spans.border(at.block));
+      const bool border = spans.border(at.block);
+      mask_logits(s, p, sequence, place, at.head, border);
       for_logits([&](int group, int n, int e) { s[group][n][e] = ptx::ex2_approx(s[group][n][e]); });
 
       // dP^T - delta: the product starts from -delta, unless dropout stands between the two.
@@ -174,6 +175,9 @@ __device__ __forceinline__ void Backward::run() {
       }
       if constexpr (!WEIGHTS_IN_REGISTERS) store_pairs(own_pairs(P_AT, part), weights);
       for_logits([&](int group, int n, int e) { ds[group][n][e] *= s[group][n][e]; });
+      if constexpr (SLOPE_BY_PRODUCT) {
+        if (border) sums.add_slope_on_border(ds, place, sequence.shift());
+      }
       sums.add(ds, sequence, place, operands, head, range,
                strip.again(reinterpret_cast<float*>(shared + STRIP_AT), warp, lane), at.head,
                at.row + part * PART + logit_column);
@@ -189,7 +193,10 @@ __device__ __forceinline__ void Backward::run() {
         product<As::TRANSPOSED>(dk, rounded, all_queries(q_at, part * PART));
       }
       if constexpr (INTERCEPT_BY_PRODUCT) sums.add_intercept(rounded);
-      if constexpr (SLOPE_BY_PRODUCT) sums.add_slope(rounded, columns[lane], place, sequence.shift());
+      if constexpr (SLOPE_BY_PRODUCT) {
+        // On the border of nothing, so that the loop has no branch around it.
+        sums.add_slope(rounded, border ? uint4{} : columns[lane], place, sequence.shift());
+      }
     }
     ptx::bar_sync();  // dS^T is there as a whole, and P^T where it goes by shared memory
     if constexpr (!WEIGHTS_IN_REGISTERS) {

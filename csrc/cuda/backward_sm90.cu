@@ -116,7 +116,8 @@ __device__ __forceinline__ void Backward::run() {
     const Operands operands(p, sequence, place, rows, strip_at, column);
     const SegmentRange range;  // of profiles, which backward.cu serves
     add_terms(s, slack, p, sequence, place, operands, head, range, at.head, rows + RowStage::LSE2 + column);
-    mask_logits(s, p, sequence, place, at.head, spans.border(at.block));
+    const bool border = spans.border(at.block);
+    mask_logits(s, p, sequence, place, at.head, border);
     for_logits([&](int group, int n, int e) { s[group][n][e] = ptx::ex2_approx(s[group][n][e]); });
 
     ptx::wgmma_wait_group<0>();
@@ -137,13 +138,20 @@ __device__ __forceinline__ void Backward::run() {
     products.key_gradients(dv[0], weights[0], grads);
 
     for_logits([&](int group, int n, int e) { ds[group][n][e] *= s[group][n][e]; });
+    if constexpr (SLOPE_BY_PRODUCT) {
+      if (border) sums.add_slope_on_border(ds, place, sequence.shift());
+    }
     sums.add(ds, sequence, place, operands, head, range, strip, at.head, at.row);
     if constexpr (HAS_SOFTCAP) {
       for_logits([&](int group, int n, int e) { ds[group][n][e] *= slack[group][n][e]; });
     }
     uint32_t rounded[1][Logits::EIGHTS / 2][4];
     round_fragments(rounded, ds);
-    if constexpr (SLOPE_BY_PRODUCT) sums.slope += columns.sum(rounded[0], place, sequence.shift());
+    if constexpr (SLOPE_BY_PRODUCT) {
+      // On the border too, where it is not used, so that the loop has no branch around it.
+      const float sum = columns.sum(rounded[0], place, sequence.shift());
+      sums.slope += border ? 0.0f : sum;
+    }
     store_pairs_matrix(memory + DS_AT + pairs, rounded[0], warp, lane);
     ptx::fence_proxy_async();
 

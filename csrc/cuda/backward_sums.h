@@ -139,6 +139,17 @@ struct Sums {
     }
   }
 
+  // A linear slope's sum on the mask's border, element by element. Under a steep slope the key at distance 0 has nearly
+  // all of a row's weight, and its dS may be a million times the next key's: products would add it to both of their
+  // sums, which cancel, but have rounded the others away.
+  __device__ __forceinline__ void add_slope_on_border(const Fragments<Logits>& ds, const LogitPlace& at, int shift) {
+    const float first = static_cast<float>(at.query(0, 0) + shift - at.key(0, 0));
+    for_logits([&](int group, int n, int e) {
+      const float distance = first + static_cast<float>(8 * n + (e & 1) - 16 * group - 8 * (e >> 1));
+      slope = fmaf(ds[group][n][e], distance, slope);
+    });
+  }
+
   // The slope's sum from dS^T rounded, as A operands: products with slope_columns, whose sums the lanes with t = 0
   // hold.
   __device__ __forceinline__ void add_slope(const uint32_t (&ds)[Logits::GROUPS][Logits::EIGHTS / 2][4],
