@@ -17,7 +17,7 @@ import torch
 from posattn.plan import Call
 
 from .operands import k_max, q_max
-from .tiles import Table, Tile, head_dim, kind, tiles_of
+from .tiles import Table, Tile, head_dim, kinds, tiles_of
 
 _chosen: dict[str, Tile] = {}
 
@@ -37,7 +37,7 @@ def key(name: str, device: str, call: Call) -> str:
 
     Rotary counts, for decoding turns keys in the kernel, which larger tiles have no room for.
     """
-    plan = f"rotary {kind(call)}" if call.plan.rotary is not None else kind(call)
+    plan = " ".join(["rotary", *kinds(call)] if call.plan.rotary is not None else kinds(call))
     lengths = ((q_max(call) - 1).bit_length(), (k_max(call) - 1).bit_length())
     mask = call.mask
     masked = "causal" if mask.causal else "window" if mask.left is not None or mask.right is not None else "full"
@@ -48,7 +48,7 @@ def candidates(table: Table, arch: str, call: Call) -> list[Tile]:
     """The shipped tiles of this architecture and dimension, whatever plan they were chosen for."""
     by_dim = tiles_of(table, arch)
     dim = min(d for d in by_dim if d >= head_dim(call))
-    of_kind = [tile for name, tile in by_dim[dim].items() if (name == "float32") == (kind(call) == "float32")]
+    of_kind = [tile for name, tile in by_dim[dim].items() if (name == "float32") == (kinds(call) == ["float32"])]
     return list(dict.fromkeys(of_kind))
 
 

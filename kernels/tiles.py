@@ -63,21 +63,24 @@ def head_dim(call: Call) -> int:
     return max(padded(call.q.shape[3]), padded(call.v.shape[3]))
 
 
-def kind(call: Call) -> str:
-    """What costs most among the operands of a call's plan, and so decides its tile."""
+def kinds(call: Call) -> list[str]:
+    """What costs so much among the operands of a call that it may have a tile of its own."""
     bias = call.plan.bias
     if call.q.dtype == torch.float32:
-        return "float32"
-    if bias.profile is not None or call.q_positions is not None:
-        return "profile"
-    if bias.dense is not None or call.mask.boolean is not None or call.dropout_p > 0.0:
-        return "dense"
-    return "table" if bias.table is not None else "plain"
+        return ["float32"]
+    found = {
+        "profile": bias.profile is not None or call.q_positions is not None,
+        "dense": bias.dense is not None or call.mask.boolean is not None or call.dropout_p > 0.0,
+        "table": bias.table is not None,
+    }
+    return [name for name, there in found.items() if there] or ["plain"]
 
 
 def look_up(table: Table, arch: str, call: Call) -> Tile:
-    """The tile for a call: its dimension's row (the next larger one), its kind's entry or the plain one."""
+    """The tile for a call: of its dimension's row (the next larger one) and its kinds' entries the one that takes least
+    memory, or the plain one."""
     by_dim = tiles_of(table, arch)
     dim = min(d for d in by_dim if d >= head_dim(call))
     tiles = by_dim[dim]
-    return tiles.get(kind(call), tiles["plain"])
+    own = [tiles[name] for name in kinds(call) if name in tiles]
+    return min(own, key=lambda tile: tile.block_m * tile.block_n * tile.num_stages, default=tiles["plain"])
