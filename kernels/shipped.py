@@ -47,13 +47,15 @@ def _plans(heads: int, q_len: int, k_len: int, rotary_dim: int) -> dict[str, Pla
     rotary = Rotary(_float(1, q_len, half), _float(1, q_len, half), _float(1, k_len, half), _float(1, k_len, half))
     inner = Bias(table=table)
     mix = HeadMix(_float(32, 2 * heads), _float(32), _float(heads, 32), _float(heads), inner=inner)
+    slope, dense = Slope(_float(heads)), Dense(_float(1, heads, q_len, k_len))
     return {
         "plain": Plan(),
         "rotary": Plan(rotary=rotary),
-        "slope": Plan(bias=Bias(slope=Slope(_float(heads)))),
+        "slope": Plan(bias=Bias(slope=slope)),
         "table": Plan(bias=Bias(table=table)),
         "profile": Plan(bias=Bias(profile=profile)),
-        "dense": Plan(bias=Bias(dense=Dense(_float(1, heads, q_len, k_len)))),
+        "dense": Plan(bias=Bias(dense=dense)),
+        "everything": Plan(rotary=rotary, bias=Bias(slope=slope, table=table, profile=profile, dense=dense)),
         "mix": Plan(mix=mix),
     }
 
@@ -63,6 +65,7 @@ _WANTED = {
     "table": ("table",),
     "profile": ("psi", "row_scale", "profile_slope", "profile_intercept"),
     "dense": ("dense",),
+    "everything": ("slope", "table", "psi", "row_scale", "profile_slope", "profile_intercept", "dense"),
     "mix": ("w1", "b1", "w2", "b2", "inner.table"),
 }
 
@@ -81,16 +84,22 @@ def shipped(
                         if q_len == 1 and name not in ("plain", "rotary", "table", "mix"):
                             continue
                         label = f"{name}, D = {dim}, {str(dtype).removeprefix('torch.')}, Tq = {q_len}"
-                        yield from _recorded(arch, label, plan, dim, dtype, q_len, _WANTED.get(name, ()))
+                        call = _call(plan, dim, dtype, q_len, name == "everything")
+                        yield from _recorded(arch, label, call, _WANTED.get(name, ()))
 
 
-def _recorded(
-    arch: str, label: str, plan: Plan, dim: int, dtype: torch.dtype, q_len: int, wanted: Sequence[str]
-) -> Iterator[Shipped]:
+def _call(plan: Plan, dim: int, dtype: torch.dtype, q_len: int, every_option: bool) -> Call:
     q = torch.empty((1, 12, q_len, dim), dtype=dtype, device="meta")
     k, v = (torch.empty((1, 12, _TOKENS, dim), dtype=dtype, device="meta") for _ in range(2))
-    mask = Mask(causal=True, max_q=q_len, max_k=_TOKENS)
-    call = Call(q, k, v, plan, mask, dim**-0.5)
+    if not every_option:
+        return Call(q, k, v, plan, Mask(causal=True, max_q=q_len, max_k=_TOKENS), dim**-0.5)
+    boolean = torch.empty((1, 1, q_len, _TOKENS), dtype=torch.bool, device="meta")
+    mask = Mask(causal=True, left=_TOKENS // 2, boolean=boolean, max_q=q_len, max_k=_TOKENS)
+    options = {"softcap": 30.0, "dropout_p": 0.1, "seed": torch.zeros(1, dtype=torch.int64)}
+    return Call(q, k, v, plan, mask, dim**-0.5, sinks=_float(12), **options)
+
+
+def _recorded(arch: str, label: str, call: Call, wanted: Sequence[str]) -> Iterator[Shipped]:
     if configs_mix.unsupported(call) is not None:
         return
     found: list[Shipped] = []
@@ -110,13 +119,13 @@ def _recorded(
         found.append(Shipped(arch, label, kernel, tuple(args), given, warps, stages, registers))
 
     needs = frozenset(("q", "k", "v", *wanted))
-    lse = _float(1, 12, q_len)
-    if plan.mix is not None:
-        mixed.forward(call, plan.mix, record, arch)
-        if q_len > 1:
-            mixed_gradients.backward(call, plan.mix, q, lse, q, None, needs, record, arch)
+    q, mix, lse = call.q, call.plan.mix, _float(*call.q.shape[:3])
+    if mix is not None:
+        mixed.forward(call, mix, record, arch)
+        if q.shape[2] > 1:
+            mixed_gradients.backward(call, mix, q, lse, q, None, needs, record, arch)
     else:
         attention.forward(call, record, arch, _PROCESSORS)
-        if q_len > 1:
+        if q.shape[2] > 1:
             gradients.backward(call, q, lse, q, None, needs, record, arch)
     yield from found
