@@ -9,14 +9,23 @@ order of summation is fixed and no atomic adds to it.
 import triton
 import triton.language as tl
 
-from .bias import by_distance, distance_tile, gather
+from .bias import Operands, Place, distance_tile, gather
 from .diagonals import SLOTS, add_bands, finish_bands, start_bands, store_bands
-from .dropout import RANDOM_BITS, keep_tile
+from .dropout import RANDOM_BITS, Dropout, keep_tile
 from .halves import widen_bf16
 from .logit_gradient import softmax_gradient
-from .masks import mask_offset, query_spans, sequence
-from .profile import line_on, next_line, no_line, runs
-from .profile_gradient import SPLIT, add_parts, by_thread, leave_segment, past_knots, psi_gradient, store_parts
+from .masks import Mask, mask_offset, query_spans, sequence
+from .profile import line_on, next_line, no_line, psi_tile, row_scales, runs
+from .profile_gradient import (
+    SPLIT,
+    LineSums,
+    add_parts,
+    by_thread,
+    leave_segment,
+    past_knots,
+    psi_gradient,
+    store_parts,
+)
 from .scores import LOG2E, load_rows, logits_tile, rows_ahead, start_logits
 from .turns import (
     apart,
@@ -49,10 +58,8 @@ def attention_backward(
     KLengths, CuQ, CuK, left, right, threshold, keep_scale, seed_lo, seed_hi,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
-    SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
-    KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr, HOIST: tl.constexpr,
-    HIDE: tl.constexpr, WHOLE: tl.constexpr, SHARES: tl.constexpr, SPREAD: tl.constexpr, PARTS: tl.constexpr,
+    HOIST: tl.constexpr, HIDE: tl.constexpr, WHOLE: tl.constexpr, SHARES: tl.constexpr, SPREAD: tl.constexpr,
+    PARTS: tl.constexpr, FORM: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, Tq, BLOCK_D] float32, zeroed, takes the gradient of the queries times -1 / scale, in tiles of BLOCK_M
     queries as turns.fragments keeps them (the last one whole too; transposed unless SPREAD) but for packed documents.
@@ -63,7 +70,7 @@ def attention_backward(
     psi_first + 1] take the gradients of a table and of psi over implicit distances, DRowScale [B, Tq] those of the
     queries' row scales. TableBands and PsiBands are diagonals.py's memory, RowParts is profile_gradient.py's. Ticket
     [1] and Progress [B, Hkv, blocks] are int32 and zeroed."""
-    EXPLICIT: tl.constexpr = QPositions is not None
+    PRECISION: tl.constexpr = FORM.precision
     PACKED: tl.constexpr = CuQ is not None
     # Logit gradients are rounded to 16 bits for the products anyway. In bfloat16, which has float32's range, they are
     # made in it: half the instructions, and the weights hold half the registers until then. A profile's sums weigh them
@@ -71,7 +78,7 @@ def attention_backward(
     WEIGHTS_BF16: tl.constexpr = Q.dtype.element_ty == tl.bfloat16 and threshold is None and softcap is None
     IN_BF16: tl.constexpr = WEIGHTS_BF16 and DRowScale is None
     # A slope's gradient, the sum of ds times distance, is linear in the query: then tensor cores take its moments.
-    MOMENTS: tl.constexpr = DSlope is not None and LINEAR and softcap is None and Q.dtype.element_ty != tl.float32
+    MOMENTS: tl.constexpr = DSlope is not None and FORM.linear and softcap is None and Q.dtype.element_ty != tl.float32
     # Whether the logits too are spread over both axes. Sums by distance and by query need 16 keys of a warp's own.
     APART: tl.constexpr = SPREAD and DTable is None and DPsi is None and DRowScale is None
     START_AT_DELTA: tl.constexpr = threshold is None and not APART
@@ -105,14 +112,21 @@ def attention_backward(
     b64 = b.to(tl.int64)
     kv64 = kv.to(tl.int64)
     shift = k_len - q_len
-    offset = mask_offset(q_len, k_len, TOP_LEFT)
+    offset = mask_offset(q_len, k_len, FORM.top_left)
+    o = Operands(
+        Slope, stride_slope_b, Table, stride_table_h, table_first, table_last,
+        Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
+        Knots, num_knots, SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
+    )  # fmt: skip
+    mask = Mask(k_len, offset, left, right, Boolean, stride_bb, stride_bh, stride_bi, stride_bj)
+    dropout = Dropout(threshold, keep_scale, seed_lo, seed_hi)
     last = tl.minimum(j0 + BLOCK_N, k_len) - 1
     # The next block of keys sees the queries from next_lo on. The last block waits for nobody.
     next_lo = tl.cdiv(q_len, BLOCK_M) * BLOCK_M
     awaited = progress
     if j0 + BLOCK_N < k_len:
         awaited = progress + 1
-        next_lo = tl.maximum(j0 + BLOCK_N - offset - right, 0) // BLOCK_M * BLOCK_M if HAS_RIGHT else 0
+        next_lo = tl.maximum(j0 + BLOCK_N - offset - right, 0) // BLOCK_M * BLOCK_M if FORM.has_right else 0
     done = 0
 
     own = tl.arange(0, BLOCK_N) < k_len - j0
@@ -125,14 +139,16 @@ def attention_backward(
     v = -load_rows(V + b64 * stride_vb + kv64 * stride_vh + col0 * stride_vn, cols, stride_vn, DV, BLOCK_DV)
     pj = j_in
     q_positions = None
-    if EXPLICIT:
+    if FORM.explicit:
         pj = tl.load(KPositions + b64 * stride_kpos + col0 + cols)[:, None]
         q_positions = QPositions + b64 * stride_qpos + q_start
-    factor = LOG2E if NATURAL else scale * LOG2E
+    factor = LOG2E if FORM.natural else scale * LOG2E
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
-    lo, full_lo, full_hi, hi = query_spans(j0, last, q_len, offset, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    lo, full_lo, full_hi, hi = query_spans(
+        j0, last, q_len, offset, left, right, BLOCK_M, FORM.has_left, FORM.has_right
+    )  # fmt: skip
     if j0 + BLOCK_N > k_len:
         full_hi = full_lo  # keys past the end are masked everywhere: their logits must not reach dq
     for h in range(kv * group, (kv + 1) * group):
@@ -153,11 +169,6 @@ def attention_backward(
             query = tl.arange(0, BLOCK_M)[:, None].to(tl.float32)
             columns = tl.where(tl.arange(0, COLUMNS)[None, :] % 2 == 0, 1.0, query).to(Q.dtype.element_ty)
         slot = (sequence64 * num_heads + h64) * blocks + n  # where this program's sums for this head go
-        sums = DSegments
-        drow_scale = DRowScale
-        row_units = RowUnits
-        if DSegments is not None:
-            sums = DSegments + slot * 2 * (num_knots + 1)
         if DTable is not None:
             dtable = DTable + h64 * stride_table_h
             table_units = -gather(TableUnits, h, NVIDIA)
@@ -170,9 +181,12 @@ def attention_backward(
         line = no_line()
         high = line.segment
         if DRowScale is not None:
-            row_parts = RowParts + tl.cast(program, tl.int64) * (2 * 8 * PARTS * BLOCK_M)
-            row_units = tl.load(RowUnits)
-            drow_scale = DRowScale + b64 * q_tokens + q_start
+            sums = LineSums(
+                DSegments + slot * 2 * (num_knots + 1),
+                DRowScale + b64 * q_tokens + q_start,
+                tl.load(RowUnits),
+                RowParts + tl.cast(program, tl.int64) * (2 * 8 * PARTS * BLOCK_M),
+            )
             of_ds = tl.zeros([PARTS, 8, 4], tl.float32)
             of_dsy = tl.zeros([SPLIT, BLOCK_M], tl.float32)
         told = 0
@@ -191,14 +205,11 @@ def attention_backward(
                 bent = begin
                 of_run = line.segment
                 if at < hi:
-                    straight, bent, of_run = runs(
-                        begin, full_hi, j0, shift, Psi, psi_first, psi_last, PsiBounds,
-                        row_first, row_last, RowBounds, Knots, EXPLICIT, BLOCK_M, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
-                    )  # fmt: skip
+                    straight, bent, of_run = runs(begin, full_hi, j0, shift, o, BLOCK_M, BLOCK_N, FORM, NVIDIA)
             for span in tl.static_range(0, 4):
                 # Span 0 is the border on the side of causal masking, span 1 is straight, span 2 bent; span 3 is the
                 # window's border, and rows past the end.
-                if (span != 0 or HAS_RIGHT) and (span != 2 or Psi is not None):
+                if (span != 0 or FORM.has_right) and (span != 2 or Psi is not None):
                     if span == 0:
                         span_lo, span_hi = at, full_lo
                     elif span == 1:
@@ -206,10 +217,7 @@ def attention_backward(
                         if Psi is not None:
                             if DRowScale is not None:
                                 of_ds, of_dsy = leave_segment(sums, line.segment, of_run, num_knots, of_ds, of_dsy)
-                            line = line_on(
-                                of_run, Knots, SegmentSlope + h * (num_knots + 1),
-                                SegmentIntercept + h * (num_knots + 1), NVIDIA,
-                            )  # fmt: skip
+                            line = line_on(of_run, o, h, NVIDIA)
                     elif span == 2:
                         span_lo, span_hi = straight, bent
                     else:
@@ -226,27 +234,20 @@ def attention_backward(
                             q = load_rows(q_base + row0 * stride_qm, rows, stride_qm, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
                             do = load_rows(do_base + row0 * stride_gm, rows, stride_gm, DV, BLOCK_DV)
                         pi = i_in
-                        if EXPLICIT:
+                        if FORM.explicit:
                             pi = tl.load(q_positions + row0 + rows)[None, :]
+                        t = Place(b, h, q_start, k_start, i0, j0, shift, i, j, i_in, j_in, pi, pj)
                         if DRowScale is not None and span != 1:
                             of_dsy = add_parts(
-                                drow_scale, row_units, row_parts, i0 // BLOCK_M - 1, told, i0 > span_lo, line.slope,
-                                of_dsy, q_len, shift, q_positions, RowScale, row_first, row_last,
-                                PARTS, BLOCK_M, NVIDIA,
+                                sums, i0 // BLOCK_M - 1, told, i0 > span_lo, line.slope, of_dsy, q_len, shift,
+                                q_positions, o, PARTS, BLOCK_M, NVIDIA,
                             )  # fmt: skip
                         row_scale = None
                         if Psi is not None:
-                            position = pi if EXPLICIT else pi + shift
-                            entry = tl.minimum(tl.maximum(position, row_first), row_last) - row_first
-                            row_scale = tl.load(RowScale + entry)
+                            row_scale = tl.load(row_scales(pi, shift, o, FORM.explicit))
                         if Psi is not None and span != 1:
                             segment = line.segment
-                            line, high = next_line(
-                                line, i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last,
-                                PsiBounds, row_first, row_last, RowBounds, Knots,
-                                SegmentSlope + h * (num_knots + 1), SegmentIntercept + h * (num_knots + 1),
-                                CLAMP, EXPLICIT, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
-                            )  # fmt: skip
+                            line, high = next_line(line, t, row_scale, o, BLOCK_N, FORM, NVIDIA)
                         lse2 = tl.load(Lse2 + stat_base + row0 + rows)
                         if span % 3 != 0 and BLOCK_M > 32 and not SPREAD:
                             delta = by_query(Delta + stat_base + row0, 1, i0, BLOCK_M, NVIDIA)
@@ -258,30 +259,19 @@ def attention_backward(
                             lse2 = tl.where(tl.arange(0, BLOCK_M) < q_len - i0, lse2, float("inf"))
                         if Psi is not None:
                             lse2 -= line.intercept * LOG2E
-                        if LINEAR and not SHARES:
+                        if FORM.linear and not SHARES:
                             lse2 += (slope * LOG2E) * tl.arange(0, BLOCK_M).to(tl.float32)
-                        s = start_logits(
-                            i_in, j_in, i0, j0, shift, h, Table, stride_table_h, table_first, table_last,
-                            CLAMP, NATURAL, BLOCK_N, BLOCK_M, NVIDIA,
-                        )  # fmt: skip
+                        s = start_logits(t, o, BLOCK_N, BLOCK_M, FORM, NVIDIA)
                         s = tl.dot(k, tl.trans(q), s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                         s, slack = logits_tile(
-                            s, line, high if span != 1 else None, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift,
-                            offset, i0 + shift, slope, row_scale, b, h, q_start, k_start, scale, softcap,
-                            Table, stride_table_h, table_first, table_last, Psi, psi_first, psi_last,
-                            Knots, num_knots, SegmentSlope, Dense, stride_db, stride_dh, stride_di, stride_dj,
-                            Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right, span % 3 == 0,
-                            HAS_LEFT, HAS_RIGHT, SIGNED, LINEAR, CLAMP, EXPLICIT, NATURAL, NVIDIA,
+                            s, line, high if span != 1 else None, t, o, mask, slope, i0 + shift, row_scale,
+                            scale, softcap, span % 3 == 0, FORM, NVIDIA,
                         )  # fmt: skip
                         p = tl.exp2(s * factor - lse2[None, :])
                         kept = p
                         keep = None
                         if threshold is not None:
-                            keep = keep_tile(
-                                seed_lo, seed_hi, threshold, q_start + i0, k_start + j0, b * num_heads + h,
-                                BLOCK_M, BLOCK_N, not PACKED,
-                            )  # fmt: skip
-                            keep = tl.trans(keep)
+                            keep = tl.trans(keep_tile(dropout, t, num_heads, BLOCK_M, BLOCK_N, not PACKED))
                             kept = tl.where(keep, p * keep_scale, 0.0)
                         kept = kept.to(do.dtype)
                         if not SPREAD:
@@ -305,29 +295,25 @@ def attention_backward(
                                 p, kept, dp, delta, keep, keep_scale, slack, START_AT_DELTA, IN_BF16, NVIDIA
                             )
                         if DSlope is not None and not MOMENTS:
-                            distance = distance_tile(pi, pj, i0, j0, shift, EXPLICIT)
-                            dslope += tl.sum(ds * (distance if SIGNED or LINEAR else tl.abs(distance)), 1)
+                            distance = distance_tile(t, FORM.explicit)
+                            keeps_sign: tl.constexpr = FORM.bias.signed or FORM.linear
+                            dslope += tl.sum(ds * (distance if keeps_sign else tl.abs(distance)), 1)
                         if DTable is not None:
                             of_table = ds_half if TableBands.dtype.element_ty == tl.bfloat16 else -ds
                             table_carried = store_bands(table_bands, i0, of_table, table_carried, WHOLE, NVIDIA)
                         if DRowScale is not None:
                             if span != 1:
                                 of_ds, of_dsy = leave_segment(sums, segment, line.segment, num_knots, of_ds, of_dsy)
-                            psi = by_distance(
-                                Psi, pi, pj, i0, j0, shift, psi_first, psi_last, 1, BLOCK_N, BLOCK_M,
-                                CLAMP, EXPLICIT, NVIDIA,
-                            )  # fmt: skip
-                            store_parts(row_parts, i0 // BLOCK_M, ds, psi, PARTS, WHOLE, NVIDIA)
+                            psi = psi_tile(t, o, 1, BLOCK_N, BLOCK_M, FORM, NVIDIA)
+                            store_parts(sums.Parts, i0 // BLOCK_M, ds, psi, PARTS, WHOLE, NVIDIA)
                             of_ds += by_thread(ds, PARTS)
                         if DPsi is not None or DRowScale is not None:
                             dpsi = psi_gradient(ds, line, row_scale)
                             if span != 1:
                                 if high > line.segment:
                                     dpsi = past_knots(
-                                        ds, dpsi, line, high, sums, drow_scale, row_units, q_len,
-                                        i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last,
-                                        Knots, num_knots, SegmentSlope + h * (num_knots + 1), 1, DRowScale is not None,
-                                        CLAMP, EXPLICIT, NVIDIA,
+                                        ds, dpsi, line, high, sums if DRowScale is not None else None, q_len,
+                                        t, row_scale, o, 1, FORM, NVIDIA,
                                     )  # fmt: skip
                         if DPsi is not None:
                             psi_carried = store_bands(psi_bands, i0, dpsi, psi_carried, WHOLE, NVIDIA)
@@ -351,18 +337,17 @@ def attention_backward(
                         if DTable is not None:
                             add_bands(
                                 dtable, table_units, table_bands, i0, turn, j0, shift,
-                                table_first, table_last, GROUPS, BLOCK_M, CLAMP, NVIDIA,
+                                table_first, table_last, GROUPS, BLOCK_M, FORM.bias.clamp, NVIDIA,
                             )  # fmt: skip
                         if DPsi is not None:
                             add_bands(
                                 DPsi, psi_units, psi_bands, i0, turn, j0, shift,
-                                psi_first, psi_last, GROUPS, BLOCK_M, CLAMP, NVIDIA,
+                                psi_first, psi_last, GROUPS, BLOCK_M, FORM.bias.clamp, NVIDIA,
                             )  # fmt: skip
                         if DRowScale is not None and span == 1:
                             of_dsy = add_parts(
-                                drow_scale, row_units, row_parts, i0 // BLOCK_M - 1, turn, i0 > span_lo, line.slope,
-                                of_dsy, q_len, shift, q_positions, RowScale, row_first, row_last,
-                                PARTS, BLOCK_M, NVIDIA,
+                                sums, i0 // BLOCK_M - 1, turn, i0 > span_lo, line.slope, of_dsy, q_len, shift,
+                                q_positions, o, PARTS, BLOCK_M, NVIDIA,
                             )  # fmt: skip
                         dq_tile = dq_base + row0 * BLOCK_D
                         inside = tl.arange(0, BLOCK_M) < q_len - i0
@@ -402,9 +387,8 @@ def attention_backward(
                         told = publish(progress, done + i0 + BLOCK_M, NVIDIA)
                     if DRowScale is not None:
                         of_dsy = add_parts(
-                            drow_scale, row_units, row_parts, tl.cdiv(span_hi, BLOCK_M) - 1, told, span_hi > span_lo,
-                            line.slope, of_dsy, q_len, shift, q_positions, RowScale, row_first, row_last,
-                            PARTS, BLOCK_M, NVIDIA,
+                            sums, tl.cdiv(span_hi, BLOCK_M) - 1, told, span_hi > span_lo, line.slope, of_dsy, q_len,
+                            shift, q_positions, o, PARTS, BLOCK_M, NVIDIA,
                         )  # fmt: skip
             if Psi is not None:
                 at = tl.where(bent >= full_hi, tl.maximum(hi, full_hi), bent)
@@ -413,12 +397,12 @@ def attention_backward(
             if DTable is not None:
                 finish_bands(
                     dtable, table_units, table_bands, end, table_carried, progress, done + end, j0, shift,
-                    table_first, table_last, GROUPS, BLOCK_M, WHOLE, CLAMP, NVIDIA,
+                    table_first, table_last, GROUPS, BLOCK_M, WHOLE, FORM.bias.clamp, NVIDIA,
                 )  # fmt: skip
             if DPsi is not None:
                 finish_bands(
                     DPsi, psi_units, psi_bands, end, psi_carried, progress, done + end, j0, shift,
-                    psi_first, psi_last, GROUPS, BLOCK_M, WHOLE, CLAMP, NVIDIA,
+                    psi_first, psi_last, GROUPS, BLOCK_M, WHOLE, FORM.bias.clamp, NVIDIA,
                 )  # fmt: skip
         if DRowScale is not None:
             of_ds, of_dsy = leave_segment(sums, line.segment, -1, num_knots, of_ds, of_dsy)

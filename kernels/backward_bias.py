@@ -9,9 +9,10 @@ lost, since sums of integers do not depend on their order.
 import triton
 import triton.language as tl
 
-from .dropout import RANDOM_BITS
-from .logit_gradient import logit_gradient
-from .masks import mask_offset, sequence
+from .bias import Operands
+from .dropout import RANDOM_BITS, Dropout
+from .logit_gradient import Tensors, logit_gradient, place_tile
+from .masks import Mask, mask_offset, sequence
 from .profile_gradient import past_knots, psi_gradient
 
 
@@ -31,17 +32,23 @@ def gradient_by_tile(
     KLengths, CuQ, CuK, left, right, threshold, keep_scale, seed_lo, seed_hi,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
-    SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
-    KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, NVIDIA: tl.constexpr,
-    OVER_QUERIES: tl.constexpr,
+    OVER_QUERIES: tl.constexpr, FORM: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """DDense [1 or B, 1 or H, Tq, Tk] float32: the sum over the batches and heads that share an element (batches_each
     and heads_each of them). It comes zeroed where documents are packed, and one program has one document.
 
     In int64 and zeroed, and times units that are powers of 2: DSums [1 or B, 1 or H, Tk], the sum over queries too if
     OVER_QUERIES, else [.., Tq], over keys; DTable [H, L] and DPsi [L], explicit positions' gradients. Units are [1]."""
-    EXPLICIT: tl.constexpr = QPositions is not None
+    x = Tensors(
+        Q, K, V, GradOut, Lse2, Delta, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+        stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm,
+    )  # fmt: skip
+    o = Operands(
+        Slope, stride_slope_b, Table, stride_table_h, table_first, table_last,
+        Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
+        Knots, num_knots, SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
+    )  # fmt: skip
+    dropout = Dropout(threshold, keep_scale, seed_lo, seed_hi)
     blocks_m = tl.cdiv(q_max, BLOCK_M)
     blocks_n = tl.cdiv(k_max, BLOCK_N)
     pid = tl.program_id(0)
@@ -56,47 +63,32 @@ def gradient_by_tile(
         h = head + n % heads_each
         q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, index, q_tokens, k_tokens)
         b = index if CuQ is None else index * 0
-        shift = k_len - q_len
-        offset = mask_offset(q_len, k_len, TOP_LEFT)
+        offset = mask_offset(q_len, k_len, FORM.top_left)
         seen = (i0 < q_len) & (j0 < k_len)
-        if HAS_RIGHT:
+        if FORM.has_right:
             seen = seen & (j0 <= i0 + (BLOCK_M - 1) + offset + right)
-        if HAS_LEFT:
+        if FORM.has_left:
             seen = seen & (j0 + (BLOCK_N - 1) >= i0 + offset - left)
         if seen:
-            ds, pi, pj, row_scale, line, high = logit_gradient(
-                b, h, i0, j0, q_start, k_start, q_len, k_len, Q, K, V, GradOut, Lse2, Delta,
-                stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-                stride_gb, stride_gh, stride_gm,
-                scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
-                Slope, stride_slope_b, Table, stride_table_h, table_first, table_last,
-                Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
-                Knots, num_knots, SegmentSlope, SegmentIntercept,
-                Dense, stride_db, stride_dh, stride_di, stride_dj,
-                QPositions, stride_qpos, KPositions, stride_kpos,
-                Boolean, stride_bb, stride_bh, stride_bi, stride_bj,
-                KLengths, CuQ, CuK, left, right, threshold, keep_scale, seed_lo, seed_hi,
-                EXPLICIT, True,
-                D, BLOCK_D, DV, BLOCK_DV,
-                BLOCK_M, BLOCK_N,
-                HAS_LEFT, HAS_RIGHT, TOP_LEFT,
-                SIGNED, LINEAR, CLAMP, NATURAL,
-                KNOTS, BOUNDS_BLOCK, PRECISION, NVIDIA,
+            t = place_tile(
+                b, h, i0, j0, q_start, k_start, q_len, k_len, QPositions, stride_qpos, KPositions, stride_kpos,
+                BLOCK_M, BLOCK_N, FORM,
+            )  # fmt: skip
+            mask = Mask(k_len, offset, left, right, Boolean, stride_bb, stride_bh, stride_bi, stride_bj)
+            ds, row_scale, line, high = logit_gradient(
+                x, t, o, mask, dropout, q_len, scale, softcap, num_heads, group, q_tokens,
+                D, BLOCK_D, DV, BLOCK_DV, FORM, NVIDIA,
             )  # fmt: skip
             acc += ds
             if DTable is not None:
                 units = (ds * tl.load(TableUnits)).to(tl.int64)
-                entry = tl.minimum(tl.maximum(pi - pj, table_first), table_last) - table_first
+                entry = tl.minimum(tl.maximum(t.pi - t.pj, table_first), table_last) - table_first
                 tl.atomic_add(DTable + h.to(tl.int64) * stride_table_h + entry, units, sem="relaxed")
             if DPsi is not None:
                 dpsi = psi_gradient(ds, line, row_scale)
                 if high > line.segment:
-                    dpsi = past_knots(
-                        ds, dpsi, line, high, None, None, None, q_len, i0, j0, pi, pj, shift, row_scale,
-                        Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope + h * (num_knots + 1), 0, False,
-                        CLAMP, EXPLICIT, NVIDIA,
-                    )  # fmt: skip
-                entry = tl.minimum(tl.maximum(pi - pj, psi_first), psi_last) - psi_first
+                    dpsi = past_knots(ds, dpsi, line, high, None, q_len, t, row_scale, o, 0, FORM, NVIDIA)
+                entry = tl.minimum(tl.maximum(t.pi - t.pj, psi_first), psi_last) - psi_first
                 units = (dpsi * tl.load(PsiUnits)).to(tl.int64)
                 tl.atomic_add(DPsi + entry, units, sem="relaxed")
     b_out = first if CuQ is None else first * 0

@@ -4,11 +4,24 @@ Element (b, h, i, j) is kept where lane j & 3 of the counter (j >> 2, i, b * Hq 
 every backend, tile shape and pass draws the same mask. i and j index the tensors' token axes.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from .bias import Place
+
 # Kernel arguments whose values say nothing about the code: a new seed must not compile a new kernel.
 RANDOM_BITS = ("threshold", "seed_lo", "seed_hi")
+
+
+class Dropout(NamedTuple):
+    """A call's dropout, as a kernel's arguments; None throughout where there is none."""
+
+    threshold: Any
+    keep_scale: Any
+    seed_lo: Any
+    seed_hi: Any
 
 
 @triton.jit
@@ -18,22 +31,23 @@ def _words(seed_lo, seed_hi, group, i, bh):
 
 
 @triton.jit
-def keep_tile(
-    seed_lo, seed_hi, threshold, i0, j0, bh, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """True where kept, [BLOCK_M, BLOCK_N], for queries i0 .. and keys j0 .. . ALIGNED says that j0 % 4 == 0: then a
-    counter is computed once and its four words interleaved; else each element computes its own and picks a word."""
+def keep_tile(d: Dropout, t: Place, num_heads, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """True where kept, [BLOCK_M, BLOCK_N]. ALIGNED says that the first key's token is a multiple of 4: then a counter
+    is computed once and its four words interleaved; else each element computes its own and picks a word."""
+    i0 = t.q_start + t.i0
+    j0 = t.k_start + t.j0
+    bh = t.b * num_heads + t.h
     i = (i0 + tl.arange(0, BLOCK_M))[:, None]
-    least = threshold.to(tl.uint32, bitcast=True)
+    least = d.threshold.to(tl.uint32, bitcast=True)
     if ALIGNED:
         group = (j0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
-        w0, w1, w2, w3 = _words(seed_lo, seed_hi, group, i, bh)
+        w0, w1, w2, w3 = _words(d.seed_lo, d.seed_hi, group, i, bh)
         # [BLOCK_M, BLOCK_N / 4, 2 (high bit of the lane), 2 (low bit)]
         words = tl.join(tl.join(w0 >= least, w2 >= least), tl.join(w1 >= least, w3 >= least))
         return words.reshape(BLOCK_M, BLOCK_N)
     else:
         j = (j0 + tl.arange(0, BLOCK_N))[None, :]
-        w0, w1, w2, w3 = _words(seed_lo, seed_hi, j >> 2, i, bh)
+        w0, w1, w2, w3 = _words(d.seed_lo, d.seed_hi, j >> 2, i, bh)
         low = tl.where(j % 2 == 0, w0, w1)
         high = tl.where(j % 2 == 0, w2, w3)
         return tl.where(j % 4 < 2, low, high) >= least

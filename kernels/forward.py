@@ -2,15 +2,16 @@
 
 One program owns BLOCK_M queries of one head and walks its keys in three spans (masks.py). With SPLITS > 1 it walks
 its share of them and leaves a partial output for combine.py. Logits are kept in natural units where anything is added
-to them; else the scale is folded into the exponent (NATURAL false), which saves a multiply an element.
+to them; else the scale is folded into the exponent (natural false), which saves a multiply an element.
 """
 
 import triton
 import triton.language as tl
 
-from .dropout import RANDOM_BITS, keep_tile
-from .masks import key_spans, mask_offset, sequence
-from .profile import next_line, no_line
+from .bias import Operands, Place
+from .dropout import RANDOM_BITS, Dropout, keep_tile
+from .masks import Mask, key_spans, mask_offset, sequence
+from .profile import next_line, no_line, row_scales
 from .rotary import load_turned
 from .scores import LN2, LOG2E, LOWEST, load_rows, logits_tile, start_logits
 from .turns import hidden
@@ -32,12 +33,9 @@ def attention_forward(
     KLengths, CuQ, CuK, left, right, threshold, keep_scale, seed_lo, seed_hi,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr,
-    SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, NATURAL: tl.constexpr,
-    KNOTS: tl.constexpr, BOUNDS_BLOCK: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
-    NVIDIA: tl.constexpr,
+    SPLITS: tl.constexpr, FORM: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    EXPLICIT: tl.constexpr = QPositions is not None
+    PRECISION: tl.constexpr = FORM.precision
     PACKED: tl.constexpr = CuQ is not None
     blocks = tl.cdiv(q_max, BLOCK_M)
     pid = tl.program_id(0)
@@ -54,7 +52,14 @@ def attention_forward(
     h64 = h.to(tl.int64)
     kv64 = (h // group).to(tl.int64)
     shift = k_len - q_len
-    offset = mask_offset(q_len, k_len, TOP_LEFT)
+    offset = mask_offset(q_len, k_len, FORM.top_left)
+    o = Operands(
+        Slope, stride_slope_b, Table, stride_table_h, table_first, table_last,
+        Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
+        Knots, num_knots, SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
+    )  # fmt: skip
+    mask = Mask(k_len, offset, left, right, Boolean, stride_bb, stride_bh, stride_bi, stride_bj)
+    dropout = Dropout(threshold, keep_scale, seed_lo, seed_hi)
     last = tl.minimum(i0 + BLOCK_M, q_len) - 1
 
     rows = tl.minimum(tl.arange(0, BLOCK_M), q_len - 1 - i0)  # past the end: the last row again, never stored
@@ -78,28 +83,27 @@ def attention_forward(
     if Slope is not None:
         slope = tl.load(Slope + b * stride_slope_b + h)
     pi = i_in
-    if EXPLICIT:
+    if FORM.explicit:
         pi = tl.load(QPositions + b64 * stride_qpos + row0 + rows)[:, None]
     row_scale = None
     if Psi is not None:
-        position = pi if EXPLICIT else pi + shift
-        row_scale = tl.load(RowScale + (tl.minimum(tl.maximum(position, row_first), row_last) - row_first))
+        row_scale = tl.load(row_scales(pi, shift, o, FORM.explicit))
 
     line = no_line()
     high = line.segment
     m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    factor = LOG2E if NATURAL else scale * LOG2E
+    factor = LOG2E if FORM.natural else scale * LOG2E
 
-    lo, full_lo, full_hi, hi = key_spans(i0, last, k_len, offset, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    lo, full_lo, full_hi, hi = key_spans(i0, last, k_len, offset, left, right, BLOCK_N, FORM.has_left, FORM.has_right)
     share_lo = 0
     share_hi = k_len
     if SPLITS > 1:
         share_lo = tl.program_id(1) * split_tiles * BLOCK_N
         share_hi = tl.minimum(share_lo + split_tiles * BLOCK_N, k_len)
     for span in tl.static_range(0, 3):
-        if span != 0 or HAS_LEFT:
+        if span != 0 or FORM.has_left:
             if span == 0:
                 span_lo, span_hi = lo, full_lo
             elif span == 1:
@@ -127,32 +131,20 @@ def attention_forward(
                 else:
                     k = load_rows(k_tile, cols, stride_kn, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
                 pj = j_in
-                if EXPLICIT:
+                if FORM.explicit:
                     pj = tl.load(KPositions + b64 * stride_kpos + k_start + col0 + cols)[None, :]
+                t = Place(b, h, q_start, k_start, i0, j0, shift, i, j, i_in, j_in, pi, pj)
                 if Psi is not None:
-                    line, high = next_line(
-                        line, i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last,
-                        PsiBounds, row_first, row_last, RowBounds, Knots,
-                        SegmentSlope + h * (num_knots + 1), SegmentIntercept + h * (num_knots + 1),
-                        CLAMP, EXPLICIT, BLOCK_N, BOUNDS_BLOCK, KNOTS, NVIDIA,
-                    )  # fmt: skip
-                s = start_logits(
-                    i_in, j_in, i0, j0, shift, h, Table, stride_table_h, table_first, table_last,
-                    CLAMP, NATURAL, BLOCK_M, BLOCK_N, NVIDIA,
-                )  # fmt: skip
+                    line, high = next_line(line, t, row_scale, o, BLOCK_N, FORM, NVIDIA)
+                s = start_logits(t, o, BLOCK_M, BLOCK_N, FORM, NVIDIA)
                 s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
                 s, _ = logits_tile(
-                    s, line, high, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, j0, slope, row_scale,
-                    b, h, q_start, k_start, scale, softcap, Table, stride_table_h, table_first, table_last,
-                    Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope,
-                    Dense, stride_db, stride_dh, stride_di, stride_dj,
-                    Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right, span != 1,
-                    HAS_LEFT, HAS_RIGHT, SIGNED, LINEAR, CLAMP, EXPLICIT, NATURAL, NVIDIA,
-                )  # fmt: skip
+                    s, line, high, t, o, mask, slope, j0, row_scale, scale, softcap, span != 1, FORM, NVIDIA
+                )
                 # What a tile's logits share is added to what is one number a row: the intercept of a profile's line,
                 # and a slope's bias of the tile's first key.
                 level = 0.0
-                if LINEAR:
+                if FORM.linear:
                     level = slope * LOG2E * (j0 - i0 - shift).to(tl.float32)
                 if Psi is not None:
                     level += line.intercept * LOG2E
@@ -162,16 +154,13 @@ def attention_forward(
                 l_i = l_i * alpha + tl.sum(p, 1)
                 acc = acc * alpha[:, None]
                 if threshold is not None:
-                    keep = keep_tile(
-                        seed_lo, seed_hi, threshold, q_start + i0, k_start + j0, b * num_heads + h,
-                        BLOCK_M, BLOCK_N, not PACKED,
-                    )  # fmt: skip
+                    keep = keep_tile(dropout, t, num_heads, BLOCK_M, BLOCK_N, not PACKED)
                     p = tl.where(keep, p, 0.0)
                 v = load_rows(v_base + col0 * stride_vn, cols, stride_vn, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
                 m_i = m_new
 
-    if LINEAR:
+    if FORM.linear:
         # The part of the bias that is constant along a row, left out above.
         m_i = tl.where(l_i > 0.0, m_i - slope * tl.arange(0, BLOCK_M).to(tl.float32) * LOG2E, m_i)
     if Sinks is not None:

@@ -6,8 +6,24 @@ Only the border tiles of a block's range need the element mask, so a kernel walk
 border.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Mask(NamedTuple):
+    """What hides keys of a sequence, as a kernel's arguments: the window around i + offset, and Boolean or None."""
+
+    k_len: Any
+    offset: Any
+    left: Any
+    right: Any
+    Boolean: Any
+    stride_bb: Any
+    stride_bh: Any
+    stride_bi: Any
+    stride_bj: Any
 
 
 @triton.jit

@@ -8,9 +8,10 @@ not matter.
 import triton
 import triton.language as tl
 
+from .bias import Operands
 from .dropout import RANDOM_BITS
 from .mix import load_weights
-from .mix_bias import Operands, open_sequence, open_tile
+from .mix_bias import open_sequence, open_tile
 from .mix_scores import Mix, head_groups, input_gradient, mlp_gradient
 from .mix_step import open_tensors, score_gradients
 from .mix_sums import psi_gradient

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
+from .bias import Operands
 from .dropout import RANDOM_BITS
 from .masks import query_spans
 from .mix import load_weights
-from .mix_bias import Operands, head_offsets, open_sequence, open_tile, queries_exist
+from .mix_bias import head_offsets, open_sequence, open_tile, queries_exist
 from .mix_scores import Mix, head_groups, input_gradient, mlp_gradient
 from .mix_step import open_tensors, score_gradients
 from .mix_tiles import column_of, summed

@@ -7,10 +7,11 @@ slot of its own, which the host adds up: O(N) memory, no atomic between programs
 import triton
 import triton.language as tl
 
+from .bias import Operands
 from .dropout import RANDOM_BITS
 from .masks import key_spans
 from .mix import leaky, load_weights, operand_order
-from .mix_bias import Operands, head_offsets, keys_exist, open_sequence, open_tile
+from .mix_bias import head_offsets, keys_exist, open_sequence, open_tile
 from .mix_scores import Mix, head_groups, input_gradient, mlp_gradient
 from .mix_step import open_tensors, score_gradients
 from .mix_sums import add_outer, profile_sums, slope_sums

@@ -5,38 +5,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .bias import gather, lookup, slope_tile
+from .bias import Operands, gather, joined, lookup, slope_tile
 from .masks import mask_offset, sequence
 from .mix_tiles import half_of
-from .profile import segments
-
-
-class Operands(NamedTuple):
-    """A Bias as a kernel's arguments; absent operands are None."""
-
-    Slope: Any
-    stride_slope_b: Any
-    Table: Any
-    stride_table_h: Any
-    table_first: Any
-    table_last: Any
-    Psi: Any
-    psi_first: Any
-    psi_last: Any
-    PsiBounds: Any
-    RowScale: Any
-    row_first: Any
-    row_last: Any
-    RowBounds: Any
-    Knots: Any
-    num_knots: Any
-    SegmentSlope: Any
-    SegmentIntercept: Any
-    Dense: Any
-    stride_db: Any
-    stride_dh: Any
-    stride_di: Any
-    stride_dj: Any
+from .profile import row_scales, segments
 
 
 class Sequence(NamedTuple):
@@ -170,35 +142,13 @@ def key_offsets(heads, stride_h, t: Tile, STEP: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def _row_scales(t: Tile, o: Operands, EXPLICIT: tl.constexpr):
-    """A profile's row scale, shaped like t.pi."""
-    position = t.pi if EXPLICIT else t.pi + t.shift
-    return tl.load(o.RowScale + (tl.minimum(tl.maximum(position, o.row_first), o.row_last) - o.row_first))
-
-
-@triton.jit
 def profile_tile(t: Tile, o: Operands, B: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr):
     """(psi, row scale, lowest and highest segment) of a profile on the tile."""
     BLOCK_N: tl.constexpr = t.cols.shape[0]
-    row_scale = _row_scales(t, o, F.explicit)
-    low, high = segments(
-        t.i0, t.j0, t.pi, t.pj, t.shift, row_scale, o.Psi, o.psi_first, o.psi_last, o.PsiBounds,
-        o.row_first, o.row_last, o.RowBounds, o.Knots,
-        B.clamp, F.explicit, BLOCK_N, F.bounds_block, B.knots, NVIDIA,
-    )  # fmt: skip
-    psi = lookup(
-        o.Psi, t.pi, t.pj, t.i0, t.j0, t.shift, o.psi_first, o.psi_last, 0, B.clamp, F.explicit, NVIDIA
-    )  # fmt: skip
+    row_scale = tl.load(row_scales(t.pi, t.shift, o, F.explicit))
+    low, high = segments(t, row_scale, o, BLOCK_N, B, F, NVIDIA)
+    psi = lookup(o.Psi, o.psi_first, o.psi_last, t, 0, B.clamp, F.explicit, NVIDIA)
     return psi, row_scale, low, high
-
-
-@triton.jit
-def _joined(parts, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """bias._joined: parts along new last axes of 2, which count them together."""
-    if COUNT == 1:
-        return parts[FIRST]
-    else:
-        return tl.join(_joined(parts, FIRST, 2 * STEP, COUNT // 2), _joined(parts, FIRST + STEP, 2 * STEP, COUNT // 2))
 
 
 @triton.jit
@@ -214,7 +164,7 @@ def _by_distance(corner, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NVIDIA: t
         here = gather(corner + (d - 8 * k), 0, NVIDIA)
         pairs += (tl.join(here, before),)
         before = here
-    tile = tl.reshape(_joined(pairs, 0, 1, BLOCKS), [corner.shape[0], BLOCK_M // 16, 8, 8, 2, BLOCKS])
+    tile = tl.reshape(joined(pairs, 0, 1, BLOCKS), [corner.shape[0], BLOCK_M // 16, 8, 8, 2, BLOCKS])
     return tl.reshape(tl.permute(tile, (0, 1, 4, 2, 5, 3)), [corner.shape[0], BLOCK_M, BLOCK_N])
 
 
@@ -225,13 +175,11 @@ def heads_bias(t: Tile, heads, o: Operands, B: tl.constexpr, F: tl.constexpr, NV
     bias = None
     if o.Slope is not None:
         slope = tl.load(o.Slope + t.b * o.stride_slope_b + h)
-        bias = slope_tile(slope, t.pi, t.pj, t.i0, t.j0, t.shift, t.i0 + t.shift, False, B.signed, F.explicit)
+        bias = slope_tile(slope, t, t.i0 + t.shift, False, B.signed, F.explicit)
     if o.Table is not None:
         table = o.Table + h * o.stride_table_h
         if B.clamp or F.explicit or not NVIDIA:
-            found = lookup(
-                table, t.pi, t.pj, t.i0, t.j0, t.shift, o.table_first, o.table_last, 0, B.clamp, F.explicit, NVIDIA
-            )
+            found = lookup(table, o.table_first, o.table_last, t, 0, B.clamp, F.explicit, NVIDIA)
         else:
             corner = table + (t.i0 - t.j0 + t.shift - o.table_first).to(tl.int64) - t.first
             found = _by_distance(corner[:, :, :, None], t.rows.shape[0], t.j.shape[2], NVIDIA)

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class BiasForm:
-    """An additive bias: signed slopes, lookups that may fall outside, and the padded number of a profile's knots."""
-
-    signed: bool
-    clamp: bool
-    knots: int
+from .form import BiasForm
 
 
 @dataclass(frozen=True)
-class Form:
+class MixForm:
     """dim and value_dim with their padded sizes; steps from token to token of q, k, v and dO; groups of heads (each
     `group` wide, one head a warp), all heads padded, hidden units padded; of forward, whether the queries stay in
     registers (and take the scale there), in how many parts the positions go through the MLP, and whether each of the

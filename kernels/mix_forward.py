@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
+from .bias import Operands
 from .dropout import RANDOM_BITS
 from .masks import key_spans
 from .mix import load_weights
-from .mix_bias import Operands, group_tile, head_offsets, key_offsets, keys_exist, open_sequence, open_tile
+from .mix_bias import group_tile, head_offsets, key_offsets, keys_exist, open_sequence, open_tile
 from .mix_scores import Mix, head_groups, keep_heads, mixed_logits
 from .mix_tiles import column_of, contracted, summed
 from .scores import LN2, LOG2E, LOWEST

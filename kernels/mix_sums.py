@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .mix_bias import Operands, Tile, profile_tile
+from .bias import Operands
+from .mix_bias import Tile, profile_tile
 
 
 @triton.jit

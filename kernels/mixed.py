@@ -12,7 +12,8 @@ from posattn.plan import Call, HeadMix
 
 from .attention import turned
 from .configs_mix import chunks, forward_tile, halves, keeps_queries, scales_queries
-from .mix_form import BiasForm, Form
+from .form import BiasForm
+from .mix_form import MixForm
 from .mix_forward import mixed_forward
 from .operands import (
     Arguments,
@@ -95,7 +96,7 @@ def mix_arguments(call: Call, mix: HeadMix, tile: Tile, inputs: Mapping[str, Any
     def form_of(bias: Mapping[str, Any]) -> BiasForm:
         return BiasForm(bias["SIGNED"], bias["CLAMP"], bias["KNOTS"])
 
-    form = Form(
+    form = MixForm(
         dim=constants["D"],
         block_dim=constants["BLOCK_D"],
         value_dim=constants["DV"],

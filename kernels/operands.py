@@ -17,6 +17,8 @@ from torch import Tensor
 from posattn.backends.strides import steps
 from posattn.plan import Bias, Call, Profile
 
+from .form import BiasForm, Form
+
 Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, int, int | None], None]
 
 
@@ -286,10 +288,22 @@ def common_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
         "k_max": k_max(call),
         "Sinks": call.sinks,
     }
+    precision = "tf32" if tf32 or q.dtype != torch.float32 else "ieee"
+    constants = {**mask.constants, **bias.constants, "PRECISION": precision}
+    form = Form(
+        bias=BiasForm(constants["SIGNED"], constants["CLAMP"], constants["KNOTS"]),
+        linear=constants["LINEAR"],
+        natural=natural,
+        explicit=call.q_positions is not None,
+        has_left=constants["HAS_LEFT"],
+        has_right=constants["HAS_RIGHT"],
+        top_left=constants["TOP_LEFT"],
+        bounds_block=constants["BOUNDS_BLOCK"],
+        precision=precision,
+    )
     constants = {
-        **mask.constants,
-        **bias.constants,
-        "NATURAL": natural,
+        **constants,
+        "FORM": form,
         "D": q.shape[3],
         "BLOCK_D": padded(q.shape[3]),
         "DV": v.shape[3],
@@ -299,6 +313,5 @@ def common_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
         "HALF": 0 if call.plan.rotary is None else call.plan.rotary.q_cos.shape[-1],
         "INTERLEAVED": call.plan.rotary is not None and call.plan.rotary.interleaved,
         "NVIDIA": torch.version.hip is None,
-        "PRECISION": "tf32" if tf32 or q.dtype != torch.float32 else "ieee",
     }
     return Arguments(values, constants)

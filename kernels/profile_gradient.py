@@ -6,15 +6,27 @@ segment. Those of ds * psi by query are added within a thread, go to memory of t
 next step as rows of one thread: no shuffle. They are the row scale's gradient and, times it, that of the slope.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .bias import by_distance, gather
-from .profile import Line
+from .bias import Operands, Place, gather
+from .profile import Line, psi_tile, slopes_of
 from .turns import by_query, load_shared, opaque, store_shared
 
 # Rows of a query's parts that are not added in registers: with as many threads as parts and queries no thread idles.
 SPLIT: tl.constexpr = tl.constexpr(4)
+
+
+class LineSums(NamedTuple):
+    """Where a program's sums over lines go, for one head: Segments [2, W + 1], which no other program adds to; those by
+    query, DRowScale, int64 in `units`, from the sequence's first query on; and Parts, memory of the program's own."""
+
+    Segments: Any
+    DRowScale: Any
+    units: Any
+    Parts: Any
 
 
 def parts_size(keys: int, queries: int, warps: int) -> int:
@@ -50,36 +62,35 @@ def store_parts(Parts, step, ds, psi, PARTS: tl.constexpr, WHOLE: tl.constexpr, 
 
 @triton.jit
 def add_parts(
-    DRowScale, units, Parts, step, turn, stored, slope, moment, q_len, shift, QPositions,
-    RowScale, row_first, row_last, PARTS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr,
+    sums: LineSums, step, turn, stored, slope, moment, q_len, shift, QPositions, o: Operands,
+    PARTS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """Adds what step `step` stored, if it was `stored`, to DRowScale, int64 in `units`, and returns `moment` [SPLIT,
-    QUERIES] with its products with the row scale added.
+    """Adds what step `step` stored, if it was `stored`, to DRowScale, and returns `moment` [SPLIT, QUERIES] with its
+    products with the row scale added.
 
-    `slope` is that of the step's line. DRowScale and QPositions (None: implicit) are the sequence's first query's."""
+    `slope` is that of the step's line. QPositions (None: implicit) are those of the sequence's first query on."""
     query = step * QUERIES + tl.arange(0, QUERIES)[None, :]
     inside = (query >= 0) & (query < q_len)
     if QPositions is not None:
         position = tl.load(QPositions + query, mask=inside, other=0)
     else:
         position = query + shift
-    entry = tl.minimum(tl.maximum(position, row_first), row_last) - row_first
+    entry = tl.minimum(tl.maximum(position, o.row_first), o.row_last) - o.row_first
     own = QUERIES * tl.arange(0, SPLIT)[:, None] + tl.arange(0, QUERIES)[None, :]
-    at = opaque(_slot(Parts, step, PARTS, QUERIES) + own, turn, NVIDIA)
+    at = opaque(_slot(sums.Parts, step, PARTS, QUERIES) + own, turn, NVIDIA)
     rows = (SPLIT * QUERIES) * tl.arange(0, 8 * PARTS // SPLIT)[:, None, None]
     rows = load_shared(at[None, :, :] + rows, turn, NVIDIA)
-    sums = tl.where(stored, tl.sum(rows, 0), 0.0)  # [SPLIT, QUERIES]
-    gradient = (sums * (slope * units)).to(tl.int64)
-    tl.atomic_add(tl.broadcast_to(DRowScale + query, own.shape), gradient, inside, sem="relaxed")
-    return moment + sums * gather(RowScale + entry, turn, NVIDIA)
+    found = tl.where(stored, tl.sum(rows, 0), 0.0)  # [SPLIT, QUERIES]
+    gradient = (found * (slope * sums.units)).to(tl.int64)
+    tl.atomic_add(tl.broadcast_to(sums.DRowScale + query, own.shape), gradient, inside, sem="relaxed")
+    return moment + found * gather(o.RowScale + entry, turn, NVIDIA)
 
 
 @triton.jit
-def write_sums(sums, segment, num_knots, of_ds, of_dsy):
-    """Adds two numbers to the sums of a segment in `sums` [2, num_knots + 1], which no other program adds to: so the
-    additions come in the program's own order."""
-    tl.atomic_add(sums + segment, of_ds, sem="relaxed")
-    tl.atomic_add(sums + num_knots + 1 + segment, of_dsy, sem="relaxed")
+def _write(sums: LineSums, segment, num_knots, of_ds, of_dsy):
+    """Adds two numbers to a segment's sums, in the program's own order."""
+    tl.atomic_add(sums.Segments + segment, of_ds, sem="relaxed")
+    tl.atomic_add(sums.Segments + num_knots + 1 + segment, of_dsy, sem="relaxed")
 
 
 @triton.jit
@@ -92,10 +103,10 @@ def by_thread(tile, PARTS: tl.constexpr):
 
 
 @triton.jit
-def leave_segment(sums, segment, following, num_knots, of_ds, of_dsy):
+def leave_segment(sums: LineSums, segment, following, num_knots, of_ds, of_dsy):
     """Writes out the sums of `segment` if the next tile lies in another, `following`; returns what is left to carry."""
     if segment != following:
-        write_sums(sums, segment, num_knots, tl.sum(of_ds), tl.sum(of_dsy))
+        _write(sums, segment, num_knots, tl.sum(of_ds), tl.sum(of_dsy))
         of_ds = tl.zeros(of_ds.shape, tl.float32)
         of_dsy = tl.zeros(of_dsy.shape, tl.float32)
     return of_ds, of_dsy
@@ -109,30 +120,28 @@ def psi_gradient(ds, line: Line, row_scale):
 
 @triton.jit
 def past_knots(
-    ds, dpsi, line: Line, high, sums, DRowScale, units, q_len, i0, j0, pi, pj, shift, row_scale,
-    Psi, psi_first, psi_last, Knots, num_knots, slopes, QUERIES: tl.constexpr, LINES: tl.constexpr,
-    CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NVIDIA: tl.constexpr,
+    ds, dpsi, line: Line, high, sums, q_len, t: Place, row_scale, o: Operands,
+    QUERIES: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """dpsi of a tile of the segments line.segment .. high; if LINES, moves the sums of ds and ds * y past each knot to
-    their segments, and adds what their other slopes make of the row scale's gradient.
+    """dpsi of a tile of the segments line.segment .. high. Unless `sums` (LineSums) is None, moves the sums of ds and
+    ds * y past each knot to their segments, and adds what their other slopes make of the row scale's gradient.
 
-    QUERIES is the axis of the queries in ds and row_scale; DRowScale is the sequence's first query's."""
+    QUERIES is the axis of the queries in ds and row_scale."""
     scales = tl.sum(row_scale, 1 - QUERIES)  # drops its axis of one
     for m in range(line.segment + 1, high + 1):
-        psi = by_distance(
-            Psi, pi, pj, i0, j0, shift, psi_first, psi_last, m, ds.shape[0], ds.shape[1], CLAMP, EXPLICIT, NVIDIA
-        )
+        psi = psi_tile(t, o, m, ds.shape[0], ds.shape[1], F, NVIDIA)
         y = psi * row_scale
-        on = (y > gather(Knots + m - 1, 0, NVIDIA)) & (y <= gather(Knots + m, 0, NVIDIA))
+        on = (y > gather(o.Knots + m - 1, 0, NVIDIA)) & (y <= gather(o.Knots + m, 0, NVIDIA))
         part = tl.where(on, ds, 0.0)
-        steeper = gather(slopes + m, 0, NVIDIA) - line.slope
+        steeper = gather(slopes_of(o, t.h) + m, 0, NVIDIA) - line.slope
         dpsi += part * (row_scale * steeper)
-        if LINES:
+        if sums is not None:
             by_query = tl.sum(part * psi, 1 - QUERIES)
             of_ds = tl.sum(tl.sum(part, 1 - QUERIES))
             of_dsy = tl.sum(by_query * scales)
-            write_sums(sums, m, num_knots, of_ds, of_dsy)
-            write_sums(sums, line.segment, num_knots, -of_ds, -of_dsy)
-            query = i0 + tl.arange(0, ds.shape[QUERIES])
-            tl.atomic_add(DRowScale + query, (by_query * steeper * units).to(tl.int64), query < q_len, sem="relaxed")
+            _write(sums, m, o.num_knots, of_ds, of_dsy)
+            _write(sums, line.segment, o.num_knots, -of_ds, -of_dsy)
+            query = t.i0 + tl.arange(0, ds.shape[QUERIES])
+            gradient = (by_query * steeper * sums.units).to(tl.int64)
+            tl.atomic_add(sums.DRowScale + query, gradient, query < q_len, sem="relaxed")
     return dpsi

@@ -1,16 +1,16 @@
 """What turns scaled dot products into attention logits on one tile, the same in every kernel.
 
-Index vectors come shaped to broadcast, [BLOCK_M, 1] and [1, BLOCK_N] or transposed, so forward and backward kernels
-share this whatever way round they hold the tile. Rows and keys past the end are clamped to the last one before
-anything is loaded: no operand is read outside, and what such elements hold is masked or never stored.
+Index vectors come shaped to broadcast (bias.Place), so forward and backward kernels share this whatever way round they
+hold the tile. Rows and keys past the end are clamped to the last one before anything is loaded: no operand is read
+outside, and what such elements hold is masked or never stored.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from .bias import by_distance, slope_tile
-from .masks import allowed
+from .bias import Operands, Place, by_distance, slope_tile
+from .masks import Mask, allowed
 from .profile import Line, add_line
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -39,14 +39,20 @@ def rows_ahead(base, i0, q_len, stride, D: tl.constexpr, BLOCK_M: tl.constexpr, 
 
 
 @triton.jit
+def _table_tile(
+    t: Place, o: Operands, ROWS: tl.constexpr, COLUMNS: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr
+):
+    table = o.Table + tl.cast(t.h, tl.int64) * o.stride_table_h
+    return by_distance(table, o.table_first, o.table_last, t, 0, ROWS, COLUMNS, F.bias.clamp, F.explicit, NVIDIA)
+
+
+@triton.jit
 def start_logits(
-    i, j, i0, j0, shift, h, Table, stride_table_h, table_first, table_last,
-    CLAMP: tl.constexpr, NATURAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr,
-):  # fmt: skip
+    t: Place, o: Operands, ROWS: tl.constexpr, COLUMNS: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr
+):
     """What the products of a tile [ROWS, COLUMNS] are added to: zeros, or a table that is in their units already."""
-    if Table is not None and not NATURAL:
-        table = Table + tl.cast(h, tl.int64) * stride_table_h
-        return by_distance(table, i, j, i0, j0, shift, table_first, table_last, 0, ROWS, COLUMNS, CLAMP, False, NVIDIA)
+    if o.Table is not None and not F.natural:
+        return _table_tile(t, o, ROWS, COLUMNS, F, NVIDIA)
     else:
         return tl.zeros([ROWS, COLUMNS], tl.float32)
 
@@ -60,69 +66,47 @@ def cap(x, softcap):
 
 @triton.jit
 def add_bias(
-    s, line: Line, high, unit, i, j, i0, j0, pi, pj, shift, reference, slope, row_scale,
-    Table, stride_table_h, table_first, table_last, Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope,
-    Dense, stride_db, stride_dh, stride_di, stride_dj, b, h, i_first, j_first,
-    SIGNED: tl.constexpr, LINEAR: tl.constexpr, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NVIDIA: tl.constexpr,
+    s, line: Line, high, unit, t: Place, o: Operands, slope, reference, row_scale,
+    F: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """The tile s with every operand that is not None added but for the intercept of the profile's line. What is 1 in
-    the logits is `unit` in s: 1 where there is a table or a dense bias. `high` is the highest segment on the tile.
-
-    slope is head h's; the others are given whole. pi and pj are positions, or i and j themselves if implicit; i_first
-    and j_first are the tensors' rows at which the sequence begins."""
-    b64 = tl.cast(b, tl.int64)
-    h64 = tl.cast(h, tl.int64)
+    """The tile s with every operand that is not None added (a table only if F.natural) but for the intercept of the
+    profile's line. What is 1 in the logits is `unit` in s: 1 where there is a table or a dense bias. `high` is the
+    highest segment on the tile; slope is head h's, counted from `reference` (bias.slope_tile)."""
     if slope is not None:
-        s += slope_tile(slope * unit, pi, pj, i0, j0, shift, reference, LINEAR, SIGNED, EXPLICIT)
-    if Table is not None:
-        table = Table + h64 * stride_table_h
-        s += by_distance(
-            table, pi, pj, i0, j0, shift, table_first, table_last, 0, s.shape[0], s.shape[1], CLAMP, EXPLICIT, NVIDIA
-        )
-    if Psi is not None:
-        s = add_line(
-            s, line, high, unit, i0, j0, pi, pj, shift, row_scale, Psi, psi_first, psi_last,
-            Knots, SegmentSlope + h * (num_knots + 1), CLAMP, EXPLICIT, NVIDIA,
-        )  # fmt: skip
-    if Dense is not None:
-        tile = Dense + b64 * stride_db + h64 * stride_dh
-        tile += (i_first + i0).to(tl.int64) * stride_di + (j_first + j0).to(tl.int64) * stride_dj
-        s += tl.load(tile + (i - i0) * stride_di + (j - j0) * stride_dj).to(tl.float32)
+        s += slope_tile(slope * unit, t, reference, F.linear, F.bias.signed, F.explicit)
+    if o.Table is not None and F.natural:
+        s += _table_tile(t, o, s.shape[0], s.shape[1], F, NVIDIA)
+    if o.Psi is not None:
+        s = add_line(s, line, high, unit, t, row_scale, o, F, NVIDIA)
+    if o.Dense is not None:
+        tile = o.Dense + tl.cast(t.b, tl.int64) * o.stride_db + tl.cast(t.h, tl.int64) * o.stride_dh
+        tile += (t.q_start + t.i0).to(tl.int64) * o.stride_di + (t.k_start + t.j0).to(tl.int64) * o.stride_dj
+        s += tl.load(tile + (t.i_in - t.i0) * o.stride_di + (t.j_in - t.j0) * o.stride_dj).to(tl.float32)
     return s
 
 
 @triton.jit
 def logits_tile(
-    s, line: Line, high, i, j, i_in, j_in, i0, j0, pi, pj, k_len, shift, offset, reference, slope, row_scale,
-    b, h, i_first, j_first, scale, softcap, Table, stride_table_h, table_first, table_last,
-    Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope, Dense, stride_db, stride_dh, stride_di, stride_dj,
-    Boolean, stride_bb, stride_bh, stride_bi, stride_bj, left, right, MASKED: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SIGNED: tl.constexpr, LINEAR: tl.constexpr,
-    CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NATURAL: tl.constexpr, NVIDIA: tl.constexpr,
+    s, line: Line, high, t: Place, o: Operands, mask: Mask, slope, reference, row_scale, scale, softcap,
+    MASKED: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """From dot products to logits (times 1 / scale unless NATURAL, with a table in them) but for the intercept of the
-    profile's line, -inf where masked; and softcap's derivative.
-
-    i and j are true indices; i_in and j_in are clamped to the sequence, so that no operand is read outside it."""
+    """From dot products to logits (times 1 / scale unless F.natural, with a table in them) but for the intercept of
+    the profile's line, -inf where masked; and softcap's derivative."""
     slack = 1.0
     unit = 1.0
-    if NATURAL:
+    if F.natural:
         s = s * scale
         if softcap is not None:
             s, slack = cap(s, softcap)
     else:
         unit = 1.0 / scale
-    s = add_bias(
-        s, line, high, unit, i_in, j_in, i0, j0, pi, pj, shift, reference, slope, row_scale,
-        Table if NATURAL else None, stride_table_h, table_first, table_last,
-        Psi, psi_first, psi_last, Knots, num_knots, SegmentSlope,
-        Dense, stride_db, stride_dh, stride_di, stride_dj, b, h, i_first, j_first,
-        SIGNED, LINEAR, CLAMP, EXPLICIT, NVIDIA,
-    )  # fmt: skip
+    s = add_bias(s, line, high, unit, t, o, slope, reference, row_scale, F, NVIDIA)
     if MASKED:
-        s = tl.where(allowed(i, j, k_len, offset, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
-    if Boolean is not None:
-        tile = Boolean + b.to(tl.int64) * stride_bb + h.to(tl.int64) * stride_bh
-        tile += (i_first + i0).to(tl.int64) * stride_bi + (j_first + j0).to(tl.int64) * stride_bj
-        s = tl.where(tl.load(tile + (i_in - i0) * stride_bi + (j_in - j0) * stride_bj), s, float("-inf"))
+        seen = allowed(t.i, t.j, mask.k_len, mask.offset, mask.left, mask.right, F.has_left, F.has_right)
+        s = tl.where(seen, s, float("-inf"))
+    if mask.Boolean is not None:
+        tile = mask.Boolean + t.b.to(tl.int64) * mask.stride_bb + t.h.to(tl.int64) * mask.stride_bh
+        tile += (t.q_start + t.i0).to(tl.int64) * mask.stride_bi + (t.k_start + t.j0).to(tl.int64) * mask.stride_bj
+        pointers = tile + (t.i_in - t.i0) * mask.stride_bi + (t.j_in - t.j0) * mask.stride_bj
+        s = tl.where(tl.load(pointers), s, float("-inf"))
     return s, slack
