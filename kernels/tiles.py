@@ -71,6 +71,7 @@ def kinds(call: Call) -> list[str]:
     found = {
         "profile": bias.profile is not None or call.q_positions is not None,
         "dense": bias.dense is not None or call.mask.boolean is not None or call.dropout_p > 0.0,
+        "dense and boolean": bias.dense is not None and call.mask.boolean is not None,
         "table": bias.table is not None,
     }
     return [name for name, there in found.items() if there] or ["plain"]
