@@ -34,6 +34,7 @@ from .turns import (
     hidden,
     load_fragments,
     load_shared,
+    load_shared_inside,
     opaque,
     publish,
     store_fragments,
@@ -77,8 +78,11 @@ def attention_backward(
     # by psi, whose mean makes most of the roundings of a row count alike: there only the weights are rounded.
     WEIGHTS_BF16: tl.constexpr = Q.dtype.element_ty == tl.bfloat16 and threshold is None and softcap is None
     IN_BF16: tl.constexpr = WEIGHTS_BF16 and DRowScale is None
-    # A slope's gradient, the sum of ds times distance, is linear in the query: then tensor cores take its moments.
+    # A slope's gradient, the sum of ds times distance, is linear in the query: then tensor cores take its moments. But
+    # on the mask's border: under a steep slope the key at distance 0 has nearly all of a row's weight, and what its ds
+    # adds to both moments, which cancels, would round the rest away.
     MOMENTS: tl.constexpr = DSlope is not None and FORM.linear and softcap is None and Q.dtype.element_ty != tl.float32
+    KEEPS_SIGN: tl.constexpr = FORM.bias.signed or FORM.linear  # no distance is negative, or its sign counts
     # Whether the logits too are spread over both axes. Sums by distance and by query need 16 keys of a warp's own.
     APART: tl.constexpr = SPREAD and DTable is None and DPsi is None and DRowScale is None
     START_AT_DELTA: tl.constexpr = threshold is None and not APART
@@ -163,8 +167,8 @@ def attention_backward(
         slope = None
         dslope = tl.zeros([BLOCK_N], tl.float32)
         if MOMENTS:
-            # In pairs of columns, the sum of ds over the queries so far and of ds times their distance from the first
-            # of the step. Ones and numbers below 256 are exact in 16 bits.
+            # In pairs of columns, of tiles inside the mask, the sum of ds over the queries so far and of ds times their
+            # distance from the first of the step. Ones and numbers below 256 are exact in 16 bits.
             moments = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
             query = tl.arange(0, BLOCK_M)[:, None].to(tl.float32)
             columns = tl.where(tl.arange(0, COLUMNS)[None, :] % 2 == 0, 1.0, query).to(Q.dtype.element_ty)
@@ -294,10 +298,9 @@ def attention_backward(
                             ds, ds_half = softmax_gradient(
                                 p, kept, dp, delta, keep, keep_scale, slack, START_AT_DELTA, IN_BF16, NVIDIA
                             )
-                        if DSlope is not None and not MOMENTS:
+                        if DSlope is not None and (not MOMENTS or span % 3 == 0):
                             distance = distance_tile(t, FORM.explicit)
-                            keeps_sign: tl.constexpr = FORM.bias.signed or FORM.linear
-                            dslope += tl.sum(ds * (distance if keeps_sign else tl.abs(distance)), 1)
+                            dslope += tl.sum(ds * (distance if KEEPS_SIGN else tl.abs(distance)), 1)
                         if DTable is not None:
                             of_table = ds_half if TableBands.dtype.element_ty == tl.bfloat16 else -ds
                             table_carried = store_bands(table_bands, i0, of_table, table_carried, WHOLE, NVIDIA)
@@ -317,7 +320,7 @@ def attention_backward(
                                     )  # fmt: skip
                         if DPsi is not None:
                             psi_carried = store_bands(psi_bands, i0, dpsi, psi_carried, WHOLE, NVIDIA)
-                        if MOMENTS:
+                        if MOMENTS and span % 3 != 0:
                             total, first = tl.split(moments.reshape([BLOCK_N, COLUMNS // 2, 2]))
                             first -= BLOCK_M * total
                             moments = tl.join(total, first).reshape([BLOCK_N, COLUMNS])
@@ -355,7 +358,10 @@ def attention_backward(
                             if PACKED:
                                 dq_tile = opaque(dq_tile + rows[:, None] * BLOCK_D, turn, NVIDIA)
                                 dq_tile += tl.arange(0, BLOCK_D)[None, :]  # [BLOCK_M, BLOCK_D]
-                                dq = load_shared(dq_tile, turn, NVIDIA)
+                                if span % 3 == 0:
+                                    dq = load_shared_inside(dq_tile, inside[:, None], turn, NVIDIA)
+                                else:
+                                    dq = load_shared(dq_tile, turn, NVIDIA)
                             else:
                                 dq_tile = fragments(dq_tile, turn, BLOCK_M, BLOCK_D, NVIDIA)
                                 dq = load_fragments(dq_tile, turn, NVIDIA)
@@ -375,7 +381,10 @@ def attention_backward(
                                     dq_tile = by_query(dq_tile, BLOCK_D, turn, BLOCK_M, NVIDIA)
                                 else:
                                     dq_tile = opaque(dq_tile, turn, NVIDIA) + rows[None, :] * BLOCK_D
-                                dq = load_shared(dq_tile, turn, NVIDIA)
+                                if span % 3 == 0:
+                                    dq = load_shared_inside(dq_tile, inside[None, :], turn, NVIDIA)
+                                else:
+                                    dq = load_shared(dq_tile, turn, NVIDIA)
                             else:
                                 dq_tile = fragments(dq_tile, turn, BLOCK_D, BLOCK_M, NVIDIA)
                                 dq = load_fragments(dq_tile, turn, NVIDIA)
@@ -408,8 +417,8 @@ def attention_backward(
             of_ds, of_dsy = leave_segment(sums, line.segment, -1, num_knots, of_ds, of_dsy)
         if MOMENTS:
             total, first = tl.split(-moments.reshape([BLOCK_N, COLUMNS // 2, 2]))
-            at_last = lo + (tl.cdiv(hi - lo, BLOCK_M) - 1) * BLOCK_M + shift - j
-            dslope = tl.sum(tl.where(tl.arange(0, COLUMNS // 2)[None, :] == 0, first + total * at_last, 0.0), 1)
+            at_last = full_hi - BLOCK_M + shift - j
+            dslope += tl.sum(tl.where(tl.arange(0, COLUMNS // 2)[None, :] == 0, first + total * at_last, 0.0), 1)
         if DSlope is not None:
             tl.store(DSlope + slot, -tl.sum(tl.where(own, dslope, 0.0)))
         done += tl.cdiv(q_len, BLOCK_M) * BLOCK_M

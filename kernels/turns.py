@@ -169,6 +169,23 @@ def load_shared(pointers, turn, NVIDIA: tl.constexpr):
 
 
 @triton.jit
+def load_shared_inside(pointers, inside, turn, NVIDIA: tl.constexpr):
+    """load_shared, zero where not `inside`: rows past the end point at the last row, which another warp may store."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred inside;
+            setp.ne.s32 inside, $3, 0;
+            mov.b32 $0, 0;
+            @inside ld.global.f32 $0, [$1];
+            }""",
+            "=f,l,r,r", [pointers.to(tl.int64), turn, inside.to(tl.int32)], tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.load(pointers, mask=inside, other=0.0, volatile=True)
+
+
+@triton.jit
 def store_shared(pointers, values, inside, MASKED: tl.constexpr, NVIDIA: tl.constexpr):
     """Stores a tile as load_shared loads it, where `inside` or everywhere."""
     if not NVIDIA:

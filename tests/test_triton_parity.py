@@ -87,6 +87,22 @@ CASES = {
     ),
     "float32, steep slopes": (FULL, {"dim": 32, "q_len": 40, "k_len": 45}, _steep, lambda: {"causal": True}),
     "ALiBi": (BF16, {}, lambda: posattn.ALiBi(2, learnable=True), lambda: {"causal": True}),
+    "ALiBi, steep": (
+        HALF, {"q_len": 150}, lambda: posattn.ALiBi(2, learnable=True, slopes=[20.0, 22.0]), lambda: {"causal": True}
+    ),
+    "ALiBi, steep, wide heads, window": (
+        BF16, {"heads": 1, "kv_heads": 1, "dim": 128, "q_len": 200},
+        lambda: posattn.ALiBi(1, learnable=True, slopes=[20.0]), lambda: {"causal": True, "window": (100, 0)},
+    ),
+    "wide heads, documents, softcap": (
+        BF16, {"kv_heads": 1, "dim": 128, "q_len": 200, "k_len": 210}, lambda: posattn.ALiBi(2, learnable=True),
+        lambda: {
+            "causal": True,
+            "softcap": 30.0,
+            "cu_seqlens_q": torch.tensor([0, 130, 150, 200, 200]),
+            "cu_seqlens_k": torch.tensor([0, 150, 150, 170, 210]),
+        },
+    ),
     "ALiBi both ways": (HALF, {}, lambda: posattn.ALiBi(2, learnable=True), dict),
     "ALiBi, wide heads": (
         BF16, {"heads": 1, "kv_heads": 1, "dim": 128, "k_len": 140}, lambda: posattn.ALiBi(1, learnable=True),
