@@ -33,7 +33,6 @@ from .turns import (
     fragments,
     hidden,
     load_fragments,
-    load_shared,
     load_shared_inside,
     opaque,
     publish,
@@ -358,10 +357,7 @@ def attention_backward(
                             if PACKED:
                                 dq_tile = opaque(dq_tile + rows[:, None] * BLOCK_D, turn, NVIDIA)
                                 dq_tile += tl.arange(0, BLOCK_D)[None, :]  # [BLOCK_M, BLOCK_D]
-                                if span % 3 == 0:
-                                    dq = load_shared_inside(dq_tile, inside[:, None], turn, NVIDIA)
-                                else:
-                                    dq = load_shared(dq_tile, turn, NVIDIA)
+                                dq = load_shared_inside(dq_tile, inside[:, None], turn, span % 3 == 0, NVIDIA)
                             else:
                                 dq_tile = fragments(dq_tile, turn, BLOCK_M, BLOCK_D, NVIDIA)
                                 dq = load_fragments(dq_tile, turn, NVIDIA)
@@ -381,10 +377,7 @@ def attention_backward(
                                     dq_tile = by_query(dq_tile, BLOCK_D, turn, BLOCK_M, NVIDIA)
                                 else:
                                     dq_tile = opaque(dq_tile, turn, NVIDIA) + rows[None, :] * BLOCK_D
-                                if span % 3 == 0:
-                                    dq = load_shared_inside(dq_tile, inside[None, :], turn, NVIDIA)
-                                else:
-                                    dq = load_shared(dq_tile, turn, NVIDIA)
+                                dq = load_shared_inside(dq_tile, inside[None, :], turn, span % 3 == 0, NVIDIA)
                             else:
                                 dq_tile = fragments(dq_tile, turn, BLOCK_D, BLOCK_M, NVIDIA)
                                 dq = load_fragments(dq_tile, turn, NVIDIA)

@@ -12,13 +12,13 @@ from posattn.plan import Call, HeadMix
 
 from .attention import turned
 from .configs_mix import chunks, forward_tile, halves, keeps_queries, scales_queries
-from .form import BiasForm
 from .mix_form import MixForm
 from .mix_forward import mixed_forward
 from .operands import (
     Arguments,
     Launch,
     bias_arguments,
+    bias_form,
     common_arguments,
     k_max,
     padded,
@@ -92,10 +92,7 @@ def mix_arguments(call: Call, mix: HeadMix, tile: Tile, inputs: Mapping[str, Any
         rows_first=1 - q_max(call) - beyond,
     )
     constants = arguments.constants
-
-    def form_of(bias: Mapping[str, Any]) -> BiasForm:
-        return BiasForm(bias["SIGNED"], bias["CLAMP"], bias["KNOTS"])
-
+    plain = constants["FORM"]
     form = MixForm(
         dim=constants["D"],
         block_dim=constants["BLOCK_D"],
@@ -118,14 +115,14 @@ def mix_arguments(call: Call, mix: HeadMix, tile: Tile, inputs: Mapping[str, Any
         residual=mix.form != "concat",
         has_inner=bool(mix.inner),
         has_outer=bool(call.plan.bias),
-        explicit=call.q_positions is not None,
-        has_left=constants["HAS_LEFT"],
-        has_right=constants["HAS_RIGHT"],
-        top_left=constants["TOP_LEFT"],
-        inner=form_of(inner.constants),
-        outer=form_of(constants),
-        bounds_block=constants["BOUNDS_BLOCK"],
-        precision=constants["PRECISION"],
+        explicit=plain.explicit,
+        has_left=plain.has_left,
+        has_right=plain.has_right,
+        top_left=plain.top_left,
+        inner=bias_form(inner),
+        outer=plain.bias,
+        bounds_block=plain.bounds_block,
+        precision=plain.precision,
     )
     values.update(inputs)
     return arguments.with_(values, {"FORM": form, "HEADS": heads_padded})

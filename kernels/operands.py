@@ -234,6 +234,11 @@ def bias_arguments(call: Call, bias: Bias, block_m: int, block_n: int) -> Argume
     return Arguments(values, constants)
 
 
+def bias_form(bias: Arguments) -> BiasForm:
+    """What kernels are compiled for of bias_arguments()."""
+    return BiasForm(bias.constants["SIGNED"], bias.constants["CLAMP"], bias.constants["KNOTS"])
+
+
 def rotary_arguments(cos: Tensor | None, sin: Tensor | None, side: str) -> dict[str, Any]:
     """The angles of one side, "q" or "k"; None for a side that is turned already."""
     prefix = side.upper()
@@ -288,21 +293,18 @@ def common_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
         "k_max": k_max(call),
         "Sinks": call.sinks,
     }
-    precision = "tf32" if tf32 or q.dtype != torch.float32 else "ieee"
-    constants = {**mask.constants, **bias.constants, "PRECISION": precision}
     form = Form(
-        bias=BiasForm(constants["SIGNED"], constants["CLAMP"], constants["KNOTS"]),
-        linear=constants["LINEAR"],
+        bias=bias_form(bias),
+        linear=bias.constants["LINEAR"],
         natural=natural,
         explicit=call.q_positions is not None,
-        has_left=constants["HAS_LEFT"],
-        has_right=constants["HAS_RIGHT"],
-        top_left=constants["TOP_LEFT"],
-        bounds_block=constants["BOUNDS_BLOCK"],
-        precision=precision,
+        has_left=mask.constants["HAS_LEFT"],
+        has_right=mask.constants["HAS_RIGHT"],
+        top_left=mask.constants["TOP_LEFT"],
+        bounds_block=bias.constants["BOUNDS_BLOCK"],
+        precision="tf32" if tf32 or q.dtype != torch.float32 else "ieee",
     )
     constants = {
-        **constants,
         "FORM": form,
         "D": q.shape[3],
         "BLOCK_D": padded(q.shape[3]),

@@ -169,9 +169,12 @@ def load_shared(pointers, turn, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def load_shared_inside(pointers, inside, turn, NVIDIA: tl.constexpr):
-    """load_shared, zero where not `inside`: rows past the end point at the last row, which another warp may store."""
-    if NVIDIA:
+def load_shared_inside(pointers, inside, turn, MASKED: tl.constexpr, NVIDIA: tl.constexpr):
+    """load_shared, if MASKED zero where not `inside`: rows past the end point at the last row, which another warp may
+    store."""
+    if not MASKED:
+        return load_shared(pointers, turn, NVIDIA)
+    elif NVIDIA:
         return tl.inline_asm_elementwise(
             """{
             .reg .pred inside;

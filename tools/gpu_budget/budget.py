@@ -18,7 +18,7 @@ ANCHORS = Path(__file__).with_name("anchors.json")
 # Another release of Triton schedules a loop a little differently; a real regression is larger than this.
 _SLACK = 1.03
 _MODELLED = ("two_phase", "overlap")
-# Bytes of shared memory that a block can have; those not named here have as much as sm_90.
+# KiB of shared memory that a block can have; those not named here have as much as sm_90.
 _SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_120": 99, "gfx942": 64}
 
 
