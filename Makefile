@@ -9,9 +9,9 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 TEST_ARGS ?= -n $(JOBS)
 
-NATIVE := $(wildcard csrc/*/*) CMakeLists.txt setup.py pyproject.toml
-CPP := $(wildcard csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp tests/cpp/*.h tests/cpp/*.c tests/ptxsim/machine/*.cpp tests/ptxsim/machine/*.h)
-CUDA := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.h)
+NATIVE := $(shell find csrc/cpu -type f) CMakeLists.txt setup.py pyproject.toml
+CPP := $(shell find csrc/cpu tests/native tests/ptxsim -name '*.cpp' -o -name '*.h' -o -name '*.c')
+CUDA := $(shell find csrc/cuda -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench lint format install clean

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from posattn.check import examples
 from posattn.encodings.base import Context, Encoding
+from posattn.parity import examples
 
 
 def names() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""No number without parity: every contender agrees with a float64 reference before it is timed, by check.py's rule."""
+"""No number without parity: every contender agrees with a float64 reference before it is timed, by parity.py's rule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import posattn
-from posattn import check
+from posattn import parity
 
 from .cases import Case, Variant
 from .peers import make_inputs
@@ -21,7 +21,7 @@ def posattn_differs(variant: Variant, case: Case, device: str) -> str | None:
     """What is wrong at a short length with posattn's outputs and gradients, of all parameters too, or None."""
     q_len, k_len = min(case.q_len, SHORT), min(case.k_len, SHORT)
     inputs = make_inputs(replace(case, batch=1, q_len=q_len, k_len=k_len, mode="both"), variant.encoding, device)
-    comparisons = check.measure(
+    comparisons = parity.measure(
         inputs.q, inputs.k, inputs.v, inputs.position, {"causal": case.causal}, backend=variant.backend
     )
     return _first_wrong(comparisons)
@@ -40,11 +40,11 @@ def outputs_differ(variant: Variant, case: Case, device: str, out: Tensor) -> st
 
     (exact, lse), (naive, _) = attend(torch.float64), attend(out.dtype)
     # A rounding of a row's log-sum-exp, float32 in every backend, scales the row.
-    sensitivity = torch.finfo(torch.float32).eps / check.rounding(out.dtype) * lse.abs()[..., None] * exact.abs()
-    return _first_wrong([check.compare("out", out[:, :, -rows:], naive, exact, sensitivity, out.dtype)])
+    sensitivity = torch.finfo(torch.float32).eps / parity.rounding(out.dtype) * lse.abs()[..., None] * exact.abs()
+    return _first_wrong([parity.compare("out", out[:, :, -rows:], naive, exact, sensitivity, out.dtype)])
 
 
-def _first_wrong(comparisons: list[check.Comparison]) -> str | None:
+def _first_wrong(comparisons: list[parity.Comparison]) -> str | None:
     for comparison in comparisons:
         if not comparison.ok:
             return f"{comparison.worst}; error {comparison.error:.2e}, at most {comparison.allowed:.2e} allowed"

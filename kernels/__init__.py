@@ -1,1 +1,1 @@
-"""Triton kernels, installed as `posattn.kernels`: device code alone; `posattn/backends/triton.py` launches it."""
+"""Triton kernels, installed as `posattn.kernels`: device code alone; `posattn/backends/triton/` launches it."""

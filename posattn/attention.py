@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from posattn import checks, folding, ops
+from posattn import ops, sdpa_shapes, validation
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Call, Dense, Mask, Plan
 
@@ -121,12 +121,12 @@ def attention(
     """
     if _autocasts(q):
         q, k, v = (_autocast(tensor) for tensor in (q, k, v))
-    checks.check_qkv(q, k, v, ("q", "k", "v"), 4)
-    checks.check_heads(q, k, v)
-    causal, return_lse = checks.check_flag("causal", causal), checks.check_flag("return_lse", return_lse)
-    left, right = checks.check_window(window)
-    cu_q, cu_k, max_q, max_k = checks.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q, k)
-    lengths = checks.check_k_lengths(k_lengths, q, k)
+    validation.check_qkv(q, k, v, ("q", "k", "v"), 4)
+    validation.check_heads(q, k, v)
+    causal, return_lse = validation.check_flag("causal", causal), validation.check_flag("return_lse", return_lse)
+    left, right = validation.check_window(window)
+    cu_q, cu_k, max_q, max_k = validation.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q, k)
+    lengths = validation.check_k_lengths(k_lengths, q, k)
     if lengths is not None and cu_q is not None:
         raise ValueError("k_lengths, cu_seqlens_k: expected one or the other, got both")
     out, lse = _attend(
@@ -138,7 +138,7 @@ def attention(
             causal=causal,
             left=left,
             right=None if causal else right,  # causal is the closer limit
-            boolean=checks.check_mask(mask, q, k),
+            boolean=validation.check_mask(mask, q, k),
             k_lengths=lengths,
             cu_seqlens_q=cu_q,
             cu_seqlens_k=cu_k,
@@ -146,13 +146,13 @@ def attention(
             max_k=max_k,
         ),
         scale=scale,
-        softcap=checks.check_softcap(softcap),
-        sinks=checks.check_sinks(sinks, q),
-        bias=checks.check_bias(bias, q, k),
-        positions=checks.check_positions(q_positions, k_positions, q, k),
+        softcap=validation.check_softcap(softcap),
+        sinks=validation.check_sinks(sinks, q),
+        bias=validation.check_bias(bias, q, k),
+        positions=validation.check_positions(q_positions, k_positions, q, k),
         dropout_p=dropout_p,
-        deterministic=checks.check_flag("deterministic", deterministic),
-        backend=checks.check_backend(backend),
+        deterministic=validation.check_flag("deterministic", deterministic),
+        backend=validation.check_backend(backend),
     )
     return (out, lse) if return_lse else out
 
@@ -195,13 +195,16 @@ def scaled_dot_product_attention(
     if _autocasts(query):
         query, key, value = (_autocast(tensor) for tensor in (query, key, value))
         attn_mask = None if attn_mask is None else _autocast(attn_mask)
-    checks.check_qkv(query, key, value, ("query", "key", "value"), None)
-    is_causal, enable_gqa = checks.check_flag("is_causal", is_causal), checks.check_flag("enable_gqa", enable_gqa)
-    checks.check_attn_mask(attn_mask, is_causal, query)
-    q, k, v, attn_mask, shape = folding.fold(query, key, value, attn_mask, enable_gqa)
+    validation.check_qkv(query, key, value, ("query", "key", "value"), None)
+    is_causal, enable_gqa = (
+        validation.check_flag("is_causal", is_causal),
+        validation.check_flag("enable_gqa", enable_gqa),
+    )
+    validation.check_attn_mask(attn_mask, is_causal, query)
+    q, k, v, attn_mask, shape = sdpa_shapes.fold(query, key, value, attn_mask, enable_gqa)
     boolean = bias = None
     if attn_mask is not None:
-        attn_mask = checks.check_logit_shaped("attn_mask", attn_mask, q, k)
+        attn_mask = validation.check_logit_shaped("attn_mask", attn_mask, q, k)
         boolean, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
     mask = Mask(causal=is_causal, top_left=True, boolean=boolean, max_q=q.shape[2], max_k=k.shape[2])
     out, _ = _attend(q, k, v, position, mask, scale=scale, bias=bias, dropout_p=dropout_p)
@@ -225,12 +228,12 @@ def _attend(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Lower `position`, put the dense bias into its plan, draw a seed if anything is dropped, and run the call."""
-    scale = checks.check_scale(scale, q.shape[3])
-    dropout_p = checks.check_dropout(dropout_p)
+    scale = validation.check_scale(scale, q.shape[3])
+    dropout_p = validation.check_dropout(dropout_p)
     if position is None:
         plan, positions = Plan(bias=Bias()), (None, None)
     else:
-        checks.check_position(position)
+        validation.check_position(position)
         plan = _lower(position, Context.of(q, k, mask, *positions), q)
     if bias is not None:
         inner = plan.bias.dense

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 # Imported only when asked for: the demo and the bench bring plotting and progress bars with them.
 COMMANDS = {
     "info": ("posattn.cli", "versions, backends and why one is unavailable, instruction sets, threads"),
-    "check": ("posattn.check", "parity of every encoding on this machine's backends"),
+    "check": ("posattn.parity", "parity of every encoding on this machine's backends"),
     "plot": ("posattn.plot", "a heat map of an encoding's bias"),
     "demo": ("posattn.demo", "train and compare five encodings on real text"),
     "bench": ("posattn.bench", "time and memory beside other ways to do the same"),
@@ -79,7 +79,7 @@ def _backends() -> list[tuple[str, str]]:
     import torch
 
     from posattn import backends
-    from posattn.check import plain_call
+    from posattn.parity import plain_call
 
     rows = []
     for name in backends.FUSED:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from posattn import backends, reference
-from posattn.flat import DIFFERENTIABLE, flatten, parse, unflatten
 from posattn.plan import Call
+from posattn.serialize import DIFFERENTIABLE, flatten, parse, unflatten
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float scale, float softcap, float dropout_p, "

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from posattn.attention import attention
-from posattn.check import examples_of, positions_for
 from posattn.encodings.base import Encoding
+from posattn.parity import examples_of, positions_for
 
 
 @torch.no_grad()

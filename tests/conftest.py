@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from posattn.check import available
+from posattn.parity import available
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The shared suites compute in float32 too, so they run the backends that do; CUDA's has suites of its own.

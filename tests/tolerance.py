@@ -1,4 +1,4 @@
-"""Asserts the tolerance rule of posattn.check on one call, and shows the worst coordinates of what breaks it."""
+"""Asserts the tolerance rule of posattn.parity on one call, and shows the worst coordinates of what breaks it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from posattn.check import measure
 from posattn.encodings.base import Encoding
+from posattn.parity import measure
 
 
 def assert_parity(

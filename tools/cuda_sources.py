@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
-from posattn.backends import cuda_compile
-from posattn.backends.cuda_compile import Constant, Kernel
+from posattn.backends.cuda import compiler
+from posattn.backends.cuda.compiler import Constant, Kernel
 
 from .gpu_budget.cuda import ARCHITECTURES, cases, launches
 
@@ -24,11 +24,11 @@ def sources(arch: str, match: str) -> dict[str, str]:
     texts: dict[str, str] = {}
 
     def note(source: str, entry: str, struct: str, constants: Mapping[str, Constant], arch: str) -> Kernel:
-        text = cuda_compile.specialised(source, struct, constants)
+        text = compiler.specialised(source, struct, constants)
         texts.setdefault(text, f"{Path(source).stem}_{len(texts)}_{arch}")
         return Kernel(entry, arch, "", b"")
 
-    with mock.patch.object(cuda_compile, "compile_kernel", note):
+    with mock.patch.object(compiler, "compile_kernel", note):
         for case in cases():
             if match in case.label:
                 launches(case, arch)

@@ -1,1 +1,1 @@
-"""CUDA device code as package data (posattn.cuda_source): compiled at first use by posattn.backends.cuda_compile."""
+"""CUDA device code as package data (posattn.cuda_source): compiled at first use by posattn.backends.cuda.compiler."""

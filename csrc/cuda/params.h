@@ -1,10 +1,10 @@
 // What kernels take, by value: one struct a kernel family, built from the pieces they share.
 //
-// posattn/backends/cuda_params.py reads this file and packs the same layout, so members come one to a line, of the
+// posattn/backends/cuda/params.py reads this file and packs the same layout, so members come one to a line, of the
 // types it knows: pointers, int32_t, uint32_t, int64_t, float, or a struct above, and arrays of these. Const pointers
 // are never written through. Strides count elements; those of a dimension of size 1 are 0 where it repeats.
 #pragma once
-#include "types.h"
+#include "common/types.h"
 
 namespace posattn {
 
@@ -134,7 +134,7 @@ struct MixParams {
 
 struct MixForwardParams {
   const void* q;
-  const void* tiles;  // [Hkv, rows / 24] of keys (turned) and values, and one tile more, see cuda_mix_rows.py
+  const void* tiles;  // [Hkv, rows / 24] of keys (turned) and values, and one tile more, see cuda/headmix_rows.py
   void* out;
   float* lse;  // [B, H, Tq]
   const float* sinks;
@@ -166,7 +166,7 @@ struct BiasGradParams {
 };
 
 struct MixBackwardParams {
-  const void* tiles;  // [H, rows / 24]: queries (turned), output gradients and row statistics, see mix_rows.h
+  const void* tiles;  // [H, rows / 24]: queries (turned), output gradients and row statistics, see headmix/rows.h
   const void* k;      // turned
   const void* v;
   const float* by_distance;  // [H, diagonals], the inner table at each distance
@@ -252,7 +252,7 @@ struct BackwardParams {
   void* dk;
   void* dv;
   float* dslope;     // [warps of the key blocks of all sequences, H]
-  void* dtable;      // [slots, H, diagonals], see global_sums.h; [slots, H, entries] with explicit positions
+  void* dtable;      // [slots, H, diagonals], see common/global_sums.h; [slots, H, entries] with explicit positions
   void* dpsi;        // the same
   void* drow_scale;  // [H, rows]
   void* dsegments;   // [slots, H, 2, knots + 1]

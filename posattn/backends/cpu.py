@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posattn.backends.strides import steps
+from posattn.backends.common.strides import steps
 from posattn.plan import Bias, Call, HeadMix
 
 try:

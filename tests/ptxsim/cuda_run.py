@@ -4,7 +4,7 @@
     run_cuda(kernel, grid, block, shared_bytes, arguments).check()
 
 The struct holds device pointers as 64-bit integers, which say nothing about what they point to; so the bytes travel
-with the tensors (posattn.backends.cuda_params.Arguments). Of each tensor, what lies between its first and its last
+with the tensors (posattn.backends.cuda.params.Arguments). Of each tensor, what lies between its first and its last
 element may be touched.
 """
 
@@ -17,8 +17,8 @@ from functools import cache, partial
 from typing import Protocol
 from unittest import mock
 
-from posattn.backends import cuda_compile
-from posattn.backends.cuda_params import Arguments
+from posattn.backends.cuda import compiler
+from posattn.backends.cuda.params import Arguments
 
 from .kernel import Kernel, Options, Report
 
@@ -72,15 +72,15 @@ def run_cuda(
 def source_lines() -> Iterator[None]:
     """CUDA kernels compiled meanwhile say in their PTX which source line an instruction comes from. The instructions
     are the same, but the text is not, so it is kept in the disk cache under a name of its own."""
-    if cuda_compile.missing() is not None:
+    if compiler.missing() is not None:
         yield
         return
     from cuda import core
 
-    key = cuda_compile._key
+    key = compiler._key
     with (
         mock.patch.object(core, "ProgramOptions", partial(core.ProgramOptions, lineinfo=True)),
-        mock.patch.object(cuda_compile, "_key", lambda *parts: f"{key(*parts)}-lines"),
-        mock.patch.dict(cuda_compile._kernels, clear=True),
+        mock.patch.object(compiler, "_key", lambda *parts: f"{key(*parts)}-lines"),
+        mock.patch.dict(compiler._kernels, clear=True),
     ):
         yield

@@ -73,7 +73,7 @@ class Machine:
     def launch_cuda(
         self, kernel: Any, grid: Sequence[int], block: Sequence[int], shared_bytes: int, arguments: Any
     ) -> None:
-        """Takes the place of posattn.backends.cuda_launch.launch."""
+        """Takes the place of posattn.backends.cuda.launch.launch."""
         if re.sub(r"\D", "", kernel.arch) != str(self.arch):
             raise ValueError(f"kernel.arch: expected sm_{self.arch}, got {kernel.arch!r}")
         report = run_cuda(kernel, grid, block, shared_bytes, arguments, self.options)
@@ -99,15 +99,16 @@ class Machine:
 @contextmanager
 def behind_launch(arch: int = 80, options: Options | None = None, ignore: Sequence[str] = ()) -> Iterator[Machine]:
     """Puts the machine in the place of the GPU for everything that goes through the launch seams of the backends,
-    posattn.backends.launch (Triton) and posattn.backends.cuda_launch (CUDA)."""
-    from posattn.backends import cuda_launch, launch
+    posattn.backends.triton.launch (Triton) and posattn.backends.cuda.launch (CUDA)."""
+    from posattn.backends.cuda import launch as cuda_launch
+    from posattn.backends.triton import launch as triton_launch
 
     if arch not in _PROCESSORS:
         raise ValueError(f"arch: expected one of {sorted(_PROCESSORS)}, got {arch!r}")
     machine = Machine(arch, options or Options(stats=False), tuple(ignore))
     device = {name: getattr(machine, name) for name in ("has_device", "architecture", "processors")}
     with (
-        mock.patch.multiple(launch, launch=machine.launch, **device),
+        mock.patch.multiple(triton_launch, launch=machine.launch, **device),
         mock.patch.multiple(cuda_launch, launch=machine.launch_cuda, **device),
     ):
         yield machine

@@ -19,7 +19,6 @@ from .mutants import Mutant
 _PATH = Path(__file__).with_name("survivors.json")
 _ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = (_ROOT / "kernels", _ROOT / "csrc" / "cuda")
-_WRAPPERS = re.compile(r"ptx(_\w+)?\.h")
 _FILE = re.compile(r"\s*\.file\s+(\d+)\s+\"([^\"]*)\"")
 _LOCATION = re.compile(r"\s*\.loc\s+(\d+) (\d+) \d+(?:,.*inlined_at (\d+) (\d+))?")
 
@@ -28,14 +27,15 @@ Signature = tuple[str, str, str]
 
 def _place(ptx: list[str], line: int) -> str:
     """The text of the kernel's source line that a PTX line comes from; "" where the PTX does not say."""
-    files = {found[1]: Path(found[2]).name for found in map(_FILE.match, ptx) if found}
+    files = {found[1]: Path(found[2]) for found in map(_FILE.match, ptx) if found}
     for text in reversed(ptx[:line]):
         found = _LOCATION.match(text)
         for file, number in ((found[1], found[2]), (found[3], found[4])) if found else ():
-            name = files.get(file, "")
-            source = next((folder / name for folder in _SOURCES if name and (folder / name).exists()), None)
-            if source and not _WRAPPERS.fullmatch(name) and int(number) > 0:
-                return f"{name}: {source.read_text().splitlines()[int(number) - 1].strip()}"
+            source = files.get(file, Path())
+            folder = next((folder for folder in _SOURCES if source.is_relative_to(folder)), None)
+            if folder and folder / "ptx" not in source.parents and int(number) > 0:
+                written = source.read_text().splitlines()[int(number) - 1].strip()
+                return f"{source.relative_to(folder).as_posix()}: {written}"
     return ""
 
 

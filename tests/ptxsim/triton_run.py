@@ -97,7 +97,7 @@ def specialise(fn: Any, args: Sequence[Argument], constexprs: Mapping[str, Any])
 
 
 def launch_options(num_warps: int, num_stages: int, registers: int | None = None) -> dict[str, Any]:
-    """The compiler's options that posattn.backends.launch.launch gives."""
+    """The compiler's options that posattn.backends.triton.launch.launch gives."""
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     return options if registers is None else {**options, "maxnreg": registers}
 

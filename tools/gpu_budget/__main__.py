@@ -4,8 +4,8 @@
     python -m tools.gpu_budget check            # exit status 1 on a regression
     python -m tools.gpu_budget update --arch sm_90
 
-Triton's configurations come from posattn.kernels.shipped, CUDA's from the calls in cuda.py. A full run compiles several
-hundred kernels: hours on two cores the first time, minutes when the caches hold them.
+Triton's configurations come from shipped.py, CUDA's from the calls in cuda.py. A full run compiles several hundred
+kernels: hours on two cores the first time, minutes when the caches hold them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from itertools import chain
 
 import torch
 
-from posattn.backends.cuda_compile import CompileError
-from posattn.kernels.shipped import Shipped, shipped
+from posattn.backends.cuda.compiler import CompileError
+from tools.gpu_budget.shipped import Shipped, shipped
 
 from . import budget, cuda
 from .cuda import Noted

@@ -19,9 +19,10 @@ from unittest import mock
 import torch
 
 import posattn
-from posattn.backends import cuda_compile, cuda_launch
-from posattn.backends.cuda_compile import Kernel
-from posattn.backends.cuda_operands import HEAD_DIMS
+from posattn.backends.cuda import compiler
+from posattn.backends.cuda import launch as seam
+from posattn.backends.cuda.compiler import Kernel
+from posattn.backends.cuda.operands import HEAD_DIMS
 from posattn.encodings.base import Encoding
 
 from .measure import Figures, _nvidia
@@ -81,7 +82,7 @@ def launches(case: Case, arch: str, backward: bool = False, dtype: torch.dtype =
     """What the package launches for `case`, forward (and backward)."""
     noted: list[Noted] = []
     constants: dict[int, Mapping[str, Any]] = {}
-    compile_kernel = cuda_compile.compile_kernel
+    compile_kernel = compiler.compile_kernel
 
     def compile_(source: str, entry: str, struct: str, given: Mapping[str, Any], arch: str) -> Kernel:
         kernel = compile_kernel(source, entry, struct, given, arch)
@@ -98,8 +99,8 @@ def launches(case: Case, arch: str, backward: bool = False, dtype: torch.dtype =
     # One multiprocessor: keys are not split, so a call is one launch of the kernel in question.
     device = {"has_device": lambda _: True, "architecture": lambda _: arch, "processors": lambda _: 1}
     with (
-        mock.patch.object(cuda_compile, "compile_kernel", compile_),
-        mock.patch.multiple(cuda_launch, launch=launch, **device),
+        mock.patch.object(compiler, "compile_kernel", compile_),
+        mock.patch.multiple(seam, launch=launch, **device),
     ):
         out = posattn.attention(q, k, v, case.position(case.dim), bias=bias, causal=True, backend="cuda")
         if backward:

@@ -1,0 +1,43 @@
+// The order in which blocks of keys add to the same queries' dQ.
+//
+// ORDERED: one after the other, in the order of the keys, so that the result does not depend on which block runs first.
+// `turns` counts: entry 0 the blocks that have begun; then, for each block of queries, those that have added to it.
+#pragma once
+#include "common/mask.h"
+#include "ptx/ptx.h"
+
+namespace posattn {
+
+// Which of the launch's blocks this one is. A block draws a ticket, so all that it may have to wait for are already
+// running. `shared` is free before and after.
+__device__ __forceinline__ int block_number(int32_t* turns, unsigned char* shared) {
+  int number = blockIdx.x;
+  if constexpr (ORDERED) {
+    int* ticket = reinterpret_cast<int*>(shared);
+    if (threadIdx.x == 0) *ticket = ptx::atom_add(turns, 1);
+    ptx::bar_sync();
+    number = *ticket;
+    ptx::bar_sync();
+  }
+  return number;
+}
+
+// How many blocks of KEYS keys add before this one to the queries from i0 on: earlier ones that they see.
+template <int KEYS>
+__device__ __forceinline__ int blocks_before(int key_block, const Sequence& s, const MaskParams& mask, int i0) {
+  const int first = HAS_LEFT ? max(i0 + s.offset() - mask.left, 0) / KEYS : 0;
+  return key_block - first;
+}
+
+// For one thread; a barrier must follow.
+__device__ __forceinline__ void await_turn(const int32_t* turn, int before) {
+  while (ptx::ld_acquire(turn) < before) {
+  }
+}
+
+// For one thread, after a barrier: lets the next block add.
+__device__ __forceinline__ void end_turn(int32_t* turn) {
+  ptx::red_release_add(turn, 1);
+}
+
+}  // namespace posattn

@@ -1,0 +1,1 @@
+"""Kernels of plain attention: forward, split keys, and the backward pass."""

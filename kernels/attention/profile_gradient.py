@@ -1,0 +1,148 @@
+"""What a tile adds to the gradients of psi, of a profile's lines and of its row scale.
+
+A tile is taken to lie on one line; where knots are inside it, which is seldom, the parts past each are corrected,
+element by element. Sums over a line are carried from tile to tile, and written out when the walk comes to another
+segment. Those of ds * psi by query are added within a thread, go to memory of the program's own, and come back in the
+next step as rows of one thread: no shuffle. They are the row scale's gradient and, times it, that of the slope.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..common.bias import Operands, Place, gather
+from ..common.codegen import opaque
+from ..common.mma_layout import by_query, load_shared, store_shared
+from ..common.profile import Line, psi_tile, slopes_of
+
+# Rows of a query's parts that are not added in registers: with as many threads as parts and queries no thread idles.
+SPLIT: tl.constexpr = tl.constexpr(4)
+
+
+class LineSums(NamedTuple):
+    """Where a program's sums over lines go, for one head: Segments [2, W + 1], which no other program adds to; those by
+    query, DRowScale, int64 in `units`, from the sequence's first query on; and Parts, memory of the program's own."""
+
+    Segments: Any
+    DRowScale: Any
+    units: Any
+    Parts: Any
+
+
+def parts_size(keys: int, queries: int, warps: int) -> int:
+    """float32 numbers that a program needs for tiles of `keys` x `queries`: of one step and the one before."""
+    return 2 * 8 * parts(keys, warps) * queries
+
+
+def parts(keys: int, warps: int) -> int:
+    """How many warps hold different keys of a tile."""
+    return min(warps, keys // 16)
+
+
+@triton.jit
+def _slot(Parts, step, PARTS: tl.constexpr, QUERIES: tl.constexpr):
+    return Parts + (step & 1) * (8 * PARTS * QUERIES)
+
+
+@triton.jit
+def store_parts(Parts, step, ds, psi, PARTS: tl.constexpr, WHOLE: tl.constexpr, NVIDIA: tl.constexpr):
+    """Stores the sums over a thread's keys of ds * psi, two tiles [keys, queries]."""
+    GROUPS: tl.constexpr = ds.shape[0] // 16
+    QUERIES: tl.constexpr = ds.shape[1]
+    product = tl.reshape(ds * psi, [GROUPS // PARTS, PARTS, 2, 8, QUERIES])
+    sums = tl.reshape(tl.sum(tl.sum(product, 2), 0), [8 * PARTS, QUERIES])
+    row = _slot(Parts, step, PARTS, QUERIES) + QUERIES * tl.arange(0, 8 * PARTS)[:, None]
+    at = by_query(row, 1, step, QUERIES, NVIDIA)
+    if WHOLE:
+        store_shared(at, sums, tl.full(sums.shape, 1, tl.int1), False, NVIDIA)
+    else:
+        # Several warps may hold the same element; this stores it once.
+        tl.store(at, sums)
+
+
+@triton.jit
+def add_parts(
+    sums: LineSums, step, turn, stored, slope, moment, q_len, shift, QPositions, o: Operands,
+    PARTS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """Adds what step `step` stored, if it was `stored`, to DRowScale, and returns `moment` [SPLIT, QUERIES] with its
+    products with the row scale added.
+
+    `slope` is that of the step's line. QPositions (None: implicit) are those of the sequence's first query on."""
+    query = step * QUERIES + tl.arange(0, QUERIES)[None, :]
+    inside = (query >= 0) & (query < q_len)
+    if QPositions is not None:
+        position = tl.load(QPositions + query, mask=inside, other=0)
+    else:
+        position = query + shift
+    entry = tl.minimum(tl.maximum(position, o.row_first), o.row_last) - o.row_first
+    own = QUERIES * tl.arange(0, SPLIT)[:, None] + tl.arange(0, QUERIES)[None, :]
+    at = opaque(_slot(sums.Parts, step, PARTS, QUERIES) + own, turn, NVIDIA)
+    rows = (SPLIT * QUERIES) * tl.arange(0, 8 * PARTS // SPLIT)[:, None, None]
+    rows = load_shared(at[None, :, :] + rows, turn, NVIDIA)
+    found = tl.where(stored, tl.sum(rows, 0), 0.0)  # [SPLIT, QUERIES]
+    gradient = (found * (slope * sums.units)).to(tl.int64)
+    tl.atomic_add(tl.broadcast_to(sums.DRowScale + query, own.shape), gradient, inside, sem="relaxed")
+    return moment + found * gather(o.RowScale + entry, turn, NVIDIA)
+
+
+@triton.jit
+def _write(sums: LineSums, segment, num_knots, of_ds, of_dsy):
+    """Adds two numbers to a segment's sums, in the program's own order."""
+    tl.atomic_add(sums.Segments + segment, of_ds, sem="relaxed")
+    tl.atomic_add(sums.Segments + num_knots + 1 + segment, of_dsy, sem="relaxed")
+
+
+@triton.jit
+def by_thread(tile, PARTS: tl.constexpr):
+    """The sums [PARTS, 8, 4] of what each thread holds of a tile [keys, queries] in a tensor core's result."""
+    KEYS: tl.constexpr = tile.shape[0]
+    QUERIES: tl.constexpr = tile.shape[1]
+    parts = tl.reshape(tile, [KEYS // (16 * PARTS), PARTS, 2, 8, QUERIES // 8, 4, 2])
+    return tl.sum(tl.sum(tl.sum(tl.sum(parts, 6), 4), 2), 0)
+
+
+@triton.jit
+def leave_segment(sums: LineSums, segment, following, num_knots, of_ds, of_dsy):
+    """Writes out the sums of `segment` if the next tile lies in another, `following`; returns what is left to carry."""
+    if segment != following:
+        _write(sums, segment, num_knots, tl.sum(of_ds), tl.sum(of_dsy))
+        of_ds = tl.zeros(of_ds.shape, tl.float32)
+        of_dsy = tl.zeros(of_dsy.shape, tl.float32)
+    return of_ds, of_dsy
+
+
+@triton.jit
+def psi_gradient(ds, line: Line, row_scale):
+    """The gradient of psi on a tile of one line; past_knots corrects it."""
+    return ds * (row_scale * line.slope)
+
+
+@triton.jit
+def past_knots(
+    ds, dpsi, line: Line, high, sums, q_len, t: Place, row_scale, o: Operands,
+    QUERIES: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """dpsi of a tile of the segments line.segment .. high. Unless `sums` (LineSums) is None, moves the sums of ds and
+    ds * y past each knot to their segments, and adds what their other slopes make of the row scale's gradient.
+
+    QUERIES is the axis of the queries in ds and row_scale."""
+    scales = tl.sum(row_scale, 1 - QUERIES)  # drops its axis of one
+    for m in range(line.segment + 1, high + 1):
+        psi = psi_tile(t, o, m, ds.shape[0], ds.shape[1], F, NVIDIA)
+        y = psi * row_scale
+        on = (y > gather(o.Knots + m - 1, 0, NVIDIA)) & (y <= gather(o.Knots + m, 0, NVIDIA))
+        part = tl.where(on, ds, 0.0)
+        steeper = gather(slopes_of(o, t.h) + m, 0, NVIDIA) - line.slope
+        dpsi += part * (row_scale * steeper)
+        if sums is not None:
+            by_query = tl.sum(part * psi, 1 - QUERIES)
+            of_ds = tl.sum(tl.sum(part, 1 - QUERIES))
+            of_dsy = tl.sum(by_query * scales)
+            _write(sums, m, o.num_knots, of_ds, of_dsy)
+            _write(sums, line.segment, o.num_knots, -of_ds, -of_dsy)
+            query = t.i0 + tl.arange(0, ds.shape[QUERIES])
+            gradient = (by_query * steeper * sums.units).to(tl.int64)
+            tl.atomic_add(sums.DRowScale + query, gradient, query < q_len, sem="relaxed")
+    return dpsi

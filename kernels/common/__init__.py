@@ -1,0 +1,1 @@
+"""What the kernels of both families share: operands, masks, dropout, layouts, and the dQ semaphore."""

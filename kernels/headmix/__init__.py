@@ -1,0 +1,1 @@
+"""Kernels of attention with an MLP over the heads (DAPE)."""

@@ -1,0 +1,1 @@
+"""What the host code of several backends shares."""

@@ -1,0 +1,56 @@
+"""Fused kernels in CUDA C++ for NVIDIA GPUs of compute capability 8.0 and later, compiled at first use."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from posattn.backends.cuda import (
+    attention_backward,
+    attention_forward,
+    compiler,
+    headmix_backward,
+    headmix_forward,
+    launch,
+)
+from posattn.backends.cuda.operands import DTYPES, HEAD_DIMS
+from posattn.plan import Call
+
+
+def unsupported(call: Call) -> str | None:
+    """Why these kernels cannot run `call`; None if they can."""
+    q, v = call.q, call.v
+    if not launch.has_device(q.device):
+        return f"it needs an NVIDIA GPU, got {q.device.type} tensors"
+    if q.dtype not in DTYPES:
+        return f"it computes float16 and bfloat16, got {q.dtype}"
+    if max(q.shape[3], v.shape[3]) > HEAD_DIMS[-1]:
+        return f"it takes head dimensions up to {HEAD_DIMS[-1]}, got {max(q.shape[3], v.shape[3])}"
+    missing = compiler.missing() or compiler.unsupported(launch.architecture(q.device))
+    if missing is not None:
+        return missing
+    if call.plan.mix is not None:
+        return headmix_forward.unsupported(call, call.plan.mix, launch.architecture(q.device))
+    return None
+
+
+def unsupported_backward(call: Call) -> str | None:
+    """Why the backward kernels cannot run a call that the forward kernels can; None if they can."""
+    if call.plan.mix is None:
+        return None
+    return headmix_backward.unsupported(call, call.plan.mix, launch.architecture(call.q.device))
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
+    if call.plan.mix is not None:
+        return headmix_forward.forward(call, call.plan.mix)
+    return attention_forward.forward(call)
+
+
+def backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients named in `needs`, parameters' in float32."""
+    if call.plan.mix is not None:
+        return headmix_backward.backward(call, call.plan.mix, out, lse, grad_out, grad_lse, needs)
+    return attention_backward.backward(call, out, lse, grad_out, grad_lse, needs)

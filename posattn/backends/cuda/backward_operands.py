@@ -1,0 +1,79 @@
+"""Operands in the CUDA backward pass: their values by distance ahead of it, sums, and gradients from the sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from posattn.backends.common.operands import all_blocks, k_max
+from posattn.backends.common.reductions import by_entry, by_sequence, slope_gradient
+from posattn.backends.cuda.backward_pass import EACH_ONCE, SHARED, Pass
+from posattn.backends.cuda.rows import row_scale
+
+
+def by_distance(of: Pass) -> dict[str, Tensor]:
+    """The table and psi at every distance that a tile can meet, so that the kernel copies them as they lie."""
+    if of.call.q_positions is not None:
+        return {}
+    bias = of.call.plan.bias
+    distance = torch.arange(of.diagonals, device=of.q.device) + of.first_distance
+    found = {}
+    if bias.table is not None:
+        values, first = bias.table.values.float(), bias.table.first
+        found["table"] = values[:, (distance - first).clamp(0, values.shape[1] - 1)].contiguous()
+    if bias.profile is not None:
+        values, first = bias.profile.psi.float(), bias.profile.first
+        found["psi"] = values[(distance - first).clamp(0, values.shape[0] - 1)]
+    return found
+
+
+def sums(of: Pass) -> dict[str, Tensor]:
+    """Zeros for what attention_backward adds up over the operands, by member of BackwardParams."""
+    call, bias, want = of.call, of.call.plan.bias, of.constants
+    heads, slots = call.q.shape[1], of.slots
+    explicit = call.q_positions is not None
+    shapes: dict[str, tuple[int, ...]] = {}
+    if want["WANT_TABLE"] and bias.table is not None:
+        shapes["dtable"] = (slots, heads, bias.table.values.shape[1] if explicit else of.diagonals)
+    if want["WANT_PSI"] and bias.profile is not None:
+        shapes["dpsi"] = (slots, heads, bias.profile.psi.shape[0] if explicit else of.diagonals)
+    if want["WANT_LINES"] and bias.profile is not None:
+        shapes["drow_scale"] = (heads, of.rows)
+        shapes["dsegments"] = (slots, heads, 2, bias.profile.knots.shape[0] + 1)
+    if want["WANT_DENSE"] == SHARED and bias.dense is not None:
+        shapes["ddense"] = tuple(bias.dense.bias.shape)
+    dtype = torch.int64 if call.deterministic else torch.float32
+    zeros = {name: torch.zeros(shape, dtype=dtype, device=of.q.device) for name, shape in shapes.items()}
+    if want["WANT_SLOPE"]:
+        zeros["dslope"] = of.zeros(
+            all_blocks(call, call.k.shape[2], k_max(call), of.tile.block_n) * of.tile.warps, heads
+        )
+    if want["WANT_DENSE"] == EACH_ONCE and bias.dense is not None:
+        zeros["ddense"] = of.zeros(*bias.dense.bias.shape)
+    return zeros
+
+
+def gradients(of: Pass, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The operands' gradients, from those sums."""
+    call, bias = of.call, of.call.plan.bias
+    explicit = call.q_positions is not None
+    grads: dict[str, Tensor] = {}
+    if "dslope" in sums and bias.slope is not None:
+        grads["slope"] = slope_gradient(call, bias.slope, by_sequence(call, sums["dslope"]))
+    if "dtable" in sums and bias.table is not None:
+        grads["table"] = sums["dtable"].sum(0)
+        if not explicit:
+            length = bias.table.values.shape[1]
+            grads["table"] = by_entry(grads["table"], of.first_distance, bias.table.first, length)
+    profile = bias.profile
+    if "dpsi" in sums and profile is not None:
+        grads["psi"] = sums["dpsi"].sum((0, 1))
+        if not explicit:
+            grads["psi"] = by_entry(grads["psi"][None], of.first_distance, profile.first, profile.psi.shape[0])[0]
+    if "dsegments" in sums and profile is not None:
+        segments = sums["dsegments"].sum(0)
+        grads["profile_intercept"], grads["profile_slope"] = segments[:, 0], segments[:, 1]
+        grads["row_scale"] = row_scale(call, profile, sums["drow_scale"].sum(0), of.tile.block_m)
+    if "ddense" in sums:
+        grads["dense"] = sums["ddense"]
+    return grads

@@ -1,0 +1,57 @@
+"""Fused kernels in Triton, for NVIDIA and AMD GPUs. The kernels and their host side are in `posattn.kernels`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from posattn.backends.triton import attention_backward, attention_forward, headmix_backward, headmix_forward
+from posattn.backends.triton import launch as seam
+from posattn.backends.triton.configs import headmix
+from posattn.plan import Call
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def unsupported(call: Call) -> str | None:
+    """Why these kernels cannot run `call`; None if they can."""
+    q, v = call.q, call.v
+    if not seam.has_device(q.device):
+        return f"it needs a CUDA or HIP device, got {q.device.type} tensors"
+    if q.dtype not in _DTYPES:
+        return f"it computes float16, bfloat16 and float32, got {q.dtype}"
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+        return f"it takes head dimensions up to {MAX_HEAD_DIM}, got {max(q.shape[3], v.shape[3])}"
+    reason: str | None = headmix.unsupported(call)
+    return reason
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
+    device = call.q.device
+    arch = seam.architecture(device)
+    result: tuple[Tensor, Tensor]
+    if call.plan.mix is not None:
+        result = headmix_forward.forward(call, call.plan.mix, seam.launch, arch)
+    else:
+        result = attention_forward.forward(call, seam.launch, arch, seam.processors(device))
+    return result
+
+
+def backward(
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    """The gradients named in `needs`, parameters' in float32."""
+    arch = seam.architecture(call.q.device)
+    grads: dict[str, Tensor]
+    if call.plan.mix is not None:
+        grads = headmix_backward.backward(call, call.plan.mix, out, lse, grad_out, grad_lse, needs, seam.launch, arch)
+    else:
+        grads = attention_backward.backward(call, out, lse, grad_out, grad_lse, needs, seam.launch, arch)
+    return grads

@@ -1,0 +1,202 @@
+"""The bench: its arithmetic, its parity check that must catch a wrong kernel, its verdicts, and a tiny run."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import posattn
+from posattn import bench
+from posattn import parity as rule
+from posattn.bench import cases, encodings, parity, peers, plots, report, timing, work
+from posattn.bench.cases import Case, Target, Variant
+from posattn.bench.memory import extra_peak
+
+TINY = Case("tiny", (Variant("posattn", "ALiBi"),), mode="both", heads=2, q_len=33, k_len=33, head_dim=16)
+
+
+def row(variant: str, **figures: float | int | str) -> report.Row:
+    shape = {"batch": 1, "heads": 2, "q_len": 64, "k_len": 64, "head_dim": 16, "causal": True, "threads": 1}
+    values = {**shape, "case": "c", "encoding": "none", "peer": "p", "mode": "forward", "dtype": "float32", **figures}
+    return report.Row(variant=variant, **values)  # type: ignore[arg-type]
+
+
+def test_every_encoding_is_found() -> None:
+    found = encodings.names()
+    assert {"none", "RoPE", "ALiBi", "Kerple", "T5Bias", "Sandwich", "RelativeTable", "FIRE", "DAPE-Kerple"} <= set(
+        found
+    )
+    for name in found[1:]:
+        assert isinstance(encodings.build(name, 4, 16, 32), posattn.encodings.Encoding)
+    # Segments are of their caller's making, and a table over pixels is a dense bias.
+    assert not {"BiPE-RoPE", "BiPE-ALiBi", "RelativeTable2D"} & set(found)
+
+
+def test_an_unknown_encoding_is_an_error() -> None:
+    with pytest.raises(ValueError, match="encoding: expected one of none"):
+        encodings.build("Nope", 4, 16, 32)
+
+
+@pytest.mark.parametrize("every", [cases.standard(), cases.quick(), cases.sweep(("none", "ALiBi"), (128, 8192))])
+def test_cases_are_sound(every: tuple[Case, ...]) -> None:
+    assert len({case.name for case in every}) == len(every)
+    for case in every:
+        names = [variant.name for variant in case.variants]
+        assert len(set(names)) == len(names)
+        assert all(variant.peer in peers.PEERS for variant in case.variants)
+        for target in case.targets:
+            assert target.variant in names
+            assert target.against in ("", *names)
+
+
+def test_on_a_gpu_each_backend_is_a_variant() -> None:
+    case = cases.on_gpu(replace(TINY, variants=(Variant("posattn", "ALiBi"), Variant("sdpa")), targets=()))
+    names = [variant.name for variant in case.variants]
+    assert names == ["posattn:ALiBi:cuda", "posattn:ALiBi:triton", "sdpa", "flash-attn", "flash-attn:ALiBi"]
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(32, 32), (20, 33)])
+def test_work_counts_the_visible_pairs(q_len: int, k_len: int) -> None:
+    case = replace(TINY, mode="forward", q_len=q_len, k_len=k_len)
+    visible = torch.ones(q_len, k_len).tril(k_len - q_len).sum().item()
+    flop = 2 * visible * (2 * 2 * 16)  # two heads, two products of 16 multiply-adds
+    assert work.work(case, "ALiBi") == work.Work(flop, "fma")
+    assert work.work(replace(case, mode="both"), "ALiBi").amount == 3.5 * flop
+    width, inputs = 32, 4
+    network = 2 * visible * (width * inputs + width * 2)
+    assert work.work(case, "DAPE-Kerple").amount == flop + network
+
+
+def test_decoding_is_measured_in_bytes() -> None:
+    case = replace(TINY, mode="forward", q_len=1, k_len=100, dtype="bfloat16")
+    assert work.work(case, "none") == work.Work(2 * 2 * 100 * 16 * 2, "read")
+
+
+def test_parity_accepts_posattn_and_rejects_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = Variant("posattn", "Kerple")
+    assert parity.posattn_differs(variant, TINY, "cpu") is None
+    right = posattn.attention
+
+    def wrong(*args: Any, backend: str, **options: Any) -> Any:
+        out, lse = right(*args, backend=backend, **options)
+        return (out if backend == "reference" else out.detach() + 1.001 * (out - out.detach())), lse
+
+    monkeypatch.setattr(rule, "attention", wrong)
+    assert str(parity.posattn_differs(variant, TINY, "cpu")).startswith("dq[")
+
+
+def test_parity_looks_at_the_last_rows_of_the_whole_output() -> None:
+    case = replace(TINY, mode="forward", q_len=200, k_len=200)
+    variant = Variant("posattn", "ALiBi")
+    with torch.no_grad():
+        out = peers.contender(variant, case, "cpu").forward()
+    assert parity.outputs_differ(variant, case, "cpu", out) is None
+    out[0, 1, 199, 3] += 1e-3
+    assert parity.outputs_differ(variant, case, "cpu", out) is not None
+    out[0, 1, 199, 3] = math.nan
+    assert "got nan" in str(parity.outputs_differ(variant, case, "cpu", out))
+
+
+@pytest.mark.parametrize(
+    ("target", "figures", "other", "value", "reached"),
+    [
+        (Target("speed", "a", 2.0, "b"), {"median": 1.0}, {"median": 3.0}, 3.0, True),
+        (Target("speed", "a", 2.0, "b"), {"median": 2.0}, {"median": 3.0}, 1.5, False),
+        (Target("cost", "a", 1.05, "b"), {"median": 1.04}, {"median": 1.0}, 1.04, True),
+        (Target("share", "a", 0.8), {"share": 0.79}, {}, 0.79, False),
+        (Target("overhead", "a", 30e-6, "b"), {"median": 5e-5}, {"median": 1e-5}, 4e-5, False),
+        (Target("growth", "a", 0.15, "b"), {"median": 4.4, "q_len": 128}, {"median": 1.0}, 0.1, True),
+        (Target("growth", "a", 0.15, "b"), {"memory": 1.6, "q_len": 128}, {"memory": 1.0}, 0.2, False),
+        (Target("bits", "a", 1.0, "b"), {"digest": "x"}, {"digest": "y"}, 0.0, False),
+        (Target("memory", "a", 200.0), {"memory": 130.0}, {}, 130.0, True),
+    ],
+)
+def test_verdicts(
+    target: Target, figures: dict[str, float], other: dict[str, float], value: float, reached: bool
+) -> None:
+    case = Case("c", (), (target,))
+    (verdict,) = report.judge(case, [row("a", **figures), row("b", **other)])
+    assert verdict.value == pytest.approx(value)
+    assert verdict.reached is reached
+    assert str(verdict).startswith("reached" if reached else "MISSED")
+
+
+def test_a_figure_that_was_not_measured_is_not_judged() -> None:
+    case = Case("c", (), (Target("share", "a", 0.8), Target("speed", "a", 1.0, "gone")))
+    assert report.judge(case, [row("a", median=1.0)]) == []
+
+
+def test_timing_interleaves_and_lets_slow_calls_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    order = []
+
+    def spend(name: str, seconds: float) -> None:
+        nonlocal clock
+        order.append(name)
+        clock += seconds
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
+    calls = {"fast": lambda: spend("fast", 0.1), "slow": lambda: spend("slow", 5.0)}
+    timings = timing.interleave(calls, seconds=20.0, device="cpu")
+    assert order[2:8] == ["fast", "slow"] * 3
+    assert timings["slow"].rounds == timing.MIN_ROUNDS
+    assert timings["fast"].rounds > timing.MIN_ROUNDS
+    assert timings["fast"].median == pytest.approx(0.1)
+
+
+def test_extra_peak_sees_what_is_freed_again() -> None:
+    megabytes = extra_peak(lambda: torch.ones(64_000_000).sum())
+    assert 250 < megabytes < 300
+
+
+def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = "forward-float32,both-float32,backward-bfloat16,decode-float32,memory-dape,dape-both-float32,growth"
+    assert bench.main(["--quick", "--device", "cpu", "--cases", chosen, "--out", str(tmp_path)]) == 0
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {r["case"] for r in rows} == set(chosen.split(","))
+    assert all(float(r["memory"] if r["case"] == "memory-dape" else r["median"]) > 0 for r in rows)
+    assert all(r["device"] and r["torch"] == torch.__version__ for r in rows)
+    for picture in ("speed.png", "share.png", "length.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert "posattn:DAPE-Kerple" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = peers.PEERS["posattn"]
+
+    def doubled(inputs: peers.Inputs, variant: Variant) -> peers.Peer:
+        forward, leaves = right(inputs, variant)
+        return lambda: 2 * forward(), leaves
+
+    monkeypatch.setitem(peers.PEERS, "posattn", doubled)
+    assert bench.main(["--quick", "--device", "cpu", "--cases", "full-float32", "--out", str(tmp_path)]) == 1
+    assert (tmp_path / "results.csv").read_text().count("\n") == 1
+
+
+def test_an_unknown_case_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--cases", "nothing", "--out", str(tmp_path)]) == 2
+    assert "--cases: expected" in capsys.readouterr().err
+
+
+def test_lines_lie_inside_their_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    figures = {"case": "c", "peer": "posattn", "encoding": "FIRE", "variant": "v", "share": "nan", "peak_kind": "fma"}
+    rows = [{**figures, "q_len": n, "median": 9e-9 * n**2, "memory": 3e-3 * n} for n in (2048, 4096, 8192)]
+    with (tmp_path / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    plots.plot_all(tmp_path / "results.csv", tmp_path)
+    lines = [(axes, line) for figure in drawn for axes in figure.axes for line in axes.lines]
+    assert len(lines) == 2
+    for axes, line in lines:
+        low, high = axes.get_ylim()
+        assert all(low <= value <= high for value in line.get_ydata())
