@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posattn.backends.common.reductions import sink_gradient
 from posattn.backends.common.strides import steps
 from posattn.plan import Bias, Call, HeadMix
 
@@ -199,8 +200,7 @@ def backward(
                 setattr(p.head_mix, f"grad_{name}", grads[name].data_ptr())
     native.backward(p)
     if "sinks" in needs and call.sinks is not None:
-        weight = torch.exp(call.sinks.detach().float()[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
-        grads["sinks"] = -(weight * delta).sum((0, 2))
+        grads["sinks"] = sink_gradient(call.sinks, lse, delta)
     for name, operand in (("slope", call.plan.bias.slope), ("inner.slope", _inner(call).slope)):
         if name in grads and operand is not None and operand.slope.dim() == 1:
             grads[name] = grads[name].sum(0)

@@ -17,6 +17,7 @@ from tests.tolerance import assert_parity
 pytest.importorskip("cuda.core")
 
 from posattn.backends import cpu, cuda
+from posattn.backends.common.arch import shared_memory
 from posattn.backends.common.reductions import by_entry
 from posattn.backends.cuda import backward_operands
 from posattn.backends.cuda.configs import backward
@@ -150,7 +151,7 @@ def _plan(heads):
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
 def test_every_tile_without_bank_conflicts(dim, small, monkeypatch):
     if small:
-        monkeypatch.setattr(backward, "_LARGE", backward._SMALL)
+        monkeypatch.setattr(backward, "shared_memory", lambda _: shared_memory("sm_86"))
     with behind_launch(80, Options(stats=True)) as machine:
         assert_parity(*tensors(HALF, q_len=130, k_len=141, dim=dim), _plan(2), {"causal": True}, "cuda")
     (main,) = (launched for launched in machine.launches if launched.kernel == "attention_backward")

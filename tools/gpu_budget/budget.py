@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from posattn.backends.common.arch import shared_memory
+
 from .measure import Figures
 
 PATH = Path(__file__).with_name("budget.json")
@@ -18,8 +20,6 @@ ANCHORS = Path(__file__).with_name("anchors.json")
 # Another release of Triton schedules a loop a little differently; a real regression is larger than this.
 _SLACK = 1.03
 _MODELLED = ("two_phase", "overlap")
-# KiB of shared memory that a block can have; those not named here have as much as sm_90.
-_SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_120": 99, "gfx942": 64}
 
 
 def load() -> dict[str, Any]:
@@ -47,7 +47,8 @@ def debt(name: str) -> str | None:
 
 def too_large(name: str, shared: int) -> str | None:
     """In words, if a block of this configuration needs more shared memory than its architecture has."""
-    limit = next((size for arch, size in _SHARED.items() if re.search(rf"\b{arch}\b", name)), 227) * 1024
+    arch = re.search(r"\b(sm_\d+|gfx\w+)\b", name)
+    limit = shared_memory(arch[0] if arch else name).block
     return f"needs {shared} bytes of shared memory, and a block can have {limit}" if shared > limit else None
 
 

@@ -17,6 +17,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from posattn.backends.common.arch import shared_memory
+
 from .flow import BasicBlock, Loop
 from .sass import Instruction, width
 
@@ -39,8 +41,8 @@ class Gpu:
 
 
 GPUS = {
-    "sm_80": Gpu(2, 2, False, 2, 8, 256, 1.0, 164 * 1024),
-    "sm_90": Gpu(1, 2, True, 2, 8, 512, 0.62, 228 * 1024),
+    "sm_80": Gpu(2, 2, False, 2, 8, 256, 1.0, shared_memory("sm_80").multiprocessor),
+    "sm_90": Gpu(1, 2, True, 2, 8, 512, 0.62, shared_memory("sm_90").multiprocessor),
 }
 
 TENSOR = ("HMMA", "IMMA", "BMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA")

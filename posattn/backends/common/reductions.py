@@ -16,6 +16,14 @@ from posattn.positions import token_indices
 LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
 
 
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """[H]: a sink is a logit without a value, so its gradient is -weight * delta [B, H, T] summed over rows. The
+    log-sum-exp [B, H, T] is in natural units; a row that sees nothing (-inf, or +inf as backward passes have it) has no
+    share."""
+    weight = torch.exp(sinks.detach().float()[:, None] - lse)
+    return -(torch.where(lse.isinf(), 0.0, weight) * delta).sum((0, 2))
+
+
 def by_sequence(call: Call, sums: Tensor) -> Tensor:
     """Sums [all_blocks, H] as [sequences, H], or [1, H] of packed documents."""
     count = 1 if call.mask.cu_seqlens_q is not None else sequences(call)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from posattn.backends.common.fixed_point import bias_units, in_ones
 from posattn.backends.common.operands import sequences
+from posattn.backends.common.reductions import sink_gradient
 from posattn.backends.cuda import backward_operands as summed
 from posattn.backends.cuda import operands
 from posattn.backends.cuda.attention_forward import run
@@ -26,9 +27,8 @@ def backward(
     lse2, minus_delta = rows["lse2"], rows["minus_delta"]
     grads: dict[str, Tensor] = {}
     if call.sinks is not None and "sinks" in needs:
-        # A sink is a logit without a value. Padded rows and rows that see nothing have lse2 = +inf, so weight zero.
-        weight = torch.exp2(call.sinks.float()[:, None] * LOG2E - lse2)
-        grads["sinks"] = (weight * minus_delta).sum(1)
+        # Padded rows and rows that see nothing have lse2 = +inf.
+        grads["sinks"] = sink_gradient(call.sinks, lse2[None] / LOG2E, -minus_delta[None])
     accumulated, sums, grads_of_keys = _main(of, rows)
     if "q" in needs:
         grads["q"] = _rows_of_queries(of, accumulated)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from posattn.backends.common.arch import MAX_SPLITS, key_splits
 from posattn.backends.common.operands import k_max, q_max, sequences
 from posattn.backends.cuda import compiler, launch, operands
 from posattn.backends.cuda.configs.forward import DecodeTile, ForwardTile, decode_tile, forward_tile
@@ -15,9 +16,6 @@ from posattn.plan import Call, Rotary
 # Turning K in the kernel costs each query block one pass over K; ahead of time it costs two passes over memory and a
 # launch. With one or two query blocks a head the first is less.
 TURN_IN_KERNEL_BLOCKS = 2
-# A split walks at least this many keys, so that the partial outputs stay small beside the keys read.
-SPLIT_KEYS = 256
-MAX_SPLITS = 64
 
 
 def architecture(device: torch.device) -> str:
@@ -82,13 +80,6 @@ def _shared_bytes(tile: ForwardTile | DecodeTile, constants: Constants) -> int:
     return max(tile.block_m * dim + tile.stages * stage, tile.block_m * dim_v)
 
 
-def _splits(blocks: int, keys: int, processors: int) -> int:
-    """How many ways to cut the keys so that a few blocks fill the device."""
-    if blocks == 0 or blocks >= processors:
-        return 1
-    return max(1, min(2 * processors // blocks, keys // SPLIT_KEYS, MAX_SPLITS))
-
-
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
     q, k, v = (operands.in_chunks(x) for x in (call.q, call.k, call.v))
@@ -100,7 +91,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if decoding:
         shape["q_blocks"] = -(-q_max(call) * shape["group"] // tile.block_m)
     blocks = shape["q_blocks"] * sequences(call) * (heads // shape["group"] if decoding else heads)
-    splits = _splits(blocks, k_max(call), launch.processors(device))
+    splits = key_splits(blocks, k_max(call), launch.processors(device))
 
     # Packed documents may leave tokens outside every document, which no block would write.
     packed = call.mask.cu_seqlens_q is not None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from posattn.backends.common.arch import shared_memory
 from posattn.backends.common.fixed_point import bias_units, in_ones, most_into_inner
 from posattn.backends.common.operands import all_blocks, k_max, q_max, sequences
-from posattn.backends.common.reductions import LINES, by_entry, by_sequence, slope_gradient
+from posattn.backends.common.reductions import LINES, by_entry, by_sequence, sink_gradient, slope_gradient
 from posattn.backends.cuda import headmix_forward, headmix_rows, launch, operands
 from posattn.backends.cuda import rows as gradients
 from posattn.backends.cuda.attention_forward import run, turned
@@ -42,7 +43,7 @@ def unsupported(call: Call, mix: HeadMix, arch: str) -> str | None:
     pairs, eights = -(-width // 16), -(-headmix_forward.inputs(call, mix) // 8) + -(-heads // 8)
     if 8 * pairs * eights > registers:
         return f"its backward kernel keeps the MLP and its gradient in registers, and {width} hidden units do not fit"
-    if shared_bytes(call, mix) > headmix_forward.shared_limit(arch):
+    if shared_bytes(call, mix) > shared_memory(arch).block:
         return f"its backward kernel needs {shared_bytes(call, mix)} bytes of shared memory"
     return None
 
@@ -140,9 +141,8 @@ def backward(
     # b2 shifts all logits of a row alike, so it moves the log-sum-exp, and weight between the keys and a sink.
     grads["b2"] = zeros(heads) if grad_lse is None else torch.where(sees, grad_lse.float(), 0.0).sum((0, 2))
     if call.sinks is not None:
-        # A sink is a logit without a value; rows that see nothing but it have their log-sum-exp from it.
-        weight = torch.exp(call.sinks.float()[:, None] - lse)
-        grads["sinks"] = -(torch.where(sees, weight, 0.0) * delta).sum((0, 2))
+        # Rows that see nothing but the sink have their log-sum-exp from it.
+        grads["sinks"] = sink_gradient(call.sinks, lse, torch.where(sees, delta, 0.0))
         grads["b2"] = grads["b2"] - grads["sinks"]
     first = values["inner"]["table_first"] if diagonals is None else values["first_distance"]
     grads.update(_bias_gradients(call, mix.inner, "inner.", inner, first, values["inner"]["psi_first"]))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from posattn.backends.common.arch import shared_memory
 from posattn.backends.common.operands import q_max, sequences
 from posattn.backends.cuda import headmix_rows, launch, operands
 from posattn.backends.cuda.attention_forward import run, turned
@@ -16,8 +17,6 @@ from posattn.plan import Call, HeadMix
 
 MAX_HEADS = 32
 MAX_WIDTH = 64
-_SHARED_LIMITS = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 110: 227 * 1024}
-_SHARED_LEAST = 99 * 1024
 
 Constants = dict[str, Constant]
 
@@ -72,11 +71,6 @@ def dims(call: Call) -> tuple[int, int]:
     return -(-call.q.shape[3] // 32) * 32, -(-call.v.shape[3] // 32) * 32
 
 
-def shared_limit(arch: str) -> int:
-    """Bytes of shared memory that one block may ask for."""
-    return _SHARED_LIMITS.get(int(arch[3:].rstrip("af")), _SHARED_LEAST)
-
-
 def forward_shared(call: Call, mix: HeadMix, tile: MixTile) -> int:
     """Dynamic shared memory of headmix_forward; it asserts that this is enough."""
     m, n = tile.block_m, tile.block_n
@@ -97,7 +91,7 @@ def forward_tile(arch: str, call: Call, mix: HeadMix) -> MixTile | None:
     heads, (_, dim_v) = call.q.shape[1], dims(call)
     heads_per_warp = 1 if heads <= 16 else 2
     warps = -(-heads // heads_per_warp)
-    limit = shared_limit(arch)
+    limit = shared_memory(arch).block
     for block_m in (32, 16):
         accumulators = heads_per_warp * block_m * dim_v // 32
         tile = MixTile(heads, block_m, heads_per_warp)

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 
+from posattn.backends.common.arch import architecture, processors
 from posattn.backends.cuda.compiler import Kernel
 from posattn.backends.cuda.params import Arguments
+
+__all__ = ["architecture", "has_device", "launch", "processors"]
 
 
 def launch(kernel: Kernel, grid: Sequence[int], block: Sequence[int], shared_bytes: int, arguments: Arguments) -> None:
@@ -50,19 +53,3 @@ def _loaded(kernel: Kernel, device: int, shared_bytes: int) -> tuple[Any, Any]:
 def has_device(device: torch.device) -> bool:
     """True if kernels can run on tensors of this device ("cuda" is also HIP's name in torch)."""
     return device.type == "cuda" and torch.version.hip is None
-
-
-@cache
-def _properties(index: int) -> tuple[str, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return f"sm_{properties.major}{properties.minor}", int(properties.multi_processor_count)
-
-
-def architecture(device: torch.device) -> str:
-    """The device's architecture: "sm_80", "sm_90", ..."""
-    return _properties(device.index if device.index is not None else torch.cuda.current_device())[0]
-
-
-def processors(device: torch.device) -> int:
-    """How many streaming multiprocessors the device has."""
-    return _properties(device.index if device.index is not None else torch.cuda.current_device())[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from posattn.backends.common.fixed_point import in_ones, units
 from posattn.backends.common.operands import all_blocks, k_max, linear, power_of_two, q_max, sequences
-from posattn.backends.common.reductions import LINES, by_entry, row_scale_gradient, slope_gradient
+from posattn.backends.common.reductions import LINES, by_entry, row_scale_gradient, sink_gradient, slope_gradient
 from posattn.backends.triton.arguments import Arguments, Launch, common_arguments, slope_arguments, strides, unit_stride
 from posattn.backends.triton.attention_forward import turned
 from posattn.backends.triton.configs.backward import bias_tile, main_tile
@@ -59,11 +59,6 @@ def row_statistics(
     grid = (-(-tokens // block) * batch * heads,)
     Arguments(values, constants).launch_with(launch, prepare, grid, num_warps=4, num_stages=1)
     return {key: values[key] for key in ("GradOut", "Lse2", "Delta", "stride_gb", "stride_gh", "stride_gm")}
-
-
-def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """[Hq]: a sink is a logit without a value, so its gradient is -weight * delta summed over rows."""
-    return -(torch.exp(sinks.float()[:, None] - lse) * delta).sum((0, 2))
 
 
 def backward(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posattn.backends.common.arch import key_splits
 from posattn.backends.common.operands import k_max, power_of_two, q_max, sequences
 from posattn.backends.triton import autotune
 from posattn.backends.triton.arguments import (
@@ -23,10 +24,6 @@ from posattn.kernels.attention.combine import combine
 from posattn.kernels.attention.forward import attention_forward
 from posattn.kernels.common.rotary import turn
 from posattn.plan import Call
-
-# A split walks at least this many keys, so that the partial outputs stay small beside the keys read.
-SPLIT_KEYS = 256
-MAX_SPLITS = 64
 
 
 def turned(
@@ -62,13 +59,6 @@ def turned(
     return out
 
 
-def _splits(programs: int, keys: int, processors: int) -> int:
-    """How many ways to cut the keys so that a few programs fill the device."""
-    if programs >= processors:
-        return 1
-    return max(1, min(2 * processors // programs, keys // SPLIT_KEYS, MAX_SPLITS))
-
-
 def forward(call: Call, launch: Launch, arch: str, processors: int) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
     tile = forward_tile(arch, call)
@@ -85,7 +75,7 @@ def _forward(call: Call, launch: Launch, tile: Tile, processors: int) -> tuple[T
     dim_v = v.shape[3]
     blocks = -(-q_max(call) // tile.block_m)
     programs = blocks * sequences(call) * heads
-    splits = _splits(programs, k_max(call), processors)
+    splits = key_splits(programs, k_max(call), processors)
 
     arguments = common_arguments(call, tile.block_m, tile.block_n)
     rotary = call.plan.rotary

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from posattn.backends.common.fixed_point import in_ones, most_into_inner, units
 from posattn.backends.common.operands import all_blocks, k_max, power_of_two, q_max, sequences
-from posattn.backends.common.reductions import by_entry, by_sequence, row_scale_gradient, slope_gradient
+from posattn.backends.common.reductions import by_entry, by_sequence, row_scale_gradient, sink_gradient, slope_gradient
 from posattn.backends.triton.arguments import Arguments, Launch
 from posattn.backends.triton.attention_backward import (
     grad_like,
     row_statistics,
-    sink_gradient,
     summed_over,
 )
 from posattn.backends.triton.attention_forward import turned
@@ -73,7 +72,7 @@ def _shift_gradient(call: Call, lse: Tensor, grad_lse: Tensor | None, delta: Ten
     if grad_lse is not None:
         grad += torch.where(lse.isneginf(), 0.0, grad_lse.float())
     if call.sinks is not None:
-        grad += torch.exp(call.sinks.float()[:, None] - lse) * delta
+        return grad.sum((0, 2)) - sink_gradient(call.sinks, lse, delta)
     return grad.sum((0, 2))
 
 

@@ -7,10 +7,13 @@ Where there is no GPU, tests replace `launch` with one that runs the kernel's PT
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
+
+from posattn.backends.common.arch import architecture, processors
+
+__all__ = ["Launch", "architecture", "has_device", "launch", "processors"]
 
 
 def launch(
@@ -36,26 +39,6 @@ def launch(
 def has_device(device: torch.device) -> bool:
     """True if kernels can run on tensors of this device ("cuda" is also HIP's name in torch)."""
     return device.type == "cuda"
-
-
-@cache
-def _properties(index: int) -> tuple[str, int]:
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip is not None:
-        name = str(properties.gcnArchName).split(":")[0]
-    else:
-        name = f"sm_{properties.major}{properties.minor}"
-    return name, int(properties.multi_processor_count)
-
-
-def architecture(device: torch.device) -> str:
-    """The name that launch configurations go by: "sm_90", "gfx942", ..."""
-    return _properties(device.index if device.index is not None else torch.cuda.current_device())[0]
-
-
-def processors(device: torch.device) -> int:
-    """How many streaming multiprocessors (compute units) the device has."""
-    return _properties(device.index if device.index is not None else torch.cuda.current_device())[1]
 
 
 Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, int, int | None], None]

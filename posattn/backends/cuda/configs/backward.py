@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import product
 
+from posattn.backends.common.arch import shared_memory
 from posattn.backends.cuda.operands import Constants
 
-# Bytes a block may have on sm_80 and on the GPUs with a data-centre multiprocessor after it, and on the others.
-_LARGE, _SMALL = 163 * 1024, 99 * 1024
-_SMALL_ARCHITECTURES = frozenset((86, 89, 120, 121))
-_MULTIPROCESSOR = {_LARGE: 164 * 1024, _SMALL: 100 * 1024}
 _RESERVED = 1024  # of a block, by the driver
 
 
@@ -116,12 +113,12 @@ def backward_tile(arch: str, dim: int, constants: Constants) -> BackwardTile:
     """The first tile for head dimension `dim` (padded) of which `arch` has room for all blocks, or else for one, with
     what the plan stages: with two buffers for dO or, at the cost of waiting for it, with one; and then with whole or
     with half strips."""
-    limit = _SMALL if int(arch[3:].rstrip("af")) in _SMALL_ARCHITECTURES else _LARGE
+    memory = shared_memory(arch)
     for alone in (False, True):
         for tile in _TILES[dim]:
-            room = limit if alone else _MULTIPROCESSOR[limit] // tile.blocks - _RESERVED
+            room = memory.block if alone else memory.multiprocessor // tile.blocks - _RESERVED
             for stages, strip_rows in product(range(tile.grad_stages, 0, -1), (8, 4)):
                 choice = replace(tile, grad_stages=stages, strip_rows=strip_rows)
                 if shared_bytes(choice, dim, constants) <= room:
                     return choice
-    raise AssertionError(f"no backward tile for head dimension {dim} fits {limit} bytes")
+    raise AssertionError(f"no backward tile for head dimension {dim} fits {memory.block} bytes")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from posattn.backends.common.arch import shared_memory
 from posattn.backends.cuda.configs.backward import BackwardTile, shared_bytes
 from posattn.backends.cuda.operands import Constants
 
-_LIMIT = 227 * 1024  # bytes a block may have
 _STAGES = 3
 _TILES = {
     64: BackwardTile(
@@ -31,7 +31,7 @@ def hopper_tile(arch: str, dim: int, constants: Constants) -> BackwardTile | Non
         tile = _BY_ELEMENT
     for strip_rows in (8, 4):
         choice = replace(tile, strip_rows=strip_rows, source="backward/sm90/backward.cu", columns=64)
-        if hopper_shared_bytes(choice, choice.padded(dim), constants) <= _LIMIT:
+        if hopper_shared_bytes(choice, choice.padded(dim), constants) <= shared_memory(arch).block:
             return choice
     return None
 
