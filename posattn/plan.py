@@ -52,8 +52,8 @@ class Profile:
     """bias = A[h, s] * y + C[h, s], continuous and piecewise linear in y = psi[d - first] * row_scale[p - row_first].
 
     p is the query's position; s counts the knots that are < y. psi is [L], row_scale [P], knots [W] ascending (+inf
-    pads), slope (A) and intercept (C) [H, W + 1], all float32. No gradient flows to the knots: the function is
-    continuous in them.
+    pads), segment_slope (A) and segment_intercept (C) [H, W + 1], all float32. No gradient flows to the knots: the
+    function is continuous in them.
     """
 
     psi: Tensor
@@ -61,8 +61,8 @@ class Profile:
     row_scale: Tensor
     row_first: int
     knots: Tensor
-    slope: Tensor
-    intercept: Tensor
+    segment_slope: Tensor
+    segment_intercept: Tensor
 
 
 @dataclass(frozen=True)

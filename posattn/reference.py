@@ -150,7 +150,7 @@ def _profile_bias(operand: Profile, distance: Tensor, q_positions: Tensor) -> Te
     row_scale = operand.row_scale[(q_positions - operand.row_first).clamp(0, operand.row_scale.shape[0] - 1)]
     y = psi * row_scale[:, :, None]
     segment = torch.searchsorted(operand.knots, y.detach())
-    return (operand.slope[:, segment] * y + operand.intercept[:, segment]).movedim(0, 1)
+    return (operand.segment_slope[:, segment] * y + operand.segment_intercept[:, segment]).movedim(0, 1)
 
 
 def _allowed(call: Call) -> Tensor | None:

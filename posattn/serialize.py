@@ -14,7 +14,7 @@ from torch import Tensor
 
 from posattn.plan import Bias, Call, Dense, HeadMix, Mask, Plan, Profile, Rotary, Slope, Table
 
-_BIAS_GRADS = ("slope", "table", "psi", "row_scale", "profile_slope", "profile_intercept", "dense")
+_BIAS_GRADS = ("slope", "table", "psi", "row_scale", "segment_slope", "segment_intercept", "dense")
 
 # The names that a backend's backward may be asked for.
 DIFFERENTIABLE = frozenset(
@@ -77,8 +77,8 @@ def flatten(call: Call, backend: str) -> Flat:
             put(prefix + "psi", profile.psi)
             put(prefix + "row_scale", profile.row_scale)
             put(prefix + "knots", profile.knots)
-            put(prefix + "profile_slope", profile.slope)
-            put(prefix + "profile_intercept", profile.intercept)
+            put(prefix + "segment_slope", profile.segment_slope)
+            put(prefix + "segment_intercept", profile.segment_intercept)
             ints.extend((profile.first, profile.row_first))
         if bias.dense is not None:
             put(prefix + "dense", bias.dense.bias)
@@ -149,8 +149,8 @@ def unflatten(
                 row_scale=named[prefix + "row_scale"],
                 row_first=next(rest),
                 knots=named[prefix + "knots"],
-                slope=named[prefix + "profile_slope"],
-                intercept=named[prefix + "profile_intercept"],
+                segment_slope=named[prefix + "segment_slope"],
+                segment_intercept=named[prefix + "segment_intercept"],
             ),
             None if dense is None else Dense(dense),
         )

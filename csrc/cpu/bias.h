@@ -136,8 +136,8 @@ struct BiasTile {
     return bias->row_scale[iclamp(query_position(i) - bias->row_first, 0, bias->row_len - 1)];
   }
 
-  const float* profile_slope() const { return bias->profile_slope + head * (bias->n_knots + 1); }
-  const float* profile_intercept() const { return bias->profile_intercept + head * (bias->n_knots + 1); }
+  const float* segment_slope() const { return bias->segment_slope + head * (bias->n_knots + 1); }
+  const float* segment_intercept() const { return bias->segment_intercept + head * (bias->n_knots + 1); }
 
   // The segments that y = psi * row scale reaches over NR keys.
   struct Reach {
@@ -197,7 +197,7 @@ struct BiasTile {
 
   // x = x * mul + profile over n keys (a multiple of VL) from j of row i; returns the running maximum.
   vf add_profile(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
-    const float *slopes = profile_slope(), *intercepts = profile_intercept(), *knots = bias->knots;
+    const float *slopes = segment_slope(), *intercepts = segment_intercept(), *knots = bias->knots;
     const float* values = psi_row(i, j, round_up(n, NR));
     const Reach* reach = find_reaches(values, i, j, n);
     const float scale = row_scale(i);

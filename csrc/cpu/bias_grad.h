@@ -109,7 +109,7 @@ struct BiasGrad {
   // Over a run of keys that reaches segments `first` to `last`, sums over y > knot give each one's by difference.
   void add_profile(const float* ds, int64_t i, int64_t j, int64_t n) {
     const Bias& b = *tile->bias;
-    const float *values = tile->psi_row(i, j, round_up(n, NR)), *slopes = tile->profile_slope();
+    const float *values = tile->psi_row(i, j, round_up(n, NR)), *slopes = tile->segment_slope();
     const auto* reach = tile->find_reaches(values, i, j, n);
     const float scale = tile->row_scale(i);
     alignas(64) float gradient[ROW_MAX];
@@ -206,8 +206,8 @@ struct BiasGrad {
     settle();
     for (int64_t m = 0; m <= b.n_knots; ++m) {
       const int64_t at = head * (b.n_knots + 1) + m;
-      if (b.grad_profile_slope) b.grad_profile_slope[at] += static_cast<float>(profile[m]);
-      if (b.grad_profile_intercept) b.grad_profile_intercept[at] += static_cast<float>(profile[b.n_knots + 1 + m]);
+      if (b.grad_segment_slope) b.grad_segment_slope[at] += static_cast<float>(profile[m]);
+      if (b.grad_segment_intercept) b.grad_segment_intercept[at] += static_cast<float>(profile[b.n_knots + 1 + m]);
     }
     if (!last_head) return;
     if (b.grad_psi) {

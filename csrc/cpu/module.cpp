@@ -228,12 +228,12 @@ PYBIND11_MODULE(_cpu, m) {
   address(bias, "psi", &Bias::psi);
   address(bias, "row_scale", &Bias::row_scale);
   address(bias, "knots", &Bias::knots);
-  address(bias, "profile_slope", &Bias::profile_slope);
-  address(bias, "profile_intercept", &Bias::profile_intercept);
+  address(bias, "segment_slope", &Bias::segment_slope);
+  address(bias, "segment_intercept", &Bias::segment_intercept);
   address(bias, "grad_psi", &Bias::grad_psi);
   address(bias, "grad_row_scale", &Bias::grad_row_scale);
-  address(bias, "grad_profile_slope", &Bias::grad_profile_slope);
-  address(bias, "grad_profile_intercept", &Bias::grad_profile_intercept);
+  address(bias, "grad_segment_slope", &Bias::grad_segment_slope);
+  address(bias, "grad_segment_intercept", &Bias::grad_segment_intercept);
   address(bias, "grad_dense", &Bias::grad_dense);
   bias.def_readwrite("slope_batch", &Bias::slope_batch)
       .def_readwrite("slope_head", &Bias::slope_head)

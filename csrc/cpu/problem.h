@@ -43,10 +43,10 @@ struct Bias {
   float* grad_table = nullptr;
 
   const float *psi = nullptr, *row_scale = nullptr, *knots = nullptr;
-  const float *profile_slope = nullptr, *profile_intercept = nullptr;  // [H, n_knots + 1]
+  const float *segment_slope = nullptr, *segment_intercept = nullptr;  // [H, n_knots + 1]
   int64_t psi_len = 0, psi_first = 0, row_len = 0, row_first = 0, n_knots = 0;
-  float *grad_psi = nullptr, *grad_row_scale = nullptr, *grad_profile_slope = nullptr,
-        *grad_profile_intercept = nullptr;
+  float *grad_psi = nullptr, *grad_row_scale = nullptr, *grad_segment_slope = nullptr,
+        *grad_segment_intercept = nullptr;
 
   View dense;
   int64_t dense_key = 1;  // the last dimension's stride: a bias may broadcast over keys
@@ -55,7 +55,7 @@ struct Bias {
 
   bool relative() const { return slope || table; }
   bool wants_relative() const { return grad_slope || grad_table; }
-  bool wants_profile() const { return grad_psi || grad_row_scale || grad_profile_slope || grad_profile_intercept; }
+  bool wants_profile() const { return grad_psi || grad_row_scale || grad_segment_slope || grad_segment_intercept; }
 };
 
 enum class MixForm : int32_t { concat_residual = 0, concat = 1, add = 2 };

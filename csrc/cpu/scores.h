@@ -100,16 +100,16 @@ struct Scores {
       } else if (segments) {
         if (reach[n].first != segment) {
           segment = reach[n].first;
-          for (int r = 0; r < MR; ++r) steep[r] = bias.profile_slope()[segment] * scales[r];
+          for (int r = 0; r < MR; ++r) steep[r] = bias.segment_slope()[segment] * scales[r];
         }
-        const SegmentBias before{psi + c, steep, times, set1(bias.profile_intercept()[segment])};
+        const SegmentBias before{psi + c, steep, times, set1(bias.segment_intercept()[segment])};
         const int64_t knots = reach[n].last - segment;
         if (knots == 0)
           finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops, before);
         else
           finished_panel<M>(
               q, q_row, keys, x + c, ROW_MAX, depth, tops,
-              KnotBias{before, scales, bias.bias->knots + segment, bias.profile_slope() + segment, knots});
+              KnotBias{before, scales, bias.bias->knots + segment, bias.segment_slope() + segment, knots});
       } else if (bias.bias->relative()) {
         finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops,
                           RelativeBias{bias.relative_row(i, j0 + c, NR), times});

@@ -131,7 +131,7 @@ class _Binding:
             to.psi, to.psi_len, to.psi_first = self.address(f.psi), f.psi.shape[0], f.first
             to.row_scale, to.row_len, to.row_first = self.address(f.row_scale), f.row_scale.shape[0], f.row_first
             to.knots, to.n_knots = self.address(f.knots), f.knots.shape[0]
-            to.profile_slope, to.profile_intercept = self.address(f.slope), self.address(f.intercept)
+            to.segment_slope, to.segment_intercept = self.address(f.segment_slope), self.address(f.segment_intercept)
         if bias.dense is not None:
             dense = bias.dense.bias.detach()
             dense = dense if dense.dtype in _DTYPES else dense.float()
@@ -227,8 +227,8 @@ def _bias_grads(to: Any, bias: Bias, prefix: str, call: Call, needs: frozenset[s
         f = bias.profile
         want("psi", f.psi, f.psi.shape, "grad_psi")
         want("row_scale", f.row_scale, f.row_scale.shape, "grad_row_scale")
-        want("profile_slope", f.slope, f.slope.shape, "grad_profile_slope")
-        want("profile_intercept", f.intercept, f.intercept.shape, "grad_profile_intercept")
+        want("segment_slope", f.segment_slope, f.segment_slope.shape, "grad_segment_slope")
+        want("segment_intercept", f.segment_intercept, f.segment_intercept.shape, "grad_segment_intercept")
     if bias.dense is not None:
         dense = bias.dense.bias
         want("dense", dense, dense.shape, "grad_dense")

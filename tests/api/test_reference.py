@@ -174,7 +174,7 @@ def loop_bias(operands, call, b, h, i, j):
         y = float(f.psi[min(max(d - f.first, 0), len(f.psi) - 1)])
         y *= float(f.row_scale[min(max(p - f.row_first, 0), len(f.row_scale) - 1)])
         s = sum(knot < y for knot in f.knots.tolist())
-        total += float(f.slope[h, s]) * y + float(f.intercept[h, s])
+        total += float(f.segment_slope[h, s]) * y + float(f.segment_intercept[h, s])
     if operands.dense is not None:
         total += float(operands.dense.bias.expand(call.q.shape[0], call.q.shape[1], -1, -1)[b, h, i, j])
     return total
@@ -361,7 +361,7 @@ def test_gradients_of_every_operand():
     sinks = torch.randn(2, dtype=WIDE)
 
     def run(q, k, v, slope, values, psi, row_scale, a, c, dense, w1, b1, w2, b2, sinks):
-        f = replace(inner.profile, psi=psi, row_scale=row_scale, slope=a, intercept=c)
+        f = replace(inner.profile, psi=psi, row_scale=row_scale, segment_slope=a, segment_intercept=c)
         additive = Bias(Slope(slope), Table(values, -2), f, Dense(dense))
         plan = Plan(turn, HeadMix(w1, b1, w2, b2, m.form, additive), Bias(table=Table(values, -2)))
         mask = Mask(causal=True, left=2)
@@ -369,7 +369,15 @@ def test_gradients_of_every_operand():
         return reference.forward(Call(q, k, v, plan, mask, 0.5, softcap=3.0, sinks=sinks, dropout_p=0.25, seed=seed))
 
     f = inner.profile
-    operands = [inner.slope.slope, inner.table.values, f.psi, f.row_scale, f.slope, f.intercept, inner.dense.bias]
+    operands = [
+        inner.slope.slope,
+        inner.table.values,
+        f.psi,
+        f.row_scale,
+        f.segment_slope,
+        f.segment_intercept,
+        inner.dense.bias,
+    ]
     leaves = [x.clone().requires_grad_() for x in (q, k, v, *operands, m.w1, m.b1, m.w2, m.b2, sinks)]
     assert torch.autograd.gradcheck(run, leaves)
 

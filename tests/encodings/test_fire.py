@@ -132,8 +132,8 @@ def test_the_plan_is_in_order():
     assert (profile.knots.diff() >= 0)[:-1].all()
     assert not profile.knots.isnan().any()
     assert (profile.knots > -float("inf")).all()
-    assert profile.slope.shape == profile.intercept.shape == (3, 33)
-    for operand in (profile.psi, profile.row_scale, profile.knots, profile.slope, profile.intercept):
+    assert profile.segment_slope.shape == profile.segment_intercept.shape == (3, 33)
+    for operand in (profile.psi, profile.row_scale, profile.knots, profile.segment_slope, profile.segment_intercept):
         assert operand.dtype == torch.float32
     assert not profile.knots.requires_grad
 

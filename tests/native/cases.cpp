@@ -148,11 +148,11 @@ void Bound::add_bias(Bias& bias, const std::string& kind) {
         if (std::isinf(knots[n])) a[1] = a[0];
         c[1] = std::isinf(knots[n]) ? c[0] : c[0] + (a[0] - a[1]) * knots[n];
       }
-    bias.profile_slope = slope, bias.profile_intercept = intercept;
+    bias.segment_slope = slope, bias.segment_intercept = intercept;
     want("psi", &bias.grad_psi, distances);
     want("row_scale", &bias.grad_row_scale, distances);
-    want("profile_slope", &bias.grad_profile_slope, p.heads * (KNOTS + 1));
-    want("profile_intercept", &bias.grad_profile_intercept, p.heads * (KNOTS + 1));
+    want("segment_slope", &bias.grad_segment_slope, p.heads * (KNOTS + 1));
+    want("segment_intercept", &bias.grad_segment_intercept, p.heads * (KNOTS + 1));
   } else {  // dense, or one dense bias for every batch and head
     const bool shared = kind == "dense-shared";
     const int64_t batch = shared ? 1 : p.batch, heads = shared ? 1 : p.heads;

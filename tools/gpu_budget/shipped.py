@@ -63,9 +63,9 @@ def _plans(heads: int, q_len: int, k_len: int, rotary_dim: int) -> dict[str, Pla
 _WANTED = {
     "slope": ("slope",),
     "table": ("table",),
-    "profile": ("psi", "row_scale", "profile_slope", "profile_intercept"),
+    "profile": ("psi", "row_scale", "segment_slope", "segment_intercept"),
     "dense": ("dense",),
-    "everything": ("slope", "table", "psi", "row_scale", "profile_slope", "profile_intercept", "dense"),
+    "everything": ("slope", "table", "psi", "row_scale", "segment_slope", "segment_intercept", "dense"),
     "mix": ("w1", "b1", "w2", "b2", "inner.table"),
 }
 

@@ -36,7 +36,7 @@ def bias_units(call: Call, bias: Bias, grad_out: Tensor, delta: Tensor, most: Te
     factor = torch.ones((), device=delta.device)
     if bias.profile is not None:
         psi, scale, steep = (
-            x.float().abs().max() for x in (bias.profile.psi, bias.profile.row_scale, bias.profile.slope)
+            x.float().abs().max() for x in (bias.profile.psi, bias.profile.row_scale, bias.profile.segment_slope)
         )
         factor = torch.stack([factor, psi * scale, psi * steep, scale * steep]).max()
     return units(call, {"GradOut": grad_out, "Delta": delta}, factor * most)

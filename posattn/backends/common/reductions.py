@@ -13,7 +13,7 @@ from posattn.plan import Call, Profile, Slope
 from posattn.positions import token_indices
 
 # The gradients of a profile that add up along rows, by name.
-LINES = frozenset(("row_scale", "profile_slope", "profile_intercept"))
+LINES = frozenset(("row_scale", "segment_slope", "segment_intercept"))
 
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

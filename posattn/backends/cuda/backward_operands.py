@@ -72,7 +72,7 @@ def gradients(of: Pass, sums: dict[str, Tensor]) -> dict[str, Tensor]:
             grads["psi"] = by_entry(grads["psi"][None], of.first_distance, profile.first, profile.psi.shape[0])[0]
     if "dsegments" in sums and profile is not None:
         segments = sums["dsegments"].sum(0)
-        grads["profile_intercept"], grads["profile_slope"] = segments[:, 0], segments[:, 1]
+        grads["segment_intercept"], grads["segment_slope"] = segments[:, 0], segments[:, 1]
         grads["row_scale"] = row_scale(call, profile, sums["drow_scale"].sum(0), of.tile.block_m)
     if "ddense" in sums:
         grads["dense"] = sums["ddense"]

@@ -207,7 +207,7 @@ def _bias_gradients(
         length = bias.profile.psi.shape[0]
         grads["psi"] = by_entry(sums["psi"][None], psi_first, bias.profile.first, length)[0]
     if "segments" in sums and bias.profile is not None:
-        grads["profile_intercept"], grads["profile_slope"] = sums["segments"].unbind(1)
+        grads["segment_intercept"], grads["segment_slope"] = sums["segments"].unbind(1)
         grads["row_scale"] = gradients.row_scale(call, bias.profile, sums["row_scale"], _QUERIES)
     if "dense" in sums:
         grads["dense"] = sums["dense"]

@@ -161,7 +161,7 @@ def _gradients(
     dsegments = zeros(batch, heads, key_blocks, 2, width) if lines else None
     if lines and profile is not None:
         drow_scale = zeros(batch, q_tokens, dtype=torch.int64)
-        row_units = units(call, shared, profile.slope.abs().max() * profile.psi.abs().max())
+        row_units = units(call, shared, profile.segment_slope.abs().max() * profile.psi.abs().max())
         per_program = parts_size(tile.block_n, tile.block_m, tile.num_warps)
         row_parts = torch.empty((batch * kv_heads * key_blocks, per_program), dtype=torch.float32, device=q.device)
 
@@ -182,7 +182,7 @@ def _gradients(
     if implicit and "table" in needs and bias.table is not None:
         sum_by_distance("Table", bias.table.values.shape, 1.0, torch.bfloat16 if in_halves else torch.float32)
     if implicit and "psi" in needs and profile is not None:
-        steepest = profile.slope.abs().max() * profile.row_scale.abs().max()
+        steepest = profile.segment_slope.abs().max() * profile.row_scale.abs().max()
         sum_by_distance("Psi", profile.psi.shape, steepest, torch.float32)
     values = {
         **shared,
@@ -225,7 +225,7 @@ def _gradients(
         grads["psi"] = by_entry(sums[None], profile.first - beyond, profile.first, profile.psi.shape[0])[0]
     if dsegments is not None and drow_scale is not None and row_units is not None and profile is not None:
         segments = dsegments.sum((0, 2))
-        grads["profile_intercept"], grads["profile_slope"] = segments[:, 0], segments[:, 1]
+        grads["segment_intercept"], grads["segment_slope"] = segments[:, 0], segments[:, 1]
         grads["row_scale"] = row_scale_gradient(call, profile, in_ones(drow_scale, row_units))
     return grads
 
@@ -278,7 +278,7 @@ def _bias_gradients(
         values["TableUnits"] = units(call, shared)
     if scatter and "psi" in needs and bias.profile is not None:
         values["DPsi"] = torch.zeros(bias.profile.psi.shape, dtype=torch.int64, device=device)
-        steepest = bias.profile.slope.abs().max() * bias.profile.row_scale.abs().max()
+        steepest = bias.profile.segment_slope.abs().max() * bias.profile.row_scale.abs().max()
         values["PsiUnits"] = units(call, shared, steepest)
     if values["DTable"] is not None:
         # The table is read through the same stride as its gradient is written.

@@ -99,7 +99,7 @@ def _query_gradients(
     }
     values: dict[str, Any] = {"DQ": grad_like(call, q)}
     for prefix, name, bias in (("", "D", call.plan.bias), ("inner.", "DInner", mix.inner)):
-        wanted = {prefix + key for key in ("row_scale", "profile_slope", "profile_intercept")}
+        wanted = {prefix + key for key in ("row_scale", "segment_slope", "segment_intercept")}
         profile = bias.profile if needs & wanted else None
         values[f"{name}Slope"] = slots(heads_padded) if prefix + "slope" in needs else None
         values[f"{name}RowScale"] = values[f"{name}Segments"] = None
@@ -128,7 +128,7 @@ def _query_gradients(
             grads[prefix + "slope"] = slope_gradient(call, bias.slope, by_sequence(call, slope)[:, :heads])
         if segments is not None and bias.profile is not None:
             lines = segments.sum(0)[:, :heads]
-            grads[prefix + "profile_intercept"], grads[prefix + "profile_slope"] = lines[0], lines[1]
+            grads[prefix + "segment_intercept"], grads[prefix + "segment_slope"] = lines[0], lines[1]
             grads[prefix + "row_scale"] = row_scale_gradient(call, bias.profile, values[f"{name}RowScale"])
     return grads
 
@@ -246,7 +246,7 @@ def _bias_gradients(
             values["TableUnits"] = units(call, arguments.values, most)
         if scatter and profile is not None:
             values["DPsi"] = torch.zeros(profile.psi.shape, dtype=torch.int64, device=q.device)
-            steepest = profile.slope.abs().max() * profile.row_scale.abs().max()
+            steepest = profile.segment_slope.abs().max() * profile.row_scale.abs().max()
             values["PsiUnits"] = units(call, arguments.values, most * steepest)
         tiles = -(-q_max(call) // tile.block_m) * -(-k_max(call) // tile.block_n)
         arguments.with_(values, {**constants, "ALONG_DIAGONAL": False}).launch_with(
