@@ -55,7 +55,7 @@ struct BiasTile {
     return positions() ? p->q_positions[s->b * p->q_positions_batch + s->q0 + i] : i + offset;
   }
   const int64_t* key_positions(int64_t j) const { return p->k_positions + s->b * p->k_positions_batch + s->k0 + j; }
-  float slope() const { return bias->slope[s->b * bias->slope_batch + head * bias->slope_head]; }
+  float slope() const { return bias->slope[s->b * bias->slope_batch + head]; }
 
   float relative_at(int64_t d) const {
     float value = 0.0F;

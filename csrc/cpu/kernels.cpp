@@ -1,4 +1,6 @@
 // Everything that depends on the instruction set, compiled once for each with POSATTN_ISA naming it.
+#include "kernels.h"
+
 #include "decode.h"
 #include "mix_backward.h"
 #include "probe.h"

@@ -1,16 +1,20 @@
-// The Python module posattn._cpu: fills a Problem from addresses and strides, picks the instruction set, and runs with
-// the GIL released. It knows no tensor type; posattn/backends/cpu.py does.
+// The Python module posattn._cpu: takes a Problem as bytes, lists its sequences, picks the instruction set, and runs
+// with the GIL released. PROBLEM_H is the text of problem.h that this build holds, from which Python knows the layout,
+// and BLANK a Problem's bytes before anything is filled in. It knows no tensor type; posattn/backends/cpu.py does.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "kernels.h"
 #include "memory.h"
-#include "problem.h"
+#include "problem_text.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -85,60 +89,60 @@ const Kernels*& chosen() {
   return kernels;
 }
 
-// A Problem that owns its list of sequences.
-struct OwnedProblem : Problem {
-  std::vector<Sequence> list;
-
-  void finish() {
-    sequences = list.data();
-    n_sequences = static_cast<int64_t>(list.size());
-    max_k_len = 0;
-    for (const Sequence& s : list) max_k_len = s.k_len > max_k_len ? s.k_len : max_k_len;
-  }
-  // The last line of defence against reads out of bounds: a traced call's values were not there to be checked.
-  static void check_offsets(const char* name, const int32_t* offsets, int64_t documents, int64_t tokens) {
-    bool valid = offsets[0] == 0 && offsets[documents] == tokens;
-    for (int64_t n = 0; valid && n < documents; ++n) valid = offsets[n] <= offsets[n + 1];
-    if (!valid)
-      throw std::invalid_argument(std::string(name) + ": expected offsets rising from 0 to the " +
-                                  std::to_string(tokens) + " tokens");
-  }
-  // One sequence a batch entry; with lengths ([B] int32), as many keys as they say.
-  void set_batched(uintptr_t lengths) {
-    const auto* n = reinterpret_cast<const int32_t*>(lengths);
-    list.clear();
-    for (int64_t b = 0; b < batch; ++b) {
-      list.push_back({b, 0, q_len, 0, n ? n[b] : k_len});
-      if (list.back().k_len < 0 || list.back().k_len > k_len)
-        throw std::invalid_argument("k_lengths: expected 0 to " + std::to_string(k_len) + " keys, got " +
-                                    std::to_string(list.back().k_len) + " for batch entry " + std::to_string(b));
-    }
-    finish();
-  }
-  // Documents packed along the tokens of batch entry 0.
-  void set_packed(uintptr_t cu_q, uintptr_t cu_k, int64_t documents) {
-    const auto *q = reinterpret_cast<const int32_t*>(cu_q), *k = reinterpret_cast<const int32_t*>(cu_k);
-    list.clear();
-    check_offsets("cu_seqlens_q", q, documents, q_len);
-    check_offsets("cu_seqlens_k", k, documents, k_len);
-    for (int64_t n = 0; n < documents; ++n) list.push_back({0, q[n], q[n + 1] - q[n], k[n], k[n + 1] - k[n]});
-    finish();
-  }
-};
-
-View view(uintptr_t data, int64_t batch, int64_t head, int64_t row, int dtype) {
-  View v;
-  v.data = reinterpret_cast<void*>(data);
-  v.batch = batch, v.head = head, v.row = row, v.dtype = static_cast<DType>(dtype);
-  return v;
+// The last line of defence against reads out of bounds: a traced call's values were not there to be checked.
+void check_offsets(const char* name, const int32_t* offsets, int64_t documents, int64_t tokens) {
+  bool valid = offsets[0] == 0 && offsets[documents] == tokens;
+  for (int64_t n = 0; valid && n < documents; ++n) valid = offsets[n] <= offsets[n + 1];
+  if (!valid)
+    throw std::invalid_argument(std::string(name) + ": expected offsets rising from 0 to the " +
+                                std::to_string(tokens) + " tokens");
 }
 
-// A pointer member, seen from Python as an address.
-template <class Owner, class Base, class T>
-void address(py::class_<Owner>& cls, const char* name, T* Base::* member) {
-  cls.def_property(
-      name, [member](const Owner& o) { return reinterpret_cast<uintptr_t>(o.*member); },
-      [member](Owner& o, uintptr_t value) { o.*member = reinterpret_cast<T*>(value); });
+std::vector<Sequence> sequences(const Problem& p) {
+  std::vector<Sequence> list;
+  const auto [lengths, q, k, documents] = p.lengths;
+  if (q) {
+    check_offsets("cu_seqlens_q", q, documents, p.q_len);
+    check_offsets("cu_seqlens_k", k, documents, p.k_len);
+    for (int64_t n = 0; n < documents; ++n) list.push_back({0, q[n], q[n + 1] - q[n], k[n], k[n + 1] - k[n]});
+    return list;
+  }
+  for (int64_t b = 0; b < p.batch; ++b) {
+    list.push_back({b, 0, p.q_len, 0, lengths ? lengths[b] : p.k_len});
+    if (list.back().k_len < 0 || list.back().k_len > p.k_len)
+      throw std::invalid_argument("k_lengths: expected 0 to " + std::to_string(p.k_len) + " keys, got " +
+                                  std::to_string(list.back().k_len) + " for batch entry " + std::to_string(b));
+  }
+  return list;
+}
+
+// Python packs a Problem as bytes, so it is nothing more than its bytes.
+static_assert(std::is_trivially_copyable_v<Problem> && std::is_standard_layout_v<Problem>);
+
+// Runs the forward or the backward pass of the Problem that these bytes hold.
+template <void (*Kernels::*pass)(const Problem&)>
+void run(const py::buffer& packed) {
+  Py_buffer image;
+  if (PyObject_GetBuffer(packed.ptr(), &image, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  const auto size = static_cast<size_t>(image.len);
+  Problem p;
+  if (size == sizeof(p)) std::memcpy(&p, image.buf, sizeof(p));
+  PyBuffer_Release(&image);
+  if (size != sizeof(p))
+    throw std::invalid_argument("problem: expected " + std::to_string(sizeof(p)) + " bytes, got " +
+                                std::to_string(size));
+  py::gil_scoped_release released;
+  const std::vector<Sequence> list = sequences(p);
+  p.sequences = list.data();
+  p.n_sequences = static_cast<int64_t>(list.size());
+  p.max_k_len = 0;
+  for (const Sequence& s : list) p.max_k_len = s.k_len > p.max_k_len ? s.k_len : p.max_k_len;
+  (chosen()->*pass)(p);
+}
+
+py::bytes blank() {
+  const Problem p;
+  return {reinterpret_cast<const char*>(&p), sizeof(p)};
 }
 
 template <class Run>
@@ -207,119 +211,10 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace posattn;
   m.doc() = "posattn's CPU kernels on raw addresses; posattn.backends.cpu is the way to call them.";
 
-  py::class_<View>(m, "View").def(py::init(&view), py::arg("data"), py::arg("batch"), py::arg("head"), py::arg("row"),
-                                  py::arg("dtype"));
-
-  py::class_<Rotary> rotary(m, "Rotary");
-  address(rotary, "q_cos", &Rotary::q_cos);
-  address(rotary, "q_sin", &Rotary::q_sin);
-  address(rotary, "k_cos", &Rotary::k_cos);
-  address(rotary, "k_sin", &Rotary::k_sin);
-  rotary.def_readwrite("q_batch", &Rotary::q_batch)
-      .def_readwrite("k_batch", &Rotary::k_batch)
-      .def_readwrite("half", &Rotary::half)
-      .def_readwrite("interleaved", &Rotary::interleaved);
-
-  py::class_<Bias> bias(m, "Bias");
-  address(bias, "slope", &Bias::slope);
-  address(bias, "grad_slope", &Bias::grad_slope);
-  address(bias, "table", &Bias::table);
-  address(bias, "grad_table", &Bias::grad_table);
-  address(bias, "psi", &Bias::psi);
-  address(bias, "row_scale", &Bias::row_scale);
-  address(bias, "knots", &Bias::knots);
-  address(bias, "segment_slope", &Bias::segment_slope);
-  address(bias, "segment_intercept", &Bias::segment_intercept);
-  address(bias, "grad_psi", &Bias::grad_psi);
-  address(bias, "grad_row_scale", &Bias::grad_row_scale);
-  address(bias, "grad_segment_slope", &Bias::grad_segment_slope);
-  address(bias, "grad_segment_intercept", &Bias::grad_segment_intercept);
-  address(bias, "grad_dense", &Bias::grad_dense);
-  bias.def_readwrite("slope_batch", &Bias::slope_batch)
-      .def_readwrite("slope_head", &Bias::slope_head)
-      .def_readwrite("slope_signed", &Bias::slope_signed)
-      .def_readwrite("table_len", &Bias::table_len)
-      .def_readwrite("table_first", &Bias::table_first)
-      .def_readwrite("psi_len", &Bias::psi_len)
-      .def_readwrite("psi_first", &Bias::psi_first)
-      .def_readwrite("row_len", &Bias::row_len)
-      .def_readwrite("row_first", &Bias::row_first)
-      .def_readwrite("n_knots", &Bias::n_knots)
-      .def_readwrite("dense", &Bias::dense)
-      .def_readwrite("dense_key", &Bias::dense_key)
-      .def_readwrite("grad_dense_batch", &Bias::grad_dense_batch)
-      .def_readwrite("grad_dense_head", &Bias::grad_dense_head)
-      .def_readwrite("grad_dense_row", &Bias::grad_dense_row)
-      .def_readwrite("grad_dense_key", &Bias::grad_dense_key);
-
-  py::class_<HeadMix> mix(m, "HeadMix");
-  address(mix, "w1", &HeadMix::w1);
-  address(mix, "b1", &HeadMix::b1);
-  address(mix, "w2", &HeadMix::w2);
-  address(mix, "b2", &HeadMix::b2);
-  address(mix, "grad_w1", &HeadMix::grad_w1);
-  address(mix, "grad_b1", &HeadMix::grad_b1);
-  address(mix, "grad_w2", &HeadMix::grad_w2);
-  address(mix, "grad_b2", &HeadMix::grad_b2);
-  mix.def_readwrite("width", &HeadMix::width)
-      .def_readwrite("inputs", &HeadMix::inputs)
-      .def_readwrite("has_inner", &HeadMix::has_inner)
-      .def_property_readonly(
-          "inner", [](HeadMix& h) -> Bias& { return h.inner; }, py::return_value_policy::reference_internal)
-      .def_property(
-          "form", [](const HeadMix& h) { return static_cast<int>(h.form); },
-          [](HeadMix& h, int form) { h.form = static_cast<MixForm>(form); });
-
-  py::class_<OwnedProblem> problem(m, "Problem");
-  problem.def(py::init<>())
-      .def("set_batched", &OwnedProblem::set_batched, py::arg("lengths") = 0)
-      .def("set_packed", &OwnedProblem::set_packed)
-      .def_property_readonly(
-          "rotary", [](OwnedProblem& p) -> Rotary& { return p.rotary; }, py::return_value_policy::reference_internal)
-      .def_property_readonly(
-          "bias", [](OwnedProblem& p) -> Bias& { return p.bias; }, py::return_value_policy::reference_internal)
-      .def_property_readonly(
-          "head_mix", [](OwnedProblem& p) -> HeadMix& { return p.head_mix; },
-          py::return_value_policy::reference_internal);
-  problem.def_readwrite("batch", &OwnedProblem::batch)
-      .def_readwrite("heads", &OwnedProblem::heads)
-      .def_readwrite("kv_heads", &OwnedProblem::kv_heads)
-      .def_readwrite("q_len", &OwnedProblem::q_len)
-      .def_readwrite("k_len", &OwnedProblem::k_len)
-      .def_readwrite("head_dim", &OwnedProblem::head_dim)
-      .def_readwrite("value_dim", &OwnedProblem::value_dim)
-      .def_readwrite("scale", &OwnedProblem::scale)
-      .def_readwrite("softcap", &OwnedProblem::softcap)
-      .def_readwrite("q", &OwnedProblem::q)
-      .def_readwrite("k", &OwnedProblem::k)
-      .def_readwrite("v", &OwnedProblem::v)
-      .def_readwrite("out", &OwnedProblem::out)
-      .def_readwrite("causal", &OwnedProblem::causal)
-      .def_readwrite("top_left", &OwnedProblem::top_left)
-      .def_readwrite("left", &OwnedProblem::left)
-      .def_readwrite("right", &OwnedProblem::right)
-      .def_readwrite("boolean", &OwnedProblem::boolean)
-      .def_readwrite("boolean_key", &OwnedProblem::boolean_key)
-      .def_readwrite("q_positions_batch", &OwnedProblem::q_positions_batch)
-      .def_readwrite("k_positions_batch", &OwnedProblem::k_positions_batch)
-      .def_readwrite("mix", &OwnedProblem::mix)
-      .def_readwrite("dropout_p", &OwnedProblem::dropout_p)
-      .def_readwrite("seed", &OwnedProblem::seed)
-      .def_readwrite("grad_out", &OwnedProblem::grad_out)
-      .def_readwrite("grad_q", &OwnedProblem::grad_q)
-      .def_readwrite("grad_k", &OwnedProblem::grad_k)
-      .def_readwrite("grad_v", &OwnedProblem::grad_v)
-      .def_readwrite("threads", &OwnedProblem::threads);
-  address(problem, "lse", &Problem::lse);
-  address(problem, "sinks", &Problem::sinks);
-  address(problem, "q_positions", &Problem::q_positions);
-  address(problem, "k_positions", &Problem::k_positions);
-  address(problem, "grad_lse", &Problem::grad_lse);
-  address(problem, "grad_q_sum", &Problem::grad_q_sum);
-  address(problem, "delta", &Problem::delta);
-
-  m.def("forward", [](const OwnedProblem& p) { chosen()->forward(p); }, py::call_guard<py::gil_scoped_release>());
-  m.def("backward", [](const OwnedProblem& p) { chosen()->backward(p); }, py::call_guard<py::gil_scoped_release>());
+  m.attr("PROBLEM_H") = PROBLEM_H;
+  m.attr("BLANK") = blank();
+  m.def("forward", &run<&Kernels::forward>, py::arg("problem"), "Run the struct Problem that these bytes hold.");
+  m.def("backward", &run<&Kernels::backward>, py::arg("problem"), "Its gradients, after the forward pass.");
   m.def("probe_peak", &probe_peak, py::arg("kind"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "GFLOP/s of a loop of 'fma' or 'bf16dot', or GB/s of 'read', on that many threads.");
   m.def(

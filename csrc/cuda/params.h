@@ -1,8 +1,8 @@
 // What kernels take, by value: one struct a kernel family, built from the pieces they share.
 //
-// posattn/backends/cuda/params.py reads this file and packs the same layout, so members come one to a line, of the
-// types it knows: pointers, int32_t, uint32_t, int64_t, float, or a struct above, and arrays of these. Const pointers
-// are never written through. Strides count elements; those of a dimension of size 1 are 0 where it repeats.
+// posattn/backends/common/structs.py reads this file and packs the same layout, so members come one to a line, of the
+// types it knows: pointers, int32_t, uint32_t, int64_t, float, or a struct above. Const pointers are never written
+// through. Strides count elements; those of a dimension of size 1 are 0 where it repeats.
 #pragma once
 #include "common/types.h"
 

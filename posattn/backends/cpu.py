@@ -1,12 +1,15 @@
-"""The CPU backend: hands a `Call`'s tensors to the native kernels of csrc/cpu as addresses and strides.
+"""The CPU backend: hands a `Call`'s tensors to the native kernels of csrc/cpu as addresses and strides, in a struct
+Problem that is laid out as the module's own text of problem.h says.
 
 The native module knows no tensor type, so one build serves every torch. Everything that a kernel will read is proved
-in bounds by posattn/checks.py before it comes here.
+in bounds by posattn/validation.py before it comes here.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +17,8 @@ from torch import Tensor
 
 from posattn.backends.common.reductions import sink_gradient
 from posattn.backends.common.strides import steps
-from posattn.plan import Bias, Call, HeadMix
+from posattn.backends.common.structs import Header
+from posattn.plan import Bias, Call, HeadMix, Rotary
 
 try:
     from posattn import _cpu as native
@@ -23,10 +27,12 @@ except ImportError as error:  # a source tree that was never built: every other 
     _missing = str(error)
 
 MAX_HEAD_DIM = 256
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of problem.h
+_FORMS = {"concat-residual": 0, "concat": 1, "add": 2}  # MixForm
 # Bytes from which a result is sure to hold a 2 MB page.
 _HUGE = 4 << 20
-_FORMS = {"concat-residual": 0, "concat": 1, "add": 2}
+
+Struct = Any  # a struct of problem.h
 
 
 def unsupported(call: Call) -> str | None:
@@ -43,11 +49,21 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
+@cache
+def _structs() -> tuple[Struct, Struct]:
+    """Problem and View, laid out as in the build that is loaded."""
+    structs = Header("problem.h", native.PROBLEM_H).structs
+    if (size := ctypes.sizeof(structs["Problem"])) != len(native.BLANK):
+        raise RuntimeError(f"problem.h: expected a Problem of {len(native.BLANK)} bytes, as compiled, got {size}")
+    return structs["Problem"], structs["View"]
+
+
 class _Binding:
-    """A native Problem together with the tensors whose memory it points at."""
+    """A Problem together with the tensors whose memory it points at."""
 
     def __init__(self, call: Call) -> None:
-        self.problem = native.Problem()
+        problem, self._view = _structs()
+        self.problem = problem.from_buffer_copy(native.BLANK)
         self.keep: list[Tensor] = []
         self._call(call)
 
@@ -58,19 +74,19 @@ class _Binding:
         self.keep.append(tensor)
         return tensor.data_ptr()
 
-    def view(self, tensor: Tensor) -> Any:
+    def view(self, tensor: Tensor) -> Struct:
         """A [B, H, T, D] tensor with contiguous rows; dimensions of size one broadcast."""
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             tensor = tensor.contiguous()
         self.keep.append(tensor)
         batch, head, row, _ = tensor.stride()
-        return native.View(tensor.data_ptr(), batch, head, row, _DTYPES[tensor.dtype])
+        return self._view(tensor.data_ptr(), batch, head, row, _DTYPES[tensor.dtype])
 
-    def broadcast_view(self, tensor: Tensor, dtype: int) -> tuple[Any, int]:
+    def broadcast_view(self, tensor: Tensor, dtype: int) -> tuple[Struct, int]:
         """A tensor that broadcasts to [B, H, Tq, Tk], and its stride over keys."""
         self.keep.append(tensor)
         batch, head, row, key = steps(tensor)
-        return native.View(tensor.data_ptr(), batch, head, row, dtype), key
+        return self._view(tensor.data_ptr(), batch, head, row, dtype), key
 
     def _call(self, call: Call) -> None:
         p, q, k, v, mask = self.problem, call.q, call.k, call.v, call.mask
@@ -87,12 +103,11 @@ class _Binding:
         if mask.boolean is not None:
             p.boolean, p.boolean_key = self.broadcast_view(mask.boolean.view(torch.uint8), 0)
         if mask.cu_seqlens_q is not None:
-            starts = [self.address(x, torch.int32) for x in (mask.cu_seqlens_q, mask.cu_seqlens_k)]
-            p.set_packed(*starts, mask.cu_seqlens_q.shape[0] - 1)
+            p.lengths.cu_seqlens_q = self.address(mask.cu_seqlens_q, torch.int32)
+            p.lengths.cu_seqlens_k = self.address(mask.cu_seqlens_k, torch.int32)
+            p.lengths.documents = mask.cu_seqlens_q.shape[0] - 1
         elif mask.k_lengths is not None:
-            p.set_batched(self.address(mask.k_lengths, torch.int32))
-        else:
-            p.set_batched()
+            p.lengths.k_lengths = self.address(mask.k_lengths, torch.int32)
         if call.q_positions is not None and call.k_positions is not None:
             p.q_positions, p.q_positions_batch = self._batched(call.q_positions, torch.int64)
             p.k_positions, p.k_positions_batch = self._batched(call.k_positions, torch.int64)
@@ -110,19 +125,19 @@ class _Binding:
         """The address of a [B or 1, ...] tensor and its batch stride, 0 where it broadcasts."""
         return self.address(tensor, dtype), 0 if tensor.shape[0] == 1 else tensor[0].numel()
 
-    def _rotary(self, rotary: Any) -> None:
-        native_rotary = self.problem.rotary
-        native_rotary.q_cos, native_rotary.q_batch = self._batched(rotary.q_cos, torch.float32)
-        native_rotary.q_sin = self.address(rotary.q_sin)
-        native_rotary.k_cos, native_rotary.k_batch = self._batched(rotary.k_cos, torch.float32)
-        native_rotary.k_sin = self.address(rotary.k_sin)
-        native_rotary.half, native_rotary.interleaved = rotary.q_cos.shape[-1], rotary.interleaved
+    def _rotary(self, rotary: Rotary) -> None:
+        to = self.problem.rotary
+        to.q_cos, to.q_batch = self._batched(rotary.q_cos, torch.float32)
+        to.q_sin = self.address(rotary.q_sin)
+        to.k_cos, to.k_batch = self._batched(rotary.k_cos, torch.float32)
+        to.k_sin = self.address(rotary.k_sin)
+        to.half, to.interleaved = rotary.q_cos.shape[-1], rotary.interleaved
 
-    def bias(self, to: Any, bias: Bias) -> None:
+    def bias(self, to: Struct, bias: Bias) -> None:
         if bias.slope is not None:
             slope = bias.slope.slope
             to.slope, to.slope_signed = self.address(slope), bias.slope.signed
-            to.slope_batch, to.slope_head = (0, 1) if slope.dim() == 1 else (slope.shape[1], 1)
+            to.slope_batch = 0 if slope.dim() == 1 else slope.shape[1]
         if bias.table is not None:
             to.table, to.table_first = self.address(bias.table.values), bias.table.first
             to.table_len = bias.table.values.shape[1]
@@ -137,7 +152,7 @@ class _Binding:
             dense = dense if dense.dtype in _DTYPES else dense.float()
             to.dense, to.dense_key = self.broadcast_view(dense, _DTYPES[dense.dtype])
 
-    def _mix(self, to: Any, mix: HeadMix) -> None:
+    def _mix(self, to: Struct, mix: HeadMix) -> None:
         to.w1, to.b1, to.w2, to.b2 = (self.address(x) for x in (mix.w1, mix.b1, mix.w2, mix.b2))
         to.width, to.inputs = mix.w1.shape
         to.form, to.has_inner = _FORMS[mix.form], bool(mix.inner)
@@ -211,7 +226,9 @@ def _inner(call: Call) -> Bias:
     return Bias() if call.plan.mix is None else call.plan.mix.inner
 
 
-def _bias_grads(to: Any, bias: Bias, prefix: str, call: Call, needs: frozenset[str], grads: dict[str, Tensor]) -> None:
+def _bias_grads(
+    to: Struct, bias: Bias, prefix: str, call: Call, needs: frozenset[str], grads: dict[str, Tensor]
+) -> None:
     """Zeroed sums for the wanted gradients of one `Bias`, in `grads` and in the native struct."""
 
     def want(name: str, operand: Tensor | None, shape: Sequence[int], field: str) -> None:

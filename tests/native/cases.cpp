@@ -124,7 +124,7 @@ void Bound::add_bias(Bias& bias, const std::string& kind) {
   const int64_t distances = p.q_len + p.k_len - 1;
   if (kind == "slope" || kind == "signed-slope") {
     bias.slope = memory_.drawn(p.heads, 0.0F, 1.0F);
-    bias.slope_head = 1, bias.slope_signed = kind != "slope";
+    bias.slope_signed = kind != "slope";
     want("slope", &bias.grad_slope, p.batch * p.heads);
   } else if (kind == "table") {
     bias.table = memory_.drawn(p.heads * distances, -1.0F, 1.0F);

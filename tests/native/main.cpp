@@ -5,6 +5,7 @@
 #include <cstring>
 #include <map>
 
+#include "../../csrc/cpu/kernels.h"
 #include "cases.h"
 
 #define DECLARE(isa)            \
