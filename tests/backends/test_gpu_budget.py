@@ -1,12 +1,14 @@
 """The static evidence tool: it reads machine code rightly, and the heart of the package is within its budget."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from posattn.backends.cuda import compiler
 from tests.ptxsim import calibration
 from tools.gpu_budget import amdgcn, budget
-from tools.gpu_budget.__main__ import check, measure_all, measure_cuda
+from tools.gpu_budget.__main__ import check, measure_all, measure_cuda, update
 from tools.gpu_budget.flow import BasicBlock, loops
 from tools.gpu_budget.measure import Figures, measure
 
@@ -48,7 +50,12 @@ def test_spills_of_amd_kernels_are_what_goes_to_scratch() -> None:
 
 def test_what_counts_as_worse() -> None:
     assert budget.worse(figures(), ACCEPTED) == []
-    assert budget.worse(figures(registers=255, two_phase=720, shared=900), ACCEPTED) == []
+    assert budget.worse(figures(registers=108, two_phase=720, shared=900, tensor=4), ACCEPTED) == []
+    assert budget.worse(figures(registers=109), ACCEPTED) == ["registers 100 -> 109"]
+    assert budget.worse(figures(shared=1001, loop_spills=4), ACCEPTED) == ["loop_spills 0 -> 4", "shared 1000 -> 1001"]
+    assert budget.worse(figures(tensor=16), ACCEPTED) == ["tensor 8 -> 16"]
+    assert budget.worse(figures(two_phase=None), ACCEPTED) == ["two_phase 700 -> None"]
+    assert budget.worse(figures(overlap=420), {**ACCEPTED, "overlap": 400}) == ["overlap 400 -> 420"]
     assert budget.worse(figures(spills=8), ACCEPTED) == ["spills 0 -> 8"]
     assert budget.worse(figures(two_phase=722), ACCEPTED) == ["two_phase 700 -> 722"]
     assert budget.worse(figures(blocks=1, tensor=0), ACCEPTED) == [
@@ -95,14 +102,64 @@ def test_the_cuda_forward_kernel_is_within_its_budget(arch: str, capsys: pytest.
     assert status == 0, capsys.readouterr().out
 
 
-def test_a_spill_in_a_loop_needs_a_reason_and_an_entry_a_launch(capsys: pytest.CaptureFixture[str]) -> None:
-    name = "sm_80, attention_forward, slope, D = 64, bfloat16, Tq = 2048"
-    accepted = budget.load()[name]
-    spilling = Figures(**{**accepted, "spills": 8, "loop_spills": 8})
-    assert check(iter([(name, spilling)])) == 1
-    assert "spills 8 bytes in its loops, and debts.json gives no reason" in capsys.readouterr().out
-    capsys.readouterr()
-    assert check(iter([(name, Figures(**accepted))])) == 0
-    assert check(iter([(name, Figures(**accepted))]), whole=True) == 1
-    assert "is launched no more" in capsys.readouterr().out
-    assert budget.debt("sm_90, mixed_forward, mix, D = 64") is not None
+@pytest.mark.parametrize("figure", [name for name in Figures.__dataclass_fields__ if name != "pipes"])
+def test_every_figure_of_every_entry_is_held(figure: str) -> None:
+    """No figure is kept for show: the same entry with this one much worse is refused."""
+    holding = {name: x for name, x in budget.load().items() if figure in x}
+    assert holding
+    for name, x in holding.items():
+        kept = {key: value for key, value in x.items() if key != "reason"} | {"blocks": x.get("blocks")}
+        assert budget.worse(Figures(**kept), x) == [], name
+        changed = 0 if figure == "blocks" else 2 * x[figure] + 9
+        assert bool(budget.worse(Figures(**{**kept, figure: changed}), x)) or x[figure] == changed == 0, name
+
+
+def test_reasons_are_of_few_entries_and_one_kernel() -> None:
+    reasons = budget.reasons()
+    kernels: dict[str, list[str]] = {reason: [] for reason in reasons}
+    for name, x in budget.load().items():
+        assert ("reason" in x) == (x["loop_spills"] > 0), name
+        if "reason" in x:
+            parts = name.rstrip("'").split(", ")
+            kernels[x["reason"]].append(parts[-1] if parts[0] == "CUDA" else parts[1])
+    for reason, found in kernels.items():
+        assert len(set(found)) == 1, f"{reason}: {sorted(set(found))}"
+        assert len(found) <= 10, f"{reason} is given by {len(found)} entries: too many for one cause"
+
+
+NAME = "sm_80, attention_forward, slope, D = 64, bfloat16, Tq = 2048"
+
+
+@pytest.fixture
+def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """One entry, in a budget file of the test's own."""
+    accepted: dict[str, object] = budget.load()[NAME]
+    monkeypatch.setattr(budget, "PATH", tmp_path / "budget.json")
+    monkeypatch.setattr(budget, "REASONS", tmp_path / "reasons.json")
+    budget.REASONS.write_text('{"outputs": "they take 128 registers"}')
+    budget.accept(NAME, Figures(**accepted))  # type: ignore[arg-type]
+    return accepted
+
+
+def test_a_spill_in_a_loop_needs_a_reason_and_an_entry_a_launch(
+    own_file: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spilling = Figures(**{**own_file, "spills": 8, "loop_spills": 8})  # type: ignore[arg-type]
+    fine = Figures(**own_file)  # type: ignore[arg-type]
+
+    def told(status: int, expected: int) -> str:
+        assert status == expected
+        return capsys.readouterr().out
+
+    assert "spills 8 bytes in its loops, and its entry names no reason" in told(check(iter([(NAME, spilling)])), 1)
+    assert "1 of 1 configurations" in told(check(iter([(NAME, fine)])), 0)
+    assert "is launched no more" in told(check(iter([]), whole=True), 1)
+    assert "is not in the budget file" in told(check(iter([("sm_80, another", fine)])), 1)
+    # Accepted with a reason alone, which an update keeps, and which goes when the spills do.
+    assert "names no reason" in told(update(iter([(NAME, spilling)])), 1)
+    assert "reasons.json has no 'inputs'" in told(update(iter([(NAME, spilling)]), "inputs"), 1)
+    told(update(iter([(NAME, spilling)]), "outputs"), 0)
+    told(update(iter([(NAME, spilling)])), 0)
+    assert "1 spill in their loops: they take 128 registers" in told(check(iter([(NAME, spilling)])), 0)
+    told(update(iter([(NAME, fine)])), 0)
+    assert "reason" not in budget.load()[NAME]

@@ -135,7 +135,7 @@ def check(results: Iterator[tuple[str, Figures | str]], whole: bool = False) -> 
     accepted = budget.load()
     stale = set(accepted)
     failures, count = 0, 0
-    debts: Counter[str] = Counter()
+    excused: Counter[str] = Counter()
     for name, figures in results:
         count += 1
         stale.discard(name)
@@ -145,36 +145,38 @@ def check(results: Iterator[tuple[str, Figures | str]], whole: bool = False) -> 
             problems = ["is not in the budget file; run update after looking at its figures"]
         else:
             problems = budget.worse(figures, accepted[name])
-        if isinstance(figures, Figures) and (problem := budget.too_large(name, figures.shared)):
-            problems.append(problem)
-        if isinstance(figures, Figures) and figures.loop_spills:
-            reason = budget.debt(name)
-            if reason is None:
-                problems.append(f"spills {figures.loop_spills} bytes in its loops, and debts.json gives no reason")
-            else:
-                debts[reason] += 1
+        if isinstance(figures, Figures):
+            reason = accepted.get(name, {}).get("reason")
+            found = budget.too_large(name, figures.shared), budget.unexcused(figures, reason)
+            problems += [problem for problem in found if problem]
+            if figures.loop_spills and not found[1]:
+                excused[reason] += 1
         failures += bool(problems)
         for problem in problems:
             print(f"{name}: {problem}", flush=True)
-    for reason, times in debts.items():
-        print(f"{times} spill in their loops: {reason}")
+    for reason, times in excused.items():
+        print(f"{times} spill in their loops: {budget.reasons()[reason]}")
     for name in sorted(stale) if whole else ():
         print(f"{name}: is in the budget file, but is launched no more")
     print(f"{count - failures} of {count} configurations within budget")
     return int(failures > 0 or (whole and bool(stale)))
 
 
-def update(results: Iterator[tuple[str, Figures | str]]) -> int:
-    failed = 0
+def update(results: Iterator[tuple[str, Figures | str]], given: str | None = None) -> int:
+    """Accepts what compiles and fits. A configuration that spills in its loops keeps its reason; without one it takes
+    the one that is given, or is refused."""
+    accepted, failed = budget.load(), 0
     for name, figures in results:
         if isinstance(figures, str):
             failed += 1
             print(f"{name}: does not compile: {figures}", flush=True)
-        elif problem := budget.too_large(name, figures.shared):
+            continue
+        reason = accepted.get(name, {}).get("reason", given)
+        if problem := budget.too_large(name, figures.shared) or budget.unexcused(figures, reason):
             failed += 1
             print(f"{name}: {problem}", flush=True)
         else:
-            budget.accept(name, figures)
+            budget.accept(name, figures, reason)
     return int(failed > 0)
 
 
@@ -185,6 +187,7 @@ def main() -> int:
     parser.add_argument("--backend", choices=("triton", "cuda"), help="only its kernels (default: both)")
     parser.add_argument("--match", default="", help="only configurations whose name holds this")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--reason", help="of reasons.json, with update: why configurations without one spill in loops")
     given = parser.parse_args()
     architectures = given.arch or list(ARCHITECTURES)
     results: Iterator[tuple[str, Figures | str]] = iter(())
@@ -195,7 +198,7 @@ def main() -> int:
     if given.action == "table":
         return print_table(results, architectures)
     whole = not (given.arch or given.backend or given.match)
-    return check(results, whole) if given.action == "check" else update(results)
+    return check(results, whole) if given.action == "check" else update(results, given.reason)
 
 
 if __name__ == "__main__":
