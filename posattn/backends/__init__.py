@@ -22,7 +22,8 @@ FUSED = ("cpu", "cuda", "triton")
 NAMES = (*FUSED, "reference")
 
 # What "auto" tries on each device, in order. CUDA's kernels take fewer cycles than Triton's for the same call
-# (docs/cuda.md, docs/triton.md); Triton's run what they refuse: float32, AMD's GPUs, a machine without cuda.core.
+# (docs/lab/cuda.md, docs/lab/triton.md); Triton's run what they refuse: float32, AMD's GPUs, a machine without
+# cuda.core.
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 

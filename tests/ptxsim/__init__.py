@@ -1,6 +1,6 @@
 """The PTX machine: runs the PTX of a GPU kernel on the CPU and reports what a GPU could punish.
 
-docs/gpu-proof.md says how it is used and what it cannot see.
+docs/design/gpu-proof.md says how it is used and what it cannot see.
 """
 
 from .cuda_run import run_cuda

@@ -3,7 +3,7 @@
 // A tile of keys takes three phases with a barrier between them. Every warp multiplies its heads' queries and keys and
 // writes the logits to shared memory, rounded; it keeps them in registers unrounded. All warps share the positions out
 // and run the MLP over all heads of theirs. Every warp adds what the MLP gave to its heads' logits, takes the softmax
-// step and multiplies the values. smem_layout.h has the layout, docs/cuda-headmix.md the reasons.
+// step and multiplies the values. smem_layout.h has the layout, docs/design/cuda-headmix.md the reasons.
 #include "common/dropout.h"
 #include "common/softmax.h"
 #include "headmix/mlp.h"
