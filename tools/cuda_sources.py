@@ -9,12 +9,12 @@ compiles with csrc/cuda on the include path.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from posattn.backends.cuda import compiler
-from posattn.backends.cuda.compiler import Constant, Kernel
+from posattn.backends.cuda.compiler import Kernel
 
 from .gpu_budget.cuda import ARCHITECTURES, cases, launches
 
@@ -23,7 +23,7 @@ def sources(arch: str, match: str) -> dict[str, str]:
     """Name -> text of every kernel launched for the calls whose label holds `match`. Nothing is compiled."""
     texts: dict[str, str] = {}
 
-    def note(source: str, entry: str, struct: str, constants: Mapping[str, Constant], arch: str) -> Kernel:
+    def note(source: str, entry: str, struct: str, constants: tuple[Any, ...], arch: str) -> Kernel:
         text = compiler.specialised(source, struct, constants)
         texts.setdefault(text, f"{Path(source).stem}_{len(texts)}_{arch}")
         return Kernel(entry, arch, "", b"")

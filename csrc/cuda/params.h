@@ -125,16 +125,16 @@ struct CombineParams {
 };
 
 // DAPE's MLP, contiguous: w1 [WIDTH, INPUTS], b1 [WIDTH], w2 [HEADS, WIDTH], b2 [HEADS].
-struct MixParams {
+struct HeadMixParams {
   const float* w1;
   const float* b1;
   const float* w2;
   const float* b2;
 };
 
-struct MixForwardParams {
+struct HeadMixForwardParams {
   const void* q;
-  const void* tiles;  // [Hkv, rows / 24] of keys (turned) and values, and one tile more, see cuda/headmix_rows.py
+  const void* tiles;  // [Hkv, rows / 24] of keys (rotated) and values, and one tile more, see cuda/headmix_rows.py
   void* out;
   float* lse;  // [B, H, Tq]
   const float* sinks;
@@ -145,7 +145,7 @@ struct MixForwardParams {
   PositionParams positions;
   BiasParams inner;
   BiasParams outer;
-  MixParams mix;
+  HeadMixParams mix;
   DropoutParams dropout;
   int64_t key_rows;  // padded rows of all sequences, each beginning at a multiple of 24
   float scale;
@@ -165,9 +165,9 @@ struct BiasGradParams {
   PairStrides dense_strides;
 };
 
-struct MixBackwardParams {
-  const void* tiles;  // [H, rows / 24]: queries (turned), output gradients and row statistics, see headmix/rows.h
-  const void* k;      // turned
+struct HeadMixBackwardParams {
+  const void* tiles;  // [H, rows / 24]: queries (rotated), output gradients and row statistics, see headmix/rows.h
+  const void* k;      // rotated
   const void* v;
   const float* by_distance;  // [H, diagonals], the inner table at each distance
   float* dq;                 // [H, rows / 8, 8 HEAD_DIM], zeroed, in the order of the fragments
@@ -176,7 +176,7 @@ struct MixBackwardParams {
   float* dw1;                // [key blocks, MLP warps, WIDTH, INPUTS]
   float* db1;                // [key blocks, MLP warps, WIDTH]
   float* dw2;                // [key blocks, MLP warps, HEADS, WIDTH]
-  int32_t* turns;            // ordered: a ticket, then [H, rows / 24] counts of key blocks
+  int32_t* dq_semaphore;     // ordered: a ticket, then [H, rows / 24] counts of key blocks
   BiasGradParams dinner;
   BiasGradParams douter;
   Strides k_strides;
@@ -186,7 +186,7 @@ struct MixBackwardParams {
   PositionParams positions;
   BiasParams inner;
   BiasParams outer;
-  MixParams mix;
+  HeadMixParams mix;
   DropoutParams dropout;
   int64_t rows;            // padded query rows of all sequences, each beginning at a multiple of 24
   int32_t diagonals;       // distances that tiles can meet
@@ -195,8 +195,8 @@ struct MixBackwardParams {
   float softcap;
 };
 
-// x [B, H, T, DIM] turned by its tokens' angles into out, contiguous.
-struct TurnParams {
+// x [B, H, T, DIM] rotated by its tokens' angles into out, contiguous.
+struct RotaryParams {
   const void* x;
   void* out;
   Strides x_strides;
@@ -227,7 +227,7 @@ struct BackwardRowsParams {
 
 // Queries and dO as the tiles that attention_backward of sm_90a copies whole.
 struct BackwardTilesParams {
-  const void* q;  // turned
+  const void* q;  // rotated
   const void* grad_out;
   void* q_tiles;  // [H, rows / BLOCK_M, BLOCK_M * PADDED]
   void* grad_tiles;
@@ -239,7 +239,7 @@ struct BackwardTilesParams {
 };
 
 struct BackwardParams {
-  const void* q;  // turned, as k
+  const void* q;  // rotated, as k
   const void* k;
   const void* v;
   const void* grad_out;
@@ -258,7 +258,7 @@ struct BackwardParams {
   void* dsegments;   // [slots, H, 2, knots + 1]
   void* ddense;      // as strided; float32 where each element has one logit
   const float* units;
-  int32_t* turns;  // ordered: a ticket, then [H, rows / BLOCK_M] counts of key blocks
+  int32_t* dq_semaphore;  // ordered: a ticket, then [H, rows / BLOCK_M] counts of key blocks
   Strides q_strides;
   Strides k_strides;
   Strides v_strides;
@@ -281,7 +281,7 @@ struct BackwardParams {
   int32_t first_distance;  // of the first diagonal
 };
 
-// The accumulated gradient of the queries, scaled, turned back and rounded.
+// The accumulated gradient of the queries, scaled, rotated back and rounded.
 struct BackwardQueriesParams {
   const float* accumulated;  // BackwardParams.dq
   void* dq;

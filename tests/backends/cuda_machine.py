@@ -33,7 +33,7 @@ def cuda_machine(kernel_cache: str, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 @pytest.fixture
-def hopper_machine(kernel_cache: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+def sm90_machine(kernel_cache: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """The same as sm_90a."""
     yield from _machine(90, kernel_cache, monkeypatch)
 

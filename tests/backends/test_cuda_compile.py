@@ -16,6 +16,7 @@ import torch
 import posattn
 from posattn.backends import cuda
 from posattn.backends.cuda import cache, compiler, launch, params
+from posattn.backends.cuda.constants import CombineConstants
 from posattn.parity import plain_call
 from tests.ptxsim.seam import behind_launch
 
@@ -23,7 +24,7 @@ pytest.importorskip("cuda.core")
 
 # The smallest kernel of the package.
 COMBINE = ("forward/combine.cu", "attention_combine", "CombineParams")
-CONSTANTS = {"BF16": True, "DIM_V": 32, "HAS_SINKS": False, "MAX_SPLITS": 64, "THREADS": 128}
+CONSTANTS = CombineConstants(bf16=True, dim_v=32, has_sinks=False, max_splits=64, threads=128)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def compilations(monkeypatch):
 
 
 def compiled(arch="sm_80", **constants):
-    return compiler.compile_kernel(*COMBINE, CONSTANTS | constants, arch)
+    return compiler.compile_kernel(*COMBINE, CONSTANTS._replace(**constants), arch)
 
 
 def forget():
@@ -63,7 +64,7 @@ def test_a_kernel_is_compiled_once_and_then_found(folder, compilations):
 
 
 def test_every_part_of_a_specialisation_has_its_own_entry(folder, compilations):
-    for arch, constants in (("sm_80", {}), ("sm_90a", {}), ("sm_80", {"DIM_V": 64}), ("sm_80", {"HAS_SINKS": True})):
+    for arch, constants in (("sm_80", {}), ("sm_90a", {}), ("sm_80", {"dim_v": 64}), ("sm_80", {"has_sinks": True})):
         compiled(arch, **constants)
     assert len(compilations) == len(list(folder.iterdir())) == 4
 
@@ -110,6 +111,7 @@ def test_threads_wait_for_one_compilation(folder, compilations):
 def test_processes_share_a_cache(folder):
     program = (
         "from posattn.backends.cuda import compiler\n"
+        "from posattn.backends.cuda.constants import CombineConstants\n"
         f"print(len(compiler.compile_kernel(*{COMBINE!r}, {CONSTANTS!r}, 'sm_80').cubin))"
     )
     running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(2)]
@@ -130,7 +132,7 @@ def test_a_changed_header_changes_the_key(folder, compilations, monkeypatch):
 
 def test_what_nvrtc_refuses_is_said(folder):
     with pytest.raises(compiler.CompileError, match=r"attention_combine for sm_80 does not compile(.|\n)*DIM_V"):
-        compiler.compile_kernel(*COMBINE, {name: c for name, c in CONSTANTS.items() if name != "DIM_V"}, "sm_80")
+        compiled(dim_v="a head dimension")
 
 
 def test_a_wrong_layout_does_not_compile(folder, monkeypatch):
@@ -217,6 +219,7 @@ def test_what_the_driver_is_asked(driver_log):
 import torch
 from types import SimpleNamespace as Some
 from posattn.backends.cuda import compiler, launch, params
+from posattn.backends.cuda.constants import CombineConstants
 kernel = compiler.compile_kernel(*{COMBINE}, {CONSTANTS}, "sm_80")
 image = params.pack("CombineParams", {{"rows": 5}})
 arguments = params.Arguments(b"\\x2a" + bytes(image)[1:], [Some(is_cuda=False, device=Some(index=0))])

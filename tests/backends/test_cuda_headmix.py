@@ -7,7 +7,8 @@ import torch
 
 import posattn
 from posattn import backends
-from posattn.backends.cuda import compiler, headmix_forward, launch
+from posattn.backends.cuda import compiler, launch
+from posattn.backends.cuda.configs import headmix
 from posattn.parity import compare
 from tests.backends.headmix_cases import SHARED, tensors
 from tests.ptxsim import Options
@@ -172,7 +173,7 @@ def kernels_of_auto(heads, width, monkeypatch):
 
 def test_auto_hands_a_call_that_is_refused_to_triton(monkeypatch):
     """A width that Triton's kernels are compiled for elsewhere in the tests, one too many for these."""
-    monkeypatch.setattr(headmix_forward, "MAX_WIDTH", 7)
+    monkeypatch.setattr(headmix, "MAX_WIDTH", 7)
     kernels = kernels_of_auto(3, 8, monkeypatch)
     assert "mixed_forward" in kernels
     assert not any(kernel.startswith("headmix") for kernel in kernels)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import posattn
-from tests.backends.cuda_machine import assert_forward_parity, hopper_machine, kernel_cache  # noqa: F401
+from tests.backends.cuda_machine import assert_forward_parity, kernel_cache, sm90_machine  # noqa: F401
 from tests.ptxsim.kernel import Options
 from tests.ptxsim.seam import behind_launch
 
@@ -47,25 +47,25 @@ CASES = {
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_forward(case, hopper_machine):  # noqa: F811
+def test_forward(case, sm90_machine):  # noqa: F811
     dtype, shape, position, options = case
     assert_forward_parity(*tensors(dtype, **shape), position() if position else None, options())
-    opcodes = hopper_machine.launches[0].report.opcodes
+    opcodes = sm90_machine.launches[0].report.opcodes
     assert any(name.startswith("wgmma.mma_async") for name in opcodes)
 
 
 @pytest.mark.parametrize("extra", range(0, 128, 17))
-def test_every_remainder_of_a_tile(extra, hopper_machine):  # noqa: F811
+def test_every_remainder_of_a_tile(extra, sm90_machine):  # noqa: F811
     assert_forward_parity(*tensors(HALF, 129 + extra, 129 + extra, heads=1), None, {"causal": True})
 
 
-def test_what_wgmma_does_not_serve_runs_by_mma_sync(hopper_machine):  # noqa: F811
+def test_what_wgmma_does_not_serve_runs_by_mma_sync(sm90_machine):  # noqa: F811
     assert_forward_parity(*tensors(BF16, 60, 60, 32), None, {"causal": True})
-    assert not any(name.startswith("wgmma") for name in hopper_machine.launches[-1].report.opcodes)
+    assert not any(name.startswith("wgmma") for name in sm90_machine.launches[-1].report.opcodes)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_no_bank_conflicts_in_the_main_loop(dim, hopper_machine):  # noqa: F811
+def test_no_bank_conflicts_in_the_main_loop(dim, sm90_machine):  # noqa: F811
     q, k, v = tensors(BF16, 128, 256, dim)
     with behind_launch(90, Options(stats=True)) as machine:
         posattn.attention(q, k, v, posattn.Kerple(2), backend="cuda")

@@ -7,7 +7,7 @@ import torch
 
 import posattn
 from posattn.backends import cpu, cuda
-from tests.backends.cuda_machine import hopper_machine, kernel_cache  # noqa: F401
+from tests.backends.cuda_machine import kernel_cache, sm90_machine  # noqa: F401
 from tests.ptxsim.kernel import Options
 from tests.ptxsim.seam import behind_launch
 from tests.tolerance import assert_parity
@@ -85,19 +85,19 @@ def by_wgmma(report):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_parity(case, hopper_machine):  # noqa: F811
+def test_parity(case, sm90_machine):  # noqa: F811
     dtype, shape, position, options = case
     assert_parity(*tensors(dtype, **shape), position() if position else None, options(), "cuda")
-    assert by_wgmma(main_launch(hopper_machine))
+    assert by_wgmma(main_launch(sm90_machine))
 
 
 @pytest.mark.parametrize("extra", range(0, 128, 17))
-def test_every_remainder_of_a_tile(extra, hopper_machine):  # noqa: F811
+def test_every_remainder_of_a_tile(extra, sm90_machine):  # noqa: F811
     lengths = {"q_len": 129 + extra, "k_len": 129 + 2 * extra % 128}
     assert_parity(*tensors(BF16, heads=1, kv_heads=1, **lengths), None, {"causal": True}, "cuda")
 
 
-def test_large_logits(hopper_machine):  # noqa: F811
+def test_large_logits(sm90_machine):  # noqa: F811
     """Logits in the thousands: weights of exactly one and exactly zero, and log-sum-exps far from both."""
     q, k, v = tensors(BF16, q_len=40, k_len=140)
     assert_parity(100 * q, 100 * k, v, None, {"causal": True, "scale": 1.0}, "cuda")
@@ -113,9 +113,9 @@ def test_no_bank_conflicts_in_the_main_loop(dim):
     assert report.counters["shared_requests"] > 0
 
 
-def test_what_wgmma_does_not_serve_runs_by_mma_sync(hopper_machine):  # noqa: F811
+def test_what_wgmma_does_not_serve_runs_by_mma_sync(sm90_machine):  # noqa: F811
     assert_parity(*tensors(BF16, heads=1, kv_heads=1, q_len=40, k_len=50, dim=192), None, {}, "cuda")
-    assert not by_wgmma(main_launch(hopper_machine))
+    assert not by_wgmma(main_launch(sm90_machine))
 
 
 def test_ordered_sums_do_not_depend_on_the_order_of_blocks_and_warps():

@@ -22,6 +22,7 @@ import posattn
 from posattn.backends.cuda import compiler
 from posattn.backends.cuda import launch as seam
 from posattn.backends.cuda.compiler import Kernel
+from posattn.backends.cuda.constants import Constant, definitions
 from posattn.backends.cuda.operands import HEAD_DIMS
 from posattn.encodings.base import Encoding
 
@@ -73,7 +74,7 @@ class Noted:
     """One launch: the kernel, the constants it was built with, its warps and its dynamic shared memory."""
 
     kernel: Kernel
-    constants: Mapping[str, Any]
+    constants: Mapping[str, Constant]
     warps: int
     shared: int
 
@@ -81,12 +82,12 @@ class Noted:
 def launches(case: Case, arch: str, backward: bool = False, dtype: torch.dtype = torch.bfloat16) -> list[Noted]:
     """What the package launches for `case`, forward (and backward)."""
     noted: list[Noted] = []
-    constants: dict[int, Mapping[str, Any]] = {}
+    constants: dict[int, Mapping[str, Constant]] = {}
     compile_kernel = compiler.compile_kernel
 
-    def compile_(source: str, entry: str, struct: str, given: Mapping[str, Any], arch: str) -> Kernel:
+    def compile_(source: str, entry: str, struct: str, given: tuple[Any, ...], arch: str) -> Kernel:
         kernel = compile_kernel(source, entry, struct, given, arch)
-        constants[id(kernel)] = given
+        constants[id(kernel)] = dict(definitions(given))
         return kernel
 
     def launch(kernel: Kernel, grid: Sequence[int], block: Sequence[int], shared: int, arguments: Any) -> None:

@@ -69,7 +69,7 @@ struct Backward : BackwardBlock {
   __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at) const {
     const int thread = anew();
     float* to = p.dq + at.row * int64_t{PADDED} + thread;
-    in_turn(at, thread, [&] {
+    in_order(at, thread, [&] {
 #pragma unroll
       for (int group = 0; group < QueryGradients::GROUPS; ++group) {
 #pragma unroll

@@ -21,7 +21,7 @@ using Banded = float[BANDS][2];
 // A slope's bias is a sum of a number for the query and one for the key where no visible distance is negative.
 constexpr bool SLOPE_IS_LINEAR = HAS_SLOPE && LINEAR && !EXPLICIT;
 // The query's number, counted from its block's first, is in the log-sum-exp already.
-constexpr bool LSE_HAS_SLOPE = SLOPE_IS_LINEAR && WGMMA;
+constexpr bool LSE_HAS_SLOPE = SLOPE_IS_LINEAR && SM90;
 // Its gradient's sums over queries are then more columns of the product dK += dS^T Q, unless softcap makes that dS
 // another.
 constexpr bool SLOPE_BY_PRODUCT = WANT_SLOPE && SLOPE_IS_LINEAR && !HAS_SOFTCAP;

@@ -11,7 +11,7 @@
 namespace posattn {
 
 // A block's whole tile of dS^T sums a table's diagonals by tensor cores (backward/sm90/diagonals.h).
-constexpr bool TABLE_BY_PRODUCT = WANT_TABLE && !EXPLICIT && WGMMA && BLOCK_M == BLOCK_N;
+constexpr bool TABLE_BY_PRODUCT = WANT_TABLE && !EXPLICIT && SM90 && BLOCK_M == BLOCK_N;
 constexpr bool SUMS_BY_DISTANCE = ((WANT_TABLE && !TABLE_BY_PRODUCT) || WANT_PSI) && !EXPLICIT;
 
 // The elements of a band, f(group, n, e) each, added up; without a zero to begin with, which would be an addition.

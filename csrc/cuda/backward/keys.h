@@ -1,9 +1,9 @@
-// What the backward passes for sm_80 and sm_90a have in common: a block of keys, the queries it walks, and its turn to
-// add to them.
+// What the backward passes for sm_80 and sm_90a have in common: a block of keys, the queries it walks, and when it
+// may add to them.
 #pragma once
 #include "backward/spans.h"
 #include "backward/warps.h"
-#include "common/block_order.h"
+#include "common/dq_semaphore.h"
 #include "common/load.h"
 
 namespace posattn {
@@ -57,19 +57,19 @@ struct KeyBlock {
     return sequence.shift() - (key_block * BLOCK_N + BLOCK_N - 1) - p.first_distance;
   }
 
-  // Adds to the dQ of a block of queries, in turn.
+  // Adds to the dQ of a block of queries, after the blocks of earlier keys if ORDERED.
   template <class Add>
-  __device__ __forceinline__ void in_turn(const Cursor& at, int thread, Add add) const {
-    int32_t* turn = p.turns + 1 + at.row / BLOCK_M;
+  __device__ __forceinline__ void in_order(const Cursor& at, int thread, Add add) const {
+    int32_t* added = p.dq_semaphore + 1 + at.row / BLOCK_M;
     if constexpr (ORDERED) {
       const int before = blocks_before<BLOCK_N>(key_block, sequence, p.mask, at.block * BLOCK_M);
-      if (thread == 0) await_turn(turn, before);
+      if (thread == 0) wait_for_earlier(added, before);
       ptx::bar_sync();
     }
     add();
     if constexpr (ORDERED) {
       ptx::bar_sync();
-      if (thread == 0) end_turn(turn);
+      if (thread == 0) release_next(added);
     }
   }
 };
@@ -77,7 +77,7 @@ struct KeyBlock {
 // A launch has a block for each block of keys, of each key head of each sequence.
 template <class Backward>
 __device__ __forceinline__ void run_block(const BackwardParams& p, unsigned char* shared) {
-  const int number = block_number(p.turns, shared);
+  const int number = block_number(p.dq_semaphore, shared);
   const int key_block = number % p.shape.k_blocks;
   const int key_heads = p.shape.heads / p.shape.group;
   const int index = number / p.shape.k_blocks / key_heads;

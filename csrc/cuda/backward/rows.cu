@@ -1,5 +1,5 @@
 // Before and after the backward pass's one kernel: what it needs of each query, and the rows of dQ.
-#include "backward/dq_semaphore.h"
+#include "backward/rotary.h"
 #include "backward/warps.h"
 #include "common/mask.h"
 
@@ -64,14 +64,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_rows(const __grid
 }
 
 // The accumulated dQ of one query at one dimension; a block's accumulators are in the order of its fragments, whose
-// four elements lie side by side where one instruction adds them (WGMMA).
+// four elements lie side by side where one instruction adds them (SM90).
 __device__ __forceinline__ float accumulated(const float* block, int row, int column) {
   using Part = QueryGradients;
   const int warp = row / (16 * Part::GROUPS) * QUERY_COLUMNS + column / (8 * Part::EIGHTS);
   const int group = row % (16 * Part::GROUPS) / 16, n = column % (8 * Part::EIGHTS) / 8;
   const int e = row % 16 / 8 * 2 + column % 2, lane = row % 8 * 4 + column % 8 / 2;
   const int fragment = group * Part::EIGHTS + n, thread = warp * WARP + lane;
-  return block[WGMMA ? (fragment * THREADS + thread) * 4 + e : (fragment * 4 + e) * THREADS + thread];
+  return block[SM90 ? (fragment * THREADS + thread) * 4 + e : (fragment * 4 + e) * THREADS + thread];
 }
 
 // A lane stores eight dimensions; a warp eight rows of 32.
@@ -94,10 +94,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int64_t angles = sequence.batch * p.angles.batch + token * HALF;
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      const Turned turned(column + c);
-      if (turned.turns) {
-        const float other = accumulated(block, row % BLOCK_M, turned.partner) * p.scale;
-        value[c] = turned.back(value[c], other, p.angles.cos[angles + turned.pair], p.angles.sin[angles + turned.pair]);
+      const RotaryColumn at(column + c);
+      if (at.rotates) {
+        const float other = accumulated(block, row % BLOCK_M, at.partner) * p.scale;
+        value[c] = at.back(value[c], other, p.angles.cos[angles + at.pair], p.angles.sin[angles + at.pair]);
       }
     }
   }

@@ -1,12 +1,12 @@
 // dK and dV of a block, from fragments through shared memory to rows.
 #pragma once
-#include "backward/dq_semaphore.h"
+#include "backward/rotary.h"
 #include "backward/warps.h"
 #include "common/mask.h"
 
 namespace posattn {
 
-// Sums times `factor` become rows of dK (turned back) or dV. The place of K and V in shared memory is free by now.
+// Sums times `factor` become rows of dK (rotated back) or dV. The place of K and V in shared memory is free by now.
 template <bool KEYS, class Block>
 __device__ __forceinline__ void store_keys(const Block& block, const Fragments<KeyGradients>& sums, float factor) {
   const BackwardParams& p = block.p;
@@ -48,11 +48,10 @@ __device__ __forceinline__ void store_keys(const Block& block, const Fragments<K
       const int64_t angles = sequence.batch * p.k_angles.batch + token * HALF;
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
-        const Turned turned(column + c);
-        if (turned.turns) {
-          const float other = rows[place(row, turned.partner)];
-          value[c] =
-              turned.back(value[c], other, p.k_angles.cos[angles + turned.pair], p.k_angles.sin[angles + turned.pair]);
+        const RotaryColumn at(column + c);
+        if (at.rotates) {
+          const float other = rows[place(row, at.partner)];
+          value[c] = at.back(value[c], other, p.k_angles.cos[angles + at.pair], p.k_angles.sin[angles + at.pair]);
         }
       }
     }

@@ -48,7 +48,7 @@ __device__ __forceinline__ uint4 slope_columns(int lane) {
 }
 
 // The sum of dS is one more column of dK += dS^T Q, as the slope's are (see SLOPE_BY_PRODUCT).
-constexpr bool INTERCEPT_BY_PRODUCT = WANT_LINES && !HAS_SOFTCAP && !WGMMA;
+constexpr bool INTERCEPT_BY_PRODUCT = WANT_LINES && !HAS_SOFTCAP && !SM90;
 
 // The sums of one warp over the query blocks of one head.
 struct Sums {

@@ -157,7 +157,7 @@ __device__ __forceinline__ void round_fragments(uint32_t (&to)[GROUPS][EIGHTS / 
 // Stores fragments of a warp's logits into a tile [BLOCK_N, BLOCK_M] in shared memory. `first` is where this lane has
 // its first elements; the eights that follow are, as in Rows, an exclusive or away.
 __device__ __forceinline__ uint32_t first_pair(uint32_t tile, int warp, int lane) {
-  static_assert(WGMMA || Tile<BLOCK_M>::PERIOD % Logits::EIGHTS == 0);
+  static_assert(SM90 || Tile<BLOCK_M>::PERIOD % Logits::EIGHTS == 0);
   static_assert(QUERY_PARTS == 1 || BLOCK_M / 8 == Tile<BLOCK_M>::PERIOD);
   const int row = warp / LOGIT_COLUMNS * WARP_KEYS + lane / 4, eight = warp % LOGIT_COLUMNS * Logits::EIGHTS;
   return tile + Tile<BLOCK_M>::offset(row, eight) + lane % 4 * 4;

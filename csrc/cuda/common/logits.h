@@ -19,19 +19,17 @@ __device__ __forceinline__ float capped(float x, float cap) {
   return cap - 2.0f * cap * ptx::rcp_approx(1.0f + e);
 }
 
-// Natural logits but for operands by distance. Without any operand or softcap the scale is left for the exponent.
+// Dot products become logits, but for the operands.
 template <int GROUPS, int N8>
 __device__ __forceinline__ void scale_logits(float (&s)[GROUPS][N8][4], float scale, float softcap) {
-  if constexpr (NATURAL) {
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
+  for (int g = 0; g < GROUPS; ++g) {
 #pragma unroll
-      for (int n = 0; n < N8; ++n) {
+    for (int n = 0; n < N8; ++n) {
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          s[g][n][x] *= scale;
-          if constexpr (HAS_SOFTCAP) s[g][n][x] = capped(s[g][n][x], softcap);
-        }
+      for (int x = 0; x < 4; ++x) {
+        s[g][n][x] *= scale;
+        if constexpr (HAS_SOFTCAP) s[g][n][x] = capped(s[g][n][x], softcap);
       }
     }
   }

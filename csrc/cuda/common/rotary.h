@@ -1,4 +1,4 @@
-// Rotary embedding of a tile in shared memory, in place: pair c of a row turns by the angle whose cosine and sine are
+// Rotary embedding of a tile in shared memory, in place: pair c of a row rotates by the angle whose cosine and sine are
 // given. Pairs are columns (2c, 2c + 1) if INTERLEAVED, else (c, c + HALF).
 #pragma once
 #include "common/element.h"
@@ -9,9 +9,9 @@ namespace posattn {
 
 // The angles of row r are those of token token_of(r); rows from `rows` on are left alone.
 template <typename Layout, int ROWS, int THREADS, typename TokenOf>
-__device__ __forceinline__ void turn_tile(unsigned char* tile, const float* cos, const float* sin, int rows, int thread,
-                                          TokenOf token_of) {
-  constexpr int BOTH = HALF % 2 == 0 && !INTERLEAVED ? 2 : 1;  // neighbouring pairs that one thread turns at once
+__device__ __forceinline__ void rotate_tile(unsigned char* tile, const float* cos, const float* sin, int rows,
+                                            int thread, TokenOf token_of) {
+  constexpr int BOTH = HALF % 2 == 0 && !INTERLEAVED ? 2 : 1;  // neighbouring pairs that one thread rotates at once
   constexpr int WORK = HALF / BOTH;
   for (int x = thread; x < ROWS * WORK; x += THREADS) {
     const int row = x / WORK, c = x % WORK * BOTH;
@@ -36,9 +36,9 @@ __device__ __forceinline__ void turn_tile(unsigned char* tile, const float* cos,
 
 // The same where angles point at the tile's first row.
 template <typename Layout, int ROWS, int THREADS>
-__device__ __forceinline__ void turn_tile(unsigned char* tile, const float* cos, const float* sin, int rows,
-                                          int thread) {
-  turn_tile<Layout, ROWS, THREADS>(tile, cos, sin, rows, thread, [](int row) { return row; });
+__device__ __forceinline__ void rotate_tile(unsigned char* tile, const float* cos, const float* sin, int rows,
+                                            int thread) {
+  rotate_tile<Layout, ROWS, THREADS>(tile, cos, sin, rows, thread, [](int row) { return row; });
 }
 
 }  // namespace posattn

@@ -84,21 +84,21 @@ struct Forward {
     }
   }
 
-  __device__ __forceinline__ void turn_q() {
+  __device__ __forceinline__ void rotate_q() {
     if constexpr (ROTARY_Q) {
       const int64_t at = sequence.batch * p.q_angles.batch + (sequence.q_start + i0) * int64_t{HALF};
-      turn_tile<Products::QLayout, BLOCK_M, THREADS>(shared, p.q_angles.cos + at, p.q_angles.sin + at,
-                                                     sequence.q_len - i0, thread);
+      rotate_tile<Products::QLayout, BLOCK_M, THREADS>(shared, p.q_angles.cos + at, p.q_angles.sin + at,
+                                                       sequence.q_len - i0, thread);
       Products::publish();
       ptx::bar_sync();
     }
   }
 
-  __device__ __forceinline__ void turn_k(int j0, uint32_t stage) {
+  __device__ __forceinline__ void rotate_k(int j0, uint32_t stage) {
     if constexpr (ROTARY_K) {
       const int64_t at = sequence.batch * p.k_angles.batch + (sequence.k_start + j0) * int64_t{HALF};
-      turn_tile<Products::KLayout, BLOCK_N, THREADS>(shared + Q_BYTES + stage, p.k_angles.cos + at, p.k_angles.sin + at,
-                                                     sequence.k_len - j0, thread);
+      rotate_tile<Products::KLayout, BLOCK_N, THREADS>(shared + Q_BYTES + stage, p.k_angles.cos + at,
+                                                       p.k_angles.sin + at, sequence.k_len - j0, thread);
       Products::publish();
       ptx::bar_sync();
     }

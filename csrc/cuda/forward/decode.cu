@@ -95,8 +95,8 @@ struct Decode {
     if constexpr (ROTARY_Q) {
       const int64_t at = sequence.batch * p.q_angles.batch + sequence.q_start * int64_t{HALF};
       const int group = p.shape.group, first = r0, last = rows() - 1;
-      turn_tile<Tile<HEAD_DIM>, BLOCK_M, THREADS>(shared, p.q_angles.cos + at, p.q_angles.sin + at, BLOCK_M, thread,
-                                                  [=](int r) { return min(first + r, last) / group; });
+      rotate_tile<Tile<HEAD_DIM>, BLOCK_M, THREADS>(shared, p.q_angles.cos + at, p.q_angles.sin + at, BLOCK_M, thread,
+                                                    [=](int r) { return min(first + r, last) / group; });
       ptx::bar_sync();
     }
     const auto reader = Reader<HEAD_DIM>::a_operand(memory, 0, lane);
@@ -107,11 +107,11 @@ struct Decode {
     }
   }
 
-  __device__ __forceinline__ void turn_k(int j0, uint32_t stage) const {
+  __device__ __forceinline__ void rotate_k(int j0, uint32_t stage) const {
     if constexpr (ROTARY_K) {
       const int64_t at = sequence.batch * p.k_angles.batch + (sequence.k_start + j0) * int64_t{HALF};
-      turn_tile<Tile<HEAD_DIM>, BLOCK_N, THREADS>(shared + Q_BYTES + stage, p.k_angles.cos + at, p.k_angles.sin + at,
-                                                  sequence.k_len - j0, thread);
+      rotate_tile<Tile<HEAD_DIM>, BLOCK_N, THREADS>(shared + Q_BYTES + stage, p.k_angles.cos + at, p.k_angles.sin + at,
+                                                    sequence.k_len - j0, thread);
       ptx::bar_sync();
     }
   }
@@ -140,7 +140,7 @@ struct Decode {
         logit = row[a].logit(p, sequence, logit, j, j_in, key);
       }
     }
-    softmax.update(s, out, NATURAL ? LOG2E : p.scale * LOG2E);
+    softmax.update(s, out, SCALE_BEFORE_BIAS ? LOG2E : p.scale * LOG2E);
     if constexpr (HAS_DROPOUT) {
 #pragma unroll
       for (int a = 0; a < ROWS; ++a) {
@@ -259,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
     const uint32_t before = stage == 0 ? (STAGES - 1) * STAGE_BYTES : stage - STAGE_BYTES;
     if (next < spans.hi) d.load(next, before);
     ptx::cp_async_commit_group();
-    d.turn_k(j0, stage);
+    d.rotate_k(j0, stage);
     d.attend(j0, stage);
     stage = stage == (STAGES - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
   }

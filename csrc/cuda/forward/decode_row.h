@@ -28,7 +28,7 @@ struct Row {
   // The logit towards key j at position `key` from the dot product x; j_in is j, or the last key where j lies past it.
   __device__ __forceinline__ float logit(const ForwardParams& p, const Sequence& s, float x, int j, int j_in,
                                          int64_t key) const {
-    if constexpr (NATURAL) {
+    if constexpr (SCALE_BEFORE_BIAS) {
       x *= p.scale;
       if constexpr (HAS_SOFTCAP) x = capped(x, p.softcap);
       if constexpr (BY_DISTANCE) x += bias.at(p.bias, key);

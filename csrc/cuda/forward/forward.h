@@ -13,7 +13,7 @@ namespace posattn {
 // The tiles of keys of one span, through a ring of STAGES buffers. The copies of the first STAGES - 1 tiles are under
 // way.
 struct Ring {
-  uint32_t stage = 0;                           // where the tile in turn lies
+  uint32_t stage = 0;                           // where this step's tile lies
   uint32_t ahead = (STAGES - 1) * STAGE_BYTES;  // where the tile STAGES - 1 later goes
 
   __device__ __forceinline__ static uint32_t after(uint32_t stage) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void walk(Forward& f, Ring& ring, int from, int to, i
         f.load_v(next, ring.ahead);
       }
       ptx::cp_async_commit_group();
-      f.turn_k(j0, ring.stage);
+      f.rotate_k(j0, ring.stage);
       f.products.multiply_q_k(s, ring.stage);
     } else {
       ptx::cp_async_wait_group<0>();
@@ -49,7 +49,7 @@ __device__ __forceinline__ void walk(Forward& f, Ring& ring, int from, int to, i
       ptx::bar_sync();
       f.load_v(j0, 0);
       ptx::cp_async_commit_group();
-      f.turn_k(j0, 0);
+      f.rotate_k(j0, 0);
       f.products.multiply_q_k(s, 0);
       ptx::cp_async_wait_group<0>();
       Products::publish();
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   }
   Products::publish();
   ptx::bar_sync();
-  f.turn_q();
+  f.rotate_q();
   f.products.read_q();
 
   if constexpr (HAS_LEFT) walk<true>(f, ring, spans.lo, min(spans.full_lo, spans.hi), spans.hi);

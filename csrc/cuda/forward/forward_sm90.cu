@@ -1,4 +1,4 @@
-// Attention forward for Hopper (sm_90a), by wgmma.
+// Attention forward for sm_90a, by wgmma.
 #include "forward/products_sm90.h"
 //
 #include "forward/forward.h"

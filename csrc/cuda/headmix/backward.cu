@@ -6,11 +6,11 @@
 // again. While these work, the heads' warps multiply: dO V^T beside the MLP's forward half, dV beside its backward
 // half. dQ, to which all blocks of keys add, is summed in global memory, in the order of the fragments.
 //
-// ORDERED: blocks of keys add to dQ one after the other (common/block_order.h) and to everything else in integers.
+// ORDERED: blocks of keys add to dQ one after the other (common/dq_semaphore.h) and to everything else in integers.
 #include "headmix/head_backward.h"
 #include "headmix/mlp_backward.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 extern __shared__ __align__(128) unsigned char shared[];
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ void run_mlp(const Block& of) {
   MlpBackward mlp(of.p.mix, of.p.scale, lane);
   const MlpBackward::Inputs x(of.memory + X_AT, lane);
   const MlpBackward::Gradients ds(of.memory + DS_AT, lane);
-  const uint32_t to = of.memory + MIX_AT + 2 * lane.t * MIX_HEAD + 4 * lane.g;
+  const uint32_t to = of.memory + MIXED_AT + 2 * lane.t * MIXED_HEAD + 4 * lane.g;
 #pragma unroll 1
   for (int i0 = of.span.lo; i0 < of.span.hi; i0 += BLOCK_N) {
     ptx::bar_sync();
@@ -60,8 +60,9 @@ __device__ __forceinline__ void run_mlp(const Block& of) {
             SCALED ? 1.0f : of.p.scale, lane);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) headmix_backward(const __grid_constant__ MixBackwardParams p) {
-  const int block = block_number(p.turns, shared);
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    headmix_backward(const __grid_constant__ HeadMixBackwardParams p) {
+  const int block = block_number(p.dq_semaphore, shared);
   const int index = block / p.shape.k_blocks;
   const Sequence sequence(p.shape, p.mask, index);
   const int j0 = block % p.shape.k_blocks * BLOCK_M;
@@ -80,4 +81,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) headmix_backward(const 
   }
 }
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

@@ -1,10 +1,10 @@
 // What the warps of the backward kernel share: a block's keys and queries, shared memory, and the queries' gradient.
 #pragma once
 #include "bias/dense.h"
-#include "common/block_order.h"
+#include "common/dq_semaphore.h"
 #include "headmix/rows.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 static_assert(!FOLD_SLOPE && GROUPS == 1 && HEADS_PER_WARP == 1 && WARPS == HEADS + MLP_WARPS);
 
@@ -15,9 +15,9 @@ constexpr int V_BYTES = 16 * HEAD_DIM_V * 2;
 constexpr int HEAD_BYTES = 2 * K_BYTES + V_BYTES;
 constexpr int X_AT = HEADS * HEAD_BYTES;
 constexpr int DS_AT = X_AT + X_BYTES;
-constexpr int MIX_AT = DS_AT + HEADS * X_HEAD;
+constexpr int MIXED_AT = DS_AT + HEADS * X_HEAD;
 constexpr int MIXED_BLOCKS = INPUT_BLOCKS > HEAD_BLOCKS ? INPUT_BLOCKS : HEAD_BLOCKS;
-constexpr int SPAN_AT = MIX_AT + MIXED_BLOCKS * 8 * MIX_HEAD;  // where no query's mask is needed: two integers
+constexpr int SPAN_AT = MIXED_AT + MIXED_BLOCKS * 8 * MIXED_HEAD;  // where no query's mask is needed: two integers
 static_assert(SHARED_BYTES >= SPAN_AT + 16);
 
 using Tile = float[GROUPS][N8][4];
@@ -55,7 +55,7 @@ struct QuerySpan {
 };
 
 struct Block {
-  const MixBackwardParams& p;
+  const HeadMixBackwardParams& p;
   const Sequence sequence;
   const QuerySpan span;
   const Lane lane;
@@ -92,25 +92,25 @@ struct Block {
   }
 
   // ORDERED: a warp waits until all earlier blocks of keys that see the tile have added to its head's dQ there.
-  __device__ __forceinline__ void wait_for_turn(int h, int i0) const {
+  __device__ __forceinline__ void wait_for_earlier_blocks(int h, int i0) const {
     if constexpr (ORDERED) {
       const int before = blocks_before<BLOCK_M>(j0 / BLOCK_M, sequence, p.mask, i0);
-      if (lane.lane == 0) await_turn(turn(h, i0), before);
+      if (lane.lane == 0) wait_for_earlier(added(h, i0), before);
       ptx::bar_warp_sync();
     }
   }
 
-  __device__ __forceinline__ void pass_turn(int h, int i0) const {
+  __device__ __forceinline__ void release_next_block(int h, int i0) const {
     if constexpr (ORDERED) {
       ptx::bar_warp_sync();
-      if (lane.lane == 0) end_turn(turn(h, i0));
+      if (lane.lane == 0) release_next(added(h, i0));
     }
   }
 
 private:
-  __device__ __forceinline__ int32_t* turn(int h, int i0) const {
-    return p.turns + 1 + (h * p.rows + first_row + i0) / BLOCK_N;
+  __device__ __forceinline__ int32_t* added(int h, int i0) const {
+    return p.dq_semaphore + 1 + (h * p.rows + first_row + i0) / BLOCK_N;
   }
 };
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

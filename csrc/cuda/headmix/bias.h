@@ -5,7 +5,7 @@
 #include "bias/gather.h"
 #include "headmix/smem_layout.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 // Which operands a bias has, for code that serves both biases of a plan.
 struct Inner {
@@ -89,4 +89,4 @@ __device__ __forceinline__ void add_outer(float (&s)[GROUPS][N8][4], const BiasP
   }
 }
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

@@ -10,14 +10,14 @@
 #include "headmix/operands.h"
 #include "headmix/scores.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 // Shared memory: queries, x, mix, and two buffers of staged values for each head.
 constexpr int OUT8 = HEAD_DIM_V / 8;
 constexpr int KEY_BYTES = (HEAD_DIM + HEAD_DIM_V) * 2;  // of a key and its value in a tile
 constexpr int X_AT = Q_BYTES;
-constexpr int MIX_AT = X_AT + X_BYTES;
-constexpr int STAGE_AT = MIX_AT + MIX_BYTES;
+constexpr int MIXED_AT = X_AT + X_BYTES;
+constexpr int STAGE_AT = MIXED_AT + MIXED_BYTES;
 static_assert(WARPS == ceil_div(HEADS, HEADS_PER_WARP) && MLP_WARPS == WARPS);
 static_assert(SHARED_BYTES >= STAGE_AT + 2 * HEADS * STAGE_BYTES);
 
@@ -31,7 +31,7 @@ struct Head {
   float out[GROUPS][OUT8][4];
   float s[GROUPS][N8][4];
 
-  __device__ __forceinline__ Head(const MixForwardParams& p, const Sequence& sequence, int64_t key_row, int h,
+  __device__ __forceinline__ Head(const HeadMixForwardParams& p, const Sequence& sequence, int64_t key_row, int h,
                                   Place place, const Lane& lane)
       : scores(p.inner, sequence, h, place, lane),
         tiles(static_cast<const unsigned char*>(p.tiles) + (h / p.shape.group * p.key_rows + key_row) * KEY_BYTES +
@@ -50,7 +50,7 @@ struct Head {
 };
 
 struct Forward {
-  const MixForwardParams& p;
+  const HeadMixForwardParams& p;
   const Sequence sequence;
   const int64_t key_row;  // where the sequence begins among the rows of all tiles
   const Lane lane;
@@ -60,7 +60,7 @@ struct Forward {
   const Mlp mlp;
   const InputReader inputs;
 
-  __device__ __forceinline__ Forward(const MixForwardParams& p, const Sequence& sequence, int64_t key_row, int i0)
+  __device__ __forceinline__ Forward(const HeadMixForwardParams& p, const Sequence& sequence, int64_t key_row, int i0)
       : p(p),
         sequence(sequence),
         key_row(key_row),
@@ -141,7 +141,7 @@ struct Forward {
   __device__ __forceinline__ void finish(Head& head, int j0) const {
     const int h = head.scores.h;
     const Place here{place.row, j0 + place.column};
-    add_mixed(head.s, SCALED || (HAS_INNER && RESIDUAL) ? LOG2E : LOG2E * p.scale, memory + MIX_AT + h * MIX_HEAD,
+    add_mixed(head.s, SCALED || (HAS_INNER && RESIDUAL) ? LOG2E : LOG2E * p.scale, memory + MIXED_AT + h * MIXED_HEAD,
               lane);
     add_outer(head.s, p.outer, p.positions, sequence, h, here.row, here.column);
     if constexpr (BORDER || HAS_BOOLEAN) apply_mask<BORDER>(head.s, p.mask, sequence, h, here);
@@ -212,7 +212,7 @@ __device__ __forceinline__ void step(const Forward& f, Head (&heads)[HEADS_PER_W
     f.stage(heads[x], ahead, buffer ^ 1);
   }
   ptx::bar_sync();
-  mix_tile(f.mlp, f.inputs, f.memory + MIX_AT, f.lane);
+  mix_tile(f.mlp, f.inputs, f.memory + MIXED_AT, f.lane);
   PairFragments<HEAD_DIM_V> values;
   if (ONE) heads[0].load_values(values, j0);
   ptx::bar_sync();
@@ -275,7 +275,7 @@ __device__ __forceinline__ void start(const Forward& f, const KeySpans& spans) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
-    headmix_forward(const __grid_constant__ MixForwardParams p) {
+    headmix_forward(const __grid_constant__ HeadMixForwardParams p) {
   // The longest rows of a causal call first.
   const int block = p.shape.q_blocks - 1 - static_cast<int>(blockIdx.x) % p.shape.q_blocks;
   const Sequence sequence(p.shape, p.mask, blockIdx.x / p.shape.q_blocks);
@@ -288,4 +288,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   start<HEADS_PER_WARP>(Forward(p, sequence, static_cast<int64_t>(first_tile) * BLOCK_N, i0), spans);
 }
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

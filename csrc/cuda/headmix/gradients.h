@@ -3,7 +3,7 @@
 #include "common/global_sums.h"
 #include "headmix/bias.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 // Of a lane's elements (n, e) of a transposed tile, by distance: (n - (e >> 1) + 1, e & 1).
 using ByDistance = float[N8 + 1][2];
@@ -49,4 +49,4 @@ __device__ __forceinline__ float add_gradient(const BiasGradParams& to, const Bi
   return Kind::SLOPE ? -g * static_cast<float>(Kind::SIGN || d >= 0 ? d : -d) : 0.0f;
 }
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

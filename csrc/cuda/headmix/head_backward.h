@@ -5,14 +5,14 @@
 #include "headmix/gradients.h"
 #include "headmix/scores.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 struct HeadWarp {
   // Whether the inner bias depends on the distance alone, by operands that are cheap to look up.
   static constexpr bool BY_DISTANCE_ALONE = !EXPLICIT && !HAS_PROFILE && DENSE == NO_DENSE;
 
   const Block& of;
-  const MixBackwardParams& p;
+  const HeadMixBackwardParams& p;
   const Sequence& sequence;
   const Lane& lane;
   const int h;
@@ -35,7 +35,7 @@ struct HeadWarp {
         h(of.lane.warp),
         kept(of.memory + h * HEAD_BYTES),
         plane(of.memory + X_AT + h * X_HEAD),
-        mixed(of.memory + MIX_AT + h * MIX_HEAD) {
+        mixed(of.memory + MIXED_AT + h * MIXED_HEAD) {
     const uint32_t row = h * static_cast<uint32_t>(p.rows) + static_cast<uint32_t>(of.first_row + i0);
     tile = row / BLOCK_N * (TILE_BYTES / 16) + lane.lane;
     dq = row * HEAD_DIM + lane.lane * (VECTOR_ADDS ? 4 : 1);
@@ -70,13 +70,13 @@ struct HeadWarp {
                     Run<HEAD_DIM>::FIRST * lane.g);
     keep_rows<HEAD_DIM>(kept, keys, of.j0, lane);
     keep_rows<HEAD_DIM_V>(kept + K_BYTES, values, of.j0, lane);
-    RowFragments<HEAD_DIM, 2> turned;
-    turned.load(runs, of.j0, lane);
+    RowFragments<HEAD_DIM, 2> by_rows;
+    by_rows.load(runs, of.j0, lane);
 #pragma unroll
     for (int m = 0; m < HEAD_DIM / 16; ++m) {
       ptx::st_shared_v4(kept + K_BYTES + V_BYTES + (m * WARP + lane.lane) * 16,
-                        {turned.operand(0, 2 * m), turned.operand(0, 2 * m + 1), turned.operand(1, 2 * m),
-                         turned.operand(1, 2 * m + 1)});
+                        {by_rows.operand(0, 2 * m), by_rows.operand(0, 2 * m + 1), by_rows.operand(1, 2 * m),
+                         by_rows.operand(1, 2 * m + 1)});
     }
     ptx::bar_warp_sync();
   }
@@ -135,7 +135,7 @@ struct HeadWarp {
     }
   }
 
-  // Logits without the MLP's share, natural or as SCALED leaves them; x to shared memory.
+  // Logits without the MLP's share, scaled or as SCALED leaves them; x to shared memory.
   __device__ __forceinline__ void start(Tile& s, Tile& slack, int i0) const {
     ColumnFragments<HEAD_DIM> columns;
     load_columns(columns, part(Q_COLUMNS_AT));
@@ -238,7 +238,7 @@ struct HeadWarp {
     if constexpr (WANT_INNER && CONCAT) {
       Tile db;
       for_tile([&](int n, int e) { db[0][n][e] = RESIDUAL ? ds[0][n][e] : 0.0f; });
-      add_mixed(db, 1.0f, mixed + HEADS * MIX_HEAD, lane);
+      add_mixed(db, 1.0f, mixed + HEADS * MIXED_HEAD, lane);
       add_inner(db, i0);
     }
     Tile& dx = ds;
@@ -265,7 +265,7 @@ struct HeadWarp {
       b[n][1] = ptx::movmatrix_trans(dx[0][n][1]);
     }
     float* to = p.dq + dq;
-    of.wait_for_turn(h, i0);
+    of.wait_for_earlier_blocks(h, i0);
 #pragma unroll
     for (int m = 0; m < HEAD_DIM / 16; ++m) {
       uint32_t a[4];
@@ -282,7 +282,7 @@ struct HeadWarp {
         }
       }
     }
-    of.pass_turn(h, i0);
+    of.release_next_block(h, i0);
   }
 
   __device__ __forceinline__ void store() const {
@@ -314,4 +314,4 @@ struct HeadWarp {
   }
 };
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

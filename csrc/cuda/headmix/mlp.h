@@ -6,7 +6,7 @@
 #include "common/element.h"
 #include "headmix/smem_layout.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 // d = a b + c; over sixteen of the inner dimension, and over eight.
 __device__ __forceinline__ void mma_to(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
@@ -97,7 +97,7 @@ struct Mlp {
   uint32_t b1[2 * WIDTH_PAIRS];                // units 8 n + 2t, 8 n + 2t + 1
   uint32_t w2[2 * WIDTH_PAIRS][HEAD_BLOCKS];   // (units 8 n + 2t.., head 8 a + g)
 
-  __device__ __forceinline__ Mlp(const MixParams& p, float scale, const float* slopes, const Lane& lane) {
+  __device__ __forceinline__ Mlp(const HeadMixParams& p, float scale, const float* slopes, const Lane& lane) {
 #pragma unroll
     for (int n = 0; n < 2 * WIDTH_PAIRS; ++n) {
 #pragma unroll
@@ -113,20 +113,20 @@ struct Mlp {
     }
   }
 
-  __device__ static __forceinline__ uint32_t pair_of_w1(const MixParams& p, float scale, const float* slopes, int n,
+  __device__ static __forceinline__ uint32_t pair_of_w1(const HeadMixParams& p, float scale, const float* slopes, int n,
                                                         int b, const Lane& lane) {
     const int unit = 8 * n + lane.g, input = 8 * b + 2 * lane.t;
     return pack(weight_of(p, scale, slopes, unit, input), weight_of(p, scale, slopes, unit, input + 1));
   }
 
-  __device__ static __forceinline__ uint32_t pair_of_w2(const MixParams& p, int n, int a, const Lane& lane) {
+  __device__ static __forceinline__ uint32_t pair_of_w2(const HeadMixParams& p, int n, int a, const Lane& lane) {
     const int head = 8 * a + lane.g, unit = 8 * n + 2 * lane.t;
     return pack(LOG2E * padded_element(p.w2, head, HEADS, unit, WIDTH),
                 LOG2E * padded_element(p.w2, head, HEADS, unit + 1, WIDTH));
   }
 
   // Of an input, or of ones: b1, then what its rounding leaves.
-  __device__ static __forceinline__ float weight_of(const MixParams& p, float scale, const float* slopes, int unit,
+  __device__ static __forceinline__ float weight_of(const HeadMixParams& p, float scale, const float* slopes, int unit,
                                                     int input) {
     if (FOLD_SLOPE && input >= HEADS && input < INPUTS) {
       float sum = 0.0f;
@@ -196,7 +196,8 @@ struct PlaneReader {
     }
   }
 
-  // z[b]: (position g, planes 8 b + 2t..), the same for positions g + 8. Planes are columns there, so they are turned.
+  // z[b]: (position g, planes 8 b + 2t..), the same for positions g + 8. Planes are columns there, so they are
+  // transposed.
   __device__ __forceinline__ void read(uint32_t (&z)[EIGHTS][2], int at) const {
 #pragma unroll
     for (int b = 0; b < EIGHTS; b += 2) {
@@ -221,13 +222,13 @@ __device__ __forceinline__ void store_pairs(uint32_t to, const float (&out)[EIGH
 #pragma unroll
   for (int a = 0; a < EIGHTS; ++a) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) ptx::st_shared(to + (8 * a + e) * MIX_HEAD, pack(out[a][e], out[a][e + 2]));
+    for (int e = 0; e < 2; ++e) ptx::st_shared(to + (8 * a + e) * MIXED_HEAD, pack(out[a][e], out[a][e + 2]));
   }
 }
 
 // All positions of the tile in x, shared out among the warps, through the MLP into `mix`.
 __device__ __forceinline__ void mix_tile(const Mlp& mlp, const InputReader& inputs, uint32_t mix, const Lane& lane) {
-  const uint32_t to = mix + 2 * lane.t * MIX_HEAD + 4 * lane.g;
+  const uint32_t to = mix + 2 * lane.t * MIXED_HEAD + 4 * lane.g;
 #pragma unroll
   for (int step = 0; step < ceil_div(POSITION_TILES, MLP_WARPS); ++step) {
     if (POSITION_TILES % MLP_WARPS != 0 && step * MLP_WARPS + lane.warp >= POSITION_TILES) break;
@@ -240,4 +241,4 @@ __device__ __forceinline__ void mix_tile(const Mlp& mlp, const InputReader& inpu
   }
 }
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

@@ -2,12 +2,12 @@
 // and the sums for the weights.
 //
 // The hidden layer is computed again from x, units by positions: as such it is at once the operand of the sums over
-// positions. What the weights' gradients need turned, and the gradient on its way to the inputs, is turned 8 x 8
-// elements at a time, in registers.
+// positions. What the weights' gradients need transposed, and the gradient on its way to the inputs, go through
+// registers, 8 x 8 elements at a time.
 #pragma once
 #include "headmix/mlp.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 // The gradient of a hidden unit before its activation: what arrives, times 0.01 where the unit is negative.
 __device__ __forceinline__ uint32_t leaky_gradient(uint32_t gradient, uint32_t active) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ void multiply_units(float (&d)[4], const uint32_t (&l
   }
 }
 
-// sums [units, planes] += units [units, positions] by z [positions, planes], whose operands are turned for it.
+// sums [units, planes] += units [units, positions] by z [positions, planes], whose operands are transposed for it.
 template <int EIGHTS>
 __device__ __forceinline__ void add_products(float (&sums)[EIGHTS][4], const uint32_t (&units)[4],
                                              const uint32_t (&z)[EIGHTS][2]) {
@@ -53,7 +53,7 @@ __device__ __forceinline__ void add_products(float (&sums)[EIGHTS][4], const uin
 }
 
 // The A operand [units, positions] as the A operand [positions, units].
-__device__ __forceinline__ void turn_operand(uint32_t (&to)[4], const uint32_t (&from)[4]) {
+__device__ __forceinline__ void transpose_operand(uint32_t (&to)[4], const uint32_t (&from)[4]) {
   to[0] = ptx::movmatrix_trans(from[0]);
   to[1] = ptx::movmatrix_trans(from[2]);
   to[2] = ptx::movmatrix_trans(from[1]);
@@ -73,7 +73,7 @@ struct MlpBackward {
   uint32_t w1_forward[2 * WIDTH_PAIRS][INPUT_BLOCKS];  // (unit 8 n + g, inputs 8 b + 2t..)
   uint32_t w2_forward[2 * WIDTH_PAIRS][HEAD_BLOCKS];   // (units 8 n + 2t.., head 8 a + g)
 
-  __device__ __forceinline__ MlpBackward(const MixParams& p, float scale, const Lane& lane) {
+  __device__ __forceinline__ MlpBackward(const HeadMixParams& p, float scale, const Lane& lane) {
 #pragma unroll
     for (int n = 0; n < 2 * WIDTH_PAIRS; ++n) {
       const float bias = padded_element(p.b1, 0, 1, 8 * n + lane.g, WIDTH);
@@ -125,16 +125,16 @@ struct MlpBackward {
     float out[HEAD_BLOCKS][4];
 #pragma unroll
     for (int u = 0; u < WIDTH_PAIRS; ++u) {
-      uint32_t active[4], turned[4];
+      uint32_t active[4], transposed[4];
       activate(active, z, u);
-      turn_operand(turned, active);
+      transpose_operand(transposed, active);
 #pragma unroll
       for (int a = 0; a < HEAD_BLOCKS; ++a) {
         const uint32_t b0 = w2_forward[2 * u][a], b1 = w2_forward[2 * u + 1][a];
         if (u == 0) {
-          mma_to(out[a], turned, b0, b1, ZEROS);
+          mma_to(out[a], transposed, b0, b1, ZEROS);
         } else {
-          mma_to(out[a], turned, b0, b1, out[a]);
+          mma_to(out[a], transposed, b0, b1, out[a]);
         }
       }
     }
@@ -162,7 +162,7 @@ struct MlpBackward {
       add_products(dw2[u], active, g);
       add_products(dw1[u], gradient, z);
       if constexpr (!ONES) mma(db1[u], gradient, PAIR_OF_ONES, PAIR_OF_ONES);
-      turn_operand(before[u], gradient);
+      transpose_operand(before[u], gradient);
     }
     float dz[INPUT_BLOCKS][4];
 #pragma unroll
@@ -204,4 +204,4 @@ struct MlpBackward {
   }
 };
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

@@ -8,7 +8,7 @@
 #pragma once
 #include "headmix/mlp.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 // Rows of one head, from the first token of the sequence on, at the column where this lane reads; rows past the last
 // are the last one. The stride is in bytes and below 2^31, so that an address is one multiply-add.
@@ -221,4 +221,4 @@ __device__ __forceinline__ void multiply_rows(float (&out)[GROUPS][DIM / 8][4], 
   }
 }
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

@@ -9,7 +9,7 @@
 #pragma once
 #include "headmix/operands.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 constexpr int Q_TILE = BLOCK_N * HEAD_DIM * 2;  // bytes
 constexpr int GRAD_TILE = BLOCK_N * HEAD_DIM_V * 2;
@@ -42,4 +42,4 @@ struct Statistics {
   }
 };
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

@@ -6,7 +6,7 @@
 #include "headmix/bias.h"
 #include "headmix/smem_layout.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 constexpr bool STAGED_VALUES = (HAS_TABLE || HAS_PROFILE) && !EXPLICIT;
 constexpr int STAGE_BYTES = STAGED_VALUES ? 2 * STAGED * 4 : 0;  // of one head: table, psi
@@ -105,4 +105,4 @@ __device__ __forceinline__ void add_mixed(float (&s)[GROUPS][N8][4], float facto
   }
 }
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

@@ -12,7 +12,7 @@
 #include "params.h"
 #include "ptx/ptx.h"
 
-namespace posattn::mix {
+namespace posattn::headmix {
 
 constexpr int GROUPS = BLOCK_M / 16;
 constexpr int N8 = BLOCK_N / 8;
@@ -39,11 +39,11 @@ constexpr int POSITION_TILES = BLOCK_M * BLOCK_N / 16;
 
 constexpr int X_ROW = BLOCK_N * 2;
 constexpr int X_HEAD = BLOCK_M * X_ROW + 16;
-constexpr int MIX_HEAD = (BLOCK_M / 2 * BLOCK_N + 4) * 4;
+constexpr int MIXED_HEAD = (BLOCK_M / 2 * BLOCK_N + 4) * 4;
 constexpr int Q_HEAD = BLOCK_M * HEAD_DIM * 2;
 constexpr int Q_BYTES = HEADS * Q_HEAD;
 constexpr int X_BYTES = PLANES * X_HEAD;
-constexpr int MIX_BYTES = HEAD_BLOCKS * 8 * MIX_HEAD;
+constexpr int MIXED_BYTES = HEAD_BLOCKS * 8 * MIXED_HEAD;
 
 // The plane of x that an input has; inputs past the last one meet weights of zero.
 __device__ __forceinline__ int plane_of(int input) {
@@ -74,4 +74,4 @@ __device__ __forceinline__ Position position(int step, int warp) {
   return {16 * tile + block * 8 * X_ROW, 32 * tile};
 }
 
-}  // namespace posattn::mix
+}  // namespace posattn::headmix

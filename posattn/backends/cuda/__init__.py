@@ -12,6 +12,7 @@ from posattn.backends.cuda import (
     headmix_forward,
     launch,
 )
+from posattn.backends.cuda.configs import headmix
 from posattn.backends.cuda.operands import DTYPES, HEAD_DIMS
 from posattn.plan import Call
 
@@ -29,7 +30,7 @@ def unsupported(call: Call) -> str | None:
     if missing is not None:
         return missing
     if call.plan.mix is not None:
-        return headmix_forward.unsupported(call, call.plan.mix, launch.architecture(q.device))
+        return headmix.forward_unsupported(call, call.plan.mix, launch.architecture(q.device))
     return None
 
 
@@ -37,7 +38,7 @@ def unsupported_backward(call: Call) -> str | None:
     """Why the backward kernels cannot run a call that the forward kernels can; None if they can."""
     if call.plan.mix is None:
         return None
-    return headmix_backward.unsupported(call, call.plan.mix, launch.architecture(call.q.device))
+    return headmix.backward_unsupported(call, call.plan.mix, launch.architecture(call.q.device))
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

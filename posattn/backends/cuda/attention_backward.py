@@ -9,11 +9,9 @@ from posattn.backends.common.fixed_point import bias_units, in_ones
 from posattn.backends.common.operands import sequences
 from posattn.backends.common.reductions import sink_gradient
 from posattn.backends.cuda import backward_operands as summed
-from posattn.backends.cuda import operands
-from posattn.backends.cuda.attention_forward import run
+from posattn.backends.cuda import launch, operands
 from posattn.backends.cuda.backward_pass import LOG2E, Pass, prepared
-from posattn.backends.cuda.configs.backward import shared_bytes
-from posattn.backends.cuda.configs.backward_sm90 import hopper_shared_bytes
+from posattn.backends.cuda.constants import BackwardConstants, BackwardSm90Constants, TilesConstants
 from posattn.backends.cuda.operands import Members
 from posattn.plan import Call
 
@@ -45,7 +43,7 @@ def _row_statistics(of: Pass, out: Tensor, lse: Tensor, grad_lse: Tensor | None)
         "lse2": torch.full(shape, float("inf"), dtype=torch.float32, device=out.device),
         "minus_delta": of.zeros(*shape),
     }
-    if of.constants["HAS_PROFILE"]:
+    if of.constants.bias.has_profile:
         results["row_scale"] = of.zeros(of.rows)
     values = {
         "out": out,
@@ -58,9 +56,9 @@ def _row_statistics(of: Pass, out: Tensor, lse: Tensor, grad_lse: Tensor | None)
         "out_strides": operands.strides(out),
         "grad_out_strides": operands.strides(of.grad_out),
     }
-    lanes = max(4, 1 << (int(of.constants["DIM_V"]) // 8 - 1).bit_length())
-    rows_a_block = 32 * of.tile.warps // lanes
-    of.run_rows("backward_rows", "BackwardRowsParams", values, -(-of.padded_queries // rows_a_block))
+    lanes = max(4, 1 << (of.constants.element.dim_v // 8 - 1).bit_length())
+    blocks = -(-of.padded_queries // (32 * of.config.warps // lanes))
+    of.run_rows("backward/rows.cu", "backward_rows", "BackwardRowsParams", of.rows_constants(), values, blocks)
     return results
 
 
@@ -76,50 +74,54 @@ def _rows_of_queries(of: Pass, accumulated: Tensor) -> Tensor:
         "angles": operands.angles(rotary.q_cos, rotary.q_sin) if rotary is not None else {},
         "scale": call.scale,
     }
-    warps = of.padded_queries // 8 * (int(of.constants["PADDED"]) // 32)  # each stores eight rows of 32 dimensions
-    of.run_rows("backward_queries", "BackwardQueriesParams", values, -(-warps // of.tile.warps))
+    warps = of.padded_queries // 8 * (of.padded_dim // 32)  # each stores eight rows of 32 dimensions
+    blocks = -(-warps // of.config.warps)
+    of.run_rows("backward/rows.cu", "backward_queries", "BackwardQueriesParams", of.rows_constants(), values, blocks)
     return dq[..., : call.q.shape[3]].contiguous()
 
 
 def _query_tiles(of: Pass) -> Members:
-    """q and grad_out of BackwardParams as the tiles that backward_sm90.cu copies."""
-    shape = (of.call.q.shape[1], of.rows * int(of.constants["PADDED"]))
+    """q and grad_out of BackwardParams as the tiles that backward/sm90/backward.cu copies."""
+    shape = (of.call.q.shape[1], of.rows * of.padded_dim)
     tiles = {name: torch.empty(shape, dtype=of.q.dtype, device=of.q.device) for name in ("q_tiles", "grad_tiles")}
     values = {name: of.values[name] for name in ("q", "grad_out", "q_strides", "grad_out_strides")}
-    blocks = of.padded_queries // of.tile.block_m
-    of.run_rows("backward_tiles", "BackwardTilesParams", {**values, **tiles}, blocks, "backward/sm90/tiles.cu")
+    own, warps = of.constants, of.constants.warps
+    constants = TilesConstants(own.element, own.mask.sequence, warps.padded, warps.block_m, warps.block_n, warps.warps)
+    blocks = of.padded_queries // of.config.block_m
+    source = "backward/sm90/tiles.cu"
+    of.run_rows(source, "backward_tiles", "BackwardTilesParams", constants, {**values, **tiles}, blocks)
     return {"q": tiles["q_tiles"], "grad_out": tiles["grad_tiles"]}
 
 
 def _with_slope(of: Pass, lse2: Tensor) -> Tensor:
     """lse2 [H, rows] less a linear slope times the row's number in its block (LSE_HAS_SLOPE)."""
     slope, count = of.call.plan.bias.slope, sequences(of.call)
-    if slope is None or not of.constants["LINEAR"] or of.call.q_positions is not None:
+    if slope is None or not of.constants.bias.linear or of.call.q_positions is not None:
         return lse2
-    number = torch.arange(of.tile.block_m, device=lse2.device) * LOG2E
+    number = torch.arange(of.config.block_m, device=lse2.device) * LOG2E
     by_head = slope.slope.float().reshape(-1, lse2.shape[0]).T  # [H, 1 or B]
     sequence = 1 if of.call.mask.cu_seqlens_q is not None else count
-    blocks = lse2.view(lse2.shape[0], sequence, -1, of.tile.block_m)
+    blocks = lse2.view(lse2.shape[0], sequence, -1, of.config.block_m)
     return (blocks + by_head[:, :, None, None] * number).view_as(lse2)
 
 
 def _main(of: Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Runs attention_backward: dQ's accumulators, the sums of operands, and the gradients of k and v."""
-    call, tile, bias = of.call, of.tile, of.call.plan.bias
+    call, config, bias = of.call, of.config, of.call.plan.bias
     heads = call.q.shape[1]
     count, device = sequences(call), of.q.device
-    accumulated = of.zeros(heads, of.rows * int(of.constants["PADDED"]))
+    accumulated = of.zeros(heads, of.rows * of.padded_dim)
     # Keys of no sequence are written by nobody.
     partial = call.mask.cu_seqlens_k is not None or call.mask.k_lengths is not None
     create = torch.zeros if partial else torch.empty
     dk, dv = (create(x.shape, dtype=x.dtype, device=device) for x in (of.k, of.v))
     sums, units = summed.sums(of), None
     dense = sums.get("ddense")
-    turns = None
+    dq_semaphore = None
     if call.deterministic:
         if bias:
             units = bias_units(call, bias, of.grad_out, rows["minus_delta"])
-        turns = torch.zeros(1 + heads * of.rows // tile.block_m, dtype=torch.int32, device=device)
+        dq_semaphore = torch.zeros(1 + heads * of.rows // config.block_m, dtype=torch.int32, device=device)
     values = {
         **of.values,
         **sums,
@@ -128,7 +130,7 @@ def _main(of: Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor],
         "dq": accumulated,
         "dk": dk,
         "dv": dv,
-        "turns": turns,
+        "dq_semaphore": dq_semaphore,
         "dk_strides": operands.strides(dk),
         "dv_strides": operands.strides(dv),
         "ddense_strides": operands.pair_strides(dense),
@@ -138,20 +140,17 @@ def _main(of: Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor],
         "diagonals": of.diagonals,
         "first_distance": of.first_distance,
     }
-    if of.by_wgmma:
-        shared = hopper_shared_bytes(tile, int(of.constants["PADDED"]), of.constants)
+    common = of.constants
+    constants: BackwardConstants | BackwardSm90Constants = common
+    source = f"backward/{'sm90/' if config.sm90 else ''}backward.cu"
+    if config.sm90:
         values.update(_query_tiles(of), lse2=_with_slope(of, rows["lse2"]))
     else:
-        shared = shared_bytes(tile, int(of.constants["PADDED"]), of.constants)
-    constants = {
-        **of.constants,
-        "BLOCKS_PER_SM": tile.blocks,
-        "GRAD_STAGES": tile.grad_stages,
-        "STRIP_ROWS": tile.strip_rows,
-        "SHARED_BYTES": shared,
-    }
-    grid = (of.key_blocks * call.k.shape[1] * count,)
-    run(tile.source, "attention_backward", "BackwardParams", constants, values, grid, 32 * tile.warps, shared, device)
+        constants = BackwardConstants(common, config.grad_stages)
+    grid, threads = (of.key_blocks * call.k.shape[1] * count,), 32 * config.warps
+    launch.run(
+        source, "attention_backward", "BackwardParams", constants, values, grid, threads, common.shared_bytes, device
+    )
     keys = {"k": dk[..., : call.k.shape[3]].contiguous(), "v": dv[..., : call.v.shape[3]].contiguous()}
     if units is not None:
         sums = {name: x if x.is_floating_point() else in_ones(x, units) for name, x in sums.items()}

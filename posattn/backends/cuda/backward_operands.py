@@ -7,7 +7,8 @@ from torch import Tensor
 
 from posattn.backends.common.operands import all_blocks, k_max
 from posattn.backends.common.reductions import by_entry, by_sequence, slope_gradient
-from posattn.backends.cuda.backward_pass import EACH_ONCE, SHARED, Pass
+from posattn.backends.cuda.backward_pass import Pass
+from posattn.backends.cuda.constants import EACH_ONCE, SHARED
 from posattn.backends.cuda.rows import row_scale
 
 
@@ -29,26 +30,26 @@ def by_distance(of: Pass) -> dict[str, Tensor]:
 
 def sums(of: Pass) -> dict[str, Tensor]:
     """Zeros for what attention_backward adds up over the operands, by member of BackwardParams."""
-    call, bias, want = of.call, of.call.plan.bias, of.constants
+    call, bias, want = of.call, of.call.plan.bias, of.constants.want
     heads, slots = call.q.shape[1], of.slots
-    explicit = call.q_positions is not None
+    explicit = of.constants.explicit
     shapes: dict[str, tuple[int, ...]] = {}
-    if want["WANT_TABLE"] and bias.table is not None:
+    if want.want_table and bias.table is not None:
         shapes["dtable"] = (slots, heads, bias.table.values.shape[1] if explicit else of.diagonals)
-    if want["WANT_PSI"] and bias.profile is not None:
+    if want.want_psi and bias.profile is not None:
         shapes["dpsi"] = (slots, heads, bias.profile.psi.shape[0] if explicit else of.diagonals)
-    if want["WANT_LINES"] and bias.profile is not None:
+    if want.want_lines and bias.profile is not None:
         shapes["drow_scale"] = (heads, of.rows)
         shapes["dsegments"] = (slots, heads, 2, bias.profile.knots.shape[0] + 1)
-    if want["WANT_DENSE"] == SHARED and bias.dense is not None:
+    if want.want_dense == SHARED and bias.dense is not None:
         shapes["ddense"] = tuple(bias.dense.bias.shape)
     dtype = torch.int64 if call.deterministic else torch.float32
     zeros = {name: torch.zeros(shape, dtype=dtype, device=of.q.device) for name, shape in shapes.items()}
-    if want["WANT_SLOPE"]:
+    if want.want_slope:
         zeros["dslope"] = of.zeros(
-            all_blocks(call, call.k.shape[2], k_max(call), of.tile.block_n) * of.tile.warps, heads
+            all_blocks(call, call.k.shape[2], k_max(call), of.config.block_n) * of.config.warps, heads
         )
-    if want["WANT_DENSE"] == EACH_ONCE and bias.dense is not None:
+    if want.want_dense == EACH_ONCE and bias.dense is not None:
         zeros["ddense"] = of.zeros(*bias.dense.bias.shape)
     return zeros
 
@@ -73,7 +74,7 @@ def gradients(of: Pass, sums: dict[str, Tensor]) -> dict[str, Tensor]:
     if "dsegments" in sums and profile is not None:
         segments = sums["dsegments"].sum(0)
         grads["segment_intercept"], grads["segment_slope"] = segments[:, 0], segments[:, 1]
-        grads["row_scale"] = row_scale(call, profile, sums["drow_scale"].sum(0), of.tile.block_m)
+        grads["row_scale"] = row_scale(call, profile, sums["drow_scale"].sum(0), of.config.block_m)
     if "ddense" in sums:
         grads["dense"] = sums["ddense"]
     return grads

@@ -1,4 +1,4 @@
-"""What the launches of one CUDA backward pass share: inputs in the kernels' layout, the tile, constants, sizes."""
+"""What the launches of one CUDA backward pass share: inputs in the kernels' layout, configuration, constants, sizes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ from torch import Tensor
 from posattn.backends.common.operands import k_max, q_max, sequences
 from posattn.backends.common.reductions import LINES
 from posattn.backends.cuda import launch, operands
-from posattn.backends.cuda.attention_forward import run, turned
-from posattn.backends.cuda.configs.backward import BackwardTile, backward_tile
-from posattn.backends.cuda.configs.backward_sm90 import hopper_tile
-from posattn.backends.cuda.operands import Constants, Members
+from posattn.backends.cuda.configs.backward import BackwardConfig, Staging, backward_config, shared_bytes
+from posattn.backends.cuda.configs.backward_sm90 import sm90_config, sm90_shared_bytes
+from posattn.backends.cuda.constants import (
+    EACH_ONCE,
+    SHARED,
+    BackwardSm90Constants,
+    RowsConstants,
+    TilesConstants,
+    WantConstants,
+)
+from posattn.backends.cuda.operands import Members
+from posattn.backends.cuda.rotary import rotated_pair
 from posattn.plan import Call
 
 LOG2E = math.log2(math.e)
-EACH_ONCE, SHARED = 1, 2  # WANT_DENSE: elements of the dense gradient are stored, or added up
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What the launches of one backward pass share. Tensors come in 16-byte chunks, q and k turned."""
+    """What the launches of one backward pass share. Tensors come in 16-byte chunks, q and k rotated."""
 
     call: Call
     needs: frozenset[str]
@@ -31,35 +38,35 @@ class Pass:
     k: Tensor
     v: Tensor
     grad_out: Tensor
-    tile: BackwardTile
-    constants: Constants
+    config: BackwardConfig
+    constants: BackwardSm90Constants  # those that backward.cu has as well
     values: Members  # of BackwardParams, as far as they do not hold results
 
     @property
     def rows(self) -> int:
         """Padded rows of all sequences, see BackwardRowsParams."""
-        block, count = self.tile.block_m, sequences(self.call)
+        block, count = self.config.block_m, sequences(self.call)
         if self.call.mask.cu_seqlens_q is not None:
             return (self.call.q.shape[2] // block + count) * block
         return self.padded_queries * count
 
     @property
     def key_blocks(self) -> int:
-        return -(-k_max(self.call) // self.tile.block_n)
+        return -(-k_max(self.call) // self.config.block_n)
 
     @property
     def first_distance(self) -> int:
         """Of the first diagonal that a tile can meet; strips begin up to three earlier."""
-        return -(q_max(self.call) + self.tile.block_n + 4)
+        return -(q_max(self.call) + self.config.block_n + 4)
 
     @property
     def diagonals(self) -> int:
         """Distances from the first on; a multiple of 4, for copies of 16 bytes."""
-        return -(-(k_max(self.call) + self.tile.block_m + 8 - self.first_distance) // 4) * 4
+        return -(-(k_max(self.call) + self.config.block_m + 8 - self.first_distance) // 4) * 4
 
     @property
-    def by_wgmma(self) -> bool:
-        return bool(self.constants["WGMMA"])
+    def padded_dim(self) -> int:
+        return self.constants.warps.padded
 
     @property
     def slots(self) -> int:
@@ -71,64 +78,81 @@ class Pass:
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.q.device)
 
-    def run_rows(self, entry: str, struct: str, values: Members, blocks: int, source: str = "backward/rows.cu") -> None:
-        """A kernel of `source`, `blocks` blocks for the queries of each sequence and head."""
+    def run_rows(
+        self,
+        source: str,
+        entry: str,
+        struct: str,
+        constants: RowsConstants | TilesConstants,
+        values: Members,
+        blocks: int,
+    ) -> None:
+        """A kernel of `blocks` blocks for the queries of each sequence and head."""
         members = {"shape": self.values["shape"], "mask": self.values["mask"], "rows": self.rows, **values}
         grid = (blocks * self.call.q.shape[1] * sequences(self.call),)
-        run(source, entry, struct, self.constants, members, grid, 32 * self.tile.warps, 0, self.q.device)
+        launch.run(source, entry, struct, constants, members, grid, 32 * self.config.warps, 0, self.q.device)
+
+    def rows_constants(self) -> RowsConstants:
+        own = self.constants
+        return RowsConstants(
+            own.element, own.mask.sequence, own.explicit, own.bias.has_profile, own.rotary, own.pairs, own.warps
+        )
 
     @property
     def padded_queries(self) -> int:
         """Of the longest sequence."""
-        return -(-q_max(self.call) // self.tile.block_m) * self.tile.block_m
+        return -(-q_max(self.call) // self.config.block_m) * self.config.block_m
 
 
-def _wants(call: Call, needs: frozenset[str]) -> Constants:
-    """WANT_*: which operands' gradients the kernel sums."""
+def _wants(call: Call, needs: frozenset[str]) -> WantConstants:
     dense = 0
     if "dense" in needs and call.plan.bias.dense is not None:
         alone = call.plan.bias.dense.bias.shape == (*call.q.shape[:3], call.k.shape[2])
         dense = EACH_ONCE if alone else SHARED
-    return {
-        "WANT_SLOPE": "slope" in needs,
-        "WANT_TABLE": "table" in needs,
-        "WANT_PSI": "psi" in needs,
-        "WANT_LINES": bool(needs & LINES),
-        "WANT_DENSE": dense,
-        "ORDERED": call.deterministic,
-    }
+    return WantConstants(
+        want_slope="slope" in needs,
+        want_table="table" in needs,
+        want_psi="psi" in needs,
+        want_lines=bool(needs & LINES),
+        want_dense=dense,
+    )
 
 
 def prepared(call: Call, grad_out: Tensor, needs: frozenset[str]) -> Pass:
-    """Inputs in the kernels' layout, their tile and their constants."""
+    """Inputs in the kernels' layout, their configuration and their constants."""
     q, k, v, grad_out = (operands.in_chunks(x) for x in (call.q, call.k, call.v, grad_out))
-    rotary = call.plan.rotary
-    if rotary is not None:
-        q = turned(q, rotary.q_cos, rotary.q_sin, rotary)
-        k = turned(k, rotary.k_cos, rotary.k_sin, rotary)
+    q, k = rotated_pair(call, q, k)
+    rotary, plan = call.plan.rotary, call.plan.bias
     mask, mask_constants = operands.mask(call)
-    positions, position_constants = operands.positions(call)
-    dropout, dropout_constants = operands.dropout(call)
-    element = operands.element(call)
-    dim = max(int(element.pop("HEAD_DIM")), int(element.pop("HEAD_DIM_V")))
-    constants: Constants = {
-        **element,
-        **mask_constants,
-        **position_constants,
-        **dropout_constants,
-        **_wants(call, needs),
-        "HAS_SOFTCAP": call.softcap != 0.0,
-        "HAS_TABLE": call.plan.bias.table is not None,
-        "HAS_PROFILE": call.plan.bias.profile is not None,
-        "HAS_DENSE": call.plan.bias.dense is not None,
-        "ROTARY": rotary is not None,
-        "INTERLEAVED": rotary is not None and rotary.interleaved,
-        "HALF": 1 if rotary is None else rotary.q_cos.shape[-1],
-    }
+    dropout = operands.dropout(call)
+    staging = Staging(
+        explicit=call.q_positions is not None,
+        has_table=plan.table is not None,
+        has_profile=plan.profile is not None,
+        by_element=bool(dropout) or call.softcap != 0.0 or mask_constants.has_boolean or plan.dense is not None,
+        want=_wants(call, needs),
+    )
     arch = launch.architecture(q.device)
-    tile = hopper_tile(arch, dim, constants) or backward_tile(arch, dim, constants)
-    constants["PADDED"] = tile.padded(dim)
-    bias, bias_constants = operands.bias(call, call.plan.bias, tile.warp_queries, tile.warp_keys)
+    dim = operands.padded(max(call.q.shape[3], call.v.shape[3]))
+    config = sm90_config(arch, dim, staging) or backward_config(arch, dim, staging)
+    warps = config.constants(dim)
+    bias, bias_constants = operands.bias(call, plan, config.warp_queries, config.warp_keys)
+    constants = BackwardSm90Constants(
+        element=operands.element(call),
+        mask=mask_constants,
+        explicit=staging.explicit,
+        bias=bias_constants,
+        has_dropout=bool(dropout),
+        has_softcap=call.softcap != 0.0,
+        rotary=rotary is not None,
+        pairs=operands.pairs(rotary),
+        want=staging.want,
+        ordered=call.deterministic,
+        warps=warps,
+        strip_rows=config.strip_rows,
+        blocks_per_sm=config.blocks,
+        shared_bytes=(sm90_shared_bytes if config.sm90 else shared_bytes)(config, warps.padded, staging),
+    )
     values = {
         "q": q,
         "k": k,
@@ -138,9 +162,9 @@ def prepared(call: Call, grad_out: Tensor, needs: frozenset[str]) -> Pass:
         "k_strides": operands.strides(k),
         "v_strides": operands.strides(v),
         "grad_out_strides": operands.strides(grad_out),
-        "shape": operands.shape(call, tile.block_m, tile.block_n),
+        "shape": operands.shape(call, config.block_m, config.block_n),
         "mask": mask,
-        "positions": positions,
+        "positions": operands.positions(call),
         "bias": bias,
         "k_angles": operands.angles(rotary.k_cos, rotary.k_sin) if rotary is not None else {},
         "dropout": dropout,
@@ -148,4 +172,4 @@ def prepared(call: Call, grad_out: Tensor, needs: frozenset[str]) -> Pass:
         "scale2": call.scale * LOG2E,
         "softcap": call.softcap,
     }
-    return Pass(call, needs, q, k, v, grad_out, tile, {**constants, **bias_constants, **tile.constants()}, values)
+    return Pass(call, needs, q, k, v, grad_out, config, constants, values)

@@ -11,22 +11,21 @@ import functools
 import hashlib
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from posattn.backends.cuda import cache, params
+from posattn.backends.cuda.constants import definitions
 
 if TYPE_CHECKING:
     if sys.version_info >= (3, 11):
         from importlib.resources.abc import Traversable
     else:
         from importlib.abc import Traversable
-
-Constant = bool | int
 
 OLDEST = 80
 _STANDARD = "c++17"
@@ -72,9 +71,10 @@ def unsupported(arch: str) -> str | None:
     return None
 
 
-def compile_kernel(source: str, entry: str, struct: str, constants: Mapping[str, Constant], arch: str) -> Kernel:
-    """The kernel `entry` of csrc/cuda/`source`, which takes one `struct` by value, built with `constants`."""
-    key = (source, entry, arch, *constants.items())  # every launch asks, so the text is not made for it
+def compile_kernel(source: str, entry: str, struct: str, constants: tuple[Any, ...], arch: str) -> Kernel:
+    """The kernel `entry` of csrc/cuda/`source`, which takes one `struct` by value, built with the constants of its
+    family (see constants.py)."""
+    key = (source, entry, arch, constants)  # every launch asks, so the text is not made for it
     if key in _kernels:
         return _kernels[key]
     with _guard:
@@ -85,10 +85,10 @@ def compile_kernel(source: str, entry: str, struct: str, constants: Mapping[str,
     return _kernels[key]
 
 
-def specialised(source: str, struct: str, constants: Mapping[str, Constant]) -> str:
+def specialised(source: str, struct: str, constants: tuple[Any, ...]) -> str:
     """The text that is compiled: the constants, the source file, and a check of the parameters' layout."""
     lines = ["namespace posattn {"]
-    for name, value in sorted(constants.items()):
+    for name, value in sorted(definitions(constants)):
         if isinstance(value, bool):
             lines.append(f"constexpr bool {name} = {str(value).lower()};")
         else:

@@ -5,47 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posattn.backends.common.arch import shared_memory
 from posattn.backends.common.fixed_point import bias_units, in_ones, most_into_inner
 from posattn.backends.common.operands import all_blocks, k_max, q_max, sequences
 from posattn.backends.common.reductions import LINES, by_entry, by_sequence, sink_gradient, slope_gradient
 from posattn.backends.cuda import headmix_forward, headmix_rows, launch, operands
 from posattn.backends.cuda import rows as gradients
-from posattn.backends.cuda.attention_forward import run, turned
-from posattn.backends.cuda.headmix_forward import MixTile
+from posattn.backends.cuda.configs.headmix import backward_config, backward_shared_bytes, dims, inputs
+from posattn.backends.cuda.constants import HeadMixBackwardConstants
 from posattn.backends.cuda.operands import Members
+from posattn.backends.cuda.rotary import rotated_pair
 from posattn.plan import Bias, Call, HeadMix
 
 _LOG2E = 1.4426950408889634
-_KEYS, _QUERIES = 16, headmix_rows.ROWS  # of a tile: rows and columns, for logits are held transposed
-_MLP_WARPS = 4
-_OTHER_REGISTERS = 36  # of a thread, beside dK and dV of its head
-
-
-def shared_bytes(call: Call, mix: HeadMix) -> int:
-    """Dynamic shared memory of headmix_backward; it asserts that this is enough."""
-    heads, inputs = call.q.shape[1], headmix_forward.inputs(call, mix)
-    dim, dim_v = headmix_forward.dims(call)
-    kept = heads * _KEYS * 2 * (2 * dim + dim_v)
-    planes = (headmix_forward.planes(call, mix) + heads) * (2 * _KEYS * _QUERIES + 16)
-    mixed = -(-max(inputs, heads) // 8) * 8 * (2 * _KEYS * _QUERIES + 16)
-    return kept + planes + mixed + 16
-
-
-def unsupported(call: Call, mix: HeadMix, arch: str) -> str | None:
-    """Why the backward kernel cannot run `call`; None if it can."""
-    heads, width = call.q.shape[1], mix.w1.shape[0]
-    warps = heads + _MLP_WARPS
-    registers = 65536 // (32 * warps) if warps <= 32 else 0
-    if sum(headmix_forward.dims(call)) // 2 + _OTHER_REGISTERS > registers:
-        dims = f"{heads} heads of dimension {max(call.q.shape[3], call.v.shape[3])}"
-        return f"its backward kernel keeps dK and dV of all heads in registers, and {dims} do not fit"
-    pairs, eights = -(-width // 16), -(-headmix_forward.inputs(call, mix) // 8) + -(-heads // 8)
-    if 8 * pairs * eights > registers:
-        return f"its backward kernel keeps the MLP and its gradient in registers, and {width} hidden units do not fit"
-    if shared_bytes(call, mix) > shared_memory(arch).block:
-        return f"its backward kernel needs {shared_bytes(call, mix)} bytes of shared memory"
-    return None
+_QUERIES = headmix_rows.ROWS  # of a tile
 
 
 def _has_table_alone(call: Call, mix: HeadMix) -> bool:
@@ -56,7 +28,7 @@ def _has_table_alone(call: Call, mix: HeadMix) -> bool:
 
 def _by_distance(call: Call, mix: HeadMix) -> Members:
     """The inner table, if it is alone, at every distance that a tile can meet."""
-    first = -(q_max(call) + _KEYS)
+    first = -(q_max(call) + backward_config(call).block_m)
     count = k_max(call) + _QUERIES + 8 - first
     members: Members = {"diagonals": count, "first_distance": first}
     table = mix.inner.table
@@ -79,19 +51,18 @@ def backward(
     """The gradients named in `needs`, those of parameters in float32."""
     device, heads, width = call.q.device, call.q.shape[1], mix.w1.shape[0]
     group = heads // call.k.shape[1]
-    dim, dim_v = headmix_forward.dims(call)
-    q, k = (headmix_forward.rows(x) for x in headmix_forward.turned_pair(call))
+    dim, dim_v = dims(call)
+    q, k = (headmix_forward.rows(x) for x in rotated_pair(call, call.q, call.k))
     v, grad = headmix_forward.rows(call.v), headmix_forward.rows(grad_out)
-    tile = MixTile(heads, _KEYS, 1, _QUERIES)
-    values, constants = headmix_forward.common(call, mix, tile)
+    config, shared = backward_config(call), backward_shared_bytes(call, mix)
+    values, common = headmix_forward.common(call, mix, config, shared)
 
     delta = (out.float() * grad_out.float()).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse.float()
     # The kernel's logits are without b2, which is constant along a row.
     minus_lse2 = torch.where(lse.isinf(), -torch.inf, (mix.b2.float()[:, None] - lse) * _LOG2E)
-    blocks = -(-k_max(call) // _KEYS)
-    slots, inputs = all_blocks(call, k.shape[2], k_max(call), _KEYS), headmix_forward.inputs(call, mix)
+    slots = all_blocks(call, k.shape[2], k_max(call), config.block_m)
     rows = headmix_rows.padded_count(call)
 
     def zeros(*shape: int) -> Tensor:
@@ -101,9 +72,9 @@ def backward(
         "dq": zeros(heads, rows * dim),
         "dk": zeros(*q.shape[:2], k.shape[2], dim),
         "dv": zeros(*q.shape[:2], k.shape[2], dim_v),
-        "dw1": zeros(slots * _MLP_WARPS, width, inputs),
-        "db1": zeros(slots * _MLP_WARPS, width),
-        "dw2": zeros(slots * _MLP_WARPS, heads, width),
+        "dw1": zeros(slots * config.mlp_warps, width, inputs(call, mix)),
+        "db1": zeros(slots * config.mlp_warps, width),
+        "dw2": zeros(slots * config.mlp_warps, heads, width),
     }
     values.update(_by_distance(call, mix))
     diagonals = values["diagonals"] if _has_table_alone(call, mix) else None
@@ -112,31 +83,28 @@ def backward(
     if call.deterministic:
         inner["units"] = bias_units(call, mix.inner, grad_out, delta, most_into_inner(mix, heads))
         outer["units"] = bias_units(call, call.plan.bias, grad_out, delta)
-        results["turns"] = torch.zeros(1 + heads * rows // _QUERIES, dtype=torch.int32, device=device)
+        results["dq_semaphore"] = torch.zeros(1 + heads * rows // _QUERIES, dtype=torch.int32, device=device)
     values.update({"k": k, "v": v, "k_strides": operands.strides(k), "v_strides": operands.strides(v), **results})
     values["tiles"] = headmix_rows.tiles(call, q, grad, minus_lse2, -delta)
     values.update({"dinner": _with_strides(inner), "douter": _with_strides(outer), "rows": rows})
+    blocks = -(-k_max(call) // config.block_m)
     values["shape"] = {**values["shape"], "k_blocks": blocks}
-    shared, warps = shared_bytes(call, mix), heads + _MLP_WARPS
-    constants.update({"MLP_WARPS": _MLP_WARPS, "WARPS": warps, "THREADS": 32 * warps, "ORDERED": call.deterministic})
     by_lane = int(launch.architecture(device)[3:]) >= 90  # it has additions of four numbers
-    constants.update({"SHARED_BYTES": shared, "VECTOR_ADDS": by_lane, "WANT_INNER": bool(inner.keys() - {"units"})})
-    run(
-        "headmix/backward.cu", "headmix_backward", "MixBackwardParams", constants, values,
-        (blocks * sequences(call),), 32 * warps, shared,
-        device,
+    constants = HeadMixBackwardConstants(
+        common, ordered=call.deterministic, vector_adds=by_lane, want_inner=bool(inner.keys() - {"units"})
+    )
+    launch.run(
+        "headmix/backward.cu", "headmix_backward", "HeadMixBackwardParams", constants, values,
+        (blocks * sequences(call),), 32 * config.warps, shared, device,
     )  # fmt: skip
 
     grads = {name: results[f"d{name}"].sum(0) for name in ("w1", "b1", "w2")}
-    rotary = call.plan.rotary
     by_key = {"k": results["dk"][..., : call.k.shape[3]], "v": results["dv"][..., : call.v.shape[3]]}
     grads.update({name: x.unflatten(1, (-1, group)).sum(2).to(call.q.dtype) for name, x in by_key.items()})
     dq = headmix_rows.queries_gradient(call, results["dq"], dim, by_lane) * call.scale
     grads["q"] = dq[..., : call.q.shape[3]].to(call.q.dtype)
-    if rotary is not None:
-        grads["q"] = turned(operands.in_chunks(grads["q"]), rotary.q_cos, rotary.q_sin, rotary, back=True)
-        grads["k"] = turned(operands.in_chunks(grads["k"]), rotary.k_cos, rotary.k_sin, rotary, back=True)
-        grads = {**grads, "q": grads["q"][..., : call.q.shape[3]], "k": grads["k"][..., : call.k.shape[3]]}
+    dq, dk = rotated_pair(call, grads["q"], grads["k"], back=True)
+    grads.update(q=dq[..., : call.q.shape[3]], k=dk[..., : call.k.shape[3]])
     sees = ~lse.isinf() & (gradients.padded_rows(call, _QUERIES) >= 0)[:, None]
     # b2 shifts all logits of a row alike, so it moves the log-sum-exp, and weight between the keys and a sink.
     grads["b2"] = zeros(heads) if grad_lse is None else torch.where(sees, grad_lse.float(), 0.0).sum((0, 2))

@@ -14,10 +14,31 @@ from typing import Any
 import torch
 
 from posattn.backends.common.arch import architecture, processors
+from posattn.backends.cuda import compiler
 from posattn.backends.cuda.compiler import Kernel
-from posattn.backends.cuda.params import Arguments
+from posattn.backends.cuda.params import Arguments, Values, pack
 
-__all__ = ["architecture", "has_device", "launch", "processors"]
+__all__ = ["architecture", "has_device", "launch", "processors", "run"]
+
+
+def run(
+    source: str,
+    entry: str,
+    struct: str,
+    constants: tuple[Any, ...],
+    values: Values,
+    grid: tuple[int, ...],
+    threads: int,
+    shared_bytes: int,
+    device: torch.device,
+) -> None:
+    """Compile (or find) a kernel and launch it; a grid without blocks needs neither."""
+    if 0 in grid:
+        return
+    arch = architecture(device)
+    target = "sm_90a" if arch == "sm_90" else arch  # with the instructions that only it has
+    kernel = compiler.compile_kernel(source, entry, struct, constants, target)
+    launch(kernel, grid, (threads,), shared_bytes, pack(struct, values))
 
 
 def launch(kernel: Kernel, grid: Sequence[int], block: Sequence[int], shared_bytes: int, arguments: Arguments) -> None:

@@ -1,4 +1,4 @@
-"""A Call as what CUDA kernels share: member structs of csrc/cuda/params.h by name, and compile-time constants.
+"""A Call as what CUDA kernels share: member structs of csrc/cuda/params.h by name, and what they are compiled with.
 
 How a mask, a bias or a seed becomes numbers is the same for every GPU backend.
 """
@@ -13,8 +13,14 @@ from torch.nn.functional import pad
 
 from posattn.backends.common import operands as common
 from posattn.backends.cuda import params
-from posattn.backends.cuda.compiler import Constant
-from posattn.plan import Bias, Call
+from posattn.backends.cuda.constants import (
+    BiasConstants,
+    ElementConstants,
+    MaskConstants,
+    PairConstants,
+    SequenceConstants,
+)
+from posattn.plan import Bias, Call, Rotary
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -22,7 +28,6 @@ DTYPES = (torch.float16, torch.bfloat16)
 _DENSE = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # enum DenseType of dense.h
 
 Members = dict[str, Any]
-Constants = dict[str, Constant]
 
 
 def padded(dim: int) -> int:
@@ -64,55 +69,58 @@ def shape(call: Call, block_m: int, block_n: int) -> Members:
     }
 
 
-def mask(call: Call) -> tuple[Members, Constants]:
+def mask(call: Call) -> tuple[Members, MaskConstants]:
     """MaskParams."""
     found = common.mask_operands(call)
-    constants: Constants = {
-        "HAS_LEFT": found.has_left,
-        "HAS_RIGHT": found.has_right,
-        "TOP_LEFT": found.top_left,
-        "HAS_BOOLEAN": found.boolean is not None,
-        "HAS_K_LENGTHS": found.k_lengths is not None,
-        "PACKED": found.cu_q is not None,
-    }
-    return members(found, "MaskParams"), constants
+    sequence = SequenceConstants(
+        has_left=found.has_left,
+        has_right=found.has_right,
+        top_left=found.top_left,
+        has_k_lengths=found.k_lengths is not None,
+        packed=found.cu_q is not None,
+    )
+    return members(found, "MaskParams"), MaskConstants(sequence, has_boolean=found.boolean is not None)
 
 
-def positions(call: Call) -> tuple[Members, Constants]:
+def positions(call: Call) -> Members:
     """PositionParams."""
-    return members(common.position_operands(call), "PositionParams"), {"EXPLICIT": call.q_positions is not None}
+    return members(common.position_operands(call), "PositionParams")
 
 
-def bias(call: Call, bias: Bias, rows: int, columns: int) -> tuple[Members, Constants]:
+def bias(call: Call, bias: Bias, rows: int, columns: int) -> tuple[Members, BiasConstants]:
     """BiasParams of one bias of the plan; `rows` x `columns` logits share bounds of a profile (a warp's tile)."""
     found = common.bias_operands(call, bias, rows, columns)
-    constants: Constants = {
-        "HAS_SLOPE": found.slope is not None,
-        "SIGNED": found.signed,
-        "LINEAR": found.linear,  # no visible distance is negative, or the slope keeps its sign
-        "HAS_TABLE": found.table is not None,
-        "HAS_PROFILE": found.psi is not None,
-        "KNOTS": max(1, found.num_knots),
-        "BOUNDS_BLOCK": found.bounds_block,
-        "DENSE": 0 if found.dense is None else _DENSE[found.dense.dtype],
-    }
+    constants = BiasConstants(
+        has_slope=found.slope is not None,
+        signed=found.signed,
+        linear=found.linear,
+        has_table=found.table is not None,
+        has_profile=found.psi is not None,
+        knots=max(1, found.num_knots),
+        bounds_block=found.bounds_block,
+        dense=0 if found.dense is None else _DENSE[found.dense.dtype],
+    )
     return members(found, "BiasParams"), constants
 
 
 def angles(cos: Tensor | None, sin: Tensor | None) -> Members:
-    """AngleParams of one side; null where there is nothing to turn."""
+    """AngleParams of one side; null where there is nothing to rotate."""
     if cos is None or sin is None:
         return {}
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
     return {"cos": cos, "sin": sin, "batch": 0 if cos.shape[0] == 1 else cos.stride(0)}
 
 
-def dropout(call: Call) -> tuple[Members, Constants]:
-    """DropoutParams."""
+def pairs(rotary: Rotary | None) -> PairConstants:
+    if rotary is None:
+        return PairConstants(interleaved=False, half=1)
+    return PairConstants(rotary.interleaved, rotary.q_cos.shape[-1])
+
+
+def dropout(call: Call) -> Members:
+    """DropoutParams; empty if there is none."""
     found = common.dropout_operands(call)
-    if found is None:
-        return {}, {"HAS_DROPOUT": False}
-    return members(found, "DropoutParams"), {"HAS_DROPOUT": True}
+    return {} if found is None else members(found, "DropoutParams")
 
 
 def members(operands: Any, struct: str) -> Members:
@@ -121,18 +129,6 @@ def members(operands: Any, struct: str) -> Members:
     return {name: _named(value) if name.endswith("_strides") else value for name, value in found.items()}
 
 
-def element(call: Call) -> Constants:
-    """The element type and the head dimensions, as given (in chunks of 8) and as the kernels pad them."""
+def element(call: Call) -> ElementConstants:
     dim, dim_v = -(-call.q.shape[3] // 8) * 8, -(-call.v.shape[3] // 8) * 8
-    return {
-        "BF16": call.q.dtype == torch.bfloat16,
-        "DIM": dim,
-        "DIM_V": dim_v,
-        "HEAD_DIM": padded(dim),
-        "HEAD_DIM_V": padded(dim_v),
-    }
-
-
-def natural(call: Call) -> bool:
-    """Whether logits are formed before the softmax; else the scale is folded into its exponent."""
-    return bool(call.plan.bias) or call.softcap != 0.0 or call.scale <= 0.0
+    return ElementConstants(call.q.dtype == torch.bfloat16, dim, dim_v)

@@ -41,14 +41,14 @@ struct SlopeColumns {
   }
 };
 
-struct Backward : HopperBlock {
-  using HopperBlock::HopperBlock;
+struct Backward : Sm90Block {
+  using Sm90Block::Sm90Block;
 
   __device__ __forceinline__ void add_to_queries(const Fragments<QueryGradients>& dq, const Cursor& at) const {
     // backward/rows.cu counts parts of dQ by queries first, then dimensions.
     const int part = QUERY_COLUMNS == 1 ? warp : warp % 4 * 2 + warp / 4;
     float* to = p.dq + at.row * int64_t{PADDED} + (part * WARP + lane) * 4;
-    in_turn(at, thread, [&] {
+    in_order(at, thread, [&] {
 #pragma unroll
       for (int n = 0; n < QueryGradients::EIGHTS; ++n) ptx::red_add_v4(to + n * (4 * THREADS), dq[0][n]);
     });
@@ -84,15 +84,15 @@ __device__ __forceinline__ void Backward::run() {
     load_step(ahead, stage);
     ahead = after(ahead);
   }
-  Turn turn;
-  uint32_t pairs = 0;  // where the tile of dS^T in turn lies
+  RingStage ring;
+  uint32_t pairs = 0;  // where this step's tile of dS^T lies
 
 #pragma unroll 1
   while (at.head < end_head) {
-    ptx::mbarrier_wait_parity(barrier(turn.stage), turn.parity);
-    const uint32_t queries = turn.stage * STAGE_BYTES, grads = GRAD_AT - Q_AT + queries;
+    ptx::mbarrier_wait_parity(barrier(ring.stage), ring.parity);
+    const uint32_t queries = ring.stage * STAGE_BYTES, grads = GRAD_AT - Q_AT + queries;
     const int j0 = key_block * BLOCK_N + warp * WARP_KEYS;
-    const float* rows = reinterpret_cast<const float*>(shared + ROWS_AT) + turn.stage * RowStage::FLOATS;
+    const float* rows = reinterpret_cast<const float*>(shared + ROWS_AT) + ring.stage * RowStage::FLOATS;
     const LogitPlace place{at.block * BLOCK_M, j0, lane / 4, lane % 4};
     const int column = 2 * place.t;
 
@@ -159,7 +159,7 @@ __device__ __forceinline__ void Backward::run() {
     ptx::wgmma_fence();
     products.key_gradients(dk[0], rounded[0], queries);
     ptx::bar_sync();  // dS^T is there as a whole, and nobody needs the last step's tiles
-    load_step(ahead, turn.stage == 0 ? STAGES - 1 : turn.stage - 1);
+    load_step(ahead, ring.stage == 0 ? STAGES - 1 : ring.stage - 1);
     ahead = after(ahead);
     Fragments<QueryGradients> dq;
     ptx::hold(dq[0]);
@@ -181,7 +181,7 @@ __device__ __forceinline__ void Backward::run() {
     ptx::hold(dq[0]);
     add_to_queries(dq, at);
     pairs ^= DS_BYTES;
-    turn.advance();
+    ring.advance();
 
     const Cursor next = after(at);
     if (next.head != at.head) {

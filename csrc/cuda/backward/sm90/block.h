@@ -30,7 +30,7 @@ static_assert(RowStage::FLOATS % 4 == 0 && !HAS_PROFILE);
 extern __shared__ __align__(1024) unsigned char shared[];
 
 // A stage of the ring, and the parity of its phase.
-struct Turn {
+struct RingStage {
   int stage = 0;
   uint32_t parity = 0;
 
@@ -40,12 +40,12 @@ struct Turn {
   }
 };
 
-struct HopperBlock : KeyBlock {
+struct Sm90Block : KeyBlock {
   uint32_t memory;
   int end_head;  // behind the last of the heads that share the key head; the first if their queries see no key
 
-  __device__ __forceinline__ HopperBlock(const BackwardParams& p, const Sequence& sequence, int index, int key_head,
-                                         int key_block)
+  __device__ __forceinline__ Sm90Block(const BackwardParams& p, const Sequence& sequence, int index, int key_head,
+                                       int key_block)
       : KeyBlock(p, sequence, index, key_head, key_block),
         memory(ptx::shared_address(shared)),
         end_head(key_head * p.shape.group + (spans.lo < spans.hi ? p.shape.group : 0)) {}

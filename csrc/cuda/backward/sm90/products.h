@@ -15,7 +15,7 @@ using KeyPanels = Panels<PADDED, BLOCK_N>;
 using QueryPanels = Panels<PADDED, BLOCK_M>;
 using PairPanels = Panels<BLOCK_M, BLOCK_N>;
 
-static_assert(WGMMA && THREADS == 2 * WARPGROUP && BLOCK_N == 128);
+static_assert(SM90 && THREADS == 2 * WARPGROUP && BLOCK_N == 128);
 static_assert(LOGIT_COLUMNS == 1 && KEY_COLUMNS == 1 && BLOCK_M == 128 / QUERY_COLUMNS);
 
 template <int N8>

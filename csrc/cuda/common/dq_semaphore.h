@@ -1,7 +1,8 @@
 // The order in which blocks of keys add to the same queries' dQ.
 //
 // ORDERED: one after the other, in the order of the keys, so that the result does not depend on which block runs first.
-// `turns` counts: entry 0 the blocks that have begun; then, for each block of queries, those that have added to it.
+// The semaphore counts: entry 0 the blocks that have begun; then, for each block of queries, those that have added to
+// it.
 #pragma once
 #include "common/mask.h"
 #include "ptx/ptx.h"
@@ -10,11 +11,11 @@ namespace posattn {
 
 // Which of the launch's blocks this one is. A block draws a ticket, so all that it may have to wait for are already
 // running. `shared` is free before and after.
-__device__ __forceinline__ int block_number(int32_t* turns, unsigned char* shared) {
+__device__ __forceinline__ int block_number(int32_t* dq_semaphore, unsigned char* shared) {
   int number = blockIdx.x;
   if constexpr (ORDERED) {
     int* ticket = reinterpret_cast<int*>(shared);
-    if (threadIdx.x == 0) *ticket = ptx::atom_add(turns, 1);
+    if (threadIdx.x == 0) *ticket = ptx::atom_add(dq_semaphore, 1);
     ptx::bar_sync();
     number = *ticket;
     ptx::bar_sync();
@@ -30,14 +31,14 @@ __device__ __forceinline__ int blocks_before(int key_block, const Sequence& s, c
 }
 
 // For one thread; a barrier must follow.
-__device__ __forceinline__ void await_turn(const int32_t* turn, int before) {
-  while (ptx::ld_acquire(turn) < before) {
+__device__ __forceinline__ void wait_for_earlier(const int32_t* added, int before) {
+  while (ptx::ld_acquire(added) < before) {
   }
 }
 
 // For one thread, after a barrier: lets the next block add.
-__device__ __forceinline__ void end_turn(int32_t* turn) {
-  ptx::red_release_add(turn, 1);
+__device__ __forceinline__ void release_next(int32_t* added) {
+  ptx::red_release_add(added, 1);
 }
 
 }  // namespace posattn
