@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ from posattn.parity import plain_call
 from tests.ptxsim.seam import behind_launch
 
 pytest.importorskip("cuda.core")
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 
 # The smallest kernel of the package.
 COMBINE = ("forward/combine.cu", "attention_combine", "CombineParams")
@@ -122,12 +125,28 @@ def test_processes_share_a_cache(folder):
     assert cache.load(entry.name) is not None
 
 
-def test_a_changed_header_changes_the_key(folder, compilations, monkeypatch):
-    compiled()
-    forget()
-    monkeypatch.setattr(compiler, "_source_hash", lambda: b"another source tree")
-    compiled()
-    assert len(compilations) == 2
+def test_a_changed_source_changes_the_key(tmp_path, monkeypatch):
+    """Headers in subfolders too: no kernel is loaded that was compiled from other sources."""
+    tree = tmp_path / "copy"
+    shutil.copytree(SOURCES, tree)
+    monkeypatch.setattr(compiler, "files", lambda package: tree)
+    for cached in (compiler._sources, compiler._source_hash):
+        monkeypatch.setattr(compiler, cached.__name__, cached.__wrapped__)
+
+    def key():
+        return compiler._key("text", "entry", "sm_80")
+
+    first = key()
+    sources = [path for path in tree.rglob("*") if path.suffix in (".h", ".cu")]
+    assert {path.parent.relative_to(tree).as_posix() for path in sources} >= {".", "common", "backward/sm90"}
+    for path in sources:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + b" ")
+        assert key() != first, path
+        path.write_bytes(whole)
+    assert key() == first
+    sources[0].rename(sources[0].with_stem("renamed"))
+    assert key() != first
 
 
 def test_what_nvrtc_refuses_is_said(folder):
@@ -146,9 +165,26 @@ def test_a_missing_package_is_a_reason(absent, monkeypatch):
     monkeypatch.setitem(sys.modules, absent, None)
     for found in (compiler.missing, compiler._nvrtc_version):
         monkeypatch.setattr(compiler, found.__name__, found.__wrapped__)
+    assert_refused(r"pip install 'posattn\[cuda\]'")
+
+
+def assert_refused(reason):
     q = torch.zeros(1, 1, 2, 32, dtype=torch.float16)
-    with behind_launch(80), pytest.raises(ValueError, match=r"cannot run this call: .*pip install 'posattn\[cuda\]'"):
+    with behind_launch(80), pytest.raises(ValueError, match=f"cannot run this call: .*{reason}"):
         posattn.attention(q, q, q, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("found", "version", "reason"),
+    [
+        ("_cuda_core_version", (0, 7), r"needs cuda\.core 1\.0 or later, got 0\.7"),
+        ("_nvrtc_version", (12, 0), r"needs NVRTC 12\.1 or later, got 12\.0"),
+    ],
+)
+def test_an_old_package_is_a_reason(found, version, reason, monkeypatch):
+    monkeypatch.setattr(compiler, "missing", compiler.missing.__wrapped__)
+    monkeypatch.setattr(compiler, found, lambda: version)
+    assert_refused(reason)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         from importlib.abc import Traversable
 
 OLDEST = 80
+OLDEST_CUDA_CORE = (1, 0)
+OLDEST_NVRTC = (12, 1)  # the first that adds vectors to global memory
 _STANDARD = "c++17"
 
 
@@ -53,10 +55,15 @@ _guard = threading.Lock()
 @functools.cache
 def missing() -> str | None:
     """Why nothing can be compiled on this machine; None if it can."""
+    install = "pip install 'posattn[cuda]'"
     try:
-        _nvrtc_version()
+        core, nvrtc = _cuda_core_version(), _nvrtc_version()
     except Exception as error:  # cuda.core, its bindings, or NVRTC itself: each fails in its own way when absent
-        return f"it needs cuda.core and NVRTC, pip install 'posattn[cuda]' ({str(error).splitlines()[0]})"
+        return f"it needs cuda.core and NVRTC, {install} ({(str(error).splitlines() or [repr(error)])[0]})"
+    for name, found, oldest in (("cuda.core", core, OLDEST_CUDA_CORE), ("NVRTC", nvrtc, OLDEST_NVRTC)):
+        if found < oldest:
+            needed, got = (".".join(map(str, version)) for version in (oldest, found))
+            return f"it needs {name} {needed} or later, got {got}, {install}"
     return None
 
 
@@ -115,10 +122,16 @@ def _sources() -> bytes:
     )
 
 
+def _cuda_core_version() -> tuple[int, int]:
+    import cuda.core
+
+    major, minor = cuda.core.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 @functools.cache
 def _nvrtc_version() -> tuple[int, int]:
     from cuda.bindings import nvrtc
-    from cuda.core import Program  # noqa: F401 - its absence is found here
 
     error, major, minor = nvrtc.nvrtcVersion()
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
