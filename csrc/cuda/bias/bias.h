@@ -7,11 +7,11 @@
 // The values of a table and of psi lie staged in shared memory, in the order of the distance, BLOCK_M + BLOCK_N - 1 of
 // them for a tile; the copy clamps the distance, so the tile need not.
 #pragma once
+#include "bias/gather.h"
 #include "bias/profile.h"
 
 namespace posattn {
 
-constexpr bool BY_DISTANCE = HAS_SLOPE || HAS_TABLE || HAS_PROFILE;
 constexpr int STAGED = BLOCK_M + BLOCK_N;  // floats, a multiple of four so that what follows stays aligned
 
 // Copies values[d - first], d clamped, for the distances from `least` on that a tile has.

@@ -6,6 +6,8 @@
 
 namespace posattn {
 
+constexpr bool BY_DISTANCE = HAS_SLOPE || HAS_TABLE || HAS_PROFILE;
+
 // One query row of one head.
 struct RowBias {
   int64_t position = 0;

@@ -4,6 +4,7 @@
 #include "bias/bias.h"
 #include "bias/dense.h"
 #include "bias/gather.h"
+#include "common/softcap.h"
 
 namespace posattn {
 
@@ -12,12 +13,6 @@ struct Place {
   int row;
   int column;
 };
-
-// cap * tanh(x / cap). The error of this form is absolute, under 2^-22 of cap, as a logit's should be.
-__device__ __forceinline__ float capped(float x, float cap) {
-  const float e = ptx::ex2_approx(x * (2.0f * LOG2E / cap));
-  return cap - 2.0f * cap * ptx::rcp_approx(1.0f + e);
-}
 
 // Dot products become logits, but for the operands.
 template <int GROUPS, int N8>

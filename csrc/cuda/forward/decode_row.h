@@ -1,6 +1,8 @@
 // A row of decoding's packed tile: which query of which head it is, and the logits towards its keys.
 #pragma once
-#include "common/logits.h"
+#include "bias/dense.h"
+#include "bias/gather.h"
+#include "common/softcap.h"
 
 namespace posattn {
 

@@ -43,7 +43,7 @@ def _row_statistics(of: Pass, out: Tensor, lse: Tensor, grad_lse: Tensor | None)
         "lse2": torch.full(shape, float("inf"), dtype=torch.float32, device=out.device),
         "minus_delta": of.zeros(*shape),
     }
-    if of.constants.bias.has_profile:
+    if of.constants.bias.operands.has_profile:
         results["row_scale"] = of.zeros(of.rows)
     values = {
         "out": out,

@@ -49,17 +49,15 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if rotary is not None and not rotate_here:
         k = rotated(k, rotary.k_cos, rotary.k_sin, rotary)
     head_dim, head_dim_v = config.padded(q.shape[3]), config.padded(v.shape[3])
-    explicit = call.q_positions is not None
-    shared = config.shared_bytes(
-        head_dim, head_dim_v, not explicit and (bias_constants.has_table or bias_constants.has_profile)
-    )
+    explicit, has = call.q_positions is not None, bias_constants.operands
+    shared = config.shared_bytes(head_dim, head_dim_v, not explicit and (has.has_table or has.has_profile))
     common = ForwardConstants(
         element=operands.element(call),
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         mask=mask_constants,
         explicit=explicit,
-        bias=bias_constants,
+        operands=has,
         has_dropout=bool(dropout),
         rotary_q=rotary is not None,
         rotary_k=rotate_here,
@@ -79,7 +77,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         scale_before_bias = bool(call.plan.bias) or call.softcap != 0.0 or call.scale <= 0.0
         constants = DecodeConstants(common, scale_before_bias)
     else:
-        constants = PrefillConstants(common, config.blocks, config.q_in_registers)
+        constants = PrefillConstants(
+            common, bias_constants.linear, bias_constants.bounds_block, config.blocks, config.q_in_registers
+        )
     values = {
         "q": q,
         "k": k,

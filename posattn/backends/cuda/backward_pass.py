@@ -95,7 +95,13 @@ class Pass:
     def rows_constants(self) -> RowsConstants:
         own = self.constants
         return RowsConstants(
-            own.element, own.mask.sequence, own.explicit, own.bias.has_profile, own.rotary, own.pairs, own.warps
+            own.element,
+            own.mask.sequence,
+            own.explicit,
+            own.bias.operands.has_profile,
+            own.rotary,
+            own.pairs,
+            own.warps,
         )
 
     @property

@@ -47,17 +47,23 @@ class MaskConstants(NamedTuple):
     has_boolean: bool
 
 
-class BiasConstants(NamedTuple):
-    """Of one bias of the plan."""
+class OperandConstants(NamedTuple):
+    """Which operands one bias of the plan has."""
 
     has_slope: bool
     signed: bool
-    linear: bool  # no visible distance is negative, or the slope keeps its sign
     has_table: bool
     has_profile: bool
     knots: int
-    bounds_block: int
     dense: int  # enum DenseType of bias/dense.h
+
+
+class BiasConstants(NamedTuple):
+    """The same, and how they are computed on tiles (bias/bias.h, bias/profile.h)."""
+
+    operands: OperandConstants
+    linear: bool  # no visible distance is negative, or the slope keeps its sign
+    bounds_block: int
 
 
 class PairConstants(NamedTuple):
@@ -95,7 +101,7 @@ class ForwardConstants(NamedTuple):
     head_dim_v: int
     mask: MaskConstants
     explicit: bool
-    bias: BiasConstants
+    operands: OperandConstants
     has_dropout: bool
     rotary_q: bool
     rotary_k: bool
@@ -122,6 +128,8 @@ class PrefillConstants(NamedTuple):
     """Of forward/forward.cu and forward/forward_sm90.cu."""
 
     forward: ForwardConstants
+    linear: bool  # as in BiasConstants
+    bounds_block: int
     blocks_per_sm: int
     q_in_registers: bool
 

@@ -17,6 +17,7 @@ from posattn.backends.cuda.constants import (
     BiasConstants,
     ElementConstants,
     MaskConstants,
+    OperandConstants,
     PairConstants,
     SequenceConstants,
 )
@@ -90,17 +91,15 @@ def positions(call: Call) -> Members:
 def bias(call: Call, bias: Bias, rows: int, columns: int) -> tuple[Members, BiasConstants]:
     """BiasParams of one bias of the plan; `rows` x `columns` logits share bounds of a profile (a warp's tile)."""
     found = common.bias_operands(call, bias, rows, columns)
-    constants = BiasConstants(
+    operands = OperandConstants(
         has_slope=found.slope is not None,
         signed=found.signed,
-        linear=found.linear,
         has_table=found.table is not None,
         has_profile=found.psi is not None,
         knots=max(1, found.num_knots),
-        bounds_block=found.bounds_block,
         dense=0 if found.dense is None else _DENSE[found.dense.dtype],
     )
-    return members(found, "BiasParams"), constants
+    return members(found, "BiasParams"), BiasConstants(operands, found.linear, found.bounds_block)
 
 
 def angles(cos: Tensor | None, sin: Tensor | None) -> Members:
