@@ -10,9 +10,9 @@ from posattn.backends.common.operands import sequences
 from posattn.backends.common.reductions import sink_gradient
 from posattn.backends.cuda import backward_operands as summed
 from posattn.backends.cuda import launch, operands
-from posattn.backends.cuda.backward_pass import LOG2E, Pass, prepared
+from posattn.backends.cuda.backward_pass import Pass, prepared
 from posattn.backends.cuda.constants import BackwardConstants, BackwardSm90Constants, TilesConstants
-from posattn.backends.cuda.operands import Members
+from posattn.backends.cuda.operands import LOG2E, Members
 from posattn.plan import Call
 
 
@@ -65,8 +65,7 @@ def _row_statistics(of: Pass, out: Tensor, lse: Tensor, grad_lse: Tensor | None)
 def _rows_of_queries(of: Pass, accumulated: Tensor) -> Tensor:
     """dQ in rows, from accumulators in the order of fragments."""
     call, rotary = of.call, of.call.plan.rotary
-    create = torch.empty if call.mask.cu_seqlens_q is None else torch.zeros
-    dq = create(of.q.shape, dtype=of.q.dtype, device=of.q.device)
+    dq = operands.written_by_queries(call, tuple(of.q.shape), of.q.dtype)
     values = {
         "accumulated": accumulated,
         "dq": dq,

@@ -31,15 +31,12 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     blocks = shape["q_blocks"] * sequences(call) * (heads // shape["group"] if decoding else heads)
     splits = key_splits(blocks, k_max(call), launch.processors(device))
 
-    # Packed documents may leave tokens outside every document, which no block would write.
-    packed = call.mask.cu_seqlens_q is not None
-    create = torch.zeros if packed else torch.empty
-    out = create((batch, heads, q_tokens, v.shape[3]), dtype=q.dtype, device=device)
-    lse = create((batch, heads, q_tokens), dtype=torch.float32, device=device)
+    out = operands.written_by_queries(call, (batch, heads, q_tokens, v.shape[3]), q.dtype)
+    lse = operands.written_by_queries(call, (batch, heads, q_tokens), torch.float32)
     partial, partial_lse = out[None], lse[None]
     if splits > 1:
-        partial = create((splits, *out.shape), dtype=torch.float32, device=device)
-        partial_lse = create((splits, *lse.shape), dtype=torch.float32, device=device)
+        partial = operands.written_by_queries(call, (splits, *out.shape), torch.float32)
+        partial_lse = operands.written_by_queries(call, (splits, *lse.shape), torch.float32)
 
     mask, mask_constants = operands.mask(call)
     bias, bias_constants = operands.bias(call, call.plan.bias, config.block_m // config.warps, config.block_n)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from posattn.backends.common.operands import all_blocks, k_max
 from posattn.backends.common.reductions import by_entry, by_sequence, slope_gradient
+from posattn.backends.cuda import operands
 from posattn.backends.cuda.backward_pass import Pass
 from posattn.backends.cuda.constants import EACH_ONCE, SHARED
 from posattn.backends.cuda.rows import row_scale
@@ -16,15 +17,12 @@ def by_distance(of: Pass) -> dict[str, Tensor]:
     """The table and psi at every distance that a tile can meet, so that the kernel copies them as they lie."""
     if of.call.q_positions is not None:
         return {}
-    bias = of.call.plan.bias
-    distance = torch.arange(of.diagonals, device=of.q.device) + of.first_distance
+    table, profile = of.call.plan.bias.table, of.call.plan.bias.profile
     found = {}
-    if bias.table is not None:
-        values, first = bias.table.values.float(), bias.table.first
-        found["table"] = values[:, (distance - first).clamp(0, values.shape[1] - 1)].contiguous()
-    if bias.profile is not None:
-        values, first = bias.profile.psi.float(), bias.profile.first
-        found["psi"] = values[(distance - first).clamp(0, values.shape[0] - 1)]
+    if table is not None:
+        found["table"] = operands.by_distance(table.values, table.first, of.first_distance, of.diagonals)
+    if profile is not None:
+        found["psi"] = operands.by_distance(profile.psi, profile.first, of.first_distance, of.diagonals)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +20,9 @@ from posattn.backends.cuda.constants import (
     TilesConstants,
     WantConstants,
 )
-from posattn.backends.cuda.operands import Members
+from posattn.backends.cuda.operands import LOG2E, Members
 from posattn.backends.cuda.rotary import rotated_pair
 from posattn.plan import Call
-
-LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)

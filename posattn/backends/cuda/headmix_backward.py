@@ -12,11 +12,10 @@ from posattn.backends.cuda import headmix_forward, headmix_rows, launch, operand
 from posattn.backends.cuda import rows as gradients
 from posattn.backends.cuda.configs.headmix import backward_config, backward_shared_bytes, dims, inputs
 from posattn.backends.cuda.constants import HeadMixBackwardConstants
-from posattn.backends.cuda.operands import Members
+from posattn.backends.cuda.operands import LOG2E, Members
 from posattn.backends.cuda.rotary import rotated_pair
 from posattn.plan import Bias, Call, HeadMix
 
-_LOG2E = 1.4426950408889634
 _QUERIES = headmix_rows.ROWS  # of a tile
 
 
@@ -33,9 +32,7 @@ def _by_distance(call: Call, mix: HeadMix) -> Members:
     members: Members = {"diagonals": count, "first_distance": first}
     table = mix.inner.table
     if table is not None and _has_table_alone(call, mix):
-        distance = torch.arange(count, device=call.q.device) + first
-        entry = (distance - table.first).clamp(0, table.values.shape[1] - 1)
-        members["by_distance"] = table.values.float()[:, entry].contiguous()
+        members["by_distance"] = operands.by_distance(table.values, table.first, first, count)
     return members
 
 
@@ -61,7 +58,7 @@ def backward(
     if grad_lse is not None:
         delta = delta - grad_lse.float()
     # The kernel's logits are without b2, which is constant along a row.
-    minus_lse2 = torch.where(lse.isinf(), -torch.inf, (mix.b2.float()[:, None] - lse) * _LOG2E)
+    minus_lse2 = torch.where(lse.isinf(), -torch.inf, (mix.b2.float()[:, None] - lse) * LOG2E)
     slots = all_blocks(call, k.shape[2], k_max(call), config.block_m)
     rows = headmix_rows.padded_count(call)
 

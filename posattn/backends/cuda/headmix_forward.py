@@ -89,10 +89,8 @@ def forward(call: Call, mix: HeadMix) -> tuple[Tensor, Tensor]:
     q, k = (rows(x) for x in rotated_pair(call, call.q, call.k))
     v = rows(call.v)
     batch, heads, q_tokens, _ = q.shape
-    # Packed documents may leave tokens outside every document, which no block would write.
-    create = torch.empty if call.mask.cu_seqlens_q is None else torch.zeros
-    out = create((batch, heads, q_tokens, v.shape[3]), dtype=q.dtype, device=device)
-    lse = create((batch, heads, q_tokens), dtype=torch.float32, device=device)
+    out = operands.written_by_queries(call, (batch, heads, q_tokens, v.shape[3]), q.dtype)
+    lse = operands.written_by_queries(call, (batch, heads, q_tokens), torch.float32)
 
     shared = forward_shared_bytes(call, mix, config)
     values, shared_constants = common(call, mix, config, shared, folds_slope(call, mix))

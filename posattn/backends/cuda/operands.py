@@ -5,6 +5,7 @@ How a mask, a bias or a seed becomes numbers is the same for every GPU backend.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,12 +24,25 @@ from posattn.backends.cuda.constants import (
 )
 from posattn.plan import Bias, Call, Rotary
 
+LOG2E = math.log2(math.e)
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 
 _DENSE = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # enum DenseType of dense.h
 
 Members = dict[str, Any]
+
+
+def written_by_queries(call: Call, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """For what blocks of queries write: zeros if documents are packed, which may leave tokens outside all of them."""
+    create = torch.empty if call.mask.cu_seqlens_q is None else torch.zeros
+    return create(shape, dtype=dtype, device=call.q.device)
+
+
+def by_distance(values: Tensor, first: int, least: int, count: int) -> Tensor:
+    """Entries of values [..., L], which begins at distance `first`, for `count` distances from `least` on."""
+    distance = torch.arange(count, device=values.device) + least
+    return values.float()[..., (distance - first).clamp(0, values.shape[-1] - 1)].contiguous()
 
 
 def padded(dim: int) -> int:
