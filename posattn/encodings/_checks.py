@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
+
 
 def check_positive_int(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
@@ -18,6 +20,28 @@ def check_positive(name: str, value: float) -> float:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0.0 < value < float("inf"):
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    return float(value)
+
+
+def check_positive_float32(name: str, value: float) -> float:
+    """A positive number that is neither 0 nor infinite in float32, the type of operands."""
+    check_positive(name, value)
+    info = torch.finfo(torch.float32)
+    if not info.smallest_normal <= value <= info.max:
+        raise ValueError(
+            f"{name}: expected a positive finite number within float32's range, {info.smallest_normal:.3g} to "
+            f"{info.max:.3g}, got {value}"
+        )
+    return float(value)
+
+
+def check_float32(name: str, value: float) -> float:
+    """A number that float32 can hold, for operands are float32."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    limit = torch.finfo(torch.float32).max
+    if not abs(value) <= limit:
+        raise ValueError(f"{name}: expected a finite number within float32's range of +/-{limit:.3g}, got {value}")
     return float(value)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posattn.encodings._checks import check_positive_int
+from posattn.encodings._checks import check_float32, check_positive_int
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Plan, Slope
 
@@ -26,6 +27,8 @@ def alibi_slopes(num_heads: int) -> list[float]:
 class ALiBi(Encoding):
     """A penalty linear in the distance, with one slope per head.
 
+    Fixed slopes are computed: they stay float32 whatever narrower type the module gets, and no state_dict holds them.
+
     Args:
         num_heads: number of query heads H.
         learnable: make `slopes` [H] a parameter; otherwise it is a buffer.
@@ -40,19 +43,51 @@ class ALiBi(Encoding):
     ) -> None:
         super().__init__()
         self.num_heads = check_positive_int("num_heads", num_heads)
+        self.learnable = learnable
         self.signed = signed
-        values = alibi_slopes(num_heads) if slopes is None else [float(m) for m in slopes]
-        if len(values) != num_heads:
-            raise ValueError(f"slopes: expected {num_heads} numbers, one per head, got {len(values)}")
-        if not all(math.isfinite(m) for m in values):
-            raise ValueError(f"slopes: expected finite numbers, got {values}")
+        values = alibi_slopes(num_heads) if slopes is None else slopes
+        self.initial_slopes = tuple(check_float32(f"slopes[{h}]", m) for h, m in enumerate(values))
+        if len(self.initial_slopes) != num_heads:
+            raise ValueError(f"slopes: expected {num_heads} numbers, one per head, got {len(self.initial_slopes)}")
         if learnable:
-            self.slopes = nn.Parameter(torch.tensor(values))
+            self.slopes = nn.Parameter(torch.empty(num_heads))
         else:
-            self.register_buffer("slopes", torch.tensor(values))
+            self.register_buffer("slopes", torch.empty(num_heads, dtype=torch.float32), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The slopes that the encoding was made with."""
+        with torch.no_grad():
+            self.slopes.copy_(torch.tensor(self.initial_slopes, dtype=torch.float32, device=self.slopes.device))
 
     def build(self, context: Context) -> Plan:
-        return Plan(bias=Bias(slope=Slope(self.slopes.to(context.table_dtype(self.slopes)), self.signed)))
+        slopes = self.slopes
+        if not self.learnable and slopes.is_meta and context.device.type != "meta":
+            # load_state_dict(assign=True) on a module that was made on meta gives it all but what no state_dict holds.
+            slopes = self.slopes = torch.tensor(self.initial_slopes, dtype=torch.float32, device=context.device)
+        return Plan(bias=Bias(slope=Slope(slopes.to(context.table_dtype(slopes)), self.signed)))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ALiBi:
+        before = self.slopes
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.slopes
+        if not self.learnable and before.is_meta and not after.is_meta:
+            self.reset_parameters()
+        if not self.learnable and after.dtype not in (torch.float32, torch.float64):
+            self.slopes = before.to(after.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
+        if not self.learnable:
+            # Fixed slopes used to be saved, perhaps as bfloat16; others than those of this encoding are a mistake.
+            saved = state_dict.pop(f"{prefix}slopes", None)
+            if saved is not None and not _same_to_rounding(saved, self.initial_slopes):
+                raise ValueError(
+                    f"{prefix}slopes: expected {list(self.initial_slopes)}, which ALiBi was made with, got {saved}"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
@@ -63,4 +98,11 @@ class ALiBi(Encoding):
         }
 
     def extra_repr(self) -> str:
-        return f"{self.num_heads}, learnable={isinstance(self.slopes, nn.Parameter)}, signed={self.signed}"
+        return f"{self.num_heads}, learnable={self.learnable}, signed={self.signed}"
+
+
+def _same_to_rounding(saved: Tensor, slopes: Sequence[float]) -> bool:
+    if type(saved) not in (Tensor, nn.Parameter) or saved.is_meta:
+        return True  # nothing to look at
+    expected = torch.tensor(slopes, dtype=torch.float64, device="cpu")
+    return saved.shape == expected.shape and torch.allclose(saved.double().cpu(), expected, rtol=1e-2, atol=1e-6)

@@ -6,18 +6,25 @@ operands with differentiable PyTorch. Name it in `posattn/encodings/__init__.py`
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from posattn import reference
+from posattn.encodings._checks import check_positive_int
+from posattn.encodings._plans import check_operands, check_parameters, copied, head_slice
 from posattn.encodings.context import Context as Context
 from posattn.plan import Bias, Dense, Plan, Slope, Table
 
 
 class Encoding(nn.Module):
-    """A positional encoding for attention. `lower` gives its plan; `bias` shows an additive one; `+` composes."""
+    """A positional encoding for attention. `lower` gives its plan; `bias` shows an additive one; `+` composes.
+
+    A module with parameters or buffers of its own has `reset_parameters`, which gives those, and not those of modules
+    inside, the values of a new one: for models that are made on the meta device.
+    """
 
     num_heads: int | None = None
     """Query heads that it was made for; None if any number will do."""
@@ -26,21 +33,52 @@ class Encoding(nn.Module):
     needs_positions: bool = False
     """Whether it makes sense only with explicit positions."""
 
+    if TYPE_CHECKING:
+
+        def __call__(self, context: Context) -> Plan: ...
+
     def build(self, context: Context) -> Plan:
-        """The plan of this encoding, by differentiable PyTorch. Subclasses write this; callers use `lower`."""
+        """The plan of this encoding, by differentiable PyTorch. Subclasses write this; callers use `lower`.
+
+        An encoding inside another is lowered with the context that `build` got.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define build(context)")
 
     def lower(self, context: Context) -> Plan:
-        """The plan for one call. ValueError if the head count is wrong or a parameter holds NaN (looked at on CPU)."""
+        """The plan for one call. ValueError if the head count is wrong, or for NaN in a parameter or in the plan.
+
+        It calls the module, so that hooks (those of fully_shard, above all) run. Values are looked at on the CPU alone.
+        """
+        return self(context)
+
+    def forward(self, context: Context) -> Plan:
+        """What `lower` gives."""
         if self.num_heads is not None and self.num_heads != context.num_heads:
             raise ValueError(
                 f"position: {type(self).__name__} was made for num_heads={self.num_heads}, "
                 f"got queries with {context.num_heads} heads"
             )
-        if not torch.compiler.is_compiling():
-            for name, parameter in self.named_parameters():
-                _check_not_nan(f"{type(self).__name__}.{name}", parameter)
-        return self.build(context)
+        if context.nested or torch.compiler.is_compiling():
+            plan = self.build(context)
+        else:
+            with torch.no_grad():
+                check_parameters(type(self).__name__, self.named_parameters())
+            plan = self.build(replace(context, nested=True))
+            with torch.no_grad():
+                check_operands(type(self).__name__, plan)
+        # fully_shard frees the parameters right after this, and an operand may be one of them or a view of it.
+        return copied(plan) if self._forward_hooks else plan
+
+    def shard(self, first: int, count: int) -> Encoding:
+        """Heads first .. first + count - 1 of this encoding, for a tensor-parallel rank that holds those alone.
+
+            attention(q, k, v, encoding.shard(rank * heads, heads))         # q with `heads` heads, of all of them
+
+        It shares this encoding's parameters, whose gradients are of these heads: sum them over the ranks. The plan of
+        all heads is built and sliced. ValueError, when lowered, for a DAPE: it needs the logits of all heads.
+        An encoding that any number of heads may use gives itself.
+        """
+        return self if self.num_heads is None else Shard(self, first, count)
 
     def bias(
         self, q_len: int, k_len: int, *, q_positions: Tensor | None = None, k_positions: Tensor | None = None
@@ -116,6 +154,36 @@ class Sum(Encoding):
         return plan
 
 
+class Shard(Encoding):
+    """Some of the heads of a whole encoding; `Encoding.shard` makes one."""
+
+    def __init__(self, whole: Encoding, first: int, count: int) -> None:
+        super().__init__()
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise TypeError(f"first: expected an int, got {type(first).__name__}")
+        check_positive_int("count", count)
+        heads = whole.num_heads
+        if heads is None:
+            raise ValueError(f"whole: expected an encoding made for a number of heads, got {type(whole).__name__}")
+        if not 0 <= first <= heads - count:
+            raise ValueError(
+                f"first, count: expected heads within the {heads} of {type(whole).__name__}, got {first} and {count}"
+            )
+        self.whole = whole
+        self._whole_heads = heads
+        self.first = first
+        self.num_heads = count
+        self.has_bias = whole.has_bias
+        self.needs_positions = whole.needs_positions
+
+    def build(self, context: Context) -> Plan:
+        plan = self.whole.lower(replace(context, num_heads=self._whole_heads))
+        return head_slice(plan, self.first, context.num_heads)
+
+    def extra_repr(self) -> str:
+        return f"first={self.first}, count={self.num_heads}"
+
+
 def add_plans(a: Plan, b: Plan, context: Context) -> Plan:
     """The plan of a sum of encodings. ValueError for two rotary or two head-mixing parts, or two profiles."""
     if a.rotary is not None and b.rotary is not None:
@@ -161,13 +229,3 @@ def _one_row(name: str, positions: Tensor | None, tokens: int, device: torch.dev
     if positions.shape != (tokens,) or positions.is_floating_point():
         raise ValueError(f"{name}: expected integers [{tokens}], got {positions.dtype} {list(positions.shape)}")
     return positions.to(device, torch.int64)[None]
-
-
-def _check_not_nan(name: str, parameter: Tensor) -> None:
-    """A look at the values where it costs no device sync and the values are real, not traced or batched ones."""
-    if parameter.device.type != "cpu":
-        return
-    if type(parameter) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(parameter):
-        return
-    if parameter.isnan().any():
-        raise ValueError(f"{name}: expected finite values, got NaN")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import MutableMapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from posattn.encodings._checks import check_positive, check_positive_int
+from posattn.encodings._checks import check_positive_float32, check_positive_int
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Plan, Profile
 
@@ -15,7 +16,7 @@ from posattn.plan import Bias, Plan, Profile
 class FIRE(Encoding):
     """A small network of the distance, normalised by the query's position past a learned threshold L.
 
-    f = Linear(1, width) -> ReLU -> Linear(width, H) is `mlp`; the scalars `c` and `length_multiplier` are learned, and
+    f = Linear(1, width) -> ReLU -> Linear(width, H) is `mlp`; `c` and `length_multiplier`, [1] each, are learned, and
     L = |length_multiplier * initial_length|. f is a ReLU network of one number, hence piecewise linear, and lowers to
     its exact pieces: kernels evaluate no network.
 
@@ -39,11 +40,20 @@ class FIRE(Encoding):
         self.num_heads = check_positive_int("num_heads", num_heads)
         self.width = check_positive_int("width", width)
         self.bidirectional = bidirectional
-        self.initial_length = check_positive("initial_length", initial_length)
-        self.eps = check_positive("eps", eps)
+        self.initial_length = check_positive_float32("initial_length", initial_length)
+        self.eps = check_positive_float32("eps", eps)
         self.mlp = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, num_heads))
-        self.c = nn.Parameter(torch.tensor(check_positive("initial_c", initial_c)))
-        self.length_multiplier = nn.Parameter(torch.tensor(1.0))
+        self.initial_c = check_positive_float32("initial_c", initial_c)
+        # [1] and not [], because fully_shard splits the first dimension of a parameter.
+        self.c = nn.Parameter(torch.empty(1))
+        self.length_multiplier = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """c and length_multiplier as a new encoding has them; the layers of mlp reset themselves."""
+        with torch.no_grad():
+            self.c.fill_(self.initial_c)
+            self.length_multiplier.fill_(1.0)
 
     def build(self, context: Context) -> Plan:
         parameters = list(self.parameters())
@@ -63,6 +73,15 @@ class FIRE(Encoding):
         knots, slope, intercept = piecewise_linear(hidden.weight[:, 0], hidden.bias, output.weight, output.bias, dtype)
         profile = Profile(psi, context.distance_range[0], row_scale, row_first, knots, slope, intercept)
         return Plan(bias=Bias(profile=profile))
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any, **named: Any
+    ) -> None:
+        for name in ("c", "length_multiplier"):
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and saved.dim() == 0:  # as they once were
+                state_dict[prefix + name] = saved.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **named)
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:

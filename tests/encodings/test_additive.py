@@ -191,7 +191,8 @@ def test_relative_table_2d_knows_its_window(q_len, k_len, positions):
     [
         (lambda: ALiBi(0), "num_heads: expected a positive int, got 0"),
         (lambda: ALiBi(2, slopes=[1.0]), "slopes: expected 2 numbers, one per head, got 1"),
-        (lambda: ALiBi(1, slopes=[float("nan")]), "slopes: expected finite numbers"),
+        (lambda: ALiBi(1, slopes=[float("nan")]), r"slopes\[0\]: expected a finite number"),
+        (lambda: ALiBi(2, slopes=[1.0, 1e39]), r"slopes\[1\]: expected a finite number within float32's range"),
         (lambda: Kerple(2, form="linear"), "form: expected one of 'log', 'power', got 'linear'"),
         (lambda: T5Bias(2, num_buckets=1), "num_buckets: expected a number of at least 2, got 1"),
         (lambda: T5Bias(2, num_buckets=7, bidirectional=True), "num_buckets: expected an even number of at least 4"),

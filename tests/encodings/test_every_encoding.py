@@ -62,7 +62,7 @@ def test_all_holds_encodings_with_examples():
         assert issubclass(getattr(encodings, kind), Encoding)
         assert getattr(encodings, kind).examples(HEADS, DIM, TOKENS)
     defined = {kind.__name__ for kind in Encoding.__subclasses__() if kind.__module__.startswith("posattn.encodings")}
-    assert defined - {"Sum", "RotaryEncoding"} <= set(encodings.__all__)
+    assert defined - {"Sum", "Shard", "RotaryEncoding"} <= set(encodings.__all__)
 
 
 @with_implicit_positions

@@ -177,6 +177,9 @@ class Lowered(torch.nn.Module):
         ({"initial_c": float("nan")}, "initial_c: expected a positive finite number"),
         ({"initial_length": 0.0}, "initial_length: expected a positive finite number"),
         ({"eps": -1e-6}, "eps: expected a positive finite number"),
+        ({"eps": 1e-60}, "eps: expected a positive finite number within float32's range"),
+        ({"initial_c": 1e39}, "initial_c: expected a positive finite number within float32's range"),
+        ({"initial_length": 1e39}, "initial_length: expected a positive finite number within float32's range"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -1,0 +1,109 @@
+"""What is done to a plan as a whole, whatever its operands: a walk, a copy, a slice of its heads, a look for NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from posattn.plan import Bias, Dense, HeadMix, Plan, Profile, Rotary, Slope, Table
+
+# The one infinity that an operand may hold, by the name of its field: a bias that forbids, a knot that is not there.
+_INFINITY = {"values": -math.inf, "bias": -math.inf, "knots": math.inf}
+
+
+def named_operands(part: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a plan or of a part of it, by its path, such as "bias.table.values"."""
+    if isinstance(part, Tensor):
+        yield prefix, part
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from named_operands(getattr(part, field.name), f"{prefix}.{field.name}" if prefix else field.name)
+
+
+def copied(plan: Plan) -> Plan:
+    """The same plan in memory of its own, differentiable."""
+    copy: Plan = pytree.tree_map(torch.clone, plan)
+    return copy
+
+
+def head_slice(plan: Plan, first: int, count: int) -> Plan:
+    """The plan of heads first .. first + count - 1. Operands that all heads share stay; the slices are views."""
+    if plan.mix is not None:
+        raise ValueError(
+            "position: expected an encoding whose heads stand alone, to take some of them, got one with a DAPE: its "
+            "MLP needs the logits of all heads"
+        )
+
+    def of(operand: Tensor, dim: int) -> Tensor:
+        return operand if operand.shape[dim] == 1 else operand.narrow(dim, first, count)
+
+    slope, table, profile, dense = plan.bias.slope, plan.bias.table, plan.bias.profile, plan.bias.dense
+    if slope is not None:
+        slope = replace(slope, slope=of(slope.slope, -1))
+    if table is not None:
+        table = replace(table, values=of(table.values, 0))
+    if profile is not None:
+        a, c = of(profile.segment_slope, 0), of(profile.segment_intercept, 0)
+        profile = replace(profile, segment_slope=a, segment_intercept=c)
+    if dense is not None:
+        dense = Dense(of(dense.bias, 1))
+    return Plan(rotary=plan.rotary, bias=Bias(slope, table, profile, dense))
+
+
+def check_parameters(owner: str, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """ValueError for a NaN, where a look costs no wait; some of them may not reach the plan of the call at hand."""
+    for name, parameter in parameters:
+        if _readable(parameter) and math.isnan(parameter.sum().item()) and parameter.isnan().any():
+            raise ValueError(f"{owner}.{name}: expected finite values, got NaN")
+
+
+def check_operands(owner: str, plan: Plan) -> None:
+    """ValueError for a NaN or an infinity that gives one, where a look costs no wait.
+
+    A sum is far cheaper than a comparison of every element, and finite only where all elements are.
+    """
+    for name, operand in named_operands(plan):
+        if not _readable(operand) or math.isfinite(operand.sum().item()):
+            continue
+        allowed = _INFINITY.get(name.rpartition(".")[2])
+        wrong = operand[~operand.isfinite()]
+        if allowed is not None:
+            wrong = wrong[wrong != allowed]
+        if wrong.numel():
+            got = "NaN" if wrong.isnan().any() else f"{wrong[0].item()}"
+            raise ValueError(f"{owner}: expected a plan of finite values, got {got} in {name}")
+
+
+def _readable(tensor: Tensor) -> bool:
+    """True if a look at the values costs no wait for a device and they are real, not traced or batched ones."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _flatten(part: object) -> tuple[list[Any], Any]:
+    values = [(field.name, getattr(part, field.name)) for field in fields(part)]  # type: ignore[arg-type]
+    inner = [(name, value) for name, value in values if isinstance(value, Tensor) or is_dataclass(value)]
+    rest = tuple(item for item in values if not any(item[0] == name for name, _ in inner))
+    return [value for _, value in inner], (tuple(name for name, _ in inner), rest)
+
+
+def _register(kind: type) -> None:
+    def unflatten(children: Iterable[Any], context: Any) -> object:
+        names, rest = context
+        return kind(**dict(zip(names, children)), **dict(rest))
+
+    pytree.register_pytree_node(kind, _flatten, unflatten)
+
+
+# So that torch sees the tensors in what a module returns: fully_shard hangs its backward pass on them.
+for _kind in (Rotary, Slope, Table, Profile, Dense, Bias, HeadMix, Plan):
+    _register(_kind)
