@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from posattn.plan import Mask
-from posattn.positions import token_indices
+from posattn.positions import document_index, token_indices
 
 MAX_TABLE_ENTRIES = 2**27
 
@@ -65,17 +66,55 @@ class Context:
     def explicit(self) -> bool:
         return self.q_positions is not None and self.k_positions is not None
 
+    @property
+    def _tokens(self) -> tuple[int, int]:
+        return (
+            self.q_len if self.q_tokens is None else self.q_tokens,
+            self.k_len if self.k_tokens is None else self.k_tokens,
+        )
+
     def token_positions(self) -> tuple[Tensor, Tensor]:
         """The position of every query and key, int64 [B or 1, tokens] each; the same tensor where they agree."""
         if self.q_positions is not None and self.k_positions is not None:
             return self.q_positions, self.k_positions
-        q_tokens = self.q_len if self.q_tokens is None else self.q_tokens
-        k_tokens = self.k_len if self.k_tokens is None else self.k_tokens
+        q_tokens, k_tokens = self._tokens
         q_index, k_index, offset = token_indices(
             q_tokens, k_tokens, self.device, self.k_lengths, self.cu_seqlens_q, self.cu_seqlens_k
         )
         plain = self.k_lengths is None and self.cu_seqlens_q is None
         return (k_index if plain and q_tokens == k_tokens else q_index + offset), k_index
+
+    def sequence_lengths(self) -> tuple[Tensor, Tensor]:
+        """The length of the sequence that each query and each key belongs to, int64 [B or 1, tokens or 1] each.
+
+        It is the largest position in use and one: never the size of a buffer that k_lengths leaves partly empty, nor
+        that of a neighbour in the batch or in a pack. No look at the device.
+        """
+        longest: Tensor
+        if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:
+            q_tokens, k_tokens = self._tokens
+            q_document = document_index(self.cu_seqlens_q, q_tokens)
+            k_document = document_index(self.cu_seqlens_k, k_tokens)
+            longest = self.cu_seqlens_k.long().diff()
+            if self.q_positions is not None and self.k_positions is not None:
+                longest = torch.zeros_like(longest)
+                for document, positions in ((q_document, self.q_positions), (k_document, self.k_positions)):
+                    longest = longest.scatter_reduce(0, document, positions[0] + 1, "amax")
+            return longest[q_document][None], longest[k_document][None]
+        if self.q_positions is not None and self.k_positions is not None:
+            k_positions = self.k_positions
+            if self.k_lengths is not None:
+                slot = torch.arange(k_positions.shape[1], device=self.device)
+                k_positions = torch.where(slot < self.k_lengths[:, None], k_positions, -1)
+            # The pad gives a row of no tokens the length 0.
+            q_last, k_last = (F.pad(p, (0, 1), value=-1).amax(1) for p in (self.q_positions, k_positions))
+            longest = torch.maximum(q_last, k_last) + 1
+        elif self.k_lengths is not None:
+            longest = self.k_lengths.long()
+        else:
+            longest = torch.full((1,), self.k_len, dtype=torch.int64, device=self.device)
+        lengths = longest[:, None]
+        return lengths, lengths
 
     @property
     def position_bounds(self) -> tuple[int, int, int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,9 +37,13 @@ class RotaryEncoding(Encoding):
         if self.rotary_dim > head_dim or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim: expected an even number up to head_dim={head_dim}, got {self.rotary_dim}")
 
-    def frequencies(self, length: int, device: torch.device | str) -> tuple[Tensor, float]:
-        """theta [rotary_dim / 2], float64, radians per position, and the attention factor at this length."""
-        return rotary_frequencies(self.rotary_dim, self.base, device), 1.0
+    def frequencies(self, context: Context) -> tuple[Tensor, Tensor, float]:
+        """theta of the queries and of the keys, and the attention factor; one tensor for both where they agree.
+
+        theta is float64, radians per position, [rotary_dim / 2] or [B or 1, T or 1, rotary_dim / 2].
+        """
+        theta = rotary_frequencies(self.rotary_dim, self.base, context.device)
+        return theta, theta, 1.0
 
     def angles(self, positions: Tensor, theta: Tensor) -> Tensor:
         """The angle in radians, float64 [B or 1, T, rotary_dim / 2], of each pair at integer positions [B or 1, T]."""
@@ -54,12 +60,12 @@ class RotaryEncoding(Encoding):
             )
         dtype = context.table_dtype()
         q_positions, k_positions = self.token_positions(context)
-        theta, factor = self.frequencies(self._length(context), context.device)
-        k_cos, k_sin = self._turn(k_positions, theta, factor, dtype)
-        if q_positions is k_positions:
+        q_theta, k_theta, factor = self.frequencies(context)
+        k_cos, k_sin = self._turn(k_positions, k_theta, factor, dtype)
+        if q_positions is k_positions and q_theta is k_theta:
             q_cos, q_sin = k_cos, k_sin
         else:
-            q_cos, q_sin = self._turn(q_positions, theta, factor, dtype)
+            q_cos, q_sin = self._turn(q_positions, q_theta, factor, dtype)
         rotary = Rotary(q_cos, q_sin, k_cos, k_sin, self.layout == "interleaved")
         # Spelled out because torch.compile cannot trace the default of a dataclass field that is itself a dataclass.
         return Plan(rotary=rotary, bias=Bias())
@@ -74,9 +80,6 @@ class RotaryEncoding(Encoding):
         turn = self.build(context).rotary
         assert turn is not None
         return reference.rotate(x, turn.k_cos, turn.k_sin, turn.interleaved)
-
-    def _length(self, context: Context) -> int:
-        return context.k_len
 
     def _turn(self, positions: Tensor, theta: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Angles of thousands of radians keep too few bits in float32, so they are float64 up to here.
@@ -104,18 +107,21 @@ class RoPE(RotaryEncoding):
         if scaling is not None and not isinstance(scaling, Scaling):
             raise TypeError(f"scaling: expected a Scaling or None, got {type(scaling).__name__}")
         self.scaling = scaling
+        if scaling is not None:
+            _check_frequencies(scaling, self.rotary_dim, self.base)
 
-    def frequencies(self, length: int, device: torch.device | str) -> tuple[Tensor, float]:
+    def frequencies(self, context: Context) -> tuple[Tensor, Tensor, float]:
         if self.scaling is None:
-            return super().frequencies(length, device)
-        return self.scaling.frequencies(self.rotary_dim, self.base, length, device)
-
-    def _length(self, context: Context) -> int:
-        # Only rules that look at the length pay for reading explicit positions back from the device.
-        if self.scaling is None or not self.scaling.dynamic or not context.explicit:
-            return context.k_len
-        _, q_last, _, k_last = context.position_bounds
-        return max(q_last, k_last) + 1
+            return super().frequencies(context)
+        if not self.scaling.dynamic:
+            theta, factor = self.scaling.frequencies(self.rotary_dim, self.base, context.k_len, context.device)
+            return theta, theta, factor
+        q_lengths, k_lengths = context.sequence_lengths()
+        k_theta, factor = self.scaling.frequencies(self.rotary_dim, self.base, k_lengths, context.device)
+        if q_lengths is k_lengths:
+            return k_theta, k_theta, factor
+        q_theta, _ = self.scaling.frequencies(self.rotary_dim, self.base, q_lengths, context.device)
+        return q_theta, k_theta, factor
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
@@ -132,4 +138,15 @@ class RoPE(RotaryEncoding):
         return (
             f"{self.head_dim}, base={self.base}, layout={self.layout!r}, rotary_dim={self.rotary_dim}, "
             f"scaling={self.scaling}"
+        )
+
+
+def _check_frequencies(scaling: Scaling, rotary_dim: int, base: float) -> None:
+    """ValueError where a rule and a rotary embedding do not go together; a rule checks what it is given by itself."""
+    length = torch.tensor([1, 2**31], device="cpu") if scaling.dynamic else 1
+    theta, factor = scaling.frequencies(rotary_dim, base, length, "cpu")
+    if not theta.isfinite().all() or not 0.0 < factor < math.inf:
+        raise ValueError(
+            f"scaling: expected finite frequencies and a positive attention factor with base={base}, got "
+            f"{theta.tolist()} and {factor} of {scaling}"
         )

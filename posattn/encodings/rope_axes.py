@@ -41,8 +41,9 @@ class AxialRoPE(RotaryEncoding):
         if self.rotary_dim % 4:
             raise ValueError(f"rotary_dim: expected a multiple of 4 for two axes, got {self.rotary_dim}")
 
-    def frequencies(self, length: int, device: torch.device | str) -> tuple[Tensor, float]:
-        return rotary_frequencies(self.rotary_dim // 2, self.base, device), 1.0
+    def frequencies(self, context: Context) -> tuple[Tensor, Tensor, float]:
+        theta = rotary_frequencies(self.rotary_dim // 2, self.base, context.device)
+        return theta, theta, 1.0
 
     def angles(self, positions: Tensor, theta: Tensor) -> Tensor:
         row = positions.div(self.width, rounding_mode="floor")

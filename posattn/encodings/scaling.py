@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posattn.encodings._checks import check_positive, check_positive_int
+from posattn.encodings._checks import check_float32, check_positive, check_positive_int
 
 
 def rotary_frequencies(rotary_dim: int, base: float, device: torch.device | str) -> Tensor:
@@ -23,15 +23,23 @@ def rotary_frequencies(rotary_dim: int, base: float, device: torch.device | str)
 
 
 class Scaling(ABC):
-    """A rule for the frequencies. `dynamic` says that they depend on the length of the sequence at hand."""
+    """A rule for the frequencies. `dynamic` says that they depend on the length of the sequence at hand.
+
+    That length is the largest position in use and one, as in Hugging Face's rules, but of each sequence: a member of a
+    batch or a packed document turns as it would alone. (Hugging Face takes the longest of a batch or pack for all.)
+    """
 
     dynamic: bool = False
 
     @abstractmethod
     def frequencies(
-        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+        self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
     ) -> tuple[Tensor, float]:
-        """The frequencies, float64 [rotary_dim / 2], and the attention factor, for a sequence of `length` tokens."""
+        """The frequencies, float64 [rotary_dim / 2], and the attention factor, for a sequence of `length` tokens.
+
+        A dynamic rule also takes lengths int64 [...] and gives frequencies [..., rotary_dim / 2], with no look at
+        their values: they are on the device.
+        """
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Linear(Scaling):
         check_positive("factor", self.factor)
 
     def frequencies(
-        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+        self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
     ) -> tuple[Tensor, float]:
         return rotary_frequencies(rotary_dim, base, device) / self.factor, 1.0
 
@@ -62,21 +70,24 @@ class DynamicNTK(Scaling):
         check_positive_int("original_length", self.original_length)
 
     def frequencies(
-        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+        self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
     ) -> tuple[Tensor, float]:
         if rotary_dim < 4:
             raise ValueError(f"rotary_dim: DynamicNTK expects at least 4, got {rotary_dim}")
-        stretch = self.factor * max(length, self.original_length) / self.original_length - (self.factor - 1.0)
-        return rotary_frequencies(rotary_dim, base * stretch ** (rotary_dim / (rotary_dim - 2)), device), 1.0
+        times = torch.as_tensor(length, device=device).clamp(min=self.original_length).double() / self.original_length
+        stretch = self.factor * times - (self.factor - 1.0)
+        exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
+        return torch.exp(exponent * -(math.log(base) + stretch.log() * (rotary_dim / (rotary_dim - 2)))[..., None]), 1.0
 
 
 @dataclass(frozen=True)
 class YaRN(Scaling):
     """YaRN (Peng 2023, arXiv 2309.00071): fast pairs keep theta, slow ones get theta / factor, with a ramp between.
 
-    A pair that turns beta_fast times or more within original_length is fast, beta_slow times or fewer slow. Attention
-    factor: attention_factor if given, else mscale(mscale) / mscale(mscale_all_dim) if both are given, else mscale(1),
-    where mscale(m) = 0.1 * m * ln(factor) + 1.
+    A pair that turns beta_fast times or more within original_length is fast, beta_slow times or fewer slow; with
+    beta_fast < beta_slow the ramp falls, as in Hugging Face's code. Attention factor: attention_factor if given,
+    else mscale(mscale) / mscale(mscale_all_dim) if both are given, else mscale(1), where mscale(m) =
+    0.1 * m * ln(factor) + 1.
     """
 
     factor: float
@@ -93,12 +104,22 @@ class YaRN(Scaling):
         check_positive_int("original_length", self.original_length)
         check_positive("beta_fast", self.beta_fast)
         check_positive("beta_slow", self.beta_slow)
-        if self.beta_fast < self.beta_slow:
-            raise ValueError(f"beta_fast: expected at least beta_slow={self.beta_slow}, got {self.beta_fast}")
+        for name in ("mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                check_float32(name, getattr(self, name))
+        if self.attention_factor is not None:
+            check_positive("attention_factor", self.attention_factor)
+        if self.mscale and self.mscale_all_dim and self._mscale(self.mscale_all_dim) <= 0.0:
+            raise ValueError(
+                "mscale_all_dim: expected a positive 0.1 * mscale_all_dim * ln(factor) + 1, got "
+                f"{self._mscale(self.mscale_all_dim)} with {self.mscale_all_dim}"
+            )
 
     def frequencies(
-        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+        self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
     ) -> tuple[Tensor, float]:
+        if base == 1.0:
+            raise ValueError("base: YaRN tells fast pairs from slow ones and expects a base other than 1, got 1.0")
         theta = rotary_frequencies(rotary_dim, base, device)
         low, high = self._pair(self.beta_fast, rotary_dim, base), self._pair(self.beta_slow, rotary_dim, base)
         if self.truncate:
@@ -138,19 +159,23 @@ class Llama3(Scaling):
         check_positive("factor", self.factor)
         check_positive_int("original_length", self.original_length)
         check_positive("low_freq_factor", self.low_freq_factor)
-        if self.high_freq_factor <= self.low_freq_factor:
+        check_positive("high_freq_factor", self.high_freq_factor)
+        if self.high_freq_factor < self.low_freq_factor:
             raise ValueError(
-                f"high_freq_factor: expected more than low_freq_factor={self.low_freq_factor}, "
+                f"high_freq_factor: expected at least low_freq_factor={self.low_freq_factor}, "
                 f"got {self.high_freq_factor}"
             )
 
     def frequencies(
-        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+        self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
     ) -> tuple[Tensor, float]:
         theta = rotary_frequencies(rotary_dim, base, device)
         turns = self.original_length * theta / (2.0 * math.pi)
-        # Clamped to [0, 1], the interpolation weight is 0 for the long wavelengths and 1 for the short ones.
-        keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0.0, 1.0)
+        if self.high_freq_factor == self.low_freq_factor:
+            keep = (turns >= self.low_freq_factor).double()
+        else:
+            # Clamped to [0, 1], the interpolation weight is 0 for the long wavelengths and 1 for the short ones.
+            keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0.0, 1.0)
         return theta * (keep + (1.0 - keep) / self.factor), 1.0
 
 
@@ -174,18 +199,35 @@ class LongRoPE(Scaling):
             values = tuple(check_positive(f"{name}[{i}]", x) for i, x in enumerate(getattr(self, name)))
             object.__setattr__(self, name, values)
         check_positive("factor", self.factor)
+        if self.attention_factor is not None:
+            check_positive("attention_factor", self.attention_factor)
         if check_positive_int("original_length", self.original_length) < 2:
             raise ValueError(f"original_length: expected at least 2, got {self.original_length}")
 
     def frequencies(
-        self, rotary_dim: int, base: float, length: int, device: torch.device | str
+        self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
     ) -> tuple[Tensor, float]:
-        name = "long_factor" if length > self.original_length else "short_factor"
-        factors = getattr(self, name)
-        if len(factors) != rotary_dim // 2:
-            raise ValueError(f"{name}: expected {rotary_dim // 2} numbers, one per pair, got {len(factors)}")
+        for name in ("short_factor", "long_factor"):
+            count = len(getattr(self, name))
+            if count != rotary_dim // 2:
+                raise ValueError(f"{name}: expected {rotary_dim // 2} numbers, one per pair, got {count}")
         attention = self.attention_factor
         if attention is None:
             attention = math.sqrt(1.0 + max(math.log(self.factor), 0.0) / math.log(self.original_length))
-        divisor = torch.tensor(factors, dtype=torch.float64, device=device)
-        return rotary_frequencies(rotary_dim, base, device) / divisor, attention
+        short, long = _numbers((self.short_factor, self.long_factor), device)
+        is_long = torch.as_tensor(length, device=device) > self.original_length
+        return rotary_frequencies(rotary_dim, base, device) / torch.where(is_long[..., None], long, short), attention
+
+
+_NUMBERS: dict[tuple[object, str], Tensor] = {}
+
+
+def _numbers(rows: Sequence[Sequence[float]], device: torch.device | str) -> Tensor:
+    """float64 [rows, columns], sent to a device once: a graph that captures a call may not copy from the host."""
+    key = (rows, str(device))
+    found = None if torch.compiler.is_compiling() else _NUMBERS.get(key)
+    if found is None:
+        found = torch.tensor(rows, dtype=torch.float64, device=device)
+        if type(found) is Tensor and not torch.compiler.is_compiling():  # not a fake one
+            _NUMBERS[key] = found
+    return found

@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 
+import posattn
 from posattn.encodings import (
     AxialRoPE,
     Context,
@@ -20,6 +22,7 @@ from posattn.encodings import (
     Scaling,
     YaRN,
 )
+from posattn.plan import Mask
 
 WIDE = torch.float64
 CPU = torch.device("cpu")
@@ -179,6 +182,34 @@ def test_llama3():
     check_scaling(Llama3(factor, length, low, high), 128, 500000.0, 10, expected, 1.0)
 
 
+def test_llama3_with_nothing_between_long_and_short():
+    """Hugging Face takes equal limits: a step."""
+    theta = plain_theta(8, 10000.0)
+    length = 2 * math.pi / theta[2]
+    steps = [theta[0], theta[1], theta[2] / 8.0, theta[3] / 8.0]
+    check_scaling(Llama3(8.0, int(length) - 1, 1.0, 1.0), 8, 10000.0, 10, steps, 1.0)
+
+
+def test_yarn_with_more_slow_turns_than_fast_ones():
+    """Hugging Face's formula as it stands: the ramp falls from 1 before the slow bound to 0 past the fast one."""
+    low = math.floor(64 * math.log(4096 / (2 * math.pi * 1.0)) / (2 * math.log(10000.0)))
+    high = math.ceil(64 * math.log(4096 / (2 * math.pi * 32.0)) / (2 * math.log(10000.0)))
+    assert low > high
+    expected = []
+    for c, theta in enumerate(plain_theta(64, 10000.0)):
+        ramp = min(max((c - low) / (high - low), 0.0), 1.0)
+        expected.append(theta / 4.0 * ramp + theta * (1 - ramp))
+    factor = 0.1 * math.log(4.0) + 1
+    check_scaling(YaRN(4.0, 4096, beta_fast=1.0, beta_slow=32.0), 64, 10000.0, 10, expected, factor)
+
+
+def test_yarn_with_a_factor_below_one():
+    """Hugging Face warns and computes; nothing is added to the attention factor."""
+    theta, factor = YaRN(0.5, 64).frequencies(8, 10000.0, 10, CPU)
+    assert factor == 1.0
+    assert theta[-1].item() == pytest.approx(2 * plain_theta(8, 10000.0)[-1])
+
+
 def test_longrope():
     short, long = [1.0, 1.1, 1.3, 2.0], [1.5, 3.0, 9.0, 30.0]
     scaling = LongRoPE(short, long, 4096, 32.0)
@@ -196,12 +227,134 @@ def test_the_attention_factor_multiplies_cosines_and_sines():
     torch.testing.assert_close(scaled.q_cos**2 + scaled.q_sin**2, torch.full((1, 4, 4), factor**2, dtype=WIDE))
 
 
-def test_explicit_positions_tell_dynamic_rules_the_length():
-    rope = RoPE(8, scaling=DynamicNTK(2.0, 16))
-    positions = torch.tensor([[3, 40]])
-    plan = rope.lower(context(2, 2, 8, q_positions=positions, k_positions=positions)).rotary
-    whole = rope.lower(context(41, 41, 8)).rotary
-    torch.testing.assert_close(plan.k_cos, whole.k_cos[:, [3, 40]])
+DYNAMIC = [DynamicNTK(2.0, 4), LongRoPE([1.0, 1.5], [2.0, 8.0], 4, 2.0)]
+dynamic = pytest.mark.parametrize("rule", DYNAMIC, ids=lambda rule: type(rule).__name__)
+
+
+def alone(rule, length):
+    """cos [length, 2] of a sequence of its own."""
+    theta, factor = rule.frequencies(4, 10000.0, length, CPU)
+    return (torch.arange(length)[:, None] * theta).cos() * factor
+
+
+def test_a_cache_with_room_does_not_stretch_dynamic_ntk():
+    rope = RoPE(4, base=4, scaling=DynamicNTK(2.0, 2))
+    q, k, v = torch.ones(2, 1, 1, 4), torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    got = posattn.attention(q, k, v, rope, k_lengths=torch.tensor([2, 4]))
+    for b, n in enumerate((2, 4)):
+        alone = posattn.attention(q[b, None], k[b, None, :, :n], v[b, None, :, :n], rope)
+        torch.testing.assert_close(got[b, None], alone)
+
+
+@dynamic
+def test_dynamic_rules_follow_each_sequence_of_a_cache(rule):
+    rope = RoPE(4, scaling=rule)
+    lengths = torch.tensor([3, 4, 5, 10, 0])
+    plan = rope.lower(context(1, 16, 4, k_lengths=lengths, batch=5, q_tokens=1, k_tokens=16)).rotary
+    assert plan.k_cos.shape == (5, 16, 2)
+    for b, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(plan.k_cos[b, :n], alone(rule, n))
+        torch.testing.assert_close(plan.q_cos[b, :1] if n else plan.q_cos[b, :0], alone(rule, n)[n - 1 :][:1])
+
+
+@dynamic
+def test_dynamic_rules_follow_each_packed_document(rule):
+    rope = RoPE(4, scaling=rule)
+    ks, qs = [3, 10, 0, 5], [2, 1, 0, 5]
+    cu_q, cu_k = (torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()]) for n in (qs, ks))
+    documents = {"q_tokens": 8, "k_tokens": 18, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    plan = rope.lower(context(5, 10, 4, **documents)).rotary
+    torch.testing.assert_close(plan.k_cos[0], torch.cat([alone(rule, n) for n in ks]))
+    torch.testing.assert_close(plan.q_cos[0], torch.cat([alone(rule, k)[k - q :] for q, k in zip(qs, ks, strict=True)]))
+    places = [torch.cat([torch.arange(k)[k - n :] for n, k in zip(ns, ks, strict=True)])[None] for ns in (qs, ks)]
+    same = rope.lower(context(5, 10, 4, q_positions=places[0], k_positions=places[1], **documents)).rotary
+    torch.testing.assert_close(same.q_cos, plan.q_cos)
+    torch.testing.assert_close(same.k_sin, plan.k_sin)
+
+
+@dynamic
+def test_explicit_positions_tell_dynamic_rules_the_length(rule):
+    rope = RoPE(4, scaling=rule)
+    positions = torch.tensor([[3, 40], [1, 2]])
+    plan = rope.lower(context(2, 2, 4, q_positions=positions, k_positions=positions, batch=2)).rotary
+    torch.testing.assert_close(plan.k_cos[0], alone(rule, 41)[[3, 40]])
+    torch.testing.assert_close(plan.q_cos[1], alone(rule, 3)[[1, 2]])
+    late = rope.lower(context(1, 2, 4, q_positions=torch.tensor([[7]]), k_positions=positions, batch=2)).rotary
+    torch.testing.assert_close(late.q_cos, torch.stack([alone(rule, 41)[[7]], alone(rule, 8)[[7]]]))
+    torch.testing.assert_close(late.k_cos[1], alone(rule, 8)[[1, 2]])
+
+
+@dynamic
+def test_positions_in_the_empty_part_of_a_cache_do_not_count(rule):
+    rope = RoPE(4, scaling=rule)
+    slots = torch.arange(64)[None]
+    lengths = {"k_lengths": torch.tensor([3, 6]), "batch": 2, "q_tokens": 1, "k_tokens": 64}
+    given = context(1, 64, 4, q_positions=torch.tensor([[2], [5]]), k_positions=slots, **lengths)
+    plan, implicit = (rope.lower(c).rotary for c in (given, context(1, 64, 4, **lengths)))
+    torch.testing.assert_close(plan.q_cos, implicit.q_cos)
+    torch.testing.assert_close(plan.k_cos, implicit.k_cos)
+
+
+@dynamic
+@pytest.mark.parametrize(("q_len", "k_len"), [(0, 0), (0, 5), (5, 0)])
+def test_dynamic_rules_on_no_tokens(rule, q_len, k_len):
+    rope = RoPE(4, scaling=rule)
+    for positions in (
+        {},
+        {"q_positions": torch.arange(q_len)[None], "k_positions": torch.arange(k_len)[None]},
+        {"k_lengths": torch.zeros(1, dtype=torch.int32), "q_tokens": q_len, "k_tokens": k_len},
+    ):
+        plan = rope.lower(context(q_len, k_len, 4, **positions)).rotary
+        assert (plan.q_cos.shape, plan.k_cos.shape) == ((1, q_len, 2), (1, k_len, 2))
+
+
+@dynamic
+def test_dynamic_rules_read_no_length_back(rule):
+    """The meta device has no values to read."""
+    rope = RoPE(4, scaling=rule)
+    meta = {"device": "meta", "dtype": torch.int64}
+    cases = [
+        {"k_lengths": torch.zeros(2, **meta)},
+        {"q_positions": torch.zeros(2, 3, **meta), "k_positions": torch.zeros(1, 6, **meta)},
+        {"cu_seqlens_q": torch.zeros(3, **meta), "cu_seqlens_k": torch.zeros(3, **meta)},
+    ]
+    for case in cases:
+        rope.lower(Context(3, 6, 2, 4, torch.device("meta"), WIDE, batch=2, q_tokens=3, k_tokens=6, **case))
+
+
+@dynamic
+def test_compiled_decoding_past_the_original_length_is_one_graph(rule):
+    torch._dynamo.reset()
+    rope, counter = RoPE(4, scaling=rule), torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def lowered(q, k):
+        return rope.lower(Context.of(q, k, Mask(causal=True))).rotary.k_cos
+
+    compiled = torch.compile(lowered, fullgraph=True, dynamic=True, backend=counter)
+    counts = set()
+    for length in (3, 4, 5, 9, 10, 11):
+        q, k = torch.randn(1, 1, 2, 4, dtype=WIDE), torch.randn(1, 1, length, 4, dtype=WIDE)
+        torch.testing.assert_close(compiled(q, k), lowered(q, k))
+        counts.add(counter.frame_count)
+    assert len(counts) == 1  # not 1 itself: the first graph may be traced twice
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+@dynamic
+def test_a_captured_call_follows_the_lengths(rule):
+    rope = RoPE(4, scaling=rule)
+    lengths = torch.tensor([3], device="cuda", dtype=torch.int32)
+    q = torch.randn(1, 1, 1, 4, device="cuda")
+    k = torch.randn(1, 1, 16, 4, device="cuda")
+    mask = Mask(k_lengths=lengths, max_q=1, max_k=16)
+    rope.lower(Context.of(q, k, mask))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan = rope.lower(Context.of(q, k, mask)).rotary
+    for n in (3, 12):
+        lengths.fill_(n)
+        graph.replay()
+        torch.testing.assert_close(plan.k_cos[0, :n].cpu(), alone(rule, n).float())
 
 
 def test_axial():
@@ -267,13 +420,29 @@ IDS = torch.zeros(3, 1, 5, dtype=torch.int64)
         (rotate_with_wrong_size, r"x: expected \[B, H, T, 8\], got \[1, 1, 3, 6\]"),
         (lambda: Linear(0.0), "factor: expected a positive finite number"),
         (lambda: DynamicNTK(2.0, 0), "original_length: expected a positive int"),
-        (lambda: RoPE(2, scaling=DynamicNTK(2.0, 4)).lower(context(2, 2, 2)), "DynamicNTK expects at least 4"),
-        (lambda: YaRN(2.0, 64, beta_fast=1.0, beta_slow=2.0), "beta_fast: expected at least beta_slow=2.0, got 1.0"),
-        (lambda: Llama3(2.0, 64, 4.0, 4.0), "high_freq_factor: expected more than low_freq_factor=4.0"),
+        (lambda: RoPE(2, scaling=DynamicNTK(2.0, 4)), "DynamicNTK expects at least 4"),
+        (lambda: RoPE(8, base=1.0, scaling=YaRN(2.0, 64)), "base: YaRN .* expects a base other than 1"),
+        (lambda: YaRN(math.nan, 64), "factor: expected a positive finite number, got nan"),
+        (lambda: YaRN(2.0, 0), "original_length: expected a positive int"),
+        (lambda: YaRN(2.0, 64, attention_factor=0.0), "attention_factor: expected a positive finite number"),
+        (lambda: YaRN(2.0, 64, mscale=math.nan), "mscale: expected a finite number"),
+        (
+            lambda: YaRN(math.e, 64, mscale=1.0, mscale_all_dim=-20.0),
+            "mscale_all_dim: expected a positive",
+        ),
+        (
+            lambda: RoPE(8, scaling=YaRN(math.e, 64, mscale=-20.0, mscale_all_dim=1.0)),
+            "scaling: expected finite frequencies and a positive attention factor",
+        ),
+        (lambda: RoPE(8, scaling=Linear(1e-320)), "scaling: expected finite frequencies"),
+        (lambda: DynamicNTK(math.inf, 4), "factor: expected a positive finite number, got inf"),
+        (lambda: Llama3(2.0, 64, 4.0, 3.0), "high_freq_factor: expected at least low_freq_factor=4.0, got 3.0"),
+        (lambda: Llama3(2.0, 64, 4.0, math.nan), "high_freq_factor: expected a positive finite number, got nan"),
+        (lambda: LongRoPE([1.0], [1.0], 64, 2.0, math.nan), "attention_factor: expected a positive finite number"),
         (lambda: LongRoPE([1.0], [0.0], 64, 2.0), r"long_factor\[0\]: expected a positive finite number"),
         (lambda: LongRoPE([1.0], [1.0], 1, 2.0), "original_length: expected at least 2, got 1"),
         (
-            lambda: RoPE(8, scaling=LongRoPE([1.0], [1.0], 64, 2.0)).lower(context(2, 2, 8)),
+            lambda: RoPE(8, scaling=LongRoPE([1.0], [1.0], 64, 2.0)),
             "short_factor: expected 4 numbers, one per pair, got 1",
         ),
         (lambda: AxialRoPE(6, width=4), "rotary_dim: expected a multiple of 4 for two axes, got 6"),
