@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,17 +13,24 @@ from torch.utils import _pytree as pytree
 
 from posattn.plan import Bias, Dense, HeadMix, Plan, Profile, Rotary, Slope, Table
 
+# The fields of each part of a plan.
+_FIELDS: dict[type, tuple[str, ...]] = {
+    kind: tuple(field.name for field in fields(kind))
+    for kind in (Rotary, Slope, Table, Profile, Dense, Bias, HeadMix, Plan)
+}
+
 # The one infinity that an operand may hold, by the name of its field: a bias that forbids, a knot that is not there.
 _INFINITY = {"values": -math.inf, "bias": -math.inf, "knots": math.inf}
 
 
 def named_operands(part: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a plan or of a part of it, by its path, such as "bias.table.values"."""
-    if isinstance(part, Tensor):
-        yield prefix, part
-    elif is_dataclass(part):
-        for field in fields(part):
-            yield from named_operands(getattr(part, field.name), f"{prefix}.{field.name}" if prefix else field.name)
+    for name in _FIELDS[type(part)]:
+        value = getattr(part, name)
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif type(value) in _FIELDS:
+            yield from named_operands(value, f"{prefix}{name}.")
 
 
 def copied(plan: Plan) -> Plan:
@@ -56,28 +63,29 @@ def head_slice(plan: Plan, first: int, count: int) -> Plan:
     return Plan(rotary=plan.rotary, bias=Bias(slope, table, profile, dense))
 
 
-def check_parameters(owner: str, parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """ValueError for a NaN, where a look costs no wait; some of them may not reach the plan of the call at hand."""
-    for name, parameter in parameters:
-        if _readable(parameter) and math.isnan(parameter.sum().item()) and parameter.isnan().any():
-            raise ValueError(f"{owner}.{name}: expected finite values, got NaN")
-
-
-def check_operands(owner: str, plan: Plan) -> None:
-    """ValueError for a NaN or an infinity that gives one, where a look costs no wait.
+def check_values(encoding: nn.Module, plan: Plan) -> None:
+    """ValueError for a NaN in a parameter (it may not reach the plan of this call) or in the plan, or for an infinity
+    that gives one there, where a look costs no wait.
 
     A sum is far cheaper than a comparison of every element, and finite only where all elements are.
     """
-    for name, operand in named_operands(plan):
-        if not _readable(operand) or math.isfinite(operand.sum().item()):
-            continue
-        allowed = _INFINITY.get(name.rpartition(".")[2])
-        wrong = operand[~operand.isfinite()]
-        if allowed is not None:
-            wrong = wrong[wrong != allowed]
-        if wrong.numel():
-            got = "NaN" if wrong.isnan().any() else f"{wrong[0].item()}"
-            raise ValueError(f"{owner}: expected a plan of finite values, got {got} in {name}")
+    with torch.no_grad():
+        for name, parameter in encoding.named_parameters():
+            if _readable(parameter) and math.isnan(parameter.sum().item()) and parameter.isnan().any():
+                raise ValueError(f"{type(encoding).__name__}.{name}: expected finite values, got NaN")
+        for name, operand in named_operands(plan):
+            if _readable(operand) and not math.isfinite(operand.sum().item()):
+                _check_operand(type(encoding).__name__, name, operand)
+
+
+def _check_operand(owner: str, name: str, operand: Tensor) -> None:
+    allowed = _INFINITY.get(name.rpartition(".")[2])
+    wrong = operand[~operand.isfinite()]
+    if allowed is not None:
+        wrong = wrong[wrong != allowed]
+    if wrong.numel():
+        got = "NaN" if wrong.isnan().any() else f"{wrong[0].item()}"
+        raise ValueError(f"{owner}: expected a plan of finite values, got {got} in {name}")
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -90,10 +98,10 @@ def _readable(tensor: Tensor) -> bool:
 
 
 def _flatten(part: object) -> tuple[list[Any], Any]:
-    values = [(field.name, getattr(part, field.name)) for field in fields(part)]  # type: ignore[arg-type]
-    inner = [(name, value) for name, value in values if isinstance(value, Tensor) or is_dataclass(value)]
-    rest = tuple(item for item in values if not any(item[0] == name for name, _ in inner))
-    return [value for _, value in inner], (tuple(name for name, _ in inner), rest)
+    values = [(name, getattr(part, name)) for name in _FIELDS[type(part)]]
+    inner = [(name, value) for name, value in values if isinstance(value, Tensor) or type(value) in _FIELDS]
+    names = tuple(name for name, _ in inner)
+    return [value for _, value in inner], (names, tuple(item for item in values if item[0] not in names))
 
 
 def _register(kind: type) -> None:
@@ -105,5 +113,5 @@ def _register(kind: type) -> None:
 
 
 # So that torch sees the tensors in what a module returns: fully_shard hangs its backward pass on them.
-for _kind in (Rotary, Slope, Table, Profile, Dense, Bias, HeadMix, Plan):
+for _kind in _FIELDS:
     _register(_kind)

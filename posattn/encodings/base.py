@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from posattn import reference
 from posattn.encodings._checks import check_positive_int
-from posattn.encodings._plans import check_operands, check_parameters, copied, head_slice
+from posattn.encodings._plans import check_values, copied, head_slice
 from posattn.encodings.context import Context as Context
 from posattn.plan import Bias, Dense, Plan, Slope, Table
 
@@ -40,7 +40,7 @@ class Encoding(nn.Module):
     def build(self, context: Context) -> Plan:
         """The plan of this encoding, by differentiable PyTorch. Subclasses write this; callers use `lower`.
 
-        An encoding inside another is lowered with the context that `build` got.
+        It lowers encodings inside this one by calling them: `inner(context)`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define build(context)")
 
@@ -49,23 +49,19 @@ class Encoding(nn.Module):
 
         It calls the module, so that hooks (those of fully_shard, above all) run. Values are looked at on the CPU alone.
         """
-        return self(context)
+        plan = self(context)
+        if not torch.compiler.is_compiling():
+            check_values(self, plan)
+        return plan
 
     def forward(self, context: Context) -> Plan:
-        """What `lower` gives."""
+        """What `lower` gives, with no look at values."""
         if self.num_heads is not None and self.num_heads != context.num_heads:
             raise ValueError(
                 f"position: {type(self).__name__} was made for num_heads={self.num_heads}, "
                 f"got queries with {context.num_heads} heads"
             )
-        if context.nested or torch.compiler.is_compiling():
-            plan = self.build(context)
-        else:
-            with torch.no_grad():
-                check_parameters(type(self).__name__, self.named_parameters())
-            plan = self.build(replace(context, nested=True))
-            with torch.no_grad():
-                check_operands(type(self).__name__, plan)
+        plan = self.build(context)
         # fully_shard frees the parameters right after this, and an operand may be one of them or a view of it.
         return copied(plan) if self._forward_hooks else plan
 
@@ -150,7 +146,7 @@ class Sum(Encoding):
     def build(self, context: Context) -> Plan:
         plan = Plan(bias=Bias())
         for part in self.parts:
-            plan = add_plans(plan, cast(Encoding, part).lower(context), context)
+            plan = add_plans(plan, cast(Encoding, part)(context), context)
         return plan
 
 
@@ -177,7 +173,7 @@ class Shard(Encoding):
         self.needs_positions = whole.needs_positions
 
     def build(self, context: Context) -> Plan:
-        plan = self.whole.lower(replace(context, num_heads=self._whole_heads))
+        plan = self.whole(replace(context, num_heads=self._whole_heads))
         return head_slice(plan, self.first, context.num_heads)
 
     def extra_repr(self) -> str:

@@ -63,7 +63,7 @@ class BiPE(Encoding):
             raise ValueError(
                 "q_positions, k_positions: BiPE expects the segment number of every token (BiPE.segments), got None"
             )
-        return self.inter.lower(context)
+        return self.inter(context)
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:

@@ -21,7 +21,7 @@ class Context:
 
     q_len and k_len are the longest sequence's; q_tokens and k_tokens the length of the q and k tensors, which differ
     from them for packed documents alone. Positions are None (implicit) or int64 [B or 1, tokens]. head_dim None means
-    that it does not matter. nested says that an encoding around this one makes the checks of values.
+    that it does not matter.
     """
 
     q_len: int
@@ -38,7 +38,6 @@ class Context:
     k_lengths: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
-    nested: bool = False
 
     @staticmethod
     def of(

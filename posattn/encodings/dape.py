@@ -49,7 +49,7 @@ class DAPE(Encoding):
         )
 
     def build(self, context: Context) -> Plan:
-        inner = Plan(bias=Bias()) if self.inner is None else self.inner.lower(context)
+        inner = Plan(bias=Bias()) if self.inner is None else self.inner(context)
         first, second = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
         dtype = context.table_dtype(first.weight)
         mix = HeadMix(
