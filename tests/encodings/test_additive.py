@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import posattn
 from posattn.encodings import ALiBi, Kerple, RelativeTable, RelativeTable2D, Sandwich, T5Bias
 
 WIDE = torch.float64
@@ -173,6 +174,21 @@ def test_relative_table_2d():
     cells = torch.tensor([11, 0, 5])
     places = encoding.bias(3, 12, q_positions=cells, k_positions=torch.arange(12))
     torch.testing.assert_close(places, expected[:, cells])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 12, 12), (2, 1, 1, 12), (12, 12)])
+def test_relative_table_2d_beside_a_dense_bias(place, shape):
+    device, backend = place
+    encoding = RelativeTable2D(3, (3, 4)).to(device)
+    q, k, v = torch.randn(3, 2, 3, 12, 8, device=device)
+    bias = torch.randn(shape, device=device, requires_grad=True)
+    logits = q @ k.mT * 8**-0.5 + bias
+    expected = (logits + encoding.bias(12, 12)).softmax(-1) @ v
+    got = posattn.attention(q, k, v, encoding, bias=bias, backend=backend)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    weight, leaves = torch.randn_like(got), (bias, encoding.weight)
+    for x, y in zip(*(torch.autograd.grad((o * weight).sum(), leaves) for o in (got, expected)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

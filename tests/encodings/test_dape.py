@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import posattn
 from posattn import reference
 from posattn.encodings import DAPE, FIRE, ALiBi, BiPE, Context, Kerple, RelativeTable, RelativeTable2D, RoPE, Sandwich
 from posattn.plan import Call, Mask
@@ -50,6 +51,23 @@ def test_forms(form, inner):
     got = torch.autograd.grad((attend(dape, q, k, v) * weight).sum(), list(dape.parameters()))
     for x, y in zip(got, torch.autograd.grad((expected * weight).sum(), list(dape.parameters())), strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("form", ["concat-residual", "concat", "add"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_learnable_slopes_inside(place, form, signed):
+    """Without a causal mask, so that the sign of the distance counts; the gradients are those of the definition."""
+    device, backend = place
+    inner = ALiBi(HEADS, learnable=True, signed=signed)
+    dape = DAPE(inner, HEADS, width=5, form=form).to(device)
+    q, k, v = (x.float().to(device) for x in qkv())
+    x = q @ k.mT * DIM**-0.5
+    expected = mixed(dape, x, inner.bias(TOKENS, TOKENS), form).softmax(-1) @ v
+    got = posattn.attention(q, k, v, dape, backend=backend)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    weight, leaves = torch.randn_like(got), list(dape.parameters())
+    for a, b in zip(*(torch.autograd.grad((o * weight).sum(), leaves) for o in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["concat-residual", "concat", "add"])

@@ -65,26 +65,45 @@ def test_all_holds_encodings_with_examples():
     assert defined - {"Sum", "Shard", "RotaryEncoding"} <= set(encodings.__all__)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("q_len", "k_len"), [(6, TOKENS), (TOKENS, TOKENS), (TOKENS, 6)])
 @with_implicit_positions
-def test_implicit_and_explicit_positions_agree(encoding):
+def test_implicit_and_explicit_positions_agree(encoding, q_len, k_len, causal):
+    if q_len > k_len and isinstance(encoding, encodings.RelativeTable2D):
+        pytest.skip("its window has no cell for a query before the first key")
     encoding = copy.deepcopy(encoding).double()
-    q, k, v = qkv(q_len=6)
-    explicit = torch.arange(TOKENS - 6, TOKENS)[None], torch.arange(TOKENS)[None]
-    torch.testing.assert_close(attend(encoding, q, k, v, positions=explicit), attend(encoding, q, k, v))
+    q, k, v = qkv(q_len=q_len, k_len=k_len)
+    explicit = torch.arange(k_len - q_len, k_len)[None], torch.arange(k_len)[None]
+    mask = Mask(causal=causal)
+    torch.testing.assert_close(attend(encoding, q, k, v, mask, explicit), attend(encoding, q, k, v, mask))
+    # In another order, and farther apart than tables of implicit positions reach.
+    order, stretched = torch.randperm(k_len), tuple(3 * p for p in explicit)
+    shuffled = attend(encoding, q, k[:, :, order], v[:, :, order], Mask(), (explicit[0], explicit[1][:, order]))
+    torch.testing.assert_close(shuffled, attend(encoding, q, k, v, Mask()))
+    if not isinstance(encoding, encodings.RelativeTable2D):
+        spread = attend(encoding, q, k, v, Mask(), stretched)
+        far_k = torch.zeros(1, HEADS, 3 * TOKENS, DIM, dtype=WIDE)
+        far_v = torch.zeros_like(far_k)
+        far_k[:, :, : 3 * k_len : 3], far_v[:, :, : 3 * k_len : 3] = k, v
+        seen = torch.zeros(1, 1, q_len, 3 * TOKENS, dtype=torch.bool)
+        seen[..., : 3 * k_len : 3] = True
+        wide = (stretched[0], torch.arange(3 * TOKENS)[None])
+        torch.testing.assert_close(attend(encoding, q, far_k, far_v, Mask(boolean=seen), wide), spread)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @with_implicit_positions
-def test_lengths_and_documents_agree_with_sequences_of_their_own(encoding):
+def test_lengths_and_documents_agree_with_sequences_of_their_own(encoding, causal):
     encoding = copy.deepcopy(encoding).double()
     q, k, v = qkv(batch=2, q_len=4)
     lengths = torch.tensor([TOKENS, 7])
-    padded = attend(encoding, q, k, v, Mask(causal=True, k_lengths=lengths, max_q=4, max_k=TOKENS))
+    padded = attend(encoding, q, k, v, Mask(causal=causal, k_lengths=lengths, max_q=4, max_k=TOKENS))
     for b, n in enumerate(lengths.tolist()):
-        alone = attend(encoding, q[b, None], k[b, None, :, :n], v[b, None, :, :n])
+        alone = attend(encoding, q[b, None], k[b, None, :, :n], v[b, None, :, :n], Mask(causal=causal))
         torch.testing.assert_close(padded[b, None], alone)
     packed_q, packed_k, packed_v = (torch.cat([x[0, None], x[1, None, :, :n]], 2) for x, n in ((q, 4), (k, 7), (v, 7)))
     cu_q, cu_k = torch.tensor([0, 4, 8]), torch.tensor([0, TOKENS, TOKENS + 7])
-    mask = Mask(causal=True, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_q=4, max_k=TOKENS)
+    mask = Mask(causal=causal, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_q=4, max_k=TOKENS)
     packed = attend(encoding, packed_q, packed_k, packed_v, mask)
     torch.testing.assert_close(packed, torch.cat([padded[0, None], padded[1, None]], 2))
 

@@ -157,6 +157,13 @@ def test_yarn(options, factor):
     check_scaling(YaRN(40.0, length, **options), rotary_dim, base, 10, expected, factor)
 
 
+def test_yarn_with_slow_pairs_past_the_last_dimension():
+    """The bound of slow pairs is at most rotary_dim - 1, and a pair of the ramp c / (rotary_dim - 1) of the way."""
+    assert 8 * math.log(4096 / (2 * math.pi)) / (2 * math.log(10.0)) > 8
+    expected = [t / 4.0 * c / 7 + t * (1 - c / 7) for c, t in enumerate(plain_theta(8, 10.0))]
+    check_scaling(YaRN(4.0, 4096, beta_fast=512.0), 8, 10.0, 10, expected, 0.1 * math.log(4.0) + 1)
+
+
 def test_yarn_with_nothing_between_fast_and_slow():
     theta, factor = YaRN(1.0, 4, beta_fast=0.5, beta_slow=0.5, truncate=False).frequencies(8, 10000.0, 10, CPU)
     assert theta.tolist() == pytest.approx(plain_theta(8, 10000.0))
@@ -453,6 +460,14 @@ IDS = torch.zeros(3, 1, 5, dtype=torch.int64)
         (
             lambda: MRoPE(16, (4, 2, 2)).at(IDS).lower(context(5, 6, 16)),
             r"k_ids: expected \[3, 1 or 1, 6\], got \[3, 1, 5\]",
+        ),
+        (
+            lambda: MRoPE(16, (4, 2, 2)).at(IDS.expand(3, 2, 5)).lower(context(5, 5, 16, batch=3)),
+            r"q_ids: expected \[3, 3 or 1, 5\], got \[3, 2, 5\]",
+        ),
+        (
+            lambda: MRoPE(16, (4, 2, 2)).at(IDS, IDS.expand(3, 2, 5)).lower(context(5, 5, 16)),
+            r"k_ids: expected \[3, 1 or 1, 5\], got \[3, 2, 5\]",
         ),
     ],
 )
