@@ -57,43 +57,60 @@ def _type_of(value: Argument) -> tuple[str, bool]:
     raise TypeError(f"args: expected tensors, numbers or None, got {type(value).__name__}")
 
 
-Signature = tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], list[list[Any]]], list[Argument]]
+Path = tuple[int, ...]
+Signature = tuple[dict[str, Any], dict[Path, Any], dict[Path, list[list[Any]]], list[Argument]]
 
 
-def specialise(fn: Any, args: Sequence[Argument], constexprs: Mapping[str, Any]) -> Signature:
+class _Specialised:
+    """Collects what arguments are compiled as, by their paths: (i,) of a parameter, (i, j) of a member of its tuple."""
+
+    def __init__(self) -> None:
+        self.constants: dict[Path, Any] = {}
+        self.attrs: dict[Path, list[list[Any]]] = {}
+        self.passed: list[Argument] = []
+
+    def add(self, path: Path, value: Any, param: Any) -> Any:
+        """The type of `value` in the signature, of a tuple the tuple of its members' types."""
+        if isinstance(value, tuple):
+            types = [self.add((*path, j), member, param) for j, member in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+        # Triton specialises what is in tuples whatever is said of the parameter.
+        free = len(path) == 1 and param.do_not_specialize
+        if value is None or (type(value) is int and value == 1 and not free):
+            self.constants[path] = value
+            return "constexpr"
+        found, divisible = _type_of(value)
+        if len(path) == 1 and param.annotation_type and not isinstance(value, torch.Tensor):
+            found = param.annotation_type
+        if divisible and not free and not (len(path) == 1 and param.do_not_specialize_on_alignment):
+            self.attrs[path] = [["tt.divisibility", 16]]
+        self.passed.append(value)
+        return found
+
+
+def specialise(fn: Any, args: Sequence[Any], constexprs: Mapping[str, Any]) -> Signature:
     """What Triton's launcher would compile `fn` for: signature, constants, attributes, and the arguments it passes.
 
-    args follow the order of the function's non-constexpr parameters. As in Triton, None and the int 1 become
-    constants, and pointers or ints that are multiples of 16 are specialised as such.
+    args follow the order of the function's non-constexpr parameters; of tuples, every member is passed on its own. As
+    in Triton, None and the int 1 become constants, and pointers or ints that are multiples of 16 are specialised as
+    such.
     """
     given = dict(constexprs)
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    passed: list[Argument] = []
+    signature: dict[str, Any] = {}
+    found = _Specialised()
     rest = iter(args)
     for i, param in enumerate(fn.params):
         if param.is_constexpr:
             signature[param.name] = "constexpr"
-            constants[(i,)] = given.pop(param.name, param.default)
-            continue
-        value = given.pop(param.name) if param.name in given else next(rest, None)
-        unspecialised = param.do_not_specialize
-        if value is None or (type(value) is int and value == 1 and not unspecialised):
-            signature[param.name] = "constexpr"
-            constants[(i,)] = value
-            continue
-        signature[param.name], divisible = _type_of(value)
-        if param.annotation_type and not isinstance(value, torch.Tensor):
-            signature[param.name] = param.annotation_type
-        if divisible and not (unspecialised or param.do_not_specialize_on_alignment):
-            attrs[(i,)] = [["tt.divisibility", 16]]
-        passed.append(value)
+            found.constants[(i,)] = given.pop(param.name, param.default)
+        else:
+            value = given.pop(param.name) if param.name in given else next(rest, None)
+            signature[param.name] = found.add((i,), value, param)
     if given:
         raise ValueError(f"constexprs: {fn.__name__} has no parameter {sorted(given)}")
     if next(rest, None) is not None:
         raise ValueError(f"args: more arguments than {fn.__name__} has parameters")
-    return signature, constants, attrs, passed
+    return signature, found.constants, found.attrs, found.passed
 
 
 def launch_options(num_warps: int, num_stages: int, registers: int | None = None) -> dict[str, Any]:
@@ -104,7 +121,7 @@ def launch_options(num_warps: int, num_stages: int, registers: int | None = None
 
 def compile_triton(
     fn: Any,
-    args: Sequence[Argument],
+    args: Sequence[Any],
     *,
     arch: int = 80,
     num_warps: int = 4,
@@ -127,7 +144,7 @@ def compile_triton(
 def run_triton(
     fn: Any,
     grid: Sequence[int],
-    args: Sequence[Argument],
+    args: Sequence[Any],
     arch: int = 80,
     num_warps: int = 4,
     num_stages: int = 3,

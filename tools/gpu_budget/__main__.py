@@ -36,8 +36,14 @@ def name_of(launch: Shipped) -> str:
     return f"{launch.arch}, {launch.kernel.__name__}, {launch.label}"
 
 
+def _argument(arg: Any) -> Any:
+    if isinstance(arg, tuple):
+        return [_argument(member) for member in arg]
+    return str(arg.dtype) if isinstance(arg, torch.Tensor) else repr(arg)
+
+
 def _what_is_compiled(launch: Shipped) -> str:
-    args = [str(arg.dtype) if isinstance(arg, torch.Tensor) else repr(arg) for arg in launch.args]
+    args = [_argument(arg) for arg in launch.args]
     return repr((args, sorted(launch.constexprs.items()), launch.num_warps, launch.num_stages, launch.registers))
 
 

@@ -6,7 +6,7 @@ Where there is no GPU, tests replace `launch` with one that runs the kernel's PT
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,15 @@ import torch
 from posattn.backends.common.arch import architecture, processors
 
 __all__ = ["Launch", "architecture", "has_device", "launch", "processors"]
+
+
+def tensors(args: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """All tensors among arguments and, of tuples, their members."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from tensors(arg)
 
 
 def launch(
@@ -25,14 +34,14 @@ def launch(
     num_stages: int,
     registers: int | None = None,
 ) -> None:
-    """Run a @triton.jit function: `args` are its leading parameters in order (None for an absent tensor). `registers`
-    bounds a thread's, where it is not for ptxas to choose."""
+    """Run a @triton.jit function: `args` are its leading parameters in order, (named) tuples of numbers, tensors and
+    None for an absent one, or one of these. `registers` bounds a thread's, where it is not for ptxas to choose."""
     # Triton 3.10 will no longer fuse a multiply and an add by itself; the kernels' instruction counts are with it.
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if registers is not None:  # an option that AMD's compiler does not know
         options["maxnreg"] = registers
     # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+    with torch.cuda.device_of(next(tensors(args))):
         kernel[tuple(grid)](*args, **constexprs, **options)
 
 
