@@ -1,9 +1,9 @@
 """Triton's own launcher, before a driver without a device: it compiles what the PTX machine runs in the tests."""
 
-from __future__ import annotations
-
+import re
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 import triton.runtime
 from triton.backends.compiler import GPUTarget
 
@@ -93,3 +95,50 @@ def test_decoding_turns_keys_within_the_tile_of_decoding(packed: bool) -> None:
         posattn.attention(q, k, v, posattn.RoPE(128), causal=True, backend="triton", **options)
     (launched,) = machine.launches
     assert launched.constexprs["BLOCK_M"] == 16
+
+
+@pytest.mark.parametrize(
+    ("version", "runs"),
+    [("3.5.1", False), ("2.3", False), ("3.6.0", True), ("3.10.0+git1", True), ("10.0", True), ("unreleased", True)],
+)
+def test_an_older_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch, version: str, runs: bool) -> None:
+    """Named before a device is asked for, so this needs none."""
+    monkeypatch.setattr(triton, "__version__", version)
+    q = torch.zeros(1, 1, 4, 16, dtype=torch.float16)
+    reason = f"it needs Triton 3.6 or later, got {version}" if not runs else "it needs a CUDA or HIP device"
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        posattn.attention(q, q, q, backend="triton")
+
+
+class Pair(NamedTuple):
+    Out: Any
+    number: Any
+
+
+@triton.jit(do_not_specialize=("seed",))
+def takes_tuples(pair: Pair, nested, absent, seed, BLOCK: tl.constexpr):
+    if absent.Out is None:
+        at = pair.Out + tl.arange(0, BLOCK)
+        tl.store(at, pair.number + nested[1].number * nested[0] + seed)
+    else:
+        tl.store(absent.Out, 0.0)
+
+
+@pytest.mark.parametrize("number", [1, 16, 3, 2**40, 0.5])
+def test_members_of_tuples_are_specialised_as_the_launcher_does(monkeypatch: pytest.MonkeyPatch, number: float) -> None:
+    """None and 1 compiled in, multiples of 16 and aligned pointers known as such, a seed as it comes."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    for out in (torch.zeros(33), torch.zeros(33)[1:]):
+        args = Pair(out, number), (2, Pair(None, 48)), Pair(None, None), 1
+        with mock.patch.object(torch.cuda, "device_of", nullcontext):
+            seam.launch(takes_tuples, (1,), args, {"BLOCK": 32}, 1, 1)
+        (caches,) = takes_tuples.device_caches.values()
+        (compiled,) = caches[0].values()
+        takes_tuples.device_caches.clear()
+        found, passed = compile_triton(
+            takes_tuples, args, arch=ARCH, num_warps=1, num_stages=1, constexprs={"BLOCK": 32}
+        )
+        assert instructions(compiled.asm["ptx"]) == instructions(found.ptx)
+        assert len(passed) == (4 if number == 1 else 5)
+        found.launch((1,), passed)
+        assert torch.equal(out[:32], torch.full((32,), number + 97.0))

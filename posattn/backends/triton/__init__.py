@@ -1,8 +1,12 @@
-"""Fused kernels in Triton, for NVIDIA and AMD GPUs. The kernels and their host side are in `posattn.kernels`."""
+"""Fused kernels in Triton, for NVIDIA and AMD GPUs: what they can run, and both passes of a call. The kernels
+themselves are in `posattn.kernels`."""
 
 from __future__ import annotations
 
+import re
+
 import torch
+import triton
 from torch import Tensor
 
 from posattn.backends.triton import attention_backward, attention_forward, headmix_backward, headmix_forward
@@ -12,11 +16,21 @@ from posattn.plan import Call
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+# The kernels take tuples and hand them on, which older releases cannot.
+OLDEST_TRITON = (3, 6)
+
+
+def _too_old(triton: str) -> bool:
+    """Of a release, whatever follows its first two numbers; builds that have none are taken for new."""
+    numbers = re.match(r"(\d+)\.(\d+)", triton)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST_TRITON
 
 
 def unsupported(call: Call) -> str | None:
     """Why these kernels cannot run `call`; None if they can."""
     q, v = call.q, call.v
+    if _too_old(triton.__version__):
+        return f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))} or later, got {triton.__version__}"
     if not seam.has_device(q.device):
         return f"it needs a CUDA or HIP device, got {q.device.type} tensors"
     if q.dtype not in _DTYPES:
