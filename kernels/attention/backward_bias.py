@@ -6,104 +6,112 @@ that broadcasts over queries or keys (one sum a row or column of the tile) or of
 lost, since sums of integers do not depend on their order.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..common.bias import Operands
-from ..common.dropout import RANDOM_BITS, Dropout
-from ..common.masks import Mask, mask_offset, sequence
-from .logit_gradient import Tensors, logit_gradient, place_tile
+from ..common.arguments import (
+    RANDOM_BITS,
+    Dropout,
+    Inputs,
+    Mask,
+    Operands,
+    OutputGradient,
+    Positions,
+    Shape,
+)
+from ..common.bias import entry_of
+from ..common.sequences import open_sequence
+from .logit_gradient import logit_gradient, open_tile
 from .profile_gradient import past_knots, psi_gradient
+
+
+class DenseGradient(NamedTuple):
+    """Dense [1 or B, 1 or H, Tq, Tk] float32: the sum over the batches and heads that share an element, batches_each
+    and heads_each of them. It comes zeroed where documents are packed, and one program has one document.
+
+    Sums, int64, zeroed, and times `units` ([1], a power of 2): [1 or B, 1 or H, Tk], the sum over queries too, or
+    [.., Tq], over keys."""
+
+    Dense: Any
+    Sums: Any
+    units: Any
+    stride_batch: Any
+    stride_head: Any
+    heads: Any
+    batches_each: Any
+    heads_each: Any
+
+
+class EntrySums(NamedTuple):
+    """The gradient of a table [H, L] or of psi [L] over explicit positions: int64, zeroed, and times `units` ([1], a
+    power of 2)."""
+
+    Sums: Any
+    units: Any
 
 
 @triton.jit(do_not_specialize=RANDOM_BITS)
 def gradient_by_tile(
-    Q, K, V, GradOut, Lse2, Delta, DDense, DSums, stride_gdb, stride_gdh, out_heads, batches_each, heads_each,
-    DTable, DPsi, SumUnits, TableUnits, PsiUnits, num_sequences,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_gb, stride_gh, stride_gm,
-    scale, softcap, num_heads, group, q_tokens, q_max, k_tokens, k_max,
-    Slope, stride_slope_b, Table, stride_table_h, table_first, table_last,
-    Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
-    Knots, num_knots, SegmentSlope, SegmentIntercept,
-    Dense, stride_db, stride_dh, stride_di, stride_dj,
-    QPositions, stride_qpos, KPositions, stride_kpos,
-    Boolean, stride_bb, stride_bh, stride_bi, stride_bj,
-    KLengths, CuQ, CuK, left, right, threshold, keep_scale, seed_lo, seed_hi,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    OVER_QUERIES: tl.constexpr, FORM: tl.constexpr, NVIDIA: tl.constexpr,
+    inputs: Inputs, upstream: OutputGradient, of_dense: DenseGradient, of_table: EntrySums, of_psi: EntrySums,
+    shape: Shape, q_max, k_max, scale, softcap, operands: Operands, mask: Mask, positions: Positions,
+    threshold, keep_scale, seed_lo, seed_hi,
+    OVER_QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """DDense [1 or B, 1 or H, Tq, Tk] float32: the sum over the batches and heads that share an element (batches_each
-    and heads_each of them). It comes zeroed where documents are packed, and one program has one document.
-
-    In int64 and zeroed, and times units that are powers of 2: DSums [1 or B, 1 or H, Tk], the sum over queries too if
-    OVER_QUERIES, else [.., Tq], over keys; DTable [H, L] and DPsi [L], explicit positions' gradients. Units are [1]."""
-    x = Tensors(
-        Q, K, V, GradOut, Lse2, Delta, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-        stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm,
-    )  # fmt: skip
-    o = Operands(
-        Slope, stride_slope_b, Table, stride_table_h, table_first, table_last,
-        Psi, psi_first, psi_last, PsiBounds, RowScale, row_first, row_last, RowBounds,
-        Knots, num_knots, SegmentSlope, SegmentIntercept, Dense, stride_db, stride_dh, stride_di, stride_dj,
-    )  # fmt: skip
+    """The gradients that there are tensors for; OVER_QUERIES says over what of_dense.Sums are. The gradient of a table
+    has the heads' stride of the table."""
+    PACKED: tl.constexpr = mask.cu_q is not None
     dropout = Dropout(threshold, keep_scale, seed_lo, seed_hi)
     blocks_m = tl.cdiv(q_max, BLOCK_M)
     blocks_n = tl.cdiv(k_max, BLOCK_N)
     pid = tl.program_id(0)
     i0 = (pid % blocks_m) * BLOCK_M
     j0 = (pid // blocks_m % blocks_n) * BLOCK_N
-    head = pid // blocks_m // blocks_n % out_heads
-    first = pid // blocks_m // blocks_n // out_heads
+    head = pid // blocks_m // blocks_n % of_dense.heads
+    first = pid // blocks_m // blocks_n // of_dense.heads
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, first, q_tokens, k_tokens)
-    for n in range(batches_each * heads_each):
-        index = first + n // heads_each
-        h = head + n % heads_each
-        q_start, k_start, q_len, k_len = sequence(KLengths, CuQ, CuK, index, q_tokens, k_tokens)
-        b = index if CuQ is None else index * 0
-        offset = mask_offset(q_len, k_len, FORM.top_left)
-        seen = (i0 < q_len) & (j0 < k_len)
-        if FORM.has_right:
-            seen = seen & (j0 <= i0 + (BLOCK_M - 1) + offset + right)
-        if FORM.has_left:
-            seen = seen & (j0 + (BLOCK_N - 1) >= i0 + offset - left)
+    seq = open_sequence(first, mask, shape, CONFIG.top_left)
+    for n in range(of_dense.batches_each * of_dense.heads_each):
+        index = first + n // of_dense.heads_each
+        h = head + n % of_dense.heads_each
+        seq = open_sequence(index, mask, shape, CONFIG.top_left)
+        seen = (i0 < seq.q_len) & (j0 < seq.k_len)
+        if CONFIG.has_right:
+            seen = seen & (j0 <= i0 + (BLOCK_M - 1) + seq.offset + mask.right)
+        if CONFIG.has_left:
+            seen = seen & (j0 + (BLOCK_N - 1) >= i0 + seq.offset - mask.left)
         if seen:
-            t = place_tile(
-                b, h, i0, j0, q_start, k_start, q_len, k_len, QPositions, stride_qpos, KPositions, stride_kpos,
-                BLOCK_M, BLOCK_N, FORM,
-            )  # fmt: skip
-            mask = Mask(k_len, offset, left, right, Boolean, stride_bb, stride_bh, stride_bi, stride_bj)
+            t = open_tile(seq, h, i0, j0, positions, BLOCK_M, BLOCK_N, CONFIG)
             ds, row_scale, line, high = logit_gradient(
-                x, t, o, mask, dropout, q_len, scale, softcap, num_heads, group, q_tokens,
-                D, BLOCK_D, DV, BLOCK_DV, FORM, NVIDIA,
-            )  # fmt: skip
+                inputs, upstream, t, seq, operands, mask, dropout, scale, softcap, shape, CONFIG, NVIDIA
+            )
             acc += ds
-            if DTable is not None:
-                units = (ds * tl.load(TableUnits)).to(tl.int64)
-                entry = tl.minimum(tl.maximum(t.pi - t.pj, table_first), table_last) - table_first
-                tl.atomic_add(DTable + h.to(tl.int64) * stride_table_h + entry, units, sem="relaxed")
-            if DPsi is not None:
+            if of_table.Sums is not None:
+                units = (ds * tl.load(of_table.units)).to(tl.int64)
+                entry = entry_of(t, operands.table_first, operands.table_last)
+                tl.atomic_add(of_table.Sums + h.to(tl.int64) * operands.table_head + entry, units, sem="relaxed")
+            if of_psi.Sums is not None:
                 dpsi = psi_gradient(ds, line, row_scale)
                 if high > line.segment:
-                    dpsi = past_knots(ds, dpsi, line, high, None, q_len, t, row_scale, o, 0, FORM, NVIDIA)
-                entry = tl.minimum(tl.maximum(t.pi - t.pj, psi_first), psi_last) - psi_first
-                units = (dpsi * tl.load(PsiUnits)).to(tl.int64)
-                tl.atomic_add(DPsi + entry, units, sem="relaxed")
-    b_out = first if CuQ is None else first * 0
+                    dpsi = past_knots(ds, dpsi, line, high, None, seq.q_len, t, row_scale, operands, 0, CONFIG, NVIDIA)
+                entry = entry_of(t, operands.psi_first, operands.psi_last)
+                units = (dpsi * tl.load(of_psi.units)).to(tl.int64)
+                tl.atomic_add(of_psi.Sums + entry, units, sem="relaxed")
+    b_out = first * 0 if PACKED else first
     i = i0 + tl.arange(0, BLOCK_M)
     j = j0 + tl.arange(0, BLOCK_N)
-    row_in = i < (q_len if CuQ is not None else q_tokens)
-    column_in = j < (k_len if CuQ is not None else k_tokens)
-    shared = b_out.to(tl.int64) * stride_gdb + head.to(tl.int64) * stride_gdh
-    if DDense is not None:
-        at = (q_start + i).to(tl.int64)[:, None] * k_tokens + (k_start + j)[None, :]
-        tl.store(DDense + shared + at, acc, mask=row_in[:, None] & column_in[None, :])
-    if DSums is not None:
+    row_in = i < (seq.q_len if PACKED else shape.q_tokens)
+    column_in = j < (seq.k_len if PACKED else shape.k_tokens)
+    shared = b_out.to(tl.int64) * of_dense.stride_batch + head.to(tl.int64) * of_dense.stride_head
+    if of_dense.Dense is not None:
+        at = (seq.q_start + i).to(tl.int64)[:, None] * shape.k_tokens + (seq.k_start + j)[None, :]
+        tl.store(of_dense.Dense + shared + at, acc, mask=row_in[:, None] & column_in[None, :])
+    if of_dense.Sums is not None:
         if OVER_QUERIES:
-            sums = (tl.sum(acc, 0) * tl.load(SumUnits)).to(tl.int64)
-            tl.atomic_add(DSums + shared + k_start + j, sums, mask=column_in, sem="relaxed")
+            sums = (tl.sum(acc, 0) * tl.load(of_dense.units)).to(tl.int64)
+            tl.atomic_add(of_dense.Sums + shared + seq.k_start + j, sums, mask=column_in, sem="relaxed")
         else:
-            sums = (tl.sum(acc, 1) * tl.load(SumUnits)).to(tl.int64)
-            tl.atomic_add(DSums + shared + q_start + i, sums, mask=row_in, sem="relaxed")
+            sums = (tl.sum(acc, 1) * tl.load(of_dense.units)).to(tl.int64)
+            tl.atomic_add(of_dense.Sums + shared + seq.q_start + i, sums, mask=row_in, sem="relaxed")

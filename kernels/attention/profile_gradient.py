@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common.bias import Operands, Place, gather
+from ..common.arguments import Operands
+from ..common.bias import gather
 from ..common.codegen import opaque
 from ..common.mma_layout import by_query, load_shared, store_shared
 from ..common.profile import Line, psi_tile, slopes_of
+from ..common.sequences import TileCoord
 
 # Rows of a query's parts that are not added in registers: with as many threads as parts and queries no thread idles.
 SPLIT: tl.constexpr = tl.constexpr(4)
@@ -63,7 +65,7 @@ def store_parts(Parts, step, ds, psi, PARTS: tl.constexpr, WHOLE: tl.constexpr, 
 
 @triton.jit
 def add_parts(
-    sums: LineSums, step, turn, stored, slope, moment, q_len, shift, QPositions, o: Operands,
+    sums: LineSums, step, after, stored, slope, moment, q_len, shift, QPositions, o: Operands,
     PARTS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Adds what step `step` stored, if it was `stored`, to DRowScale, and returns `moment` [SPLIT, QUERIES] with its
@@ -78,13 +80,13 @@ def add_parts(
         position = query + shift
     entry = tl.minimum(tl.maximum(position, o.row_first), o.row_last) - o.row_first
     own = QUERIES * tl.arange(0, SPLIT)[:, None] + tl.arange(0, QUERIES)[None, :]
-    at = opaque(_slot(sums.Parts, step, PARTS, QUERIES) + own, turn, NVIDIA)
+    at = opaque(_slot(sums.Parts, step, PARTS, QUERIES) + own, after, NVIDIA)
     rows = (SPLIT * QUERIES) * tl.arange(0, 8 * PARTS // SPLIT)[:, None, None]
-    rows = load_shared(at[None, :, :] + rows, turn, NVIDIA)
+    rows = load_shared(at[None, :, :] + rows, after, NVIDIA)
     found = tl.where(stored, tl.sum(rows, 0), 0.0)  # [SPLIT, QUERIES]
     gradient = (found * (slope * sums.units)).to(tl.int64)
     tl.atomic_add(tl.broadcast_to(sums.DRowScale + query, own.shape), gradient, inside, sem="relaxed")
-    return moment + found * gather(o.RowScale + entry, turn, NVIDIA)
+    return moment + found * gather(o.row_scale + entry, after, NVIDIA)
 
 
 @triton.jit
@@ -121,8 +123,8 @@ def psi_gradient(ds, line: Line, row_scale):
 
 @triton.jit
 def past_knots(
-    ds, dpsi, line: Line, high, sums, q_len, t: Place, row_scale, o: Operands,
-    QUERIES: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr,
+    ds, dpsi, line: Line, high, sums, q_len, t: TileCoord, row_scale, o: Operands,
+    QUERIES: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """dpsi of a tile of the segments line.segment .. high. Unless `sums` (LineSums) is None, moves the sums of ds and
     ds * y past each knot to their segments, and adds what their other slopes make of the row scale's gradient.
@@ -130,9 +132,9 @@ def past_knots(
     QUERIES is the axis of the queries in ds and row_scale."""
     scales = tl.sum(row_scale, 1 - QUERIES)  # drops its axis of one
     for m in range(line.segment + 1, high + 1):
-        psi = psi_tile(t, o, m, ds.shape[0], ds.shape[1], F, NVIDIA)
+        psi = psi_tile(t, o, m, ds.shape[0], ds.shape[1], CONFIG, NVIDIA)
         y = psi * row_scale
-        on = (y > gather(o.Knots + m - 1, 0, NVIDIA)) & (y <= gather(o.Knots + m, 0, NVIDIA))
+        on = (y > gather(o.knots + m - 1, 0, NVIDIA)) & (y <= gather(o.knots + m, 0, NVIDIA))
         part = tl.where(on, ds, 0.0)
         steeper = gather(slopes_of(o, t.h) + m, 0, NVIDIA) - line.slope
         dpsi += part * (row_scale * steeper)

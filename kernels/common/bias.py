@@ -3,63 +3,11 @@
 The distance of implicit positions is d = i + shift - j; kernels for explicit ones take positions instead, and EXPLICIT.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from .codegen import opaque
-
-
-class Operands(NamedTuple):
-    """A Bias as a kernel's arguments; absent operands are None."""
-
-    Slope: Any
-    stride_slope_b: Any
-    Table: Any
-    stride_table_h: Any
-    table_first: Any
-    table_last: Any
-    Psi: Any
-    psi_first: Any
-    psi_last: Any
-    PsiBounds: Any
-    RowScale: Any
-    row_first: Any
-    row_last: Any
-    RowBounds: Any
-    Knots: Any
-    num_knots: Any
-    SegmentSlope: Any
-    SegmentIntercept: Any
-    Dense: Any
-    stride_db: Any
-    stride_dh: Any
-    stride_di: Any
-    stride_dj: Any
-
-
-class Place(NamedTuple):
-    """Where a tile lies: batch entry b and head h, the tokens in the tensors at which its sequence begins, its first
-    query i0 and key j0 inside the sequence, and shift, by which the sequence has more keys than queries.
-
-    i and j are the int32 indices of its queries and keys, shaped to broadcast ([BLOCK_M, 1] and [1, BLOCK_N], or
-    transposed); i_in and j_in are clamped to the sequence, so that no operand is read outside it; pi and pj are the
-    positions, or i_in and j_in themselves if implicit."""
-
-    b: Any
-    h: Any
-    q_start: Any
-    k_start: Any
-    i0: Any
-    j0: Any
-    shift: Any
-    i: Any
-    j: Any
-    i_in: Any
-    j_in: Any
-    pi: Any
-    pj: Any
+from .sequences import TileCoord
 
 
 @triton.jit
@@ -69,7 +17,7 @@ def plus_256(x):
 
 
 @triton.jit
-def distance_tile(t: Place, EXPLICIT: tl.constexpr):
+def distance_tile(t: TileCoord, EXPLICIT: tl.constexpr):
     """The distances as float32, by one addition an element."""
     if EXPLICIT:
         return (t.pi - t.pj).to(tl.float32)
@@ -78,7 +26,7 @@ def distance_tile(t: Place, EXPLICIT: tl.constexpr):
 
 
 @triton.jit
-def slope_tile(slope, t: Place, reference, LINEAR: tl.constexpr, SIGNED: tl.constexpr, EXPLICIT: tl.constexpr):
+def slope_tile(slope, t: TileCoord, reference, LINEAR: tl.constexpr, SIGNED: tl.constexpr, EXPLICIT: tl.constexpr):
     """-slope * |d| (or * d). LINEAR, for d >= 0 throughout: -slope * (reference - j), a vector, which leaves
     -slope * (i + shift - reference) for the caller to add to the row's log-sum-exp: one FMA an element and no load.
 
@@ -122,7 +70,7 @@ def joined(parts, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def by_distance(
-    Values, first, last, t: Place, again,
+    Values, first, last, t: TileCoord, again,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """lookup() for a whole tile [ROWS, COLUMNS], queries by keys or (where i has one row) keys by queries.
@@ -161,10 +109,16 @@ def _at(at, step, SIGN: tl.constexpr, Values, corner, last, again, CLAMP: tl.con
 
 
 @triton.jit
-def lookup(Values, first, last, t: Place, again, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NVIDIA: tl.constexpr):
+def entry_of(t: TileCoord, first, last):
+    """Which entry of values by distance, from `first` to `last`, explicit positions fall on."""
+    return tl.minimum(tl.maximum(t.pi - t.pj, first), last) - first
+
+
+@triton.jit
+def lookup(Values, first, last, t: TileCoord, again, CLAMP: tl.constexpr, EXPLICIT: tl.constexpr, NVIDIA: tl.constexpr):
     """Values[clamp(d, first, last) - first]; CLAMP false says that the tile lies inside."""
     if EXPLICIT:
-        pointers = Values + (tl.minimum(tl.maximum(t.pi - t.pj, first), last) - first)
+        pointers = Values + entry_of(t, first, last)
     elif CLAMP:
         pointers = Values + (tl.minimum(tl.maximum(t.pi - t.pj + t.shift, first), last) - first)
     else:

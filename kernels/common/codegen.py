@@ -5,14 +5,14 @@ import triton.language as tl
 
 
 @triton.jit
-def opaque(pointers, turn, NVIDIA: tl.constexpr):
+def opaque(pointers, after, NVIDIA: tl.constexpr):
     """The same pointers, in a way that the compiler does not see through.
 
     Else it would carry the address of each element along the loop in registers of its own; so a tile's addresses are a
     few pointers and offsets that fit in the instruction."""
     if NVIDIA:
         address = tl.inline_asm_elementwise(
-            "mov.b64 $0, $1;", "=l,l,r", [pointers.to(tl.int64), turn], tl.int64, is_pure=True, pack=1
+            "mov.b64 $0, $1;", "=l,l,r", [pointers.to(tl.int64), after], tl.int64, is_pure=True, pack=1
         )
         return address.to(pointers.dtype)
     else:

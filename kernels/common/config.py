@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class BiasForm:
+class BiasConfig:
     """An additive bias: signed slopes, lookups that may fall outside, and the padded number of a profile's knots."""
 
     signed: bool
@@ -15,14 +15,19 @@ class BiasForm:
 
 
 @dataclass(frozen=True)
-class Form:
-    """A call of the plain family: its bias; whether the slope is linear along the keys, and whether the logits are in
-    natural units when anything is added to them (operands.py says when either holds); explicit positions; the mask;
-    entries that one of a profile's bounds covers; the precision of products."""
+class AttentionConfig:
+    """A call of plain attention: dim and value_dim with their padded sizes; its bias; whether the slope is linear along
+    the keys, and whether the logits are multiplied by the scale before anything is added to them (the host's
+    arguments.py says when); explicit positions; the mask; entries that one of a profile's bounds covers; the precision
+    of products."""
 
-    bias: BiasForm
+    dim: int
+    block_dim: int
+    value_dim: int
+    block_value_dim: int
+    bias: BiasConfig
     linear: bool
-    natural: bool
+    scale_before_bias: bool
     explicit: bool
     has_left: bool
     has_right: bool
@@ -32,7 +37,22 @@ class Form:
 
 
 @dataclass(frozen=True)
-class MixForm:
+class BackwardConfig:
+    """How attention_backward goes about it: whether invariants may leave its loop (hoist), and addresses are hidden
+    from the compiler (hide); whether every warp has 16 keys of its own or more (whole); whether lse2 has each row's
+    share of a linear bias (shares); whether warps share both axes of every product's result (spread); and how many
+    warps hold different keys (parts)."""
+
+    hoist: bool
+    hide: bool
+    whole: bool
+    shares: bool
+    spread: bool
+    parts: int
+
+
+@dataclass(frozen=True)
+class HeadMixConfig:
     """dim and value_dim with their padded sizes; steps from token to token of q, k, v and dO; groups of heads (each
     `group` wide, one head a warp), all heads padded, hidden units padded; of forward, whether the queries stay in
     registers (and take the scale there), in how many parts the positions go through the MLP, and whether each of the
@@ -64,7 +84,7 @@ class MixForm:
     has_left: bool
     has_right: bool
     top_left: bool
-    inner: BiasForm
-    outer: BiasForm
+    inner: BiasConfig
+    outer: BiasConfig
     bounds_block: int
     precision: str

@@ -122,7 +122,7 @@ def _add(x, y, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, turn, NVIDIA: tl.constexpr):
+def _load(pointers, after, NVIDIA: tl.constexpr):
     """What the program stored a step ago, as float32."""
     if NVIDIA and pointers.dtype.element_ty == tl.bfloat16:
         return tl.inline_asm_elementwise(
@@ -132,15 +132,15 @@ def _load(pointers, turn, NVIDIA: tl.constexpr):
             ld.global.b16 half, [$1];
             mov.b32 $0, {zero, half};
             }""",
-            "=f,l,r", [pointers.to(tl.int64), turn], tl.float32, is_pure=True, pack=1,
+            "=f,l,r", [pointers.to(tl.int64), after], tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        return load_shared(pointers, turn, NVIDIA).to(tl.float32)
+        return load_shared(pointers, after, NVIDIA).to(tl.float32)
 
 
 @triton.jit
 def add_bands(
-    DValues, units, Bands, i0, turn, j0, shift, first, last,
+    DValues, units, Bands, i0, after, j0, shift, first, last,
     GROUPS: tl.constexpr, QUERIES: tl.constexpr, CLAMP: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Adds the bands of the step before query i0 times `units` to DValues, int64, of distances first to last.
@@ -155,14 +155,14 @@ def add_bands(
     bands = Bands + (group * (8 * PITCH) + n)[None, :, :]
     bands = _slot(bands, i0 - QUERIES, GROUPS, QUERIES, NVIDIA) + part * (8 * PITCH)
     rows = bands[None, :, :, :] + tl.arange(0, 8)[:, None, None, None] * (PITCH + 1)
-    sums = tl.sum(_load(rows, turn, NVIDIA), 0)  # [GROUPS // PART, PART, QUERIES]
+    sums = tl.sum(_load(rows, after, NVIDIA), 0)  # [GROUPS // PART, PART, QUERIES]
     corner = i0 - j0 + shift - first
     distance = (n - QUERIES - 16 - 16 * group)[None, :, :]
     if CLAMP:
         entry = tl.minimum(tl.maximum(corner + distance - 16 * part, 0), last - first)
         entries = DValues + entry
     else:
-        entries = opaque((DValues + distance) + corner, turn, NVIDIA) - 16 * part
+        entries = opaque((DValues + distance) + corner, after, NVIDIA) - 16 * part
     tl.atomic_add(entries, (sums * units).to(tl.int64), sem="relaxed")
 
 
@@ -172,9 +172,9 @@ def finish_bands(
     GROUPS: tl.constexpr, QUERIES: tl.constexpr, WHOLE: tl.constexpr, CLAMP: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Adds what a walk left whose last step was before query `end`: its bands, and those that wait for another tile."""
-    turn = wait_for(progress, 0, NVIDIA)
-    add_bands(DValues, units, Bands, end, turn, j0, shift, first, last, GROUPS, QUERIES, CLAMP, NVIDIA)
+    after = wait_for(progress, 0, NVIDIA)
+    add_bands(DValues, units, Bands, end, after, j0, shift, first, last, GROUPS, QUERIES, CLAMP, NVIDIA)
     store_bands(Bands, end, tl.zeros([GROUPS * 16, QUERIES], carried.dtype), carried, WHOLE, NVIDIA)
     publish(progress, done, NVIDIA)
-    turn = wait_for(progress, 0, NVIDIA)
-    add_bands(DValues, units, Bands, end + QUERIES, turn, j0, shift, first, last, GROUPS, QUERIES, CLAMP, NVIDIA)
+    after = wait_for(progress, 0, NVIDIA)
+    add_bands(DValues, units, Bands, end + QUERIES, after, j0, shift, first, last, GROUPS, QUERIES, CLAMP, NVIDIA)

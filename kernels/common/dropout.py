@@ -4,24 +4,11 @@ Element (b, h, i, j) is kept where lane j & 3 of the counter (j >> 2, i, b * Hq 
 every backend, tile shape and pass draws the same mask. i and j index the tensors' token axes.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from .bias import Place
-
-# Kernel arguments whose values say nothing about the code: a new seed must not compile a new kernel.
-RANDOM_BITS = ("threshold", "seed_lo", "seed_hi")
-
-
-class Dropout(NamedTuple):
-    """A call's dropout, as a kernel's arguments; None throughout where there is none."""
-
-    threshold: Any
-    keep_scale: Any
-    seed_lo: Any
-    seed_hi: Any
+from .arguments import Dropout
+from .sequences import TileCoord
 
 
 @triton.jit
@@ -31,7 +18,7 @@ def _words(seed_lo, seed_hi, group, i, bh):
 
 
 @triton.jit
-def keep_tile(d: Dropout, t: Place, num_heads, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+def keep_tile(d: Dropout, t: TileCoord, num_heads, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
     """True where kept, [BLOCK_M, BLOCK_N]. ALIGNED says that the first key's token is a multiple of 4: then a counter
     is computed once and its four words interleaved; else each element computes its own and picks a word."""
     i0 = t.q_start + t.i0

@@ -7,7 +7,7 @@ from .codegen import opaque
 
 
 @triton.jit
-def by_query(pointers, STRIDE: tl.constexpr, turn, BLOCK_M: tl.constexpr, NVIDIA: tl.constexpr):
+def by_query(pointers, STRIDE: tl.constexpr, after, BLOCK_M: tl.constexpr, NVIDIA: tl.constexpr):
     """A pointer, or [rows, 1] of them, and the BLOCK_M - 1 after it, STRIDE apart, as the last axis.
 
     In the layout of a tensor core's result a thread holds queries 2 c, 2 c + 1 and all those 8 apart from them: one
@@ -15,19 +15,19 @@ def by_query(pointers, STRIDE: tl.constexpr, turn, BLOCK_M: tl.constexpr, NVIDIA
     pairs = (2 * STRIDE) * tl.arange(0, 4)[:, None]
     steps = STRIDE * (8 * tl.arange(0, BLOCK_M // 8)[:, None, None] + tl.arange(0, 2)[None, None, :])
     if len(pointers.shape) == 0:
-        return (opaque(pointers + pairs[None, :, :], turn, NVIDIA) + steps).reshape([BLOCK_M])
+        return (opaque(pointers + pairs[None, :, :], after, NVIDIA) + steps).reshape([BLOCK_M])
     else:
-        at = opaque(pointers[:, :, None, None] + pairs[None, None, :, :], turn, NVIDIA) + steps[None, :, :, :]
+        at = opaque(pointers[:, :, None, None] + pairs[None, None, :, :], after, NVIDIA) + steps[None, :, :, :]
         return at.reshape([pointers.shape[0], BLOCK_M])
 
 
 @triton.jit
-def fragments(tile, turn, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr):
+def fragments(tile, after, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NVIDIA: tl.constexpr):
     """Pointers [ROWS // 16, 8, COLUMNS // 8, 4] to the fours of a tile in memory that is kept as a tensor core's result
     is held: in blocks of 16 x 8 a thread has columns 2 c and 2 c + 1 of rows r and r + 8, here side by side."""
     block = (COLUMNS // 8) * tl.arange(0, ROWS // 16)[:, None, None, None] + tl.arange(0, COLUMNS // 8)[:, None]
     thread = 4 * tl.arange(0, 8)[:, None, None] + tl.arange(0, 4)
-    return opaque(tile + 4 * thread, turn, NVIDIA) + 128 * block
+    return opaque(tile + 4 * thread, after, NVIDIA) + 128 * block
 
 
 @triton.jit
@@ -37,11 +37,11 @@ def _each(pointers):
 
 
 @triton.jit
-def load_fragments(pointers, turn, NVIDIA: tl.constexpr):
-    """The float32 tile [ROWS, COLUMNS] at fragments(), which other programs add to; `turn` comes from wait_for."""
+def load_fragments(pointers, after, NVIDIA: tl.constexpr):
+    """The float32 tile [ROWS, COLUMNS] at fragments(), which other programs add to; `after` comes from wait_for."""
     if NVIDIA:
         x, y, z, w = tl.inline_asm_elementwise(
-            "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l,r", [pointers.to(tl.int64), turn],
+            "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l,r", [pointers.to(tl.int64), after],
             (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
         tile = tl.join(tl.join(x, y), tl.join(z, w))
@@ -71,22 +71,22 @@ def store_fragments(pointers, tile, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def load_shared(pointers, turn, NVIDIA: tl.constexpr):
-    """The float32 tile that other programs add to, in the layout in which it is used; `turn` comes from wait_for."""
+def load_shared(pointers, after, NVIDIA: tl.constexpr):
+    """The float32 tile that other programs add to, in the layout in which it is used; `after` comes from wait_for."""
     if NVIDIA:
         return tl.inline_asm_elementwise(
-            "ld.global.f32 $0, [$1];", "=f,l,r", [pointers.to(tl.int64), turn], tl.float32, is_pure=True, pack=1
+            "ld.global.f32 $0, [$1];", "=f,l,r", [pointers.to(tl.int64), after], tl.float32, is_pure=True, pack=1
         )
     else:
         return tl.load(pointers, volatile=True)
 
 
 @triton.jit
-def load_shared_inside(pointers, inside, turn, MASKED: tl.constexpr, NVIDIA: tl.constexpr):
+def load_shared_inside(pointers, inside, after, MASKED: tl.constexpr, NVIDIA: tl.constexpr):
     """load_shared, if MASKED zero where not `inside`: rows past the end point at the last row, which another warp may
     store."""
     if not MASKED:
-        return load_shared(pointers, turn, NVIDIA)
+        return load_shared(pointers, after, NVIDIA)
     elif NVIDIA:
         return tl.inline_asm_elementwise(
             """{
@@ -95,7 +95,7 @@ def load_shared_inside(pointers, inside, turn, MASKED: tl.constexpr, NVIDIA: tl.
             mov.b32 $0, 0;
             @inside ld.global.f32 $0, [$1];
             }""",
-            "=f,l,r,r", [pointers.to(tl.int64), turn, inside.to(tl.int32)], tl.float32, is_pure=True, pack=1,
+            "=f,l,r,r", [pointers.to(tl.int64), after, inside.to(tl.int32)], tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
         return tl.load(pointers, mask=inside, other=0.0, volatile=True)

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .bias import Operands, Place, by_distance, gather, lookup
+from .arguments import Operands
+from .bias import by_distance, gather, lookup
+from .sequences import TileCoord
 
 
 class Line(NamedTuple):
@@ -35,15 +37,15 @@ def no_line():
 @triton.jit
 def slopes_of(o: Operands, h):
     """Head h's slope of each segment."""
-    return o.SegmentSlope + h * (o.num_knots + 1)
+    return o.segment_slope + h * (o.num_knots + 1)
 
 
 @triton.jit
 def line_on(m, o: Operands, h, NVIDIA: tl.constexpr):
-    below = tl.where(m > 0, gather(o.Knots + tl.maximum(m - 1, 0), 0, NVIDIA), float("-inf"))
-    intercepts = o.SegmentIntercept + h * (o.num_knots + 1)
+    below = tl.where(m > 0, gather(o.knots + tl.maximum(m - 1, 0), 0, NVIDIA), float("-inf"))
+    intercepts = o.segment_intercept + h * (o.num_knots + 1)
     return Line(
-        m, below, gather(o.Knots + m, 0, NVIDIA), gather(slopes_of(o, h) + m, 0, NVIDIA),
+        m, below, gather(o.knots + m, 0, NVIDIA), gather(slopes_of(o, h) + m, 0, NVIDIA),
         gather(intercepts + m, 0, NVIDIA),
     )  # fmt: skip
 
@@ -67,54 +69,68 @@ def _bounds(Bounds, lo, last, BLOCK: tl.constexpr, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def _implicit_range(i0, j0, shift, o: Operands, BLOCK_N: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr):
+def _implicit_range(i0, j0, shift, o: Operands, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr):
     """Bounds of y on the tile at (i0, j0) of implicit positions."""
     corner = i0 - j0 - (BLOCK_N - 1) + shift
-    psi_low, psi_high = _bounds(o.PsiBounds, corner - o.psi_first, o.psi_last - o.psi_first, F.bounds_block, NVIDIA)
+    psi_low, psi_high = _bounds(
+        o.psi_bounds, corner - o.psi_first, o.psi_last - o.psi_first, CONFIG.bounds_block, NVIDIA
+    )
     row = i0 + shift - o.row_first
-    row_low, row_high = _bounds(o.RowBounds, row, o.row_last - o.row_first, F.bounds_block, NVIDIA)
+    row_low, row_high = _bounds(o.row_bounds, row, o.row_last - o.row_first, CONFIG.bounds_block, NVIDIA)
     a, b, c, d = psi_low * row_low, psi_low * row_high, psi_high * row_low, psi_high * row_high
     return tl.minimum(tl.minimum(a, b), tl.minimum(c, d)), tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
 
 
 @triton.jit
 def _range(
-    t: Place, row_scale, o: Operands, BLOCK_N: tl.constexpr, B: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr
+    t: TileCoord,
+    row_scale,
+    o: Operands,
+    BLOCK_N: tl.constexpr,
+    BIAS: tl.constexpr,
+    CONFIG: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):
     """Bounds of y on the tile: of explicit positions its least and greatest value."""
-    if F.explicit:
-        y = row_scale * lookup(o.Psi, o.psi_first, o.psi_last, t, 0, B.clamp, F.explicit, NVIDIA)
+    if CONFIG.explicit:
+        y = row_scale * lookup(o.psi, o.psi_first, o.psi_last, t, 0, BIAS.clamp, CONFIG.explicit, NVIDIA)
         return tl.min(y), tl.max(y)
     else:
-        return _implicit_range(t.i0, t.j0, t.shift, o, BLOCK_N, F, NVIDIA)
+        return _implicit_range(t.i0, t.j0, t.shift, o, BLOCK_N, CONFIG, NVIDIA)
 
 
 @triton.jit
 def segments(
-    t: Place, row_scale, o: Operands, BLOCK_N: tl.constexpr, B: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr
+    t: TileCoord,
+    row_scale,
+    o: Operands,
+    BLOCK_N: tl.constexpr,
+    BIAS: tl.constexpr,
+    CONFIG: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):
     """The lowest and the highest segment that y can meet on the tile."""
-    y_low, y_high = _range(t, row_scale, o, BLOCK_N, B, F, NVIDIA)
-    low = _knots_below(o.Knots, y_low, B.knots, NVIDIA)
+    y_low, y_high = _range(t, row_scale, o, BLOCK_N, BIAS, CONFIG, NVIDIA)
+    low = _knots_below(o.knots, y_low, BIAS.knots, NVIDIA)
     high = low
-    if y_high > gather(o.Knots + low, 0, NVIDIA):
-        high = _knots_below(o.Knots, y_high, B.knots, NVIDIA)
+    if y_high > gather(o.knots + low, 0, NVIDIA):
+        high = _knots_below(o.knots, y_high, BIAS.knots, NVIDIA)
     return low, high
 
 
 @triton.jit
 def next_line(
-    line: Line, t: Place, row_scale, o: Operands, BLOCK_N: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr
+    line: Line, t: TileCoord, row_scale, o: Operands, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr
 ):
     """From the line of the tile before to that of the lowest segment on this tile, and the highest segment on it."""
-    B: tl.constexpr = F.bias
-    y_low, y_high = _range(t, row_scale, o, BLOCK_N, B, F, NVIDIA)
+    BIAS: tl.constexpr = CONFIG.bias
+    y_low, y_high = _range(t, row_scale, o, BLOCK_N, BIAS, CONFIG, NVIDIA)
     high = line.segment
     if (y_low <= line.below) | (y_high > line.above):
-        line = line_on(_knots_below(o.Knots, y_low, B.knots, NVIDIA), o, t.h, NVIDIA)
+        line = line_on(_knots_below(o.knots, y_low, BIAS.knots, NVIDIA), o, t.h, NVIDIA)
         high = line.segment
         if y_high > line.above:
-            high = _knots_below(o.Knots, y_high, B.knots, NVIDIA)
+            high = _knots_below(o.knots, y_high, BIAS.knots, NVIDIA)
     return line, high
 
 
@@ -125,18 +141,18 @@ AHEAD: tl.constexpr = tl.constexpr(64)
 @triton.jit
 def runs(
     i0, end, j0, shift, o: Operands,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """(straight, bent, segment): the tiles of queries i0 to `straight` lie in `segment` alone, and those from there to
     `bent` meet several segments each; neither run need be as long as it could. Of explicit positions all are bent."""
     end = tl.maximum(i0, end)
-    if F.explicit:
+    if CONFIG.explicit:
         return i0, end, i0 * 0
     else:
         n = tl.arange(0, AHEAD)
-        y_low, y_high = _implicit_range(i0 + BLOCK_M * n, j0, shift, o, BLOCK_N, F, NVIDIA)
-        low = _knots_below(o.Knots, y_low, F.bias.knots, NVIDIA)
-        high = _knots_below(o.Knots, y_high, F.bias.knots, NVIDIA)
+        y_low, y_high = _implicit_range(i0 + BLOCK_M * n, j0, shift, o, BLOCK_N, CONFIG, NVIDIA)
+        low = _knots_below(o.knots, y_low, CONFIG.bias.knots, NVIDIA)
+        high = _knots_below(o.knots, y_high, CONFIG.bias.knots, NVIDIA)
         segment = tl.sum(tl.where(n == 0, low, 0))
         straight = tl.min(tl.where((low == segment) & (high == segment), AHEAD, n))
         bent = tl.min(tl.where((n < straight) | (low != high), AHEAD, n))
@@ -147,22 +163,32 @@ def runs(
 def row_scales(pi, shift, o: Operands, EXPLICIT: tl.constexpr):
     """Pointers to the row scales of the queries at positions pi."""
     position = pi if EXPLICIT else pi + shift
-    return o.RowScale + (tl.minimum(tl.maximum(position, o.row_first), o.row_last) - o.row_first)
+    return o.row_scale + (tl.minimum(tl.maximum(position, o.row_first), o.row_last) - o.row_first)
 
 
 @triton.jit
 def psi_tile(
-    t: Place, o: Operands, again, ROWS: tl.constexpr, COLUMNS: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr
+    t: TileCoord,
+    o: Operands,
+    again,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CONFIG: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):
     """psi on the tile [ROWS, COLUMNS]."""
-    return by_distance(o.Psi, o.psi_first, o.psi_last, t, again, ROWS, COLUMNS, F.bias.clamp, F.explicit, NVIDIA)
+    return by_distance(
+        o.psi, o.psi_first, o.psi_last, t, again, ROWS, COLUMNS, CONFIG.bias.clamp, CONFIG.explicit, NVIDIA
+    )
 
 
 @triton.jit
-def add_line(s, line: Line, high, unit, t: Place, row_scale, o: Operands, F: tl.constexpr, NVIDIA: tl.constexpr):
+def add_line(
+    s, line: Line, high, unit, t: TileCoord, row_scale, o: Operands, CONFIG: tl.constexpr, NVIDIA: tl.constexpr
+):
     """s plus the profile but for the line's intercept, in `unit`s to 1. `high` is the highest segment on the tile,
     None if that is the line's."""
-    psi = psi_tile(t, o, 0, s.shape[0], s.shape[1], F, NVIDIA)
+    psi = psi_tile(t, o, 0, s.shape[0], s.shape[1], CONFIG, NVIDIA)
     # As an addition it would start the product's accumulators, and hold their registers while the product runs.
     s = tl.fma(psi, tl.broadcast_to(row_scale * (line.slope * unit), s.shape), s)
     # Each knot inside the tile bends the line from it on: one max and one FMA an element. The condition hides the
@@ -171,8 +197,8 @@ def add_line(s, line: Line, high, unit, t: Place, row_scale, o: Operands, F: tl.
         if high > line.segment:
             slope = line.slope
             for m in range(line.segment, high):
-                psi = psi_tile(t, o, m, s.shape[0], s.shape[1], F, NVIDIA)
+                psi = psi_tile(t, o, m, s.shape[0], s.shape[1], CONFIG, NVIDIA)
                 steeper = gather(slopes_of(o, t.h) + m + 1, 0, NVIDIA)
-                s += ((steeper - slope) * unit) * tl.maximum(psi * row_scale - gather(o.Knots + m, 0, NVIDIA), 0.0)
+                s += ((steeper - slope) * unit) * tl.maximum(psi * row_scale - gather(o.knots + m, 0, NVIDIA), 0.0)
                 slope = steeper
     return s

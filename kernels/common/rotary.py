@@ -1,15 +1,17 @@
-"""Rotary embedding: a tile turned as it is loaded, and a kernel that turns a whole tensor.
+"""Rotary embedding: a tile rotated as it is loaded, and a kernel that rotates a whole tensor.
 
-The kernel turns K ahead of long prefill, where turning each K tile again for every query block would cost more, and
-turns dQ and dK back (SIGN = -1) after a backward pass.
+The kernel rotates K ahead of long prefill, where rotating each K tile again for every query block would cost more, and
+rotates dQ and dK back (SIGN = -1) after a backward pass.
 """
 
 import triton
 import triton.language as tl
 
+from .arguments import Angles, Strides
+
 
 @triton.jit
-def load_turned(
+def load_rotary(
     base,
     rows,
     stride,
@@ -21,7 +23,7 @@ def load_turned(
     INTERLEAVED: tl.constexpr,
     SIGN: tl.constexpr,
 ):
-    """Rows of a [T, D] tensor with their first 2 * HALF dimensions turned, float32 [rows, BLOCK_D].
+    """Rows of a [T, D] tensor with their first 2 * HALF dimensions rotated, float32 [rows, BLOCK_D].
 
     Cos and Sin point to [T, HALF]. The partner of each dimension is loaded beside it: the tile is read once per block
     of queries, and its second read hits L1.
@@ -35,48 +37,37 @@ def load_turned(
         is_first = offs_d < HALF
         pair = tl.where(is_first, offs_d, offs_d - HALF)
         partner = tl.where(is_first, offs_d + HALF, offs_d - HALF)
-    turns = (offs_d < 2 * HALF)[None, :]
+    paired = (offs_d < 2 * HALF)[None, :]
     row = base + rows[:, None] * stride
     x = tl.load(row + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0).to(tl.float32)  # [rows, BLOCK_D]
-    y = tl.load(row + partner[None, :], mask=turns, other=0.0).to(tl.float32)
+    y = tl.load(row + partner[None, :], mask=paired, other=0.0).to(tl.float32)
     angle = rows[:, None] * HALF + pair[None, :]
-    cos = tl.load(Cos + angle, mask=turns, other=1.0)
-    sin = tl.load(Sin + angle, mask=turns, other=0.0) * SIGN
+    cos = tl.load(Cos + angle, mask=paired, other=1.0)
+    sin = tl.load(Sin + angle, mask=paired, other=0.0) * SIGN
     return x * cos + tl.where(is_first[None, :], -y, y) * sin
 
 
 @triton.jit
-def turn(
-    X,
-    Cos,
-    Sin,
-    Out,
-    stride_xb,
-    stride_xh,
-    stride_xt,
-    stride_angle_b,
-    num_heads,
-    tokens,
-    HALF: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    SIGN: tl.constexpr,
-):
-    """Out [B, H, T, D] contiguous = X turned by its tokens' angles (back by them for SIGN = -1)."""
+def rotary(
+    X, Out, x_strides: Strides, angles: Angles, heads, tokens,
+    HALF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SIGN: tl.constexpr,
+):  # fmt: skip
+    """Out [B, H, T, D] contiguous = X rotated by its tokens' angles (back by them for SIGN = -1)."""
     blocks = tl.cdiv(tokens, BLOCK_T)
     pid = tl.program_id(0)
     t0 = (pid % blocks) * BLOCK_T
-    b = (pid // blocks) // num_heads
-    h = (pid // blocks) % num_heads
+    b = (pid // blocks) // heads
+    h = (pid // blocks) % heads
     b64 = b.to(tl.int64)
     rows = tl.minimum(tl.arange(0, BLOCK_T), tokens - 1 - t0)
-    x = X + b64 * stride_xb + h.to(tl.int64) * stride_xh + t0.to(tl.int64) * stride_xt
-    angle = b64 * stride_angle_b + t0.to(tl.int64) * HALF
-    turned = load_turned(x, rows, stride_xt, Cos + angle, Sin + angle, HALF, D, BLOCK_D, INTERLEAVED, SIGN)
+    x = X + b64 * x_strides.batch + h.to(tl.int64) * x_strides.head + t0.to(tl.int64) * x_strides.token
+    angle = b64 * angles.batch + t0.to(tl.int64) * HALF
+    rotated = load_rotary(
+        x, rows, x_strides.token, angles.cos + angle, angles.sin + angle, HALF, D, BLOCK_D, INTERLEAVED, SIGN
+    )
     offs_d = tl.arange(0, BLOCK_D)
     out = Out + ((pid // blocks).to(tl.int64) * tokens + t0) * D
     # Rows past the end repeat the last one and would store it again: the mask keeps one store per element.
     inside = (t0 + tl.arange(0, BLOCK_T) < tokens)[:, None] & (offs_d < D)[None, :]
-    tl.store(out + rows[:, None] * D + offs_d[None, :], turned.to(Out.dtype.element_ty), mask=inside)
+    tl.store(out + rows[:, None] * D + offs_d[None, :], rotated.to(Out.dtype.element_ty), mask=inside)

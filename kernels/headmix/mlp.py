@@ -16,9 +16,24 @@ import triton.language as tl
 from .layout import repeated
 
 
+class MixWeights(NamedTuple):
+    """The MLP as a kernel's argument: w1x, w1b, w2 [HEADS, WIDTH] in the dtype of products (the first layer's
+    transposed), b1 [WIDTH] and b2 [H] float32, and `rows`, the inner bias's table [distances, HEADS] from distance
+    rows_first on, if it depends on the distance alone. None: w1b without an inner bias of its own, b1 if rows carry
+    it."""
+
+    w1x: Any
+    w1b: Any
+    b1: Any
+    w2: Any
+    b2: Any
+    rows: Any
+    rows_first: Any
+
+
 class Weights(NamedTuple):
-    """w1x, w1b, w2 [HEADS, WIDTH] in the dtype of products (the first layer's transposed), b1 [WIDTH] float32;
-    w1b_in is w1b with its heads in the order in which the inner bias's rows come."""
+    """MixWeights as loaded; w1x_halves is for heads that two warps share; w1b_in is w1b with its heads in the order in
+    which the inner bias's rows come."""
 
     w1x: Any
     w1x_halves: Any
@@ -41,34 +56,36 @@ def _matrix(W, rows, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_weights(W1X, W1B, B1, W2, F: tl.constexpr, BY_DISTANCE: tl.constexpr):
-    HEADS: tl.constexpr = F.heads
-    WIDTH: tl.constexpr = F.width
+def load_weights(m: MixWeights, CONFIG: tl.constexpr):
+    HEADS: tl.constexpr = CONFIG.heads
+    WIDTH: tl.constexpr = CONFIG.width
     heads = tl.arange(0, HEADS)
-    w1x = _matrix(W1X, heads, WIDTH)
+    w1x = _matrix(m.w1x, heads, WIDTH)
     w1x_halves = w1x
-    if F.halves:
-        GROUP: tl.constexpr = F.group
-        w1x_halves = tl.where(heads[:, None] < GROUP // 2, _matrix(W1X, GROUP + heads % (GROUP // 2), WIDTH), 0.0)
+    if CONFIG.halves:
+        GROUP: tl.constexpr = CONFIG.group
+        w1x_halves = tl.where(heads[:, None] < GROUP // 2, _matrix(m.w1x, GROUP + heads % (GROUP // 2), WIDTH), 0.0)
         w1x = tl.where(heads[:, None] < GROUP, w1x, 0.0)
         w1x_halves = w1x_halves.to(w1x.dtype)
     w1b = w1x
     w1b_in = w1x
-    if W1B is not None:
-        w1b = _matrix(W1B, heads, WIDTH)
-        w1b_in = _matrix(W1B, operand_order(HEADS), WIDTH) if BY_DISTANCE else w1b
+    if m.w1b is not None:
+        w1b = _matrix(m.w1b, heads, WIDTH)
+        w1b_in = _matrix(m.w1b, operand_order(HEADS), WIDTH) if m.rows is not None else w1b
     b1 = tl.zeros([WIDTH], tl.float32)  # not None: Triton 3.6 returns tensors only
-    if B1 is not None:
-        b1 = tl.load(B1 + tl.arange(0, WIDTH))
+    if m.b1 is not None:
+        b1 = tl.load(m.b1 + tl.arange(0, WIDTH))
     # The second layer has the heads of halves twice: a warp then finds its own half of the keys (own_half).
-    second = tl.where(heads < F.group, heads, F.group + heads % (F.group // 2)) if F.halves else heads
-    return Weights(w1x, w1x_halves, w1b, w1b_in, b1, _matrix(W2, second, WIDTH))
+    second = (
+        tl.where(heads < CONFIG.group, heads, CONFIG.group + heads % (CONFIG.group // 2)) if CONFIG.halves else heads
+    )
+    return Weights(w1x, w1x_halves, w1b, w1b_in, b1, _matrix(m.w2, second, WIDTH))
 
 
 @triton.jit
 def rows_by_distance(Rows, corner, M: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr, NVIDIA: tl.constexpr):
     """Entries corner + m - n of a table [distances, HEADS], as [positions, HEADS] for a product (the positions in the
-    order of mix_tiles.rows_of_heads). The host has padded the table for queries and keys past the end.
+    order of layout.rows_of_heads). The host has padded the table for queries and keys past the end.
 
     On NVIDIA a lane loads the 4 neighbouring heads that make its share of an operand, with no exchange: the product
     meets heads 4t .. 4t + 3 as k = 2t, 2t + 1, 2t + 8, 2t + 9: operand_order, which the weights follow."""
@@ -130,14 +147,14 @@ def leaky(before, dtype: tl.constexpr, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def first_layer(x, halves, inner, w: Weights, F: tl.constexpr):
+def first_layer(x, halves, inner, w: Weights, CONFIG: tl.constexpr):
     """The pre-activation [P, WIDTH] of rows x [HEADS, P], of rows `halves` of the heads that take two warps, and, for
     CONCAT, of inner [P, HEADS]. b1 is 0 where a spare head of the inner rows carries it."""
-    PRECISION: tl.constexpr = F.precision
-    start = tl.broadcast_to(w.b1[None, :], [x.shape[1], F.width])
-    before = into_hidden(repeated(x, F.heads), w.w1x, start, PRECISION)
-    if F.halves:
-        before = into_hidden(repeated(halves, F.heads), w.w1x_halves, before, PRECISION)
-    if F.concat:
+    PRECISION: tl.constexpr = CONFIG.precision
+    start = tl.broadcast_to(w.b1[None, :], [x.shape[1], CONFIG.width])
+    before = into_hidden(repeated(x, CONFIG.heads), w.w1x, start, PRECISION)
+    if CONFIG.halves:
+        before = into_hidden(repeated(halves, CONFIG.heads), w.w1x_halves, before, PRECISION)
+    if CONFIG.concat:
         before = tl.dot(inner, w.w1b_in, before, input_precision=PRECISION)
     return before

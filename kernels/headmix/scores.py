@@ -9,52 +9,45 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common.masks import allowed
+from ..common.arguments import Dropout, Mask, Operands, Positions, Shape
+from ..common.masks import allowed, of_pairs
 from ..common.scores import LOG2E, cap
-from .bias import Sequence, Tile, group_tile, heads_bias
+from ..common.sequences import SeqlenInfo, TileCoord
+from .bias import group_tile, heads_bias
 from .layout import own_half, rows_of_halves, rows_of_heads, tiles_of_heads
 from .mlp import Weights, first_layer, into_hidden, leaky, out_of_hidden, rows_by_distance
 
 
 class Mix(NamedTuple):
-    """What makes logits of dot products, as kernel arguments: biases (mix_bias.Operands), softcap, mask and dropout.
+    """What makes logits of dot products: biases, mask, positions and dropout; rows and rows_first as in
+    mlp.MixWeights."""
 
-    Rows is the inner bias's table [distances, HEADS] from rows_first on, if it depends on the distance alone."""
-
-    inner: Any
-    outer: Any
-    Rows: Any
+    inner: Operands
+    outer: Operands
+    rows: Any
     rows_first: Any
     scale: Any
     softcap: Any
-    num_heads: Any
-    Boolean: Any
-    stride_bb: Any
-    stride_bh: Any
-    stride_bi: Any
-    stride_bj: Any
-    left: Any
-    right: Any
-    threshold: Any
-    keep_scale: Any
-    seed_lo: Any
-    seed_hi: Any
+    heads: Any
+    mask: Mask
+    positions: Positions
+    dropout: Dropout
 
 
 @triton.jit
-def head_groups(num_heads, group, F: tl.constexpr):
+def head_groups(shape: Shape, CONFIG: tl.constexpr):
     """The query heads of each group and the key heads that they read, int64; those past the last one repeat it."""
     heads = ()
     keys = ()
-    GROUP: tl.constexpr = F.group
-    GROUPS: tl.constexpr = F.groups
+    GROUP: tl.constexpr = CONFIG.group
+    GROUPS: tl.constexpr = CONFIG.groups
     for g in tl.static_range(GROUPS):
         own = tl.arange(0, GROUP)
-        if F.halves and g == GROUPS - 1:
+        if CONFIG.halves and g == GROUPS - 1:
             own = own % (GROUP // 2)
-        h = tl.minimum(g * GROUP + own, num_heads - 1)
+        h = tl.minimum(g * GROUP + own, shape.heads - 1)
         heads += (h.to(tl.int64),)
-        keys += ((h // group).to(tl.int64),)
+        keys += ((h // shape.group).to(tl.int64),)
     return heads, keys
 
 
@@ -74,14 +67,12 @@ def _plus_rows(x, rows, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _masked(s, t: Tile, seq: Sequence, heads, m: Mix, F: tl.constexpr, INSIDE: tl.constexpr):
+def _masked(s, t: TileCoord, seq: SeqlenInfo, heads, m: Mix, CONFIG: tl.constexpr, INSIDE: tl.constexpr):
     if not INSIDE:
-        ok = allowed(t.i, t.j, seq.k_len, seq.offset, m.left, m.right, F.has_left, F.has_right) & (t.j >= 0)
+        ok = allowed(t, seq, m.mask, CONFIG) & (t.j >= 0)
         s = tl.where(ok, s, float("-inf"))
-    if m.Boolean is not None:
-        tile = m.Boolean + t.b.to(tl.int64) * m.stride_bb + heads[:, None, None] * m.stride_bh
-        tile += (t.q_start + t.i0).to(tl.int64) * m.stride_bi + (t.k_start + t.j0).to(tl.int64) * m.stride_bj
-        sees = tl.load(tile + (t.i_in - t.i0) * m.stride_bi + (t.j_in - t.j0) * m.stride_bj)
+    if m.mask.boolean is not None:
+        sees = tl.load(of_pairs(m.mask.boolean, m.mask.boolean_strides, t, heads[:, None, None]))
         s = tl.where(sees, s, float("-inf"))
     return s
 
@@ -97,46 +88,46 @@ def _positions_halved(x, PART: tl.constexpr):
 
 @triton.jit
 def _hidden(
-    x, halves, inner, w: Weights, F: tl.constexpr, CHUNKS: tl.constexpr, PART: tl.constexpr, NVIDIA: tl.constexpr
+    x, halves, inner, w: Weights, CONFIG: tl.constexpr, CHUNKS: tl.constexpr, PART: tl.constexpr, NVIDIA: tl.constexpr
 ):
     """(hidden units [P, WIDTH] in the dtype of products; pre-activation [P, WIDTH], of the last part only if the
     positions go through in CHUNKS parts, PART at a time, so that it takes fewer registers)."""
     P: tl.constexpr = x.shape[1]
     if CHUNKS == 1:
-        before = first_layer(x, halves, inner, w, F)
+        before = first_layer(x, halves, inner, w, CONFIG)
         return leaky(before, x.dtype, NVIDIA), before
     else:
         x0, x1 = _positions_halved(x, PART)
         halves0, halves1 = _positions_halved(halves, PART)
         inner0 = inner
         inner1 = inner
-        if F.concat:
-            inner = tl.permute(tl.reshape(inner, [P // (2 * PART), 2, PART, F.heads]), (0, 2, 3, 1))
+        if CONFIG.concat:
+            inner = tl.permute(tl.reshape(inner, [P // (2 * PART), 2, PART, CONFIG.heads]), (0, 2, 3, 1))
             inner0, inner1 = tl.split(inner)
-            inner0 = tl.reshape(inner0, [P // 2, F.heads])
-            inner1 = tl.reshape(inner1, [P // 2, F.heads])
-        low, before = _hidden(x0, halves0, inner0, w, F, CHUNKS // 2, PART // 2, NVIDIA)
-        high, before = _hidden(x1, halves1, inner1, w, F, CHUNKS // 2, PART // 2, NVIDIA)
-        low = tl.reshape(low, [P // (2 * PART), PART, F.width])
-        both = tl.join(low, tl.reshape(high, [P // (2 * PART), PART, F.width]))
-        return tl.reshape(tl.permute(both, (0, 3, 1, 2)), [P, F.width]), before
+            inner0 = tl.reshape(inner0, [P // 2, CONFIG.heads])
+            inner1 = tl.reshape(inner1, [P // 2, CONFIG.heads])
+        low, before = _hidden(x0, halves0, inner0, w, CONFIG, CHUNKS // 2, PART // 2, NVIDIA)
+        high, before = _hidden(x1, halves1, inner1, w, CONFIG, CHUNKS // 2, PART // 2, NVIDIA)
+        low = tl.reshape(low, [P // (2 * PART), PART, CONFIG.width])
+        both = tl.join(low, tl.reshape(high, [P // (2 * PART), PART, CONFIG.width]))
+        return tl.reshape(tl.permute(both, (0, 3, 1, 2)), [P, CONFIG.width]), before
 
 
 @triton.jit
 def mixed_logits(
-    dots, t: Tile, seq: Sequence, heads, w: Weights, m: Mix, F: tl.constexpr,
+    dots, t: TileCoord, seq: SeqlenInfo, heads, w: Weights, m: Mix, CONFIG: tl.constexpr,
     SCALED: tl.constexpr, INSIDE: tl.constexpr, CHUNKS: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """(logits less b2, -inf where masked; x's derivatives by the dot products; rows of x [HEADS, P]; rows of the inner
     bias [P, HEADS]; pre-activation [P, WIDTH]) from dot products, which have the scale already if they are SCALED."""
-    PRECISION: tl.constexpr = F.precision
+    PRECISION: tl.constexpr = CONFIG.precision
     GROUPS: tl.constexpr = len(dots)
     GROUP: tl.constexpr = dots[0].shape[0]
-    M: tl.constexpr = t.rows.shape[0]
-    N: tl.constexpr = t.cols.shape[0]
+    M: tl.constexpr = t.i.shape[1]
+    N: tl.constexpr = t.j.shape[2]
     T: tl.constexpr = w.w1x.dtype
-    INNER: tl.constexpr = F.inner
-    OUTER: tl.constexpr = F.outer
+    INNER: tl.constexpr = CONFIG.inner
+    OUTER: tl.constexpr = CONFIG.outer
     kept = ()
     slacks = ()
     mlp_rows = ()
@@ -147,96 +138,96 @@ def mixed_logits(
         if m.softcap is not None:
             x, slack = cap(x, m.softcap)
         row = x
-        own = group_tile(t, seq, g, F, INSIDE)
-        if F.has_inner:
-            inner = heads_bias(own, heads[g], m.inner, INNER, F, NVIDIA)
-            if not F.concat:
+        own = group_tile(t, seq, m.positions, g, CONFIG, INSIDE)
+        if CONFIG.has_inner:
+            inner = heads_bias(own, heads[g], m.inner, INNER, CONFIG, NVIDIA)
+            if not CONFIG.concat:
                 row = x + inner
-            elif m.Rows is None:
+            elif m.rows is None:
                 inner_tiles += (inner.to(T),)
-            if F.residual:
+            if CONFIG.residual:
                 x += inner
         kept += (x,)
         slacks += (slack,)
         mlp_rows += (row.to(T),)
-    if F.halves:
+    if CONFIG.halves:
         x_rows = rows_of_heads((mlp_rows[0],), GROUP)
         half_rows = rows_of_halves(mlp_rows[1])
     else:
-        x_rows = rows_of_heads(mlp_rows, F.heads)
+        x_rows = rows_of_heads(mlp_rows, CONFIG.heads)
         half_rows = x_rows
-    if F.concat and m.Rows is not None:
+    if CONFIG.concat and m.rows is not None:
         corner = t.i0 - t.j0 + t.shift - m.rows_first
-        inner_rows = rows_by_distance(m.Rows, corner, M, N, F.heads, NVIDIA)
-    elif F.concat:
-        inner_rows = tl.permute(rows_of_heads(inner_tiles, F.heads), (1, 0))
+        inner_rows = rows_by_distance(m.rows, corner, M, N, CONFIG.heads, NVIDIA)
+    elif CONFIG.concat:
+        inner_rows = tl.permute(rows_of_heads(inner_tiles, CONFIG.heads), (1, 0))
     else:
         inner_rows = tl.permute(x_rows, (1, 0))
-    hidden, before = _hidden(x_rows, half_rows, inner_rows, w, F, CHUNKS, M * 8, NVIDIA)
-    mixed = out_of_hidden(w.w2, hidden, F.group, PRECISION)
-    if not F.halves:
+    hidden, before = _hidden(x_rows, half_rows, inner_rows, w, CONFIG, CHUNKS, M * 8, NVIDIA)
+    mixed = out_of_hidden(w.w2, hidden, CONFIG.group, PRECISION)
+    if not CONFIG.halves:
         mixed = mixed.to(T)
     mixed = tiles_of_heads(mixed, GROUP, M, N)
-    if F.halves:
+    if CONFIG.halves:
         mixed = (mixed[0], own_half(mixed[1]))
     logits = ()
     for g in tl.static_range(GROUPS):
-        own = group_tile(t, seq, g, F, INSIDE)
+        own = group_tile(t, seq, m.positions, g, CONFIG, INSIDE)
         s = _plus_rows(kept[g], mixed[g].to(T), PRECISION)
-        if F.has_outer:
-            s += heads_bias(own, heads[g], m.outer, OUTER, F, NVIDIA)
-        logits += (_masked(s, own, seq, heads[g], m, F, INSIDE),)
+        if CONFIG.has_outer:
+            s += heads_bias(own, heads[g], m.outer, OUTER, CONFIG, NVIDIA)
+        logits += (_masked(s, own, seq, heads[g], m, CONFIG, INSIDE),)
     return logits, slacks, x_rows, inner_rows, before
 
 
 @triton.jit
-def keep_heads(t: Tile, heads, m: Mix):
+def keep_heads(t: TileCoord, heads, m: Mix):
     """dropout.keep_tile for the heads of a group, [GROUP, BLOCK_M, BLOCK_N]."""
-    lo = m.seed_lo.to(tl.uint32, bitcast=True).to(tl.uint64)
-    seed = (m.seed_hi.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | lo
+    lo = m.dropout.seed_lo.to(tl.uint32, bitcast=True).to(tl.uint64)
+    seed = (m.dropout.seed_hi.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | lo
     i = t.q_start + t.i
     j = t.k_start + t.j
-    bh = (t.b * m.num_heads + heads.to(tl.int32))[:, None, None]
+    bh = (t.b * m.heads + heads.to(tl.int32))[:, None, None]
     w0, w1, w2, w3 = tl.philox(seed, j >> 2, i, bh, 0, 10)
     low = tl.where(j % 2 == 0, w0, w1)
     high = tl.where(j % 2 == 0, w2, w3)
-    return tl.where(j % 4 < 2, low, high) >= m.threshold.to(tl.uint32, bitcast=True)
+    return tl.where(j % 4 < 2, low, high) >= m.dropout.threshold.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def logit_gradient(s, dp, lse2, delta, t: Tile, heads, m: Mix):
+def logit_gradient(s, dp, lse2, delta, t: TileCoord, heads, m: Mix):
     """(weights as they met the values, gradient of the logits) of a group; dp is dO by V, lse2 and delta [GROUP, M]."""
     p = tl.exp2(s * LOG2E - lse2[:, :, None])
     kept = p
-    if m.threshold is not None:
+    if m.dropout.threshold is not None:
         keep = keep_heads(t, heads, m)
-        kept = tl.where(keep, p * m.keep_scale, 0.0)
-        dp = tl.where(keep, dp * m.keep_scale, 0.0)
+        kept = tl.where(keep, p * m.dropout.keep_scale, 0.0)
+        dp = tl.where(keep, dp * m.dropout.keep_scale, 0.0)
     return kept, p * (dp - delta[:, :, None])
 
 
 @triton.jit
-def mlp_gradient(ds, before, w: Weights, F: tl.constexpr):
+def mlp_gradient(ds, before, w: Weights, CONFIG: tl.constexpr):
     """From gradients of the logits: (their rows [HEADS, P], the gradient of the pre-activation [P, WIDTH])."""
-    PRECISION: tl.constexpr = F.precision
+    PRECISION: tl.constexpr = CONFIG.precision
     T: tl.constexpr = w.w1x.dtype
     GROUPS: tl.constexpr = len(ds)
     rows = ()
     for g in tl.static_range(GROUPS):
         rows += (ds[g].to(T),)
-    ds_rows = rows_of_heads(rows, F.heads)
+    ds_rows = rows_of_heads(rows, CONFIG.heads)
     dhidden = into_hidden(ds_rows, w.w2, tl.zeros(before.shape, tl.float32), PRECISION)
     return ds_rows, tl.where(before > 0.0, dhidden, 0.01 * dhidden)
 
 
 @triton.jit
-def input_gradient(ds, dbefore, weights, t: Tile, F: tl.constexpr, RESIDUAL: tl.constexpr):
+def input_gradient(ds, dbefore, weights, t: TileCoord, CONFIG: tl.constexpr, RESIDUAL: tl.constexpr):
     """The gradient of what `weights` multiplied in the first layer, by groups; RESIDUAL adds the bare term's, ds."""
-    PRECISION: tl.constexpr = F.precision
+    PRECISION: tl.constexpr = CONFIG.precision
     GROUP: tl.constexpr = ds[0].shape[0]
     T: tl.constexpr = weights.dtype
     dz = out_of_hidden(weights, dbefore.to(T), GROUP, PRECISION).to(T)
-    dz = tiles_of_heads(dz, GROUP, t.rows.shape[0], t.cols.shape[0])
+    dz = tiles_of_heads(dz, GROUP, t.i.shape[1], t.j.shape[2])
     GROUPS: tl.constexpr = len(ds)
     found = ()
     for g in tl.static_range(GROUPS):

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from ..common.bias import Operands
-from .bias import Tile, profile_tile
+from ..common.arguments import Operands
+from ..common.sequences import TileCoord
+from .bias import profile_tile
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def add_outer(acc, left, right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def slope_sums(sums, gradients, t: Tile, SIGNED: tl.constexpr, EXPLICIT: tl.constexpr):
+def slope_sums(sums, gradients, t: TileCoord, SIGNED: tl.constexpr, EXPLICIT: tl.constexpr):
     """sums less the sum of each head's gradients times the distance."""
     distance = (t.pi - t.pj).to(tl.float32) if EXPLICIT else (t.pi + t.shift - t.pj).to(tl.float32)
     if not SIGNED:
@@ -36,29 +37,37 @@ def slope_sums(sums, gradients, t: Tile, SIGNED: tl.constexpr, EXPLICIT: tl.cons
 
 @triton.jit
 def profile_sums(
-    gradients, Sums, heads, num_heads, t: Tile, o: Operands, B: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr
+    gradients,
+    Sums,
+    heads,
+    num_heads,
+    t: TileCoord,
+    o: Operands,
+    BIAS: tl.constexpr,
+    CONFIG: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):
     """Adds the sums of g and of g * y on each segment to Sums [2, HEADS, W + 1]; returns the row scale's, [BLOCK_M]."""
     GROUP: tl.constexpr = gradients[0].shape[0]
     GROUPS: tl.constexpr = len(gradients)
-    psi, row_scale, low, high = profile_tile(t, o, B, F, NVIDIA)
+    psi, row_scale, low, high = profile_tile(t, o, BIAS, CONFIG, NVIDIA)
     y = psi * row_scale
     width = o.num_knots + 1
-    total = tl.zeros([t.rows.shape[0]], tl.float32)
+    total = tl.zeros([t.i.shape[1]], tl.float32)
     for m in range(low, high + 1):
         on = y == y
         if m > 0:
-            on = on & (y > tl.load(o.Knots + m - 1))
+            on = on & (y > tl.load(o.knots + m - 1))
         if m < o.num_knots:
-            on = on & (y <= tl.load(o.Knots + m))
+            on = on & (y <= tl.load(o.knots + m))
         for g in tl.static_range(GROUPS):
             own = g * GROUP + tl.arange(0, GROUP)
             slot = own * width + m
             part = tl.where(on, gradients[g], 0.0)
             # One program adds to these slots, in its own order.
             tl.atomic_add(Sums + slot, tl.sum(tl.sum(part, 2), 1), sem="relaxed")
-            tl.atomic_add(Sums + F.heads * width + slot, tl.sum(tl.sum(part * y, 2), 1), sem="relaxed")
-            slope = tl.load(o.SegmentSlope + heads[g] * width + m)
+            tl.atomic_add(Sums + CONFIG.heads * width + slot, tl.sum(tl.sum(part * y, 2), 1), sem="relaxed")
+            slope = tl.load(o.segment_slope + heads[g] * width + m)
             slope = tl.where(own < num_heads, slope, 0.0)[:, None, None]
             total += tl.sum(tl.sum(part * psi * slope, 0), 1)
     return total
@@ -66,20 +75,27 @@ def profile_sums(
 
 @triton.jit
 def psi_gradient(
-    gradients, heads, num_heads, t: Tile, o: Operands, B: tl.constexpr, F: tl.constexpr, NVIDIA: tl.constexpr
+    gradients,
+    heads,
+    num_heads,
+    t: TileCoord,
+    o: Operands,
+    BIAS: tl.constexpr,
+    CONFIG: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):
     """Gradients times the slope of the profile's segment times the row scale, summed over heads: [BLOCK_M, BLOCK_N]."""
     GROUP: tl.constexpr = gradients[0].shape[0]
     GROUPS: tl.constexpr = len(gradients)
-    psi, row_scale, low, high = profile_tile(t, o, B, F, NVIDIA)
+    psi, row_scale, low, high = profile_tile(t, o, BIAS, CONFIG, NVIDIA)
     y = psi * row_scale
-    total = tl.zeros([t.rows.shape[0], t.cols.shape[0]], tl.float32)
+    total = tl.zeros([t.i.shape[1], t.j.shape[2]], tl.float32)
     for g in tl.static_range(GROUPS):
-        slopes = o.SegmentSlope + (heads[g] * (o.num_knots + 1))[:, None, None]
+        slopes = o.segment_slope + (heads[g] * (o.num_knots + 1))[:, None, None]
         steepness = tl.zeros(gradients[g].shape, tl.float32) + tl.load(slopes + low)
         if high > low:
             for m in range(low, high):
-                steepness = tl.where(y > tl.load(o.Knots + m), tl.load(slopes + m + 1), steepness)
+                steepness = tl.where(y > tl.load(o.knots + m), tl.load(slopes + m + 1), steepness)
         own = g * GROUP + tl.arange(0, GROUP)
         real = (own < num_heads)[:, None, None]
         total += tl.sum(tl.where(real, gradients[g] * steepness * row_scale, 0.0), 0)

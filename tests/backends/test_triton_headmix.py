@@ -94,7 +94,7 @@ def test_heads_far_apart():
 
 def test_hopper_mixes_by_wgmma(ptx_machine: Machine):  # noqa: F811
     posattn.attention(*tensors(), posattn.DAPE(None, 3, width=8), causal=True, backend="triton")
-    (launched,) = [x for x in ptx_machine.launches if x.kernel == "mixed_forward"]
+    (launched,) = [x for x in ptx_machine.launches if x.kernel == "headmix_forward"]
     assert ("wgmma" in launched.compiled.ptx) == (ptx_machine.arch == 90)
 
 

@@ -38,4 +38,4 @@ def test_kernels_compile() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"triton {OLDEST}" in done.stdout
     kernels = {line.split()[1] for line in done.stdout.splitlines()[1:]}
-    assert kernels >= {"attention_backward", "mixed_forward", "mixed_backward_q", "mixed_backward_kv"}
+    assert kernels >= {"attention_backward", "headmix_forward", "headmix_backward_q", "headmix_backward_kv"}

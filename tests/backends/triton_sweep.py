@@ -18,13 +18,13 @@ import torch
 import posattn
 from posattn.backends.triton import attention_backward, attention_forward
 from posattn.backends.triton import launch as seam
-from posattn.backends.triton.configs.launch_config import Tile
+from posattn.backends.triton.configs.launch_config import LaunchConfig
 from posattn.parity import measure
 from posattn.plan import Call
 from tests.ptxsim import interpreter
 
 # Small, since a sweep is about borders; with warps on one axis of the results or on both, in turn.
-TILES = [Tile(16, 16, 4, 1, "a sweep", spread=spread) for spread in (False, True)]
+TILES = [LaunchConfig(16, 16, 4, 1, "a sweep", spread=spread) for spread in (False, True)]
 
 # Plans and masks in turn along the lengths; (encoding, options) for a length. An odd number, so that each plan meets
 # both dtypes, which take turns too.
@@ -62,12 +62,12 @@ def main(first: int, last: int) -> int:
         processors=lambda device: 1,
     )
 
-    def small(arch: str, call: Call) -> Tile:
+    def small(arch: str, call: Call) -> LaunchConfig:
         return TILES[call.q.shape[2] // len(PLANS) % 2]
 
-    tiles = mock.patch.multiple(attention_backward, main_tile=small, bias_tile=small)
+    tiles = mock.patch.multiple(attention_backward, main_config=small, by_tile_config=small)
     broken = 0
-    with replaced, tiles, mock.patch.object(attention_forward, "forward_tile", small):
+    with replaced, tiles, mock.patch.object(attention_forward, "forward_config", small):
         for n in range(first, last + 1):
             position, options = PLANS[n % len(PLANS)](n)
             dtype = torch.bfloat16 if n % 2 else torch.float32

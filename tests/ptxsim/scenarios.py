@@ -160,7 +160,7 @@ SCENARIOS = {
     "backward_slope": Scenario(
         _parity("slope", _BACKWARD, backward=True), "Triton gradients, ALiBi", "attention_backward|prepare"
     ),
-    "mix": Scenario(_parity("mix", _MIX), "Triton forward, HeadMix over Kerple", "mixed"),
+    "mix": Scenario(_parity("mix", _MIX), "Triton forward, HeadMix over Kerple", "headmix_forward"),
     "decode": Scenario(_parity("slope", _DECODE), "Triton decoding, ALiBi"),
     "cuda_decode": Scenario(_parity("slope", _DECODE, backend="cuda"), "CUDA decoding, ALiBi"),
     "cuda_slope": Scenario(_parity("slope", _FORWARD, backend="cuda"), "CUDA forward, ALiBi", "attention_forward"),

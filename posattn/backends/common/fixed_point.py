@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from posattn.plan import Bias, Call, HeadMix
 
 
-def units(call: Call, shared: dict[str, Any], factor: Tensor | float = 1.0) -> Tensor:
+def units(call: Call, grad_out: Tensor, delta: Tensor, factor: Tensor | float = 1.0) -> Tensor:
     """[1] float32: the power of two of which integers of 62 bits hold any sum of logit gradients times `factor`.
 
     A row's weights sum to at most 1, so its gradients sum to at most what one of weight 1 can be."""
     largest_v = torch.linalg.vector_norm(call.v.float(), dim=-1).nan_to_num(0.0, 0.0, 0.0).max()
-    rows = torch.linalg.vector_norm(shared["GradOut"].float(), dim=-1).sum() * largest_v / (1.0 - call.dropout_p)
-    total = (rows + shared["Delta"].abs().sum()) * factor
+    rows = torch.linalg.vector_norm(grad_out.float(), dim=-1).sum() * largest_v / (1.0 - call.dropout_p)
+    total = (rows + delta.abs().sum()) * factor
     return torch.exp2((61.0 - torch.log2(total).ceil()).clamp(-120.0, 120.0)).reshape(1)
 
 
@@ -39,4 +37,4 @@ def bias_units(call: Call, bias: Bias, grad_out: Tensor, delta: Tensor, most: Te
             x.float().abs().max() for x in (bias.profile.psi, bias.profile.row_scale, bias.profile.segment_slope)
         )
         factor = torch.stack([factor, psi * scale, psi * steep, scale * steep]).max()
-    return units(call, {"GradOut": grad_out, "Delta": delta}, factor * most)
+    return units(call, grad_out, delta, factor * most)

@@ -1,13 +1,9 @@
-"""A Call as the arguments that the kernels share, by parameter name.
-
-Kernels take their parameters in their own order and subset; `launch_with` picks them by name. Absent operands are
-None, which Triton compiles away.
-"""
+"""A Call as the tuples that kernels take (kernels/common/arguments.py), and what they are compiled for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,19 +11,29 @@ from torch import Tensor
 
 from posattn.backends.common.operands import (
     BiasOperands,
-    MaskOperands,
     bias_operands,
     dropout_operands,
-    k_max,
     mask_operands,
     position_operands,
     power_of_two,
-    q_max,
-    slopes,
 )
 from posattn.backends.common.strides import steps
-from posattn.kernels.common.config import BiasForm, Form
-from posattn.plan import Call, Slope
+from posattn.backends.triton.configs.launch_config import LaunchConfig
+from posattn.kernels.common.arguments import (
+    Angles,
+    Dropout,
+    Inputs,
+    Mask,
+    Operands,
+    Output,
+    OutputGradient,
+    PairStrides,
+    Positions,
+    Shape,
+    Strides,
+)
+from posattn.kernels.common.config import AttentionConfig, BiasConfig
+from posattn.plan import Call
 
 Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, int, int | None], None]
 
@@ -35,29 +41,9 @@ Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, in
 MAX_TOKEN_STRIDE = 1 << 23
 
 
-@dataclass
-class Arguments:
-    """Runtime values and compile-time constants, by the name of the kernel parameter that takes them."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    constants: dict[str, Any] = field(default_factory=dict)
-
-    def with_(self, values: Mapping[str, Any], constants: Mapping[str, Any]) -> Arguments:
-        return Arguments({**self.values, **values}, {**self.constants, **constants})
-
-    def launch_with(
-        self,
-        launch: Launch,
-        kernel: Any,
-        grid: Sequence[int],
-        num_warps: int,
-        num_stages: int,
-        registers: int | None = None,
-    ) -> None:
-        names = kernel.arg_names
-        constants = {name: self.constants[name] for name in names if name in self.constants}
-        values = [self.values[name] for name in names if name not in constants]
-        launch(kernel, grid, values, constants, num_warps, num_stages, registers)
+def nothing(of: type[Any]) -> Any:
+    """A tuple of arguments that a kernel takes all of and this call has none of."""
+    return of(*[None] * len(of._fields))
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -67,98 +53,65 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if readable else x.contiguous()
 
 
+def strides(x: Tensor) -> Strides:
+    return Strides(*x.stride()[:3])
+
+
+def inputs(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+    return Inputs(q, k, v, strides(q), strides(k), strides(v))
+
+
+def output_gradient(grad_out: Tensor, lse2: Tensor, delta: Tensor) -> OutputGradient:
+    return OutputGradient(grad_out, lse2, delta, strides(grad_out))
+
+
+def output(out: Tensor, lse: Tensor) -> Output:
+    """One output, not split."""
+    return Output(out, lse, strides(out), None, None)
+
+
+def shape(call: Call) -> Shape:
+    heads = call.q.shape[1]
+    return Shape(heads, heads // call.k.shape[1], call.q.shape[2], call.k.shape[2])
+
+
+def angles(cos: Tensor | None, sin: Tensor | None) -> Angles:
+    """None for a side that is rotated already."""
+    if cos is None or sin is None:
+        return Angles(None, None, 0)
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    return Angles(cos, sin, steps(cos)[0])
+
+
+def operands(bias: BiasOperands) -> Operands:
+    values = {name: getattr(bias, name) for name in Operands._fields}
+    return Operands(**{**values, "dense_strides": PairStrides(*bias.dense_strides)})
+
+
+def bias_config(bias: BiasOperands) -> BiasConfig:
+    return BiasConfig(bias.signed, bias.clamp, bias.padded_knots)
+
+
+def _positions(call: Call) -> Positions:
+    positions = position_operands(call)
+    return Positions(positions.q, positions.k, positions.q_batch, positions.k_batch)
+
+
 def _signed32(word: int) -> int:
     """The same 32 bits as an int32, so that a value never changes the type a kernel is compiled for."""
-    word &= 0xFFFFFFFF
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def mask_arguments(call: Call) -> tuple[dict[str, Any], MaskOperands]:
-    mask = mask_operands(call)
-    values = {
-        "KLengths": mask.k_lengths,
-        "CuQ": mask.cu_q,
-        "CuK": mask.cu_k,
-        "left": mask.left,
-        "right": mask.right,
-        "Boolean": mask.boolean,
-        **dict(zip(("stride_bb", "stride_bh", "stride_bi", "stride_bj"), mask.boolean_strides)),
-    }
-    return values, mask
-
-
-def position_arguments(call: Call) -> dict[str, Any]:
-    positions = position_operands(call)
-    return {
-        "QPositions": positions.q,
-        "KPositions": positions.k,
-        "stride_qpos": positions.q_batch,
-        "stride_kpos": positions.k_batch,
-    }
-
-
-def dropout_arguments(call: Call) -> dict[str, Any]:
+def _dropout(call: Call) -> Dropout:
     dropout = dropout_operands(call)
     if dropout is None:
-        return {"threshold": None, "keep_scale": None, "seed_lo": None, "seed_hi": None}
-    return {
-        "threshold": _signed32(dropout.threshold),
-        "keep_scale": dropout.keep_scale,
-        "seed_lo": _signed32(dropout.key_low),
-        "seed_hi": _signed32(dropout.key_high),
-    }
+        return Dropout(None, None, None, None)
+    words = (_signed32(word) for word in (dropout.threshold, dropout.key_low, dropout.key_high))
+    threshold, seed_lo, seed_hi = words
+    return Dropout(threshold, dropout.keep_scale, seed_lo, seed_hi)
 
 
-def slope_arguments(slope: Slope | None) -> dict[str, Any]:
-    return dict(zip(("Slope", "stride_slope_b"), slopes(slope)))
-
-
-def bias_arguments(bias: BiasOperands) -> dict[str, Any]:
-    return {
-        "Slope": bias.slope,
-        "stride_slope_b": bias.slope_batch,
-        "Table": bias.table,
-        "stride_table_h": bias.table_head,
-        "table_first": bias.table_first,
-        "table_last": bias.table_last,
-        "Psi": bias.psi,
-        "psi_first": bias.psi_first,
-        "psi_last": bias.psi_last,
-        "PsiBounds": bias.psi_bounds,
-        "RowScale": bias.row_scale,
-        "row_first": bias.row_first,
-        "row_last": bias.row_last,
-        "RowBounds": bias.row_bounds,
-        "Knots": bias.knots,
-        "num_knots": bias.num_knots,
-        "SegmentSlope": bias.segment_slope,
-        "SegmentIntercept": bias.segment_intercept,
-        "Dense": bias.dense,
-        **dict(zip(("stride_db", "stride_dh", "stride_di", "stride_dj"), bias.dense_strides)),
-    }
-
-
-def bias_form(bias: BiasOperands) -> BiasForm:
-    """What kernels are compiled for of a bias."""
-    return BiasForm(bias.signed, bias.clamp, bias.padded_knots)
-
-
-def rotary_arguments(cos: Tensor | None, sin: Tensor | None, side: str) -> dict[str, Any]:
-    """The angles of one side, "q" or "k"; None for a side that is turned already."""
-    prefix = side.upper()
-    if cos is None or sin is None:
-        return {prefix + "Cos": None, prefix + "Sin": None, f"stride_{side}_angle": 0}
-    cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    return {prefix + "Cos": cos, prefix + "Sin": sin, f"stride_{side}_angle": steps(cos)[0]}
-
-
-def strides(name: str, x: Tensor) -> dict[str, int]:
-    """The batch, head and token strides of a [B, H, T, D] tensor, as stride_qb, stride_qh, stride_qm (n for keys)."""
-    token = "n" if name in "kv" else "m"
-    return dict(zip((f"stride_{name}b", f"stride_{name}h", f"stride_{name}{token}"), x.stride()[:3]))
-
-
-def _natural(call: Call) -> bool:
+def _scale_before_bias(call: Call) -> bool:
     """Whether the logits are multiplied by the scale before anything is added to them.
 
     Else the scale joins the exponent, which saves a multiply an element, and what is added is divided by it: a
@@ -173,35 +126,57 @@ def _natural(call: Call) -> bool:
     return not alone or call.q_positions is not None or call.q.dtype == torch.float32
 
 
-def common_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
-    """All that forward and backward kernels of the plain family take beside their own tensors."""
+@dataclass(frozen=True)
+class Arguments:
+    """What all kernels of a call take, for one tile: values, and constants that they are compiled for."""
+
+    shape: Shape
+    scale: float
+    softcap: float | None
+    operands: Operands
+    mask: Mask
+    positions: Positions
+    dropout: Dropout
+    config: AttentionConfig
+    constexprs: Mapping[str, Any]
+
+    def launch(
+        self,
+        launch: Launch,
+        kernel: Any,
+        grid: Sequence[int],
+        config: LaunchConfig,
+        constexprs: Mapping[str, Any],
+        **own: Any,
+    ) -> None:
+        """Starts `kernel` with arguments of its `own` and those of these that it takes, by its parameters' names."""
+        shared = {name: getattr(self, name) for name in _SHARED}
+        values = {**shared, **self.dropout._asdict(), **own}
+        constexprs = {**self.constexprs, **constexprs}
+        args = [values[name] for name in kernel.arg_names if name not in constexprs]
+        launch(kernel, grid, args, constexprs, config.num_warps, config.num_stages, config.registers)
+
+
+_SHARED = ("shape", "scale", "softcap", "operands", "mask", "positions")
+
+
+def attention_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
     q, v = call.q, call.v
-    mask_values, mask = mask_arguments(call)
+    mask = mask_operands(call)
     bias = bias_operands(call, call.plan.bias, block_m, block_n)
-    bias_values = bias_arguments(bias)
-    natural = _natural(call)
-    if bias.table is not None and not natural:
-        bias_values["Table"] = bias.table / call.scale
+    given = operands(bias)
+    scale_before_bias = _scale_before_bias(call)
+    if given.table is not None and not scale_before_bias:
+        given = given._replace(table=given.table / call.scale)
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    values: dict[str, Any] = {
-        **mask_values,
-        **bias_values,
-        **position_arguments(call),
-        **dropout_arguments(call),
-        "scale": call.scale,
-        "softcap": call.softcap or None,
-        "num_heads": q.shape[1],
-        "group": q.shape[1] // call.k.shape[1],
-        "q_tokens": q.shape[2],
-        "k_tokens": call.k.shape[2],
-        "q_max": q_max(call),
-        "k_max": k_max(call),
-        "Sinks": call.sinks,
-    }
-    form = Form(
-        bias=bias_form(bias),
+    config = AttentionConfig(
+        dim=q.shape[3],
+        block_dim=power_of_two(q.shape[3]),
+        value_dim=v.shape[3],
+        block_value_dim=power_of_two(v.shape[3]),
+        bias=bias_config(bias),
         linear=bias.linear,
-        natural=natural,
+        scale_before_bias=scale_before_bias,
         explicit=call.q_positions is not None,
         has_left=mask.has_left,
         has_right=mask.has_right,
@@ -209,16 +184,22 @@ def common_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
         bounds_block=bias.bounds_block,
         precision="tf32" if tf32 or q.dtype != torch.float32 else "ieee",
     )
-    constants = {
-        "FORM": form,
-        "D": q.shape[3],
-        "BLOCK_D": power_of_two(q.shape[3]),
-        "DV": v.shape[3],
-        "BLOCK_DV": power_of_two(v.shape[3]),
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "HALF": 0 if call.plan.rotary is None else call.plan.rotary.q_cos.shape[-1],
-        "INTERLEAVED": call.plan.rotary is not None and call.plan.rotary.interleaved,
-        "NVIDIA": torch.version.hip is None,
-    }
-    return Arguments(values, constants)
+    return Arguments(
+        shape=shape(call),
+        scale=call.scale,
+        softcap=call.softcap or None,
+        operands=given,
+        mask=Mask(
+            mask.k_lengths,
+            mask.cu_q,
+            mask.cu_k,
+            mask.left,
+            mask.right,
+            mask.boolean,
+            PairStrides(*mask.boolean_strides),
+        ),
+        positions=_positions(call),
+        dropout=_dropout(call),
+        config=config,
+        constexprs={"BLOCK_M": block_m, "BLOCK_N": block_n, "CONFIG": config, "NVIDIA": torch.version.hip is None},
+    )

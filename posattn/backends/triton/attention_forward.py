@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from posattn.backends.common.arch import key_splits
 from posattn.backends.common.operands import k_max, power_of_two, q_max, sequences
 from posattn.backends.triton import autotune
-from posattn.backends.triton.arguments import (
-    Arguments,
-    Launch,
-    common_arguments,
-    rotary_arguments,
-    strides,
-    unit_stride,
-)
-from posattn.backends.triton.configs.forward import FEW_ROWS, FORWARD, forward_tile
-from posattn.backends.triton.configs.launch_config import Tile
+from posattn.backends.triton.arguments import Launch, angles, attention_arguments, inputs, output, strides, unit_stride
+from posattn.backends.triton.configs.forward import FEW_ROWS, FORWARD, forward_config
+from posattn.backends.triton.configs.launch_config import LaunchConfig
 from posattn.kernels.attention.combine import combine
 from posattn.kernels.attention.forward import attention_forward
-from posattn.kernels.common.rotary import turn
+from posattn.kernels.common.arguments import Output
+from posattn.kernels.common.rotary import rotary
 from posattn.plan import Call
 
 
-def turned(
+def rotated(
     launch: Launch, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype, sign: int = 1
 ) -> Tensor:
-    """x [B, H, T, D] with its pairs turned, contiguous, in `dtype`; sign -1 turns back."""
+    """x [B, H, T, D] with its pairs rotated, contiguous, in `dtype`; sign -1 rotates back."""
     batch, heads, tokens, dim = x.shape
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    x, cos, sin = unit_stride(x), cos.float().contiguous(), sin.float().contiguous()
+    x = unit_stride(x)
     block = 32 if dim <= 128 else 16
-    values: dict[str, Any] = {
-        "X": x,
-        "Cos": cos,
-        "Sin": sin,
-        "Out": out,
-        "stride_xb": x.stride(0),
-        "stride_xh": x.stride(1),
-        "stride_xt": x.stride(2),
-        "stride_angle_b": cos.stride(0) if cos.shape[0] > 1 else 0,
-        "num_heads": heads,
-        "tokens": tokens,
-    }
-    constants = {
+    constexprs = {
         "HALF": cos.shape[-1],
         "D": dim,
         "BLOCK_D": power_of_two(dim),
@@ -55,38 +35,38 @@ def turned(
         "SIGN": sign,
     }
     grid = (-(-tokens // block) * batch * heads,)
-    Arguments(values, constants).launch_with(launch, turn, grid, num_warps=4, num_stages=1)
+    launch(rotary, grid, (x, out, strides(x), angles(cos, sin), heads, tokens), constexprs, 4, 1, None)
     return out
 
 
 def forward(call: Call, launch: Launch, arch: str, processors: int) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
-    tile = forward_tile(arch, call)
+    config = forward_config(arch, call)
     if autotune.enabled():
-        time = autotune.milliseconds(lambda tile: _forward(call, launch, tile, processors))
-        tiles = (tile, *autotune.candidates(FORWARD, arch, call))
-        tile = autotune.pick("forward", autotune.device_name(call.q.device), call, tiles, time)
-    return _forward(call, launch, tile, processors)
+        time = autotune.milliseconds(lambda config: _forward(call, launch, config, processors))
+        configs = (config, *autotune.candidates(FORWARD, arch, call))
+        config = autotune.pick("forward", autotune.device_name(call.q.device), call, configs, time)
+    return _forward(call, launch, config, processors)
 
 
-def _forward(call: Call, launch: Launch, tile: Tile, processors: int) -> tuple[Tensor, Tensor]:
+def _forward(call: Call, launch: Launch, config: LaunchConfig, processors: int) -> tuple[Tensor, Tensor]:
     q, k, v = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v)
     batch, heads, q_tokens, _ = q.shape
     dim_v = v.shape[3]
-    blocks = -(-q_max(call) // tile.block_m)
+    blocks = -(-q_max(call) // config.block_m)
     programs = blocks * sequences(call) * heads
     splits = key_splits(programs, k_max(call), processors)
 
-    arguments = common_arguments(call, tile.block_m, tile.block_n)
-    rotary = call.plan.rotary
-    k_cos = k_sin = None
-    if rotary is not None:
-        # Turning keys ahead takes two passes over them and a launch, which decoding would feel; in the kernel it takes
+    angles_of = call.plan.rotary
+    q_angles = k_angles = angles(None, None)
+    if angles_of is not None:
+        q_angles = angles(angles_of.q_cos, angles_of.q_sin)
+        # Rotating keys ahead takes two passes over them and a launch, which decoding would feel; in the kernel it takes
         # shared memory for the angles, for which larger tiles have no room.
         if q_max(call) <= FEW_ROWS:
-            k_cos, k_sin = rotary.k_cos, rotary.k_sin
+            k_angles = angles(angles_of.k_cos, angles_of.k_sin)
         else:
-            k = turned(launch, k, rotary.k_cos, rotary.k_sin, rotary.interleaved, k.dtype)
+            k = rotated(launch, k, angles_of.k_cos, angles_of.k_sin, angles_of.interleaved, k.dtype)
 
     # Packed documents may leave tokens outside every document, which no program would write.
     create = torch.empty if call.mask.cu_seqlens_q is None else torch.zeros
@@ -96,43 +76,34 @@ def _forward(call: Call, launch: Launch, tile: Tile, processors: int) -> tuple[T
     if splits > 1:
         partial = create((splits, *out.shape), dtype=torch.float32, device=q.device)
         partial_lse = create((splits, *lse.shape), dtype=torch.float32, device=q.device)
-    tiles = -(-k_max(call) // tile.block_n)
-    values: dict[str, Any] = {
-        "Q": q,
-        "K": k,
-        "V": v,
-        "Out": partial,
-        "Lse": partial_lse,
-        **strides("q", q),
-        **strides("k", k),
-        **strides("v", v),
-        **dict(zip(("stride_os", "stride_ob", "stride_oh", "stride_om"), partial.stride())),
-        "stride_ls": partial_lse.stride(0),
-        "split_tiles": -(-tiles // splits),
-        **rotary_arguments(None if rotary is None else rotary.q_cos, None if rotary is None else rotary.q_sin, "q"),
-        **rotary_arguments(k_cos, k_sin, "k"),
+    tiles = -(-k_max(call) // config.block_n)
+    constexprs = {
+        "HALF": 0 if angles_of is None else angles_of.q_cos.shape[-1],
+        "INTERLEAVED": angles_of is not None and angles_of.interleaved,
+        "SPLITS": splits,
     }
-    arguments.with_(values, {"SPLITS": splits}).launch_with(
-        launch, attention_forward, (programs, splits), tile.num_warps, tile.num_stages, tile.registers
+    attention_arguments(call, config.block_m, config.block_n).launch(
+        launch,
+        attention_forward,
+        (programs, splits),
+        config,
+        constexprs,
+        inputs=inputs(q, k, v),
+        output=Output(partial, partial_lse, strides(partial[0]), partial.stride(0), partial_lse.stride(0)),
+        q_max=q_max(call),
+        split_tiles=-(-tiles // splits),
+        sinks=call.sinks,
+        q_angles=q_angles,
+        k_angles=k_angles,
     )
     if splits > 1:
         rows = batch * heads * q_tokens
-        values = {
-            "Partial": partial,
-            "PartialLse": partial_lse,
-            "Out": out,
-            "Lse": lse,
-            "Sinks": call.sinks,
-            "num_heads": heads,
-            "q_tokens": q_tokens,
-            "rows": rows,
-            **dict(zip(("stride_ob", "stride_oh", "stride_om"), out.stride())),
-        }
-        constants = {
+        constexprs = {
             "SPLITS": splits,
             "BLOCK_S": power_of_two(splits, 2),
             "DV": dim_v,
             "BLOCK_DV": power_of_two(dim_v),
         }
-        Arguments(values, constants).launch_with(launch, combine, (rows,), num_warps=4, num_stages=1)
+        values = (partial, partial_lse, output(out, lse), call.sinks, heads, q_tokens, rows)
+        launch(combine, (rows,), values, constexprs, 4, 1, None)
     return out, lse

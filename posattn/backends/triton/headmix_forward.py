@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,21 +13,21 @@ from posattn.backends.common.operands import bias_operands, k_max, power_of_two,
 from posattn.backends.triton.arguments import (
     Arguments,
     Launch,
-    bias_arguments,
-    bias_form,
-    common_arguments,
+    attention_arguments,
+    bias_config,
+    inputs,
+    operands,
+    output,
     unit_stride,
 )
-from posattn.backends.triton.attention_forward import turned
-from posattn.backends.triton.configs.headmix import chunks, forward_tile, halves, keeps_queries, scales_queries
-from posattn.backends.triton.configs.launch_config import Tile
-from posattn.kernels.common.config import MixForm
-from posattn.kernels.headmix.forward import mixed_forward
+from posattn.backends.triton.attention_forward import rotated
+from posattn.backends.triton.configs.headmix import chunks, forward_config, halves, keeps_queries, scales_queries
+from posattn.backends.triton.configs.launch_config import LaunchConfig
+from posattn.kernels.common.arguments import Inputs, Operands
+from posattn.kernels.common.config import HeadMixConfig
+from posattn.kernels.headmix.forward import headmix_forward
+from posattn.kernels.headmix.mlp import MixWeights
 from posattn.plan import Call, HeadMix
-
-
-def _inner_name(name: str) -> str:
-    return f"Inner{name}" if name[0].isupper() else f"inner_{name}"
 
 
 def _padded(weight: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -59,16 +60,37 @@ def _rows_by_distance(call: Call, mix: HeadMix, heads_padded: int, beyond: int) 
     return rows.to(call.q.dtype)
 
 
-def mix_arguments(call: Call, mix: HeadMix, tile: Tile, inputs: Mapping[str, Any]) -> Arguments:
-    """common_arguments, the inner bias's beside them, the MLP's weights, and `inputs` (Q, K, V, and dO in backward)."""
-    arguments = common_arguments(call, tile.block_m, tile.block_n)
-    inner = bias_operands(call, mix.inner, tile.block_m, tile.block_n)
+@dataclass(frozen=True)
+class MixArguments:
+    """What all kernels of a call with HeadMix take: the plain family's arguments, whose bias is the outer one."""
+
+    plain: Arguments
+    config: LaunchConfig
+    inputs: Inputs
+    inner: Operands
+    weights: MixWeights
+    constant: HeadMixConfig
+
+    def launch(
+        self, launch: Launch, kernel: Any, grid: Sequence[int], constexprs: Mapping[str, Any] | None = None, **own: Any
+    ) -> None:
+        constants = {"CONFIG": self.constant, **(constexprs or {})}
+        given = {"inputs": self.inputs, "outer": self.plain.operands, "inner": self.inner, "weights": self.weights}
+        self.plain.launch(launch, kernel, grid, self.config, constants, **given, **own)
+
+
+def mix_arguments(
+    call: Call, mix: HeadMix, config: LaunchConfig, given: Inputs, grad_out: Tensor | None = None
+) -> MixArguments:
+    """For inputs that are rotated already; grad_out: in backward, the gradient of the output."""
+    arguments = attention_arguments(call, config.block_m, config.block_n)
+    inner = bias_operands(call, mix.inner, config.block_m, config.block_n)
     heads, width = call.q.shape[1], mix.w1.shape[0]
     heads_padded, width_padded = power_of_two(heads), power_of_two(width)
     dtype = call.q.dtype
     b1 = torch.zeros(width_padded, dtype=torch.float32, device=call.q.device)
     b1[:width] = mix.b1
-    beyond = tile.block_m + tile.block_n
+    beyond = config.block_m + config.block_n
     rows = _rows_by_distance(call, mix, heads_padded, beyond)
     w1b = _padded(mix.w1[:, heads:].T, heads_padded, width_padded, dtype) if concat(mix) else None
     carried = False
@@ -78,36 +100,35 @@ def mix_arguments(call: Call, mix: HeadMix, tile: Tile, inputs: Mapping[str, Any
         rows[:, heads : heads + 2] = 1.0
         w1b[heads] = b1
         w1b[heads + 1] = b1 - w1b[heads].float()
-    values: dict[str, Any] = {_inner_name(name): value for name, value in bias_arguments(inner).items()}
-    values.update(
-        W1X=_padded(mix.w1[:, :heads].T, heads_padded, width_padded, dtype),
-        W1B=w1b,
-        B1=None if carried else b1,
-        W2=_padded(mix.w2, heads_padded, width_padded, dtype),
-        B2=mix.b2.float().contiguous(),
-        Rows=rows,
+    weights = MixWeights(
+        w1x=_padded(mix.w1[:, :heads].T, heads_padded, width_padded, dtype),
+        w1b=w1b,
+        b1=None if carried else b1,
+        w2=_padded(mix.w2, heads_padded, width_padded, dtype),
+        b2=mix.b2.float().contiguous(),
+        rows=rows,
         rows_first=1 - q_max(call) - beyond,
     )
-    constants = arguments.constants
-    plain = constants["FORM"]
-    form = MixForm(
-        dim=constants["D"],
-        block_dim=constants["BLOCK_D"],
-        value_dim=constants["DV"],
-        block_value_dim=constants["BLOCK_DV"],
-        q_step=inputs["Q"].stride(2),
-        k_step=inputs["K"].stride(2),
-        v_step=inputs["V"].stride(2),
-        grad_step=inputs["GradOut"].stride(2) if "GradOut" in inputs else 0,
-        group=tile.num_warps,
-        groups=-(-heads // tile.num_warps),
+    plain = arguments.config
+    tensors = [given.q, given.k, given.v, *([] if grad_out is None else [grad_out])]
+    constant = HeadMixConfig(
+        dim=plain.dim,
+        block_dim=plain.block_dim,
+        value_dim=plain.value_dim,
+        block_value_dim=plain.block_value_dim,
+        q_step=given.q.stride(2),
+        k_step=given.k.stride(2),
+        v_step=given.v.stride(2),
+        grad_step=0 if grad_out is None else grad_out.stride(2),
+        group=config.num_warps,
+        groups=-(-heads // config.num_warps),
         heads=heads_padded,
         width=width_padded,
         keep_queries=keeps_queries(call),
         scaled_queries=scales_queries(call),
-        chunks=chunks(tile),
-        halves=halves(call, tile) and (rows is not None or not concat(mix)),
-        near=all(inputs[x].stride(1) * inputs[x].shape[1] < 1 << 30 for x in ("Q", "K", "V", "GradOut") if x in inputs),
+        chunks=chunks(config),
+        halves=halves(call, config) and (rows is not None or not concat(mix)),
+        near=all(x.stride(1) * x.shape[1] < 1 << 30 for x in tensors),
         concat=concat(mix),
         residual=mix.form != "concat",
         has_inner=bool(mix.inner),
@@ -116,38 +137,34 @@ def mix_arguments(call: Call, mix: HeadMix, tile: Tile, inputs: Mapping[str, Any
         has_left=plain.has_left,
         has_right=plain.has_right,
         top_left=plain.top_left,
-        inner=bias_form(inner),
+        inner=bias_config(inner),
         outer=plain.bias,
         bounds_block=plain.bounds_block,
         precision=plain.precision,
     )
-    values.update(inputs)
-    return arguments.with_(values, {"FORM": form, "HEADS": heads_padded})
+    return MixArguments(arguments, config, given, operands(inner), weights, constant)
 
 
-def input_arguments(call: Call, launch: Launch) -> dict[str, Any]:
-    """q, k and v, turned, and their strides. The step from token to token is part of the Form, so a constant of the
-    kernel: it is the head dimension or a layer's width, and offsets inside a tile then cost nothing."""
+def rotated_inputs(call: Call, launch: Launch) -> Inputs:
+    """q, k and v, rotated. The step from token to token is a constant of the kernels (HeadMixConfig): it is the head
+    dimension or a layer's width, and offsets inside a tile then cost nothing."""
     q, k, v = unit_stride(call.q), unit_stride(call.k), unit_stride(call.v)
     rotary = call.plan.rotary
     if rotary is not None:
-        q = turned(launch, q, rotary.q_cos, rotary.q_sin, rotary.interleaved, q.dtype)
-        k = turned(launch, k, rotary.k_cos, rotary.k_sin, rotary.interleaved, k.dtype)
-    values: dict[str, Any] = {"Q": q, "K": k, "V": v}
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        values[f"stride_{name}b"], values[f"stride_{name}h"] = x.stride()[:2]
-    return values
+        q = rotated(launch, q, rotary.q_cos, rotary.q_sin, rotary.interleaved, q.dtype)
+        k = rotated(launch, k, rotary.k_cos, rotary.k_sin, rotary.interleaved, k.dtype)
+    return inputs(q, k, v)
 
 
 def forward(call: Call, mix: HeadMix, launch: Launch, arch: str) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
     q, v = call.q, call.v
-    tile = forward_tile(arch, call)
+    config = forward_config(arch, call)
     create = torch.empty if call.mask.cu_seqlens_q is None else torch.zeros
     out = create((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     lse = create(q.shape[:3], dtype=torch.float32, device=q.device)
-    values = {"Out": out, "Lse": lse, **dict(zip(("stride_ob", "stride_oh", "stride_om"), out.stride()))}
-    programs = -(-q_max(call) // tile.block_m) * sequences(call)
-    arguments = mix_arguments(call, mix, tile, {**input_arguments(call, launch), **values})
-    arguments.launch_with(launch, mixed_forward, (programs,), tile.num_warps, tile.num_stages, tile.registers)
+    programs = -(-q_max(call) // config.block_m) * sequences(call)
+    mix_arguments(call, mix, config, rotated_inputs(call, launch)).launch(
+        launch, headmix_forward, (programs,), output=output(out, lse), q_max=q_max(call), sinks=call.sinks
+    )
     return out, lse

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from posattn.backends.triton.configs.launch_config import Table, Tile, look_up
+from posattn.backends.triton.configs.launch_config import LaunchConfig, Table, look_up
 from posattn.plan import Call
 
-_FLOAT32 = Tile(32, 32, 4, 1, "exact float32 products run on FMA units, unrolled: larger tiles spill")
-_FLOAT32_WIDE = Tile(16, 16, 4, 1, "exact float32 at D = 256")
-_SMALL = Tile(64, 64, 4, 2, "no spills with operands of every kind")
+_FLOAT32 = LaunchConfig(32, 32, 4, 1, "exact float32 products run on FMA units, unrolled: larger tiles spill")
+_FLOAT32_WIDE = LaunchConfig(16, 16, 4, 1, "exact float32 at D = 256")
+_SMALL = LaunchConfig(64, 64, 4, 2, "no spills with operands of every kind")
 
 # Warps on both axes of the results read less of both operands: along the keys alone, 8 warps each read all of Q and dO.
-_spread = partial(Tile, hide=True, spread=True, registers=255)
+_spread = partial(LaunchConfig, hide=True, spread=True, registers=255)
 _SPREAD_128 = _spread(
     64, 128, 8, 1, "2P 3583, bound by shared memory; 4352 with warps along the keys alone, 32 queries"
 )
@@ -26,24 +26,28 @@ _SPREAD_256 = _spread(32, 64, 8, 1, "2P 10172, no spills; 64 queries 9592 and sp
 _SMALL_128 = _spread(32, 128, 8, 1, "2P 4298; 64 queries need 128 KB")
 _SMALL_256 = _spread(32, 32, 8, 1, "64 keys need 104 KB")
 
-_WIDE_90 = Tile(32, 64, 8, 1, "a profile spilled 1188 bytes before runs of tiles; warps on both axes 4148 or 1724")
+_WIDE_90 = LaunchConfig(
+    32, 64, 8, 1, "a profile spilled 1188 bytes before runs of tiles; warps on both axes 4148 or 1724"
+)
 
 # Each element of dq must belong to one warp, since programs add to it in memory: a narrow head takes fewer warps.
 _NARROW = {
-    16: {"plain": Tile(32, 32, 1, 2, "dq of 16 dimensions is one warp's"), "float32": _FLOAT32},
-    32: {"plain": Tile(32, 64, 2, 2, "dq of 32 dimensions is two warps'"), "float32": _FLOAT32},
+    16: {"plain": LaunchConfig(32, 32, 1, 2, "dq of 16 dimensions is one warp's"), "float32": _FLOAT32},
+    32: {"plain": LaunchConfig(32, 64, 2, 2, "dq of 32 dimensions is two warps'"), "float32": _FLOAT32},
 }
 _NARROW_90 = {
-    32: {"plain": Tile(64, 64, 4, 2, "wgmma over 64 keys; warps share dq by its queries"), "float32": _FLOAT32},
+    32: {"plain": LaunchConfig(64, 64, 4, 2, "wgmma over 64 keys; warps share dq by its queries"), "float32": _FLOAT32},
 }
 MAIN: Table = {
     "sm_80": {
         **_NARROW,
         64: {
-            "plain": Tile(32, 128, 4, 2, "2P 1746, bound by shared memory; 64 keys give 2650, 8 warps 2782"),
-            "table": Tile(32, 128, 4, 2, "with its gradient 2P 2110; addresses carried along would spill", hide=True),
-            "profile": Tile(32, 128, 4, 2, "2P 3414 with all gradients; 64 keys gave 4142 for 3489", hide=True),
-            "dense": Tile(32, 64, 4, 2, "registers"),
+            "plain": LaunchConfig(32, 128, 4, 2, "2P 1746, bound by shared memory; 64 keys give 2650, 8 warps 2782"),
+            "table": LaunchConfig(
+                32, 128, 4, 2, "with its gradient 2P 2110; addresses carried along would spill", hide=True
+            ),
+            "profile": LaunchConfig(32, 128, 4, 2, "2P 3414 with all gradients; 64 keys gave 4142 for 3489", hide=True),
+            "dense": LaunchConfig(32, 64, 4, 2, "registers"),
             "float32": _FLOAT32,
         },
         128: {"plain": _SPREAD_128, "profile": _PROFILE_128, "float32": _FLOAT32},
@@ -52,12 +56,12 @@ MAIN: Table = {
     "sm_90": {
         **_NARROW_90,
         64: {
-            "plain": Tile(64, 128, 8, 2, "2P 1291, bound by shared memory, no spills; 128 queries spill"),
-            "dense": Tile(64, 64, 4, 2, "registers"),
+            "plain": LaunchConfig(64, 128, 8, 2, "2P 1291, bound by shared memory, no spills; 128 queries spill"),
+            "dense": LaunchConfig(64, 64, 4, 2, "registers"),
             "float32": _FLOAT32,
         },
         128: {
-            "plain": Tile(64, 128, 8, 2, "2P 2093; invariants kept in registers would spill more", hoist=False),
+            "plain": LaunchConfig(64, 128, 8, 2, "2P 2093; invariants kept in registers would spill more", hoist=False),
             "float32": _FLOAT32,
         },
         256: {
@@ -68,9 +72,9 @@ MAIN: Table = {
     },
     "gfx942": {
         **_NARROW,
-        64: {"plain": Tile(32, 64, 4, 1, "LDS"), "float32": _FLOAT32},
-        128: {"plain": Tile(32, 64, 4, 1, "LDS"), "float32": _FLOAT32},
-        256: {"plain": Tile(32, 32, 4, 1, "LDS"), "float32": _FLOAT32_WIDE},
+        64: {"plain": LaunchConfig(32, 64, 4, 1, "LDS"), "float32": _FLOAT32},
+        128: {"plain": LaunchConfig(32, 64, 4, 1, "LDS"), "float32": _FLOAT32},
+        256: {"plain": LaunchConfig(32, 32, 4, 1, "LDS"), "float32": _FLOAT32_WIDE},
     },
 }
 MAIN = {
@@ -84,27 +88,27 @@ MAIN = {
         **MAIN["sm_90"],
         128: {
             **MAIN["sm_90"][128],
-            "dense": Tile(64, 128, 8, 1, "128 KiB of shared memory; two stages take 241", hoist=False),
+            "dense": LaunchConfig(64, 128, 8, 1, "128 KiB of shared memory; two stages take 241", hoist=False),
         },
         256: {"plain": _WIDE_90, "float32": _FLOAT32_WIDE},
     },
 }
 
 # Square, as the walk along diagonals needs.
-_BIAS_WIDE = Tile(32, 32, 4, 1, "square; shared memory at D = 256")
+_BIAS_WIDE = LaunchConfig(32, 32, 4, 1, "square; shared memory at D = 256")
 BIASES: Table = {
     arch: {
         64: {"plain": _SMALL, "float32": _FLOAT32},
-        128: {"plain": Tile(64, 64, 8, 1, "square; 4 warps spill at D = 128"), "float32": _FLOAT32},
+        128: {"plain": LaunchConfig(64, 64, 8, 1, "square; 4 warps spill at D = 128"), "float32": _FLOAT32},
         256: {"plain": _BIAS_WIDE, "float32": _FLOAT32_WIDE},
     }
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
 }
 
 
-def main_tile(arch: str, call: Call) -> Tile:
+def main_config(arch: str, call: Call) -> LaunchConfig:
     return look_up(MAIN, arch, call)
 
 
-def bias_tile(arch: str, call: Call) -> Tile:
+def by_tile_config(arch: str, call: Call) -> LaunchConfig:
     return look_up(BIASES, arch, call)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from posattn.backends.triton.configs.launch_config import Tile, family, head_dim
+from posattn.backends.triton.configs.launch_config import LaunchConfig, family, head_dim
 from posattn.plan import Call
 
 MAX_HEADS = 32
@@ -51,31 +51,31 @@ def scales_queries(call: Call) -> bool:
     return keeps_queries(call) and call.scale in (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
-def forward_tile(arch: str, call: Call) -> Tile:
+def forward_config(arch: str, call: Call) -> LaunchConfig:
     """All heads of BLOCK_M queries by BLOCK_N keys."""
     mix = call.plan.mix
     narrow = mix is not None and call.q.shape[1] <= 16 and mix.w1.shape[0] <= 32
     if arch.startswith("sm_") and narrow and keeps_queries(call):
-        return Tile(
+        return LaunchConfig(
             16, 32, group(call), 1, "12 heads of 64: 2P 2172 on sm_80, 1992 on sm_90; 16 keys rescale twice as often"
         )
-    return Tile(16, 16, group(call), 1, "32 keys spill: AMD 2.5 KB, 32 heads or 64 hidden units more still")
+    return LaunchConfig(16, 16, group(call), 1, "32 keys spill: AMD 2.5 KB, 32 heads or 64 hidden units more still")
 
 
-def halves(call: Call, tile: Tile) -> bool:
+def halves(call: Call, config: LaunchConfig) -> bool:
     """True if the heads of the last group take two warps each, one for either half of a tile's keys: of 8 warps, 4
     would otherwise own a head that does not exist."""
-    return tile.block_n == 32 and 8 < call.q.shape[1] <= 12 and call.q.dtype != torch.float32
+    return config.block_n == 32 and 8 < call.q.shape[1] <= 12 and call.q.dtype != torch.float32
 
 
-def chunks(tile: Tile) -> int:
+def chunks(config: LaunchConfig) -> int:
     """Parts in which the positions of a forward tile go through the hidden layer."""
     # 512 positions at once spill 152 bytes in the loop on sm_90, two halves none; quarters cost 2P 2340 there.
-    return 2 if tile.block_n == 32 else 1
+    return 2 if config.block_n == 32 else 1
 
 
-def backward_tile(arch: str, call: Call) -> Tile:
+def backward_config(arch: str, call: Call) -> LaunchConfig:
     # On sm_80 ptxas stops at 128 registers for DQ of 12 heads of 128: 2P 8968, where with 255 it is 6960.
     registers = 255 if family(arch) in ("sm_80", "sm_86") and head_dim(call) == 128 else None
     reason = "logits, their gradients and the hidden layer share the registers"
-    return Tile(16, 16, group(call), 1, reason, registers=registers)
+    return LaunchConfig(16, 16, group(call), 1, reason, registers=registers)

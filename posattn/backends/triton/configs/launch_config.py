@@ -14,7 +14,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @dataclass(frozen=True)
-class Tile:
+class LaunchConfig:
     """Tile shape, warps and pipeline stages. `reason` is the measured or modelled ground for these numbers: "2P" is
     the two-phase figure of the static pipe model, cycles for a 64 x 64 tile of one head, bf16, unmasked inner loop."""
 
@@ -35,11 +35,11 @@ class Tile:
 
 
 # Tables of configurations: by family of architecture, padded head dimension, and kind of plan.
-Table = Mapping[str, Mapping[int, Mapping[str, Tile]]]
+Table = Mapping[str, Mapping[int, Mapping[str, LaunchConfig]]]
 
 
 def family(arch: str) -> str:
-    """The architecture whose configurations serve `arch`: Hopper's and data-center Blackwell's have their own, the rest
+    """The architecture whose configurations serve `arch`: sm_90's and data-center Blackwell's have their own, the rest
     of NVIDIA's are like A100, sm_86 and its like with 99 KB of shared memory a block, and AMD's share one."""
     if not arch.startswith("sm_"):
         return "gfx942"
@@ -51,7 +51,7 @@ def family(arch: str) -> str:
     return "sm_90" if number == 90 else "sm_80"
 
 
-def tiles_of(table: Table, arch: str) -> Mapping[int, Mapping[str, Tile]]:
+def configs_of(table: Table, arch: str) -> Mapping[int, Mapping[str, LaunchConfig]]:
     """The rows of a table for an architecture, those of sm_80 where sm_86 has none of its own."""
     of = family(arch)
     return table["sm_80"] if of == "sm_86" and of not in table else table[of]
@@ -63,7 +63,7 @@ def head_dim(call: Call) -> int:
 
 
 def kinds(call: Call) -> list[str]:
-    """What costs so much among the operands of a call that it may have a tile of its own."""
+    """What costs so much among the operands of a call that it may have one of its own."""
     bias = call.plan.bias
     if call.q.dtype == torch.float32:
         return ["float32"]
@@ -76,11 +76,11 @@ def kinds(call: Call) -> list[str]:
     return [name for name, there in found.items() if there] or ["plain"]
 
 
-def look_up(table: Table, arch: str, call: Call) -> Tile:
-    """The tile for a call: of its dimension's row (the next larger one) and its kinds' entries the one that takes least
-    memory, or the plain one."""
-    by_dim = tiles_of(table, arch)
+def look_up(table: Table, arch: str, call: Call) -> LaunchConfig:
+    """For a call: of its dimension's row (the next larger one) and its kinds' entries the one that takes least memory,
+    or the plain one."""
+    by_dim = configs_of(table, arch)
     dim = min(d for d in by_dim if d >= head_dim(call))
-    tiles = by_dim[dim]
-    own = [tiles[name] for name in kinds(call) if name in tiles]
-    return min(own, key=lambda tile: tile.block_m * tile.block_n * tile.num_stages, default=tiles["plain"])
+    configs = by_dim[dim]
+    own = [configs[name] for name in kinds(call) if name in configs]
+    return min(own, key=lambda own: own.block_m * own.block_n * own.num_stages, default=configs["plain"])

@@ -1,0 +1,65 @@
+"""Where a program works: a sequence (a batch entry, or a packed document), and a tile of its queries by its keys."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .arguments import Mask, Shape
+
+
+class SeqlenInfo(NamedTuple):
+    """A sequence: its batch entry in the tensors, where it begins in their token axes, its lengths, and the offset
+    that aligns its mask (masks.py)."""
+
+    b: Any
+    q_start: Any
+    k_start: Any
+    q_len: Any
+    k_len: Any
+    offset: Any
+
+
+class TileCoord(NamedTuple):
+    """Where a tile lies: batch entry b and head h, the tokens in the tensors at which its sequence begins, its first
+    query i0 and key j0 inside the sequence, and shift, by which the sequence has more keys than queries.
+
+    i and j are the int32 indices of its queries and keys, shaped to broadcast ([BLOCK_M, 1] and [1, BLOCK_N], or
+    transposed, or for groups of heads [1, BLOCK_M, 1] and [1, 1, BLOCK_N]); i_in and j_in are clamped to the sequence,
+    so that no operand is read outside it; pi and pj are the positions, or i_in and j_in themselves if implicit. A tile
+    of a group of heads has 0 for h, and `first`, at which key from j0 on each head's part of it begins."""
+
+    b: Any
+    h: Any
+    q_start: Any
+    k_start: Any
+    i0: Any
+    j0: Any
+    shift: Any
+    i: Any
+    j: Any
+    i_in: Any
+    j_in: Any
+    pi: Any
+    pj: Any
+    first: Any
+
+
+@triton.jit
+def open_sequence(index, mask: Mask, shape: Shape, TOP_LEFT: tl.constexpr):
+    """Sequence `index` of the batch or of the packed documents."""
+    q_start = index * 0
+    k_start = index * 0
+    q_len = shape.q_tokens
+    k_len = shape.k_tokens
+    b = index
+    if mask.cu_q is not None:
+        q_start = tl.load(mask.cu_q + index)
+        k_start = tl.load(mask.cu_k + index)
+        q_len = tl.load(mask.cu_q + index + 1) - q_start
+        k_len = tl.load(mask.cu_k + index + 1) - k_start
+        b = index * 0
+    if mask.k_lengths is not None:
+        k_len = tl.load(mask.k_lengths + index)
+    offset = index * 0 if TOP_LEFT else k_len - q_len
+    return SeqlenInfo(b, q_start, k_start, q_len, k_len, offset)
