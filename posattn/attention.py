@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from functools import wraps
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.nn.functional import dropout, pad
+from torch.overrides import handle_torch_function, has_torch_function
 
-from posattn import ops, sdpa_shapes, validation
+from posattn import jagged, ops, plan_checks, sdpa_shapes, validation
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Call, Dense, Mask, Plan
 
@@ -22,7 +27,7 @@ class Options(TypedDict, total=False):
 
     causal: bool
     window: int | tuple[int | None, int | None] | None
-    scale: float | None
+    scale: float | Tensor | None
     softcap: float | None
     sinks: Tensor | None
     bias: Tensor | None
@@ -32,9 +37,29 @@ class Options(TypedDict, total=False):
     cu_seqlens_k: Tensor | None
     q_positions: Tensor | None
     k_positions: Tensor | None
+    position_range: tuple[int, int] | None
     dropout_p: float
     deterministic: bool
     backend: str
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def _overridable(function: Function) -> Function:
+    """The function as torch's own are: tensor-like arguments and modes take it over by __torch_function__."""
+
+    @wraps(function)
+    def call(*args: object, **kwargs: object) -> object:
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            # A CausalBias is understood here; its own way would give results of its class.
+            others = [argument for argument in given if not isinstance(argument, CausalBias)]
+            if has_torch_function(others):
+                return handle_torch_function(call, others, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 @overload
@@ -61,6 +86,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@_overridable
 def attention(
     q: Tensor,
     k: Tensor,
@@ -69,7 +95,7 @@ def attention(
     *,
     causal: bool = False,
     window: int | tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
@@ -79,6 +105,7 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
+    position_range: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool = False,
@@ -96,7 +123,8 @@ def attention(
         position: an encoding, a sum of encodings, or None.
         causal: key j is seen by query i if j <= i + Tk - Tq.
         window: (left, right) or an int for both: keys from i + Tk - Tq - left to i + Tk - Tq + right; None: no limit.
-        scale: multiplies q k^T; 1 / sqrt(D) by default.
+        scale: multiplies q k^T; 1 / sqrt(D) by default. A tensor of one element takes a gradient, and lets one compiled
+            graph serve every value.
         softcap: x becomes softcap * tanh(x / softcap) right after the scale; None or 0 for none.
         sinks: [Hq], adds exp(sinks[h]) to the softmax's denominator (Xiao 2023, as GPT-OSS has it).
         bias: added to the logits, broadcasts to [B, Hq, Tq, Tk]; differentiable; -inf forbids a key.
@@ -106,7 +134,9 @@ def attention(
             queries see its own keys alone, and alignment and positions count inside the document.
         q_positions, k_positions: [T], [1, T] or [B, T] integers, where tokens sit for `position`; the masks keep
             counting tokens.
-        dropout_p: share of the softmax weights dropped, 0 <= dropout_p < 1, seeded from torch.manual_seed.
+        position_range: (first, last) between which all q_positions and k_positions lie. It spares a table's encoding
+            the look at them that sizes its table: a wait for the device, and a break in a compiled graph.
+        dropout_p: share of the softmax weights dropped, 0 <= dropout_p <= 1, seeded from torch.manual_seed.
         return_lse: also return the logits' log-sum-exp, natural log, float32 [B, Hq, Tq]; differentiable.
         deterministic: sum parameter gradients in a fixed order; so does torch.use_deterministic_algorithms.
         backend: "auto", or "cpu", "cuda", "triton" or "reference", which runs or raises its reason not to.
@@ -149,7 +179,8 @@ def attention(
         softcap=validation.check_softcap(softcap),
         sinks=validation.check_sinks(sinks, q),
         bias=validation.check_bias(bias, q, k),
-        positions=validation.check_positions(q_positions, k_positions, q, k),
+        positions=validation.check_positions(q_positions, k_positions, q, k, position_range),
+        position_range=position_range,
         dropout_p=dropout_p,
         deterministic=validation.check_flag("deterministic", deterministic),
         backend=validation.check_backend(backend),
@@ -157,6 +188,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@_overridable
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -164,7 +196,7 @@ def scaled_dot_product_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     enable_gqa: bool = False,
     *,
     position: Encoding | None = None,
@@ -175,12 +207,14 @@ def scaled_dot_product_attention(
     `position` still places query i at key position i + (S - L).
 
     Args:
-        query: [..., Hq, L, E]; the leading dimensions broadcast, and the one before L is the heads.
+        query: [..., Hq, L, E]; the leading dimensions broadcast, and the one before L is the heads. All three may be
+            nested tensors [B, Hq, L, E] of jagged layout: documents of different lengths.
         key: [..., H, S, E]; H is Hq, or 1, or with enable_gqa a divisor of Hq.
         value: [..., H, S, Ev].
-        attn_mask: broadcasts to [..., Hq, L, S]; bool, True where a key is seen, or float32 or query's dtype, added.
-        dropout_p: share of the softmax weights dropped, 0 <= dropout_p < 1, seeded from torch.manual_seed.
-        is_causal: as above; not together with attn_mask.
+        attn_mask: broadcasts to [..., Hq, L, S]; bool, True where a key is seen, or float32 or query's dtype, added; or
+            torch.nn.attention.bias.causal_upper_left or causal_lower_right.
+        dropout_p: share of the softmax weights dropped, 0 <= dropout_p <= 1, seeded from torch.manual_seed.
+        is_causal: as above; together with attn_mask, both hold.
         scale: multiplies the products of queries and keys; 1 / sqrt(E) by default.
         enable_gqa: key and value heads are shared by groups of query heads.
         position: an encoding, a sum of encodings, or None.
@@ -192,21 +226,28 @@ def scaled_dot_product_attention(
         TypeError: an argument of the wrong type or dtype.
         ValueError: an argument with the wrong shape, device or value, or no backend that can run the call.
     """
+    top_left = True
+    if isinstance(attn_mask, CausalBias):
+        validation.check_causal_bias(attn_mask, is_causal, query, key)
+        is_causal, top_left, attn_mask = True, attn_mask.variant == CausalVariant.UPPER_LEFT, None
     if _autocasts(query):
         query, key, value = (_autocast(tensor) for tensor in (query, key, value))
         attn_mask = None if attn_mask is None else _autocast(attn_mask)
+    is_causal = validation.check_flag("is_causal", is_causal)
+    enable_gqa = validation.check_flag("enable_gqa", enable_gqa)
+    if jagged.is_jagged(query):
+        documents = jagged.packed(query, key, value, attn_mask)
+        mask = replace(documents.mask, causal=is_causal, top_left=True)
+        q, k, v, _, _ = sdpa_shapes.fold(*documents.tensors, None, enable_gqa)
+        return documents.unpacked(_attend(q, k, v, position, mask, scale=scale, bias=None, dropout_p=dropout_p)[0])
     validation.check_qkv(query, key, value, ("query", "key", "value"), None)
-    is_causal, enable_gqa = (
-        validation.check_flag("is_causal", is_causal),
-        validation.check_flag("enable_gqa", enable_gqa),
-    )
-    validation.check_attn_mask(attn_mask, is_causal, query)
+    validation.check_attn_mask(attn_mask, query)
     q, k, v, attn_mask, shape = sdpa_shapes.fold(query, key, value, attn_mask, enable_gqa)
     boolean = bias = None
     if attn_mask is not None:
         attn_mask = validation.check_logit_shaped("attn_mask", attn_mask, q, k)
         boolean, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    mask = Mask(causal=is_causal, top_left=True, boolean=boolean, max_q=q.shape[2], max_k=k.shape[2])
+    mask = Mask(causal=is_causal, top_left=top_left, boolean=boolean, max_q=q.shape[2], max_k=k.shape[2])
     out, _ = _attend(q, k, v, position, mask, scale=scale, bias=bias, dropout_p=dropout_p)
     return out if out.shape == shape else out.reshape(shape)
 
@@ -218,23 +259,29 @@ def _attend(
     position: Encoding | None,
     mask: Mask,
     *,
-    scale: float | None,
+    scale: float | Tensor | None,
     bias: Tensor | None,
     dropout_p: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     positions: tuple[Tensor | None, Tensor | None] = (None, None),
+    position_range: tuple[int, int] | None = None,
     deterministic: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Lower `position`, put the dense bias into its plan, draw a seed if anything is dropped, and run the call."""
-    scale = validation.check_scale(scale, q.shape[3])
+    number, scale_tensor = validation.check_scale(scale, q.shape[3])
     dropout_p = validation.check_dropout(dropout_p)
+    value_dim = v.shape[3]
+    if q.shape[3] == 0:
+        q, k = pad(q, (0, 1)), pad(k, (0, 1))  # kernels want a dimension; products stay 0
+    if value_dim == 0:
+        v = pad(v, (0, 1))
     if position is None:
         plan, positions = Plan(bias=Bias()), (None, None)
     else:
         validation.check_position(position)
-        plan = _lower(position, Context.of(q, k, mask, *positions), q)
+        plan = _lower(position, Context.of(q, k, mask, *positions, position_range), q, k)
     if bias is not None:
         inner = plan.bias.dense
         dense = Dense(bias if inner is None else inner.bias + bias)
@@ -245,23 +292,27 @@ def _attend(
         v=v,
         plan=plan,
         mask=mask,
-        scale=scale,
+        scale=number,
+        scale_tensor=scale_tensor,
         softcap=softcap,
         sinks=sinks,
         q_positions=positions[0],
         k_positions=positions[1],
-        dropout_p=dropout_p,
-        seed=torch.randint(2**62, (1,), dtype=torch.int64) if dropout_p else None,
+        dropout_p=dropout_p % 1.0,
+        seed=torch.randint(2**62, (1,), dtype=torch.int64, device="cpu") if 0.0 < dropout_p < 1.0 else None,
         deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
     )
-    return ops.attend(call, backend)
+    out, lse = ops.attend(call, backend)
+    if dropout_p == 1.0:
+        out = dropout(out, 1.0)
+    return (out if value_dim else out[..., :0]), lse
 
 
-def _lower(position: Encoding, context: Context, q: Tensor) -> Plan:
+def _lower(position: Encoding, context: Context, q: Tensor, k: Tensor) -> Plan:
     """The plan, computed outside autocast: tables are float32 whatever the model's precision."""
     off = torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext()
     with off:
-        plan = position.lower(context)
+        plan = plan_checks.checked(position.lower(context), type(position).__name__, q, k)
     turn = plan.rotary
     if turn is not None and (turn.q_cos.requires_grad or turn.k_cos.requires_grad):
         raise ValueError("position: expected rotation tables that need no gradient, got ones with requires_grad")

@@ -63,7 +63,7 @@ def _needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or tensors[0].is_meta
-        or any(type(tensor) not in _PLAIN_TYPES for tensor in tensors)
+        or any(map(_is_not_plain, tensors))
     ):
         return True
     if torch._C._get_tracing_state() is not None:
@@ -71,6 +71,12 @@ def _needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
     if forward_ad._current_level >= 0:
         raise NotImplementedError("posattn attention has no forward-mode derivative; use reverse mode")
     return False
+
+
+def _is_not_plain(tensor: Tensor) -> bool:
+    """True unless the tensor's memory holds its values: a subclass may keep them elsewhere; a view may say that they
+    are to be negated or conjugated, or zeros without memory, which the dispatcher resolves."""
+    return type(tensor) not in _PLAIN_TYPES or tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
 
 
 def _run_forward(call: Call, backend: str) -> tuple[Tensor, Tensor]:
@@ -97,7 +103,13 @@ def _run_backward(
     """The gradients of `named`, in its order, each in its operand's dtype."""
     if call.q.numel() and call.v.numel():
         chosen = backends.choose(call, backend, backward=True)
-        grads = chosen.backward(call, out, lse, grad_out, grad_lse, frozenset(named))
+        needs = frozenset(named)
+        if "scale" in needs:
+            needs = needs - {"scale"} | {"q"}
+        grads = chosen.backward(call, out, lse, grad_out, grad_lse, needs)
+        if "scale" in named:
+            # Logits are linear in q, so what moves them along q is what scales them.
+            grads["scale"] = (grads["q"].double() * call.q.double()).sum() / call.scale
     else:
         grads = {name: torch.zeros_like(operand) for name, operand in named.items()}
         if grad_lse is not None and "sinks" in grads:
@@ -219,7 +231,7 @@ def _gradients(
     names = _names(spec)
     needs = [name for name, need in zip(names, needed) if need and name in DIFFERENTIABLE]
     found: Any
-    if _needs_dispatcher((*tensors, grad_out)):
+    if _needs_dispatcher((*tensors, grad_out) if grad_lse is None else (*tensors, grad_out, grad_lse)):
         found = torch.ops.posattn.attention_backward.default(
             q, k, v, operands, ints, *numbers, out, lse, grad_out, grad_lse, ",".join(needs)
         )

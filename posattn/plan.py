@@ -141,8 +141,9 @@ class Call:
     """One attention call, checked. q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv]; Hq % Hkv == 0.
 
     q_positions [B or 1, Tq] and k_positions [B or 1, Tk] int64 are both given or both None (implicit positions).
-    softcap 0 means none: else x = softcap * tanh(x / softcap) right after the scale. sinks [Hq] float32 adds exp(sink)
-    to each row's denominator, and to the log-sum-exp. Dropout keeps element (b, h, i, j) where lane j & 3 of
+    scale_tensor is the scale's tensor, of no dimensions, where it came as one (its gradient goes there); `scale` is its
+    number. softcap 0 means none: else x = softcap * tanh(x / softcap) right after the scale. sinks [Hq] float32 adds
+    exp(sink) to each row's denominator, and to the log-sum-exp. Dropout keeps element (b, h, i, j) where lane j & 3 of
     Philox4x32-10(key = seed's two halves, counter = (j >> 2, i, b * Hq + h, 0)) is at least dropout_p * 2^32, and
     divides kept weights by 1 - dropout_p; seed is an int64 [1] CPU tensor.
     """
@@ -160,3 +161,4 @@ class Call:
     dropout_p: float = 0.0
     seed: Tensor | None = None
     deterministic: bool = False
+    scale_tensor: Tensor | None = None

@@ -114,7 +114,8 @@ def _logits(call: Call) -> Tensor:
         turn = plan.rotary
         q = rotate(q, turn.q_cos, turn.q_sin, turn.interleaved)
         k = rotate(k, turn.k_cos, turn.k_sin, turn.interleaved)
-    logits = q @ _repeat_heads(k, q.shape[1]).transpose(-1, -2) * call.scale
+    scale = call.scale if call.scale_tensor is None else call.scale_tensor.to(q.device, q.dtype)
+    logits = q @ _repeat_heads(k, q.shape[1]).transpose(-1, -2) * scale
     if call.softcap:
         logits = call.softcap * torch.tanh(logits / call.softcap)
     q_positions, k_positions = _positions(call)

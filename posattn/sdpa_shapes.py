@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from posattn.errors import ArgumentValueError
+
 
 def fold(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
@@ -54,7 +56,7 @@ def _fold_mask(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
     if all(length == 1 for length in mask_lead):
         return attn_mask.reshape(1, *rest)
     if len(mask_lead) != len(lead) or any(have not in (1, want) for have, want in zip(mask_lead, lead)):
-        raise ValueError(
+        raise ArgumentValueError(
             f"attn_mask: expected leading dimensions that broadcast to {list(lead)}, got {list(mask_lead)}"
         )
     return _merge(attn_mask, lead)
@@ -63,7 +65,7 @@ def _fold_mask(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
 def _grouped(name: str, tensor: Tensor, heads: int) -> Tensor:
     own = tensor.shape[-3]
     if own == 0 or heads % own:
-        raise ValueError(f"{name}: expected a head count that divides query's {heads}, got {own}")
+        raise ArgumentValueError(f"{name}: expected a head count that divides query's {heads}, got {own}")
     return tensor
 
 
@@ -72,7 +74,7 @@ def _broadcast(shapes: tuple[tuple[int, ...], ...], query: Tensor, key: Tensor, 
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError as error:
         given = ", ".join(str(list(tensor.shape)) for tensor in (query, key, value))
-        raise ValueError(
+        raise ArgumentValueError(
             "query, key, value: expected head counts and leading dimensions that broadcast "
             f"(enable_gqa=True lets key heads divide query heads), got {given}"
         ) from error

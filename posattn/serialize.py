@@ -18,7 +18,7 @@ _BIAS_GRADS = ("slope", "table", "psi", "row_scale", "segment_slope", "segment_i
 
 # The names that a backend's backward may be asked for.
 DIFFERENTIABLE = frozenset(
-    ("q", "k", "v", "w1", "b1", "w2", "b2", "sinks", *_BIAS_GRADS, *(f"inner.{name}" for name in _BIAS_GRADS))
+    ("q", "k", "v", "scale", "w1", "b1", "w2", "b2", "sinks", *_BIAS_GRADS, *(f"inner.{name}" for name in _BIAS_GRADS))
 )
 
 _NO_LIMIT = -1  # a window side of None, which `ints` cannot hold
@@ -113,6 +113,7 @@ def flatten(call: Call, backend: str) -> Flat:
     put("q_positions", call.q_positions)
     put("k_positions", call.k_positions)
     put("seed", call.seed)
+    put("scale", call.scale_tensor)
     return Flat(operands, ints, f"{backend}|{form}|{','.join(flags)}|{','.join(names)}")
 
 
@@ -174,13 +175,14 @@ def unflatten(
         max_q=max_q,
         max_k=max_k,
     )
+    scale_tensor = named.get("scale")
     return Call(
         q=q,
         k=k,
         v=v,
         plan=Plan(rotary, mix, bias),
         mask=mask,
-        scale=scale,
+        scale=scale if scale_tensor is None else float(scale_tensor),
         softcap=softcap,
         sinks=named.get("sinks"),
         q_positions=named.get("q_positions"),
@@ -188,4 +190,5 @@ def unflatten(
         dropout_p=dropout_p,
         seed=named.get("seed"),
         deterministic="deterministic" in flags,
+        scale_tensor=scale_tensor,
     )

@@ -12,9 +12,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from posattn.backends import NAMES
 from posattn.encodings.base import Encoding
+from posattn.errors import ArgumentTypeError, ArgumentValueError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
@@ -37,21 +39,21 @@ def _readable(tensor: Tensor) -> bool:
 
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        raise ArgumentTypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         layout = "a nested tensor" if value.is_nested else str(value.layout)
-        raise TypeError(f"{name}: expected a dense tensor with strides, got {layout}")
+        raise ArgumentTypeError(f"{name}: expected a dense tensor with strides, got {layout}")
 
 
 def check_flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, torch.SymBool)):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+        raise ArgumentTypeError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
 
 
 def check_same(name: str, tensor: Tensor, q: Tensor, q_name: str) -> None:
     if tensor.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device} like {q_name}, got {tensor.device}")
+        raise ArgumentValueError(f"{name}: expected device {q.device} like {q_name}, got {tensor.device}")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str], rank: int | None) -> None:
@@ -59,79 +61,107 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str], rank
     for name, tensor in zip(names, (q, k, v)):
         check_tensor(name, tensor)
         if rank is None and tensor.dim() < 2:
-            raise ValueError(f"{name}: expected at least 2 dimensions [..., tokens, head_dim], got {_shape(tensor)}")
+            raise ArgumentValueError(
+                f"{name}: expected at least 2 dimensions [..., tokens, head_dim], got {_shape(tensor)}"
+            )
         if rank is not None and tensor.dim() != rank:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"{name}: expected {rank} dimensions [batch, heads, tokens, head_dim], got {_shape(tensor)}"
             )
     if q.dtype not in DTYPES:
-        raise TypeError(f"{names[0]}: expected float32, bfloat16, float16 or float64, got {q.dtype}")
+        raise ArgumentTypeError(f"{names[0]}: expected float32, bfloat16, float16 or float64, got {q.dtype}")
     for name, tensor in zip(names[1:], (k, v)):
         if tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: expected dtype {q.dtype} like {names[0]}, got {tensor.dtype}")
+            raise ArgumentTypeError(f"{name}: expected dtype {q.dtype} like {names[0]}, got {tensor.dtype}")
         check_same(name, tensor, q, names[0])
-    if q.shape[-1] < 1 or v.shape[-1] < 1:
-        raise ValueError(f"{names[0]}, {names[2]}: expected a head_dim of at least 1, got {_shape(q)} and {_shape(v)}")
     if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"{names[1]}: expected head_dim {q.shape[-1]} like {names[0]}, got {k.shape[-1]}")
+        raise ArgumentValueError(f"{names[1]}: expected head_dim {q.shape[-1]} like {names[0]}, got {k.shape[-1]}")
     if v.shape[-2] != k.shape[-2]:
-        raise ValueError(f"{names[2]}: expected {k.shape[-2]} tokens like {names[1]}, got {v.shape[-2]}")
+        raise ArgumentValueError(f"{names[2]}: expected {k.shape[-2]} tokens like {names[1]}, got {v.shape[-2]}")
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Batch sizes and head counts of attention()'s q, k and v; Hq must be a multiple of Hkv."""
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape[0] != q.shape[0]:
-            raise ValueError(f"{name}: expected batch size {q.shape[0]} like q, got {tensor.shape[0]}")
+            raise ArgumentValueError(f"{name}: expected batch size {q.shape[0]} like q, got {tensor.shape[0]}")
     if v.shape[1] != k.shape[1]:
-        raise ValueError(f"v: expected {k.shape[1]} heads like k, got {v.shape[1]}")
+        raise ArgumentValueError(f"v: expected {k.shape[1]} heads like k, got {v.shape[1]}")
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"k, v: expected a head count that divides q's {heads}, got {kv_heads}")
+        raise ArgumentValueError(f"k, v: expected a head count that divides q's {heads}, got {kv_heads}")
 
 
 def check_position(position: object) -> None:
     if not isinstance(position, Encoding):
-        raise TypeError(f"position: expected an encoding of posattn or None, got {type(position).__name__}")
+        raise ArgumentTypeError(f"position: expected an encoding of posattn or None, got {type(position).__name__}")
 
 
 def check_backend(backend: str) -> str:
     if backend != "auto" and backend not in NAMES:
-        raise ValueError(f'backend: expected "auto", {", ".join(map(repr, NAMES))}, got {backend!r}')
+        raise ArgumentValueError(f'backend: expected "auto", {", ".join(map(repr, NAMES))}, got {backend!r}')
     return backend
 
 
-def _float32(name: str, value: float) -> float:
-    """A number that float32 can hold."""
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not abs(value) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"{name}: expected a finite number, within float32's range, got {value}")
-    return float(value)
+def _number(name: str, value: object) -> float:
+    """A finite number that float32 can hold."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ArgumentTypeError(
+                f"{name}: expected a number, got a tensor that requires grad, which it has none for"
+            )
+        if isinstance(value, str) or not hasattr(value, "__float__"):
+            raise ArgumentTypeError(f"{name}: expected a number, got {value!r}")
+    number = float(value)
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise ArgumentValueError(f"{name}: expected a finite number, within float32's range, got {value}")
+    return number
 
 
-def check_scale(scale: float | None, head_dim: int) -> float:
-    """The scale, 1 / sqrt(head_dim) for None."""
+def _no_flag(name: str, value: object) -> object:
+    """True and False are numbers for torch's scale, and for nothing else."""
+    if isinstance(value, bool):
+        raise ArgumentTypeError(f"{name}: expected a number, got {value!r}")
+    return value
+
+
+def check_scale(scale: float | Tensor | None, head_dim: int) -> tuple[float, Tensor | None]:
+    """The scale as a number, 1 / sqrt(head_dim) for None, and as a tensor if it came as one: the number is then not to
+    be relied on while torch.compile traces, and the gradient goes to the tensor."""
     if scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    return _float32("scale", scale)
+        return 1.0 / math.sqrt(max(head_dim, 1)), None
+    if not isinstance(scale, Tensor):
+        return _number("scale", scale), None
+    check_tensor("scale", scale)
+    if scale.numel() != 1 or not scale.is_floating_point():
+        raise ArgumentTypeError(f"scale: expected one number of a floating dtype, got {scale.dtype} {_shape(scale)}")
+    scale = scale.reshape(())
+    if not _readable(scale):
+        return 1.0, scale
+    number = _number("scale", scale.detach())
+    if number == 0.0 and scale.requires_grad:
+        raise ArgumentValueError("scale: expected a number other than 0 where it requires grad, got 0")
+    return number, scale
 
 
 def check_softcap(softcap: float | None) -> float:
     """The cap, 0 for none."""
     if softcap is None:
         return 0.0
-    if _float32("softcap", softcap) < 0:
-        raise ValueError(f"softcap: expected a finite number >= 0 (0 or None for no cap), got {softcap}")
-    return float(softcap)
+    number = _number("softcap", _no_flag("softcap", softcap))
+    smallest = torch.finfo(torch.float32).tiny
+    if number < 0 or 0 < number < smallest:
+        raise ArgumentValueError(
+            f"softcap: expected a finite number of at least {smallest:.3g} (0 or None for no cap), got {softcap}"
+        )
+    return number
 
 
 def check_dropout(dropout_p: float) -> float:
-    if isinstance(dropout_p, (bool, str)) or not hasattr(dropout_p, "__float__"):
-        raise TypeError(f"dropout_p: expected a number, got {dropout_p!r}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
-    return float(dropout_p)
+    number = _number("dropout_p", _no_flag("dropout_p", dropout_p))
+    if not 0.0 <= number <= 1.0:
+        raise ArgumentValueError(f"dropout_p: expected 0 <= dropout_p <= 1, got {dropout_p}")
+    return number
 
 
 def check_window(window: int | tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
@@ -140,14 +170,14 @@ def check_window(window: int | tuple[int | None, int | None] | None) -> tuple[in
         return None, None
     sides: Sequence[int | None] = (window, window) if isinstance(window, int) else window
     if not isinstance(sides, (tuple, list)) or len(sides) != 2:
-        raise TypeError(f"window: expected an int or (left, right), got {window!r}")
+        raise ArgumentTypeError(f"window: expected an int or (left, right), got {window!r}")
     for side in sides:
         if side is None or isinstance(side, torch.SymInt):
             continue
         if isinstance(side, bool) or not isinstance(side, int):
-            raise TypeError(f"window: expected ints or None, got {window!r}")
+            raise ArgumentTypeError(f"window: expected ints or None, got {window!r}")
         if side < 0:
-            raise ValueError(f"window: expected sides >= 0 (None for unlimited), got {window!r}")
+            raise ArgumentValueError(f"window: expected sides >= 0 (None for unlimited), got {window!r}")
     # Wider than any sequence: positions plus a side must not overflow.
     return _clamped(sides[0]), _clamped(sides[1])
 
@@ -162,9 +192,13 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
     check_tensor("sinks", sinks)
     check_same("sinks", sinks, q, "q")
     if not sinks.is_floating_point():
-        raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
+        raise ArgumentTypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
     if sinks.dim() != 1 or sinks.shape[0] != q.shape[1]:
-        raise ValueError(f"sinks: expected shape [{q.shape[1]}], one number per query head, got {_shape(sinks)}")
+        raise ArgumentValueError(
+            f"sinks: expected shape [{q.shape[1]}], one number per query head, got {_shape(sinks)}"
+        )
+    if _readable(sinks) and sinks.isnan().any():
+        raise ArgumentValueError("sinks: expected numbers (-inf for no sink), got NaN")
     return sinks.float().contiguous()
 
 
@@ -172,12 +206,12 @@ def check_logit_shaped(name: str, tensor: Tensor, q: Tensor, k: Tensor) -> Tenso
     """A bias or mask that broadcasts to [B, Hq, Tq, Tk], as a view of four dimensions."""
     target = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if tensor.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device} like the queries, got {tensor.device}")
+        raise ArgumentValueError(f"{name}: expected device {q.device} like the queries, got {tensor.device}")
     fits = tensor.dim() <= 4 and all(
         have == 1 or have == want for have, want in zip(reversed(tensor.shape), reversed(target))
     )
     if not fits:
-        raise ValueError(f"{name}: expected a shape that broadcasts to {list(target)}, got {_shape(tensor)}")
+        raise ArgumentValueError(f"{name}: expected a shape that broadcasts to {list(target)}, got {_shape(tensor)}")
     while tensor.dim() < 4:
         tensor = tensor[None]
     return tensor
@@ -188,7 +222,7 @@ def check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         return None
     check_tensor("bias", bias)
     if not bias.is_floating_point():
-        raise TypeError(f"bias: expected a floating dtype (a boolean one goes in mask), got {bias.dtype}")
+        raise ArgumentTypeError(f"bias: expected a floating dtype (a boolean one goes in mask), got {bias.dtype}")
     return check_logit_shaped("bias", bias, q, k)
 
 
@@ -197,19 +231,32 @@ def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         return None
     check_tensor("mask", mask)
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected torch.bool, True where allowed (a float one goes in bias), got {mask.dtype}")
+        raise ArgumentTypeError(
+            f"mask: expected torch.bool, True where allowed (a float one goes in bias), got {mask.dtype}"
+        )
     return check_logit_shaped("mask", mask, q, k)
 
 
-def check_attn_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor) -> None:
-    """The type and dtype of scaled_dot_product_attention's mask, which takes the place of is_causal."""
+def check_attn_mask(attn_mask: Tensor | None, query: Tensor) -> None:
+    """The type and dtype of scaled_dot_product_attention's mask."""
     if attn_mask is None:
         return
     check_tensor("attn_mask", attn_mask)
-    if is_causal:
-        raise ValueError("attn_mask, is_causal: expected one or the other, got both")
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        raise TypeError(f"attn_mask: expected torch.bool, torch.float32 or {query.dtype}, got {attn_mask.dtype}")
+        raise ArgumentTypeError(
+            f"attn_mask: expected torch.bool, torch.float32 or {query.dtype}, got {attn_mask.dtype}"
+        )
+
+
+def check_causal_bias(attn_mask: CausalBias, is_causal: bool, query: Tensor, key: Tensor) -> None:
+    """torch's own name for a causal mask, which it says without elements."""
+    if is_causal:
+        raise ArgumentValueError("attn_mask, is_causal: expected one or the other with a CausalBias, got both")
+    for name, tensor, length in (("query", query, attn_mask.seq_len_q), ("key", key, attn_mask.seq_len_kv)):
+        if tensor.shape[-2] != length:
+            raise ArgumentValueError(
+                f"attn_mask: expected a CausalBias for the {tensor.shape[-2]} tokens of {name}, got one for {length}"
+            )
 
 
 def check_k_lengths(k_lengths: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -218,12 +265,14 @@ def check_k_lengths(k_lengths: Tensor | None, q: Tensor, k: Tensor) -> Tensor | 
         return None
     _check_integers("k_lengths", k_lengths, q)
     if k_lengths.dim() != 1 or k_lengths.shape[0] != q.shape[0]:
-        raise ValueError(f"k_lengths: expected shape [{q.shape[0]}], one length per sequence, got {_shape(k_lengths)}")
+        raise ArgumentValueError(
+            f"k_lengths: expected shape [{q.shape[0]}], one length per sequence, got {_shape(k_lengths)}"
+        )
     if _readable(k_lengths) and k_lengths.numel():
         low, high = (int(bound) for bound in k_lengths.aminmax())
         if low < 0 or high > k.shape[2]:
-            raise ValueError(f"k_lengths: expected lengths from 0 to {k.shape[2]}, got {low} to {high}")
-    return k_lengths.to(torch.int32).contiguous()
+            raise ArgumentValueError(f"k_lengths: expected lengths from 0 to {k.shape[2]}, got {low} to {high}")
+    return _narrowed(k_lengths, k.shape[2])
 
 
 def check_cu_seqlens(
@@ -233,67 +282,102 @@ def check_cu_seqlens(
     if cu_seqlens_q is None and cu_seqlens_k is None:
         return None, None, q.shape[2], k.shape[2]
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        raise ValueError("cu_seqlens_q, cu_seqlens_k: expected both or neither, got one")
+        raise ArgumentValueError("cu_seqlens_q, cu_seqlens_k: expected both or neither, got one")
     if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens_q: expected packed documents in a batch of 1, got a batch of {q.shape[0]}")
+        raise ArgumentValueError(
+            f"cu_seqlens_q: expected packed documents in a batch of 1, got a batch of {q.shape[0]}"
+        )
     max_q = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, q.shape[2])
     max_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, k.shape[2])
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
+        raise ArgumentValueError(
             f"cu_seqlens_k: expected as many documents as cu_seqlens_q, {cu_seqlens_q.shape[0] - 1}, "
             f"got {cu_seqlens_k.shape[0] - 1}"
         )
-    cu_q, cu_k = (cu.to(torch.int32).contiguous() for cu in (cu_seqlens_q, cu_seqlens_k))
-    return cu_q, cu_k, max_q, max_k
+    return _narrowed(cu_seqlens_q, q.shape[2]), _narrowed(cu_seqlens_k, k.shape[2]), max_q, max_k
 
 
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor, tokens: int) -> int:
     _check_integers(name, cu_seqlens, q)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"{name}: expected shape [documents + 1] with at least one document, got {_shape(cu_seqlens)}")
+        raise ArgumentValueError(
+            f"{name}: expected shape [documents + 1] with at least one document, got {_shape(cu_seqlens)}"
+        )
     if not _readable(cu_seqlens):
         return tokens
     bounds: list[int] = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths) < 0:
-        raise ValueError(f"{name}: expected non-decreasing bounds from 0 to {tokens}, got {_brief(bounds)}")
+        raise ArgumentValueError(f"{name}: expected non-decreasing bounds from 0 to {tokens}, got {_brief(bounds)}")
     return max(lengths)
 
 
 def check_positions(
-    q_positions: Tensor | None, k_positions: Tensor | None, q: Tensor, k: Tensor
+    q_positions: Tensor | None,
+    k_positions: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    position_range: tuple[int, int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both as contiguous int64 [B or 1, T], from [T] or [B or 1, T]."""
+    """Both as contiguous int64 [B or 1, T], from [T] or [B or 1, T]; within the range, where they can be looked at."""
+    if position_range is not None:
+        _check_position_range(position_range, q_positions)
     if q_positions is None and k_positions is None:
         return None, None
     if q_positions is None or k_positions is None:
-        raise ValueError("q_positions, k_positions: expected both or neither, got one")
+        raise ArgumentValueError("q_positions, k_positions: expected both or neither, got one")
     return (
-        _check_positions("q_positions", q_positions, q, q.shape[2]),
-        _check_positions("k_positions", k_positions, q, k.shape[2]),
+        _check_positions("q_positions", q_positions, q, q.shape[2], position_range),
+        _check_positions("k_positions", k_positions, q, k.shape[2], position_range),
     )
 
 
-def _check_positions(name: str, positions: Tensor, q: Tensor, tokens: int) -> Tensor:
+def _check_position_range(position_range: tuple[int, int], q_positions: Tensor | None) -> None:
+    if not isinstance(position_range, (tuple, list)) or len(position_range) != 2:
+        raise ArgumentTypeError(f"position_range: expected (first, last), got {position_range!r}")
+    first, last = position_range
+    if any(isinstance(end, bool) or not isinstance(end, int) for end in position_range):
+        raise ArgumentTypeError(f"position_range: expected two ints, got {position_range!r}")
+    if q_positions is None:
+        raise ArgumentValueError("position_range: expected q_positions and k_positions with it, got None")
+    if not -_POSITION_LIMIT < first <= last < _POSITION_LIMIT:
+        raise ArgumentValueError(f"position_range: expected first <= last within +-2^31, got {position_range!r}")
+
+
+def _check_positions(
+    name: str, positions: Tensor, q: Tensor, tokens: int, position_range: tuple[int, int] | None
+) -> Tensor:
     _check_integers(name, positions, q)
     batch = q.shape[0]
     fits = positions.dim() in (1, 2) and positions.shape[-1] == tokens
     if not fits or (positions.dim() == 2 and positions.shape[0] not in (1, batch)):
-        raise ValueError(
+        raise ArgumentValueError(
             f"{name}: expected shape [{tokens}], [1, {tokens}] or [{batch}, {tokens}], got {_shape(positions)}"
         )
     if _readable(positions) and positions.numel():
         low, high = (int(bound) for bound in positions.aminmax())
         if low <= -_POSITION_LIMIT or high >= _POSITION_LIMIT:
-            raise ValueError(f"{name}: expected positions between -2^31 and 2^31, got {low} to {high}")
+            raise ArgumentValueError(f"{name}: expected positions between -2^31 and 2^31, got {low} to {high}")
+        if position_range is not None and (low < position_range[0] or high > position_range[1]):
+            raise ArgumentValueError(
+                f"{name}: expected positions in position_range {tuple(position_range)}, got {low} to {high}"
+            )
     return (positions if positions.dim() == 2 else positions[None]).long().contiguous()
 
 
 def _check_integers(name: str, tensor: Tensor, q: Tensor) -> None:
     check_tensor(name, tensor)
     if tensor.dtype not in _INTEGERS:
-        raise TypeError(f"{name}: expected int32 or int64, got {tensor.dtype}")
+        raise ArgumentTypeError(f"{name}: expected int32 or int64, got {tensor.dtype}")
     check_same(name, tensor, q, "q")
+
+
+def _narrowed(tensor: Tensor, tokens: int) -> Tensor:
+    """Contiguous int32. A number that nobody could look at must not wrap into another one: the CPU kernels still refuse
+    it, those of other devices, which look at nothing, take the nearest that is in bounds."""
+    if not _readable(tensor):
+        tensor = tensor.clamp(-1, 2**31 - 1) if tensor.device.type == "cpu" else tensor.clamp(0, tokens)
+    return tensor.to(torch.int32).contiguous()
 
 
 def _brief(values: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from posattn.errors import ArgumentValueError
 from posattn.plan import Call
 
 FUSED = ("cpu", "cuda", "triton")
@@ -85,10 +86,10 @@ def choose(call: Call, name: str, backward: bool = False) -> Backend:
             return cast(Backend, backend)
         reasons.append(f"{candidate}: {reason}")
     if name != "auto":
-        raise ValueError(f"backend {name!r} cannot run this call: {reasons[0].partition(': ')[2]}")
+        raise ArgumentValueError(f"backend {name!r} cannot run this call: {reasons[0].partition(': ')[2]}")
     if not candidates:
         reasons.append(f"no backend is written for {call.q.device.type} tensors")
-    raise ValueError(
+    raise ArgumentValueError(
         f"no fused backend can run this call ({'; '.join(reasons)}); "
-        f'backend="reference" computes it in plain PyTorch, in memory that grows with Tq * Tk'
+        'posattn.attention(..., backend="reference") computes it in plain PyTorch, in memory that grows with Tq * Tk'
     )

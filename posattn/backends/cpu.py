@@ -161,7 +161,7 @@ class _Binding:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for a result; tests replace it to fill results with NaN beforehand."""
-    result = torch.empty(tuple(shape), dtype=dtype)
+    result = torch.empty(tuple(shape), dtype=dtype, device="cpu")  # whatever torch.set_default_device says
     if (size := result.numel() * result.element_size()) >= _HUGE:
         native.prefer_huge_pages(result.data_ptr(), size)
     return result

@@ -21,7 +21,7 @@ class Context:
 
     q_len and k_len are the longest sequence's; q_tokens and k_tokens the length of the q and k tensors, which differ
     from them for packed documents alone. Positions are None (implicit) or int64 [B or 1, tokens]. head_dim None means
-    that it does not matter.
+    that it does not matter. position_range, where given, holds all explicit positions.
     """
 
     q_len: int
@@ -38,10 +38,16 @@ class Context:
     k_lengths: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    position_range: tuple[int, int] | None = None
 
     @staticmethod
     def of(
-        q: Tensor, k: Tensor, mask: Mask, q_positions: Tensor | None = None, k_positions: Tensor | None = None
+        q: Tensor,
+        k: Tensor,
+        mask: Mask,
+        q_positions: Tensor | None = None,
+        k_positions: Tensor | None = None,
+        position_range: tuple[int, int] | None = None,
     ) -> Context:
         """The context of a checked call, q [B, Hq, Tq, D] and k [B, Hkv, Tk, D]."""
         return Context(
@@ -59,6 +65,7 @@ class Context:
             k_lengths=mask.k_lengths,
             cu_seqlens_q=mask.cu_seqlens_q,
             cu_seqlens_k=mask.cu_seqlens_k,
+            position_range=position_range,
         )
 
     @property
@@ -127,7 +134,11 @@ class Context:
 
     @cached_property
     def _explicit_bounds(self) -> tuple[int, int, int, int]:
-        q_positions, k_positions = self.token_positions()
+        if self.position_range is not None:
+            first, last = self.position_range
+            return first, last, first, last
+        # Under vmap the bounds are those of all examples.
+        q_positions, k_positions = (_unbatched(positions) for positions in self.token_positions())
         if q_positions.numel() == 0 or k_positions.numel() == 0:
             return 0, 0, 0, 0
         bounds = [*q_positions.aminmax(), *k_positions.aminmax()]
@@ -159,6 +170,12 @@ class Context:
         """float64 if q or a parameter is float64, else float32, whatever narrower type they have."""
         wide = any(t.dtype == torch.float64 for t in parameters) or self.dtype == torch.float64
         return torch.float64 if wide else torch.float32
+
+
+def _unbatched(x: Tensor) -> Tensor:
+    while torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def _check_range(what: str, count: int, heads: int) -> int:

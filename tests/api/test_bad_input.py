@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.bias import causal_lower_right
 
 import posattn
 
@@ -39,7 +40,6 @@ ATTENTION = [
     ("k device", {"k": K.to("meta")}, ValueError, "k: expected device cpu like q, got meta"),
     ("v device", {"v": K.to("meta")}, ValueError, "v: expected device cpu like q, got meta"),
     ("k head_dim", {"k": torch.zeros(2, 2, 7, 9)}, ValueError, "k: expected head_dim 8 like q, got 9"),
-    ("head_dim of 0", {"q": Q[..., :0], "k": K[..., :0]}, ValueError, "head_dim of at least 1"),
     ("v tokens", {"v": torch.zeros(2, 2, 6, 8)}, ValueError, "v: expected 7 tokens like k, got 6"),
     ("k batch", {"k": K[:1]}, ValueError, "k: expected batch size 2 like q, got 1"),
     ("v batch", {"v": K[:1]}, ValueError, "v: expected batch size 2 like q, got 1"),
@@ -72,10 +72,10 @@ ATTENTION = [
         ValueError,
         "scale: expected a finite number, within float32's range, got inf",
     ),
-    ("softcap negative", {"softcap": -1.0}, ValueError, "softcap: expected a finite number >= 0 .*, got -1.0"),
+    ("softcap negative", {"softcap": -1.0}, ValueError, "softcap: expected a finite number of at least .*, got -1.0"),
     ("softcap NaN", {"softcap": NAN}, ValueError, "softcap: .*, got nan"),
-    ("dropout negative", {"dropout_p": -0.1}, ValueError, "dropout_p: expected 0 <= dropout_p < 1, got -0.1"),
-    ("dropout of 1", {"dropout_p": 1.0}, ValueError, "dropout_p: .*, got 1.0"),
+    ("dropout negative", {"dropout_p": -0.1}, ValueError, "dropout_p: expected 0 <= dropout_p <= 1, got -0.1"),
+    ("dropout above 1", {"dropout_p": 1.1}, ValueError, "dropout_p: .*, got 1.1"),
     ("dropout NaN", {"dropout_p": NAN}, ValueError, "dropout_p: .*, got nan"),
     ("sinks not a tensor", {"sinks": [0.0] * 4}, TypeError, "sinks: expected a torch.Tensor"),
     ("sinks shape", {"sinks": torch.zeros(2)}, ValueError, r"sinks: expected shape \[4\].*, got \[2\]"),
@@ -250,11 +250,12 @@ SDPA = [
     ),
     ("grouped value heads", {"value": torch.zeros(2, 3, 5, 8), "enable_gqa": True}, ValueError, "value: .*got 3"),
     (
-        "mask and causal",
-        {"attn_mask": torch.ones(5, 5).bool(), "is_causal": True},
+        "CausalBias and causal",
+        {"attn_mask": causal_lower_right(5, 5), "is_causal": True},
         ValueError,
         "attn_mask, is_causal: .*got both",
     ),
+    ("CausalBias of another length", {"attn_mask": causal_lower_right(4, 5)}, ValueError, "attn_mask: .*one for 4"),
     (
         "mask integers",
         {"attn_mask": torch.ones(5, 5).int()},

@@ -1,0 +1,168 @@
+"""Every operand of a plan, checked once for every backend: an encoding, posattn's own or a user's, is an input too.
+
+Kernels read what a plan says without looking: a table of one head for a call of twelve would be read out of bounds.
+Shapes that broadcast naturally over the heads (a table [1, L], one slope) are expanded, and so is their gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import SymInt, Tensor
+
+from posattn.errors import ArgumentTypeError, ArgumentValueError
+from posattn.plan import Bias, Dense, HeadMix, Plan, Profile, Rotary, Slope, Table
+
+FORMS = ("concat-residual", "concat", "add")
+_Operand = TypeVar("_Operand")
+
+
+def checked(plan: object, source: str, q: Tensor, k: Tensor) -> Plan:
+    """The plan that an encoding (`source`) built for q [B, Hq, Tq, D] and k [B, Hkv, Tk, D], fit for every kernel."""
+    checks = _Checks(source, q, k)
+    if not isinstance(plan, Plan):
+        hint = "; a Bias goes in Plan(bias=...)" if isinstance(plan, Bias) else ""
+        raise ArgumentTypeError(f"position: expected {source}.build to return a Plan, got {type(plan).__name__}{hint}")
+    if plan.rotary is not None:
+        checks.rotary(checks.kind("rotary", plan.rotary, Rotary))
+    bias = checks.bias("bias", plan.bias)
+    mix = None if plan.mix is None else checks.head_mix(checks.kind("mix", plan.mix, HeadMix))
+    if bias is plan.bias and mix is plan.mix:
+        return plan
+    return Plan(plan.rotary, mix, bias)
+
+
+class _Checks:
+    def __init__(self, source: str, q: Tensor, k: Tensor) -> None:
+        self.source, self.device = source, q.device
+        self.batch, self.heads, self.q_tokens, self.dim = q.shape
+        self.k_tokens = k.shape[2]
+
+    def kind(self, name: str, operand: object, expected: type[_Operand]) -> _Operand:
+        if not isinstance(operand, expected):
+            raise ArgumentTypeError(f"{self._what(name)} a {expected.__name__}, got {type(operand).__name__}")
+        return operand
+
+    def tensor(self, name: str, tensor: object) -> Tensor:
+        """Of any shape: floating numbers on q's device."""
+        if not isinstance(tensor, Tensor):
+            raise ArgumentTypeError(f"{self._what(name)} a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device != self.device:
+            raise ArgumentValueError(
+                f"{self._what(name)} on {self.device} like q, got {tensor.device}; an encoding moves with its model, "
+                "or by .to(device)"
+            )
+        if not tensor.is_floating_point():
+            raise ArgumentTypeError(f"{self._what(name)} of a floating dtype, got {tensor.dtype}")
+        return tensor
+
+    def shaped(self, name: str, tensor: object, *expected: int | str) -> Tensor:
+        """Of a shape in which a word stands for any length from 1 on."""
+        tensor = self.tensor(name, tensor)
+        fits = tensor.dim() == len(expected) and all(
+            size >= 1 if isinstance(want, str) else size == want for size, want in zip(tensor.shape, expected)
+        )
+        if not fits:
+            raise self._wrong_shape(name, tensor, *expected)
+        return tensor
+
+    def by_head(self, name: str, tensor: object, length: int | str) -> Tensor:
+        """[heads, length], from that or from [1, length]."""
+        tensor = self.tensor(name, tensor)
+        if tensor.dim() == 2 and tensor.shape[0] == 1 and self.heads != 1:
+            tensor = tensor.expand(self.heads, -1)
+        return self.shaped(name, tensor, self.heads, length)
+
+    def first(self, name: str, first: object) -> None:
+        """The distance or position of an operand's entry 0, an int (or a traced one)."""
+        if isinstance(first, (bool, Tensor)) or not isinstance(first, (int, SymInt)):
+            raise ArgumentTypeError(f"{self._what(name)} an int, got {type(first).__name__}")
+
+    def rotary(self, rotary: Rotary) -> None:
+        half = self.tensor("rotary.q_cos", rotary.q_cos).shape[-1]
+        for name, tokens in (("q_cos", self.q_tokens), ("q_sin", self.q_tokens), ("k_cos", self.k_tokens)):
+            self._angles(f"rotary.{name}", getattr(rotary, name), tokens, half)
+        self._angles("rotary.k_sin", rotary.k_sin, self.k_tokens, half)
+        if half < 1 or 2 * half > self.dim:
+            raise ArgumentValueError(
+                f"{self._what('rotary')} of 1 to {self.dim // 2} pairs for head_dim={self.dim}, got {half}"
+            )
+        for cos, sin in ((rotary.q_cos, rotary.q_sin), (rotary.k_cos, rotary.k_sin)):
+            if cos.shape != sin.shape:
+                raise self._wrong_shape("rotary's sines", sin, *cos.shape)
+
+    def _angles(self, name: str, tensor: object, tokens: int, half: int) -> None:
+        tensor = self.tensor(name, tensor)
+        if tensor.dim() != 3 or tensor.shape[0] not in (1, self.batch) or tensor.shape[1:] != (tokens, half):
+            raise self._wrong_shape(name, tensor, f"{self.batch} or 1", tokens, half)
+
+    def bias(self, name: str, bias: object) -> Bias:
+        bias = self.kind(name, bias, Bias)
+        slope, table, profile, dense = bias.slope, bias.table, bias.profile, bias.dense
+        if slope is not None:
+            slope = self._slope(f"{name}.slope", self.kind(f"{name}.slope", slope, Slope))
+        if table is not None:
+            table = self._table(f"{name}.table", self.kind(f"{name}.table", table, Table))
+        if profile is not None:
+            profile = self._profile(f"{name}.profile", self.kind(f"{name}.profile", profile, Profile))
+        if dense is not None:
+            self._dense(f"{name}.dense.bias", self.kind(f"{name}.dense", dense, Dense).bias)
+        if slope is bias.slope and table is bias.table and profile is bias.profile:
+            return bias
+        return Bias(slope, table, profile, dense)
+
+    def _slope(self, name: str, slope: Slope) -> Slope:
+        tensor = self.tensor(f"{name}.slope", slope.slope)
+        if tensor.dim() == 1 and tensor.shape[0] == 1 and self.heads != 1:
+            return Slope(tensor.expand(self.heads), slope.signed)
+        if tensor.dim() == 2:
+            self.shaped(f"{name}.slope", tensor, self.batch, self.heads)
+        else:
+            self.shaped(f"{name}.slope", tensor, self.heads)
+        return slope
+
+    def _table(self, name: str, table: Table) -> Table:
+        self.first(f"{name}.first", table.first)
+        values = self.by_head(f"{name}.values", table.values, "distances")
+        return table if values is table.values else Table(values, table.first)
+
+    def _profile(self, name: str, profile: Profile) -> Profile:
+        self.first(f"{name}.first", profile.first)
+        self.first(f"{name}.row_first", profile.row_first)
+        self.shaped(f"{name}.psi", profile.psi, "distances")
+        self.shaped(f"{name}.row_scale", profile.row_scale, "positions")
+        knots = self.tensor(f"{name}.knots", profile.knots)
+        if knots.dim() != 1:
+            raise self._wrong_shape(f"{name}.knots", knots, "knots")
+        lines = knots.shape[0] + 1
+        slope = self.by_head(f"{name}.segment_slope", profile.segment_slope, lines)
+        intercept = self.by_head(f"{name}.segment_intercept", profile.segment_intercept, lines)
+        if slope is profile.segment_slope and intercept is profile.segment_intercept:
+            return profile
+        return replace(profile, segment_slope=slope, segment_intercept=intercept)
+
+    def _dense(self, name: str, dense: object) -> None:
+        tensor = self.tensor(name, dense)
+        target = (self.batch, self.heads, self.q_tokens, self.k_tokens)
+        if tensor.dim() != 4 or any(size not in (1, want) for size, want in zip(tensor.shape, target)):
+            raise self._wrong_shape(name, tensor, *(f"{n} or 1" for n in target))
+
+    def head_mix(self, mix: HeadMix) -> HeadMix:
+        inner = self.bias("mix.inner", mix.inner)
+        if mix.form not in FORMS:
+            raise ArgumentValueError(f"{self._what('mix.form')} one of {', '.join(map(repr, FORMS))}, got {mix.form!r}")
+        inputs = 2 * self.heads if inner and mix.form != "add" else self.heads
+        width = self.shaped("mix.w1", mix.w1, "width", inputs).shape[0]
+        self.shaped("mix.b1", mix.b1, width)
+        self.shaped("mix.w2", mix.w2, self.heads, width)
+        self.shaped("mix.b2", mix.b2, self.heads)
+        return mix if inner is mix.inner else replace(mix, inner=inner)
+
+    def _what(self, name: str) -> str:
+        return f"position: expected {name} of the plan of {self.source} to be"
+
+    def _wrong_shape(self, name: str, tensor: Tensor, *expected: int | str) -> ArgumentValueError:
+        return ArgumentValueError(
+            f"{self._what(name)} of shape [{', '.join(map(str, expected))}], got {list(tensor.shape)}"
+        )
