@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from posattn import backends, reference
 from posattn.plan import Call
@@ -300,3 +301,30 @@ def _backward_of_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 
 torch.library.register_autograd("posattn::attention_forward", _backward_of_forward, setup_context=_setup_forward)
 torch.library.register_autograd("posattn::attention_backward", _backward_of_backward)
+
+
+def _flops(
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], operands: list[Any], spec: str
+) -> tuple[int, int]:
+    """Floating-point operations of the products with D and Dv columns, and of DAPE's MLP, of every (query, key)."""
+    pairs = q[0] * q[1] * q[2] * k[2]
+    layout = parse(spec)
+    mlp = 0
+    if layout.form:
+        shapes = dict(zip(layout.names, operands))
+        (width, inputs), (heads, _) = shapes["w1"], shapes["w2"]
+        mlp = 2 * pairs // heads * width * (inputs + heads)
+    return 2 * pairs, mlp
+
+
+@register_flop_formula(torch.ops.posattn.attention_forward)
+def _(q: Any, k: Any, v: Any, operands: Any, ints: Any, *rest: Any, **_: Any) -> int:
+    one, mlp = _flops(q, k, v, operands, rest[3])
+    return one * (q[3] + v[3]) + mlp
+
+
+@register_flop_formula(torch.ops.posattn.attention_backward)
+def _(q: Any, k: Any, v: Any, operands: Any, ints: Any, *rest: Any, **_: Any) -> int:
+    """As torch counts its own: the recomputed products, and one of each for every gradient."""
+    one, mlp = _flops(q, k, v, operands, rest[3])
+    return one * (3 * q[3] + 2 * v[3]) + 3 * mlp

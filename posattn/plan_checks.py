@@ -94,7 +94,8 @@ class _Checks:
 
     def _angles(self, name: str, tensor: object, tokens: int, half: int) -> None:
         tensor = self.tensor(name, tensor)
-        if tensor.dim() != 3 or tensor.shape[0] not in (1, self.batch) or tensor.shape[1:] != (tokens, half):
+        fits = tensor.dim() == 3 and tensor.shape[1] == tokens and tensor.shape[2] == half
+        if not fits or (tensor.shape[0] != 1 and tensor.shape[0] != self.batch):
             raise self._wrong_shape(name, tensor, f"{self.batch} or 1", tokens, half)
 
     def bias(self, name: str, bias: object) -> Bias:
@@ -145,7 +146,8 @@ class _Checks:
     def _dense(self, name: str, dense: object) -> None:
         tensor = self.tensor(name, dense)
         target = (self.batch, self.heads, self.q_tokens, self.k_tokens)
-        if tensor.dim() != 4 or any(size not in (1, want) for size, want in zip(tensor.shape, target)):
+        # Comparisons spelled out: `in` cannot tell traced lengths apart.
+        if tensor.dim() != 4 or any(size != 1 and size != want for size, want in zip(tensor.shape, target)):
             raise self._wrong_shape(name, tensor, *(f"{n} or 1" for n in target))
 
     def head_mix(self, mix: HeadMix) -> HeadMix:

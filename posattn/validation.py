@@ -129,7 +129,7 @@ def check_scale(scale: float | Tensor | None, head_dim: int) -> tuple[float, Ten
     """The scale as a number, 1 / sqrt(head_dim) for None, and as a tensor if it came as one: the number is then not to
     be relied on while torch.compile traces, and the gradient goes to the tensor."""
     if scale is None:
-        return 1.0 / math.sqrt(max(head_dim, 1)), None
+        return 1.0 / math.sqrt(max(int(head_dim), 1)), None  # int: a graph is of one head dimension
     if not isinstance(scale, Tensor):
         return _number("scale", scale), None
     check_tensor("scale", scale)

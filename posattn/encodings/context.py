@@ -128,15 +128,15 @@ class Context:
 
         For implicit ones the bounds hold for sequences of any length up to k_len.
         """
+        if self.explicit and self.position_range is not None:
+            first, last = self.position_range
+            return first, last, first, last
         if self.explicit:
             return self._explicit_bounds
         return 1 - self.q_len, self.k_len - 1, 0, self.k_len - 1
 
     @cached_property
     def _explicit_bounds(self) -> tuple[int, int, int, int]:
-        if self.position_range is not None:
-            first, last = self.position_range
-            return first, last, first, last
         # Under vmap the bounds are those of all examples.
         q_positions, k_positions = (_unbatched(positions) for positions in self.token_positions())
         if q_positions.numel() == 0 or k_positions.numel() == 0:
