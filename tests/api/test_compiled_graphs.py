@@ -1,4 +1,4 @@
-"""torch.compile makes no more graphs of posattn than of torch's own function: one for all lengths and learned scales."""
+"""torch.compile makes no more graphs of posattn than of torch's function: one for all lengths and learned scales."""
 
 from __future__ import annotations
 

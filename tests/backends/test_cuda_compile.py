@@ -16,6 +16,7 @@ import torch
 
 import posattn
 from posattn.backends import cuda
+from posattn.backends.common import disk_cache
 from posattn.backends.cuda import cache, compiler, launch, params
 from posattn.backends.cuda.constants import CombineConstants
 from posattn.parity import plain_call
@@ -90,8 +91,8 @@ def test_a_damaged_entry_is_compiled_again(folder, compilations, damage):
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, folder, compilations):
     folder.write_text("a file where the folder should be")
-    cache._warn.cache_clear()
-    with pytest.warns(RuntimeWarning, match="POSATTN_CACHE_DIR names another place"):
+    disk_cache._warn.cache_clear()
+    with pytest.warns(RuntimeWarning, match="POSATTN_CACHE_DIR names another folder"):
         first = compiled()
     forget()
     with warnings.catch_warnings():
@@ -288,11 +289,3 @@ def test_what_the_driver_refuses_is_said(folder, monkeypatch):
     monkeypatch.setattr(launch, "_loaded", lambda kernel, device, shared: ("owner", "function"))
     with pytest.raises(RuntimeError, match=r"attention_combine \(grid \(3,\)\): CUDA_ERROR_INVALID_VALUE"):
         launch.launch(compiled(), (3,), (128,), 64, packed)
-
-
-def test_the_cache_lies_where_it_is_told(monkeypatch):
-    monkeypatch.setenv("POSATTN_CACHE_DIR", "/given")
-    assert cache.directory() == Path("/given/cuda")
-    monkeypatch.delenv("POSATTN_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/user")
-    assert cache.directory() == Path("/user/posattn/cuda")

@@ -92,6 +92,20 @@ def test_what_fits_differently_is_chosen_for_itself(machine, monkeypatch, tmp_pa
     assert len(entries(16, posattn.RoPE(64))) == 3
 
 
+def test_a_tile_that_is_not_shipped_is_not_taken(machine, monkeypatch, tmp_path):
+    clock(monkeypatch, [])
+    attend()
+    path = tmp_path / "triton_tiles.json"
+    (entry,) = json.loads(path.read_text())
+    path.write_text(path.read_text().replace('"block_n": ', '"block_n": 1'))
+    monkeypatch.setattr(autotune, "_chosen", {})
+    timed = []
+    clock(monkeypatch, timed)
+    attend()
+    assert timed
+    assert json.loads(path.read_text())[entry]["block_n"] < 1000
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"forward|a GPU|plain|64|torch.bfloat16|6|6|full": {"block_m": 1}}'])
 def test_a_damaged_file_is_written_anew(machine, monkeypatch, tmp_path, content):
     timed = []

@@ -1,4 +1,4 @@
-"""`pip install .` in build isolation and `pip install -e .`, each into a fresh environment.
+"""`pip install` of the sdist in build isolation and `pip install -e .`, each into a fresh environment.
 
 Both share one copy of the sources, and so its build folder, and build one instruction set: what is proved here is the
 packaging. torch is borrowed from the environment that runs the tests.
@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,7 @@ ISA = "baseline" if platform.machine() in ("x86_64", "AMD64") else "neon"
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCES = (".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "demo-out", "bench-out")
 
-PROBE = """
-import posattn, posattn._cpu, posattn.bench, posattn.demo, posattn.kernels, torch
-q = torch.randn(1, 2, 5, 8)
-out = posattn.attention(q, q, q, posattn.ALiBi(2), causal=True, backend="cpu")
-expected = posattn.attention(q, q, q, posattn.ALiBi(2), causal=True, backend="reference")
-torch.testing.assert_close(out, expected)
-print(posattn.__file__, posattn._cpu.__file__, posattn.bench.__file__, posattn.kernels.__file__, sep="\\n")
-"""
+PROBE = Path(__file__).with_name("wheel.py")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +56,7 @@ def pip_install(python: Path, *arguments: str | Path) -> None:
 
 def probe(python: Path, folder: Path) -> list[Path]:
     """Run PROBE away from the sources; the files of the package, the native module, the bench and the kernels."""
-    done = subprocess.run([python, "-c", PROBE], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([python, PROBE], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [Path(line) for line in done.stdout.splitlines()]
 
@@ -75,8 +69,28 @@ def modules(folder: Path, prefix: str) -> set[str]:
     }
 
 
-def test_install_in_build_isolation(sources: Path, python: Path, tmp_path: Path) -> None:
-    pip_install(python, sources)
+@pytest.fixture(scope="module")
+def sdist(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, as `python -m build --sdist` makes it."""
+    folder = tmp_path_factory.mktemp("sdist")
+    program = f"import setuptools.build_meta; print(setuptools.build_meta.build_sdist({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=sources, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / done.stdout.splitlines()[-1]
+
+
+def test_the_sdist_holds_what_builds_it(sources: Path, sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    patterns = ("csrc/**/*", "kernels/**/*.py", "bench/*.py", "posattn/**/*.py", "tests/native/*", "tools/**/*.py")
+    files = {p.relative_to(sources).as_posix() for pattern in patterns for p in sources.glob(pattern) if p.is_file()}
+    files = {name for name in files if not name.endswith((".so", ".pyc"))}
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", *files} <= held
+    assert not [name for name in held if name.endswith((".so", ".pyc")) or "/." in f"/{name}"]
+
+
+def test_install_in_build_isolation(sources: Path, sdist: Path, python: Path, tmp_path: Path) -> None:
+    pip_install(python, sdist)
     files = probe(python, tmp_path)
     site = files[0].parent.parent
     assert site.is_relative_to(tmp_path)
@@ -99,6 +113,43 @@ def test_install_in_build_isolation(sources: Path, python: Path, tmp_path: Path)
     missing = expected - installed
     assert not missing
     assert not any(part.startswith("test") for path in installed for part in path.split("/"))
+
+
+def interpreters() -> dict[str, str]:
+    """Other Pythons of this machine that the package supports, by version."""
+    found = {}
+    for minor in range(10, 15):
+        name = f"python3.{minor}"
+        beside = sorted(Path(sys.base_prefix).parent.glob(f"3.{minor}.*/bin/{name}"))  # where pyenv keeps them
+        path = shutil.which(name) or (str(beside[-1]) if beside else None)
+        if path is not None and minor != sys.version_info.minor:
+            found[f"3.{minor}"] = path
+    return found
+
+
+LOADED = """
+import importlib.util, pathlib, sys
+(path,) = pathlib.Path(sys.argv[1]).rglob("posattn/_cpu*.so")
+spec = importlib.util.spec_from_file_location("_cpu", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(sorted(name for name in dir(module) if not name.startswith("_")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "version", interpreters() or [pytest.param("", marks=pytest.mark.skip(reason="no other Python"))]
+)
+def test_install_on_other_pythons(version: str, sdist: Path, tmp_path: Path) -> None:
+    """torch is for one Python alone here, so what is proved is the build and that its module loads."""
+    subprocess.run([interpreters()[version], "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    interpreter = tmp_path / "venv" / "bin" / "python"
+    pip_install(interpreter, sdist)
+    done = subprocess.run([interpreter, "-c", LOADED, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "forward" in done.stdout
+    assert "backward" in done.stdout
 
 
 def test_editable_install(sources: Path, python: Path, tmp_path: Path) -> None:

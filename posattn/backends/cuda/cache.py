@@ -1,39 +1,25 @@
 """Compiled kernels on disk: one file an entry, named by the hash of all that went into it.
 
-Several threads and processes may use one directory: an entry is written beside its place and renamed into it. A damaged
-entry counts as absent. A directory that cannot be written costs a warning and the compilation in each process.
+A damaged entry counts as absent, and so does one that was moved to another's place: its hash holds its name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
-import warnings
-from functools import cache
-from pathlib import Path
 
-_MAGIC = b"posattn-kernel-1\n"
+from posattn.backends.common import disk_cache
 
-
-def directory() -> Path:
-    """POSATTN_CACHE_DIR, else the user's cache directory."""
-    given = os.environ.get("POSATTN_CACHE_DIR")
-    if given:
-        return Path(given) / "cuda"
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "posattn" / "cuda"
+_MAGIC = b"posattn-kernel-2\n"
 
 
 def load(key: str) -> list[bytes] | None:
     """The parts stored under `key`; None if there is no such entry or it is not whole."""
-    try:
-        content = (directory() / key).read_bytes()
-    except OSError:
-        return None
+    content = disk_cache.read(f"cuda/{key}")
     head = len(_MAGIC) + 32
+    if content is None or not content.startswith(_MAGIC):
+        return None
     body = content[head:]
-    if not content.startswith(_MAGIC) or hashlib.sha256(body).digest() != content[len(_MAGIC) : head]:
+    if _digest(key, body) != content[len(_MAGIC) : head]:
         return None
     parts = []
     while body:
@@ -46,27 +32,8 @@ def load(key: str) -> list[bytes] | None:
 def store(key: str, parts: list[bytes]) -> None:
     """Keep `parts` under `key`, or warn once if that cannot be."""
     body = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
-    place = directory()
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=place)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(_MAGIC + hashlib.sha256(body).digest() + body)
-            os.replace(partial, place / key)
-        except OSError:
-            os.unlink(partial)
-            raise
-    except OSError as error:
-        _warn(str(place), str(error))
+    disk_cache.write(f"cuda/{key}", _MAGIC + _digest(key, body) + body)
 
 
-@cache
-def _warn(place: str, reason: str) -> None:
-    """Once for each directory and reason."""
-    warnings.warn(
-        f"posattn cannot keep compiled kernels in {place} ({reason}), so every process compiles them anew; "
-        "POSATTN_CACHE_DIR names another place",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def _digest(key: str, body: bytes) -> bytes:
+    return hashlib.sha256(key.encode() + b"\0" + body).digest()

@@ -10,25 +10,21 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
+from posattn.backends.common import disk_cache
 from posattn.backends.common.operands import k_max, q_max
 from posattn.backends.triton.configs.launch_config import LaunchConfig, Table, configs_of, head_dim, kinds
 from posattn.plan import Call
+
+_FILE = "triton_tiles.json"
 
 _chosen: dict[str, LaunchConfig] = {}
 
 
 def enabled() -> bool:
     return os.environ.get("POSATTN_TRITON_AUTOTUNE", "0") not in ("", "0")
-
-
-def _directory() -> Path:
-    given = os.environ.get("POSATTN_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(given) if given else Path(base) / "posattn"
 
 
 def key(name: str, device: str, call: Call) -> str:
@@ -51,19 +47,13 @@ def candidates(table: Table, arch: str, call: Call) -> list[LaunchConfig]:
     return list(dict.fromkeys(of_kind))
 
 
-def _stored(path: Path) -> dict[str, LaunchConfig]:
-    """The choices on disk; those that this version cannot read are left out, to be made and written anew."""
+def _stored() -> dict[str, object]:
+    """The choices on disk, whatever they hold: only what is one of a call's configs is taken from them."""
     try:
-        entries = json.loads(path.read_text())
-    except (OSError, ValueError):
+        entries = json.loads(disk_cache.read(_FILE) or b"{}")
+    except ValueError:
         return {}
-    configs = {}
-    for entry, values in entries.items() if isinstance(entries, dict) else ():
-        try:
-            configs[entry] = LaunchConfig(**values)
-        except TypeError:
-            continue
-    return configs
+    return entries if isinstance(entries, dict) else {}
 
 
 def pick(
@@ -73,15 +63,14 @@ def pick(
     device cannot hold counts as infinitely slow."""
     entry = key(name, device, call)
     if entry not in _chosen:
-        path = _directory() / "triton_tiles.json"
-        stored = _stored(path)
-        if entry not in stored:
-            stored[entry] = min(dict.fromkeys(configs), key=time)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps({name: asdict(config) for name, config in stored.items()}, indent=1))
-            partial.replace(path)
-        _chosen[entry] = stored[entry]
+        choices = list(dict.fromkeys(configs))
+        stored = _stored()
+        found = next((config for config in choices if asdict(config) == stored.get(entry)), None)
+        if found is None:
+            found = min(choices, key=time)
+            content = {**stored, entry: asdict(found)}
+            disk_cache.write(_FILE, json.dumps(content, indent=1).encode())
+        _chosen[entry] = found
     return _chosen[entry]
 
 
