@@ -15,6 +15,7 @@ from torch.nn.functional import dropout, pad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from posattn import jagged, ops, plan_checks, sdpa_shapes, validation
+from posattn.encodings._plans import check_values
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Call, Dense, Mask, Plan
 
@@ -312,7 +313,9 @@ def _lower(position: Encoding, context: Context, q: Tensor, k: Tensor) -> Plan:
     """The plan, computed outside autocast: tables are float32 whatever the model's precision."""
     off = torch.autocast(q.device.type, enabled=False) if _autocasts(q) else nullcontext()
     with off:
-        plan = plan_checks.checked(position.lower(context), type(position).__name__, q, k)
+        plan = plan_checks.checked(position(context), type(position).__name__, q, k)
+        if not torch.compiler.is_compiling():
+            check_values(position, plan)
     turn = plan.rotary
     if turn is not None and (turn.q_cos.requires_grad or turn.k_cos.requires_grad):
         raise ValueError("position: expected rotation tables that need no gradient, got ones with requires_grad")

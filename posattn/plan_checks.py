@@ -18,12 +18,9 @@ FORMS = ("concat-residual", "concat", "add")
 _Operand = TypeVar("_Operand")
 
 
-def checked(plan: object, source: str, q: Tensor, k: Tensor) -> Plan:
+def checked(plan: Plan, source: str, q: Tensor, k: Tensor) -> Plan:
     """The plan that an encoding (`source`) built for q [B, Hq, Tq, D] and k [B, Hkv, Tk, D], fit for every kernel."""
     checks = _Checks(source, q, k)
-    if not isinstance(plan, Plan):
-        hint = "; a Bias goes in Plan(bias=...)" if isinstance(plan, Bias) else ""
-        raise ArgumentTypeError(f"position: expected {source}.build to return a Plan, got {type(plan).__name__}{hint}")
     if plan.rotary is not None:
         checks.rotary(checks.kind("rotary", plan.rotary, Rotary))
     bias = checks.bias("bias", plan.bias)

@@ -16,6 +16,7 @@ from posattn import reference
 from posattn.encodings._checks import check_positive_int
 from posattn.encodings._plans import check_values, copied, head_slice
 from posattn.encodings.context import Context as Context
+from posattn.errors import ArgumentTypeError
 from posattn.plan import Bias, Dense, Plan, Slope, Table
 
 
@@ -61,7 +62,11 @@ class Encoding(nn.Module):
                 f"position: {type(self).__name__} was made for num_heads={self.num_heads}, "
                 f"got queries with {context.num_heads} heads"
             )
-        plan = self.build(context)
+        plan: object = self.build(context)
+        if not isinstance(plan, Plan):
+            hint = "; a Bias goes in Plan(bias=...)" if isinstance(plan, Bias) else ""
+            kind, got = type(self).__name__, type(plan).__name__
+            raise ArgumentTypeError(f"position: expected {kind}.build to return a Plan, got {got}{hint}")
         # fully_shard frees the parameters right after this, and an operand may be one of them or a view of it.
         return copied(plan) if self._forward_hooks else plan
 
