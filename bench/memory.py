@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import resource
 import sys
@@ -14,9 +16,10 @@ MB = 1e6
 
 
 def extra_peak(call: Callable[[], object], device: str = "cpu") -> float:
-    """Megabytes (1e6 bytes) that `call` adds at its peak. On a CPU, use a fresh process: freed memory may be reused.
+    """Megabytes (1e6 bytes) that `call` adds at its peak. On a CPU, use a fresh process.
 
-    A CPU's is the resident set of the whole process, so it counts what no allocator reports.
+    A CPU's is the resident set of the whole process, so it counts what no allocator reports. Pages that malloc keeps of
+    what was freed would hide all that the call puts there, so they go back to the system first.
     """
     if device != "cpu":
         torch.cuda.synchronize()
@@ -25,10 +28,19 @@ def extra_peak(call: Callable[[], object], device: str = "cpu") -> float:
         call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MB
+    _give_back()
     _reset_peak()
     resident = _resident("VmRSS")
     call()
     return max(_resident("VmHWM") - resident, 0.0) / MB
+
+
+def _give_back() -> None:
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 def _reset_peak() -> None:
