@@ -1,13 +1,24 @@
-"""What every test shares: the backends of this machine, one thread a worker, and memory that starts as NaN."""
+"""What every test shares: the backends of this machine, compiled GPU kernels, one thread a worker, and memory that
+starts as NaN."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from posattn.parity import available
+
+# Almost all the time of a GPU test is its kernels' compilation, so workers and runs share them. Both caches know a kernel
+# by its source, its constants and its compiler, so what changes is compiled anew.
+KERNELS = Path(__file__).resolve().parents[1] / "build" / "test-kernels"
+KERNELS_LIMIT = 4 << 30  # bytes; kernels of sources that are gone pile up
+os.environ["POSATTN_CACHE_DIR"] = str(KERNELS / "cuda")
+os.environ["TRITON_CACHE_DIR"] = str(KERNELS / "triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The shared suites compute in float32 too, so they run the backends that do; CUDA's has suites of its own.
@@ -23,6 +34,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not BACKENDS:
         raise pytest.UsageError("no fused backend runs here; `posattn info` says why")
+    if "PYTEST_XDIST_WORKER" not in os.environ and _size(KERNELS) > KERNELS_LIMIT:
+        shutil.rmtree(KERNELS)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.fixture(autouse=True)

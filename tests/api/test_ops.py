@@ -158,6 +158,7 @@ def test_compile_with_options_and_dropout():
     assert_same(run(compiled, layer, x), run(layer, layer, x))
 
 
+@pytest.mark.slow
 def test_compile_with_inductor():
     torch._dynamo.reset()
     layer = Layer(posattn.RoPE(DIM) + posattn.FIRE(HEADS), causal=True)

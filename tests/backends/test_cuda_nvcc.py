@@ -48,6 +48,7 @@ def test_forward(q_len, by_nvcc):
     assert_forward_parity(q, k, v, position, {"causal": True, "sinks": torch.randn(2)})
 
 
+@pytest.mark.slow
 def test_cmake_builds_the_device_code(tmp_path):
     """-DPOSATTN_BUILD_CUDA=ON: the sources that tools.cuda_sources writes, each for every architecture asked for."""
     scripts = sysconfig.get_path("scripts")
@@ -66,3 +67,10 @@ def test_cmake_builds_the_device_code(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     built = sorted(path.name for path in (tmp_path / "cuda").glob("*.cubin"))
     assert built == ["forward_0_sm_80.cubin", "forward_sm90_0_sm_90a.cubin"]
+    # A change of any device source, in whatever folder, compiles them again.
+    query = subprocess.run(
+        [ninja, "-C", tmp_path, "-t", "query", f"cuda/{built[0]}"], check=True, capture_output=True, text=True
+    )
+    sources = {str(path) for path in (ROOT / "csrc" / "cuda").rglob("*") if path.suffix in (".h", ".cu")}
+    assert len(sources) > 10
+    assert sources <= {line.strip().removeprefix("| ") for line in query.stdout.splitlines()}

@@ -74,6 +74,7 @@ def test_the_fastest_is_launched_and_kept(machine, monkeypatch, tmp_path):
     assert len(json.loads((tmp_path / "triton_tiles.json").read_text())) == 2
 
 
+@pytest.mark.slow
 def test_what_fits_differently_is_chosen_for_itself(machine, monkeypatch, tmp_path):
     """Up to 16 queries, of whatever batch, have keys turned in the kernel, which takes shared memory."""
     clock(monkeypatch, [])

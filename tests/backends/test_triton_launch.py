@@ -54,7 +54,9 @@ def instructions(ptx: str) -> list[str]:
     return [line for line in code.splitlines() if not line.lstrip().startswith((".loc", "//"))]
 
 
-@pytest.mark.parametrize(("dim", "bounded"), [(64, set()), (256, {"attention_backward"})])
+@pytest.mark.parametrize(
+    ("dim", "bounded"), [(64, set()), pytest.param(256, {"attention_backward"}, marks=pytest.mark.slow)]
+)
 def test_it_compiles_what_the_machine_runs(monkeypatch: pytest.MonkeyPatch, dim: int, bounded: set[str]) -> None:
     driver = Driver()
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)

@@ -24,6 +24,7 @@ def _oldest_triton() -> Path:
     return cache
 
 
+@pytest.mark.slow
 def test_kernels_compile() -> None:
     root = Path(__file__).parents[2]
     oldest = _oldest_triton()

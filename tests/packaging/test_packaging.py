@@ -1,7 +1,7 @@
-"""`pip install` of the sdist in build isolation and `pip install -e .`, each into a fresh environment.
+"""What wheel and sdist hold and the Makefile watches; installs into fresh environments, in isolation and editable.
 
-Both share one copy of the sources, and so its build folder, and build one instruction set: what is proved here is the
-packaging. torch is borrowed from the environment that runs the tests.
+The two share one copy of the sources, and so its build folder, and build one instruction set: what is proved here is
+the packaging. torch is borrowed from the environment that runs the tests.
 """
 
 from __future__ import annotations
@@ -69,6 +69,41 @@ def modules(folder: Path, prefix: str) -> set[str]:
     }
 
 
+def packaged(root: Path) -> set[str]:
+    """Every file of the sources that an installed package must hold."""
+    folders = {"posattn": "posattn", "kernels": "posattn/kernels", "bench": "posattn/bench"}
+    cuda = root / "csrc" / "cuda"
+    device = {f"posattn/cuda_source/{path.relative_to(cuda).as_posix()}" for path in cuda.rglob("*") if path.is_file()}
+    device = {path for path in device if "__pycache__" not in path}
+    assert len(device) > 10
+    return {"posattn/py.typed", *device}.union(*(modules(root / name, prefix) for name, prefix in folders.items()))
+
+
+def test_every_source_is_packaged(tmp_path: Path) -> None:
+    """Also those of folders that pyproject.toml would have to name."""
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    built = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert packaged(ROOT) - built == set()
+
+
+def test_make_watches_sources_in_every_folder() -> None:
+    done = subprocess.run(["make", "-pnrR", "help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    listed = dict(line.split(" := ", 1) for line in done.stdout.splitlines() if " := " in line)
+    for variable, folder, kinds in (
+        ("NATIVE", "csrc/cpu", ("*.cpp", "*.h")),
+        ("CPP", "csrc/cpu", ("*.cpp", "*.h")),
+        ("CPP", "tests/native", ("*.cpp", "*.h")),
+        ("CPP", "tests/ptxsim", ("*.cpp", "*.h", "*.c")),
+        ("CUDA", "csrc/cuda", ("*.cu", "*.h")),
+    ):
+        sources = {path.relative_to(ROOT).as_posix() for kind in kinds for path in (ROOT / folder).rglob(kind)}
+        assert sources
+        assert sources <= set(listed[variable].split()), variable
+
+
 @pytest.fixture(scope="module")
 def sdist(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution, as `python -m build --sdist` makes it."""
@@ -89,6 +124,7 @@ def test_the_sdist_holds_what_builds_it(sources: Path, sdist: Path) -> None:
     assert not [name for name in held if name.endswith((".so", ".pyc")) or "/." in f"/{name}"]
 
 
+@pytest.mark.slow
 def test_install_in_build_isolation(sources: Path, sdist: Path, python: Path, tmp_path: Path) -> None:
     pip_install(python, sdist)
     files = probe(python, tmp_path)
@@ -103,15 +139,7 @@ def test_install_in_build_isolation(sources: Path, sdist: Path, python: Path, tm
     }
     tops = {path.split("/")[0].split("-")[0] for path in installed}
     assert tops == {"posattn"}, "the wheel must hold the package and its metadata, no tests and no top-level kernels"
-    expected = modules(sources / "posattn", "posattn")
-    expected |= modules(sources / "kernels", "posattn/kernels") | modules(sources / "bench", "posattn/bench")
-    cuda = sources / "csrc" / "cuda"
-    expected |= {
-        f"posattn/cuda_source/{path.relative_to(cuda).as_posix()}" for path in cuda.rglob("*") if path.is_file()
-    }
-    expected.add("posattn/py.typed")
-    missing = expected - installed
-    assert not missing
+    assert packaged(sources) - installed == set()
     assert not any(part.startswith("test") for path in installed for part in path.split("/"))
 
 
@@ -152,6 +180,7 @@ def test_install_on_other_pythons(version: str, sdist: Path, tmp_path: Path) -> 
     assert "backward" in done.stdout
 
 
+@pytest.mark.slow
 def test_editable_install(sources: Path, python: Path, tmp_path: Path) -> None:
     pip_install(python, "--editable", sources)
     assert all(path.is_relative_to(sources) for path in probe(python, tmp_path))

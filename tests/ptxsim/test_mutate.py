@@ -68,7 +68,14 @@ def test_broken_synchronisation_of_the_attention_pattern_is_noticed(arch: int) -
     assert all(verdict.caught_by == "machine" for verdict in caught), table(verdicts)
 
 
-@pytest.mark.parametrize(("scenario", "arch"), survivors.scenarios())
+# The kernels that take seconds to compile, one of each backend; the others with all that is slow.
+QUICK = [("forward_slope", 80), ("forward_slope", 90), ("cuda_forward", 80)]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "arch"),
+    [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in survivors.scenarios()],
+)
 def test_the_survivors_of_our_own_kernels_are_the_examined_ones(scenario: str, arch: int) -> None:
     """A sample of what `python -m tests.ptxsim.mutate` runs whole."""
     if scenario.startswith("cuda") and compiler.missing() is not None:
