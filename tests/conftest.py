@@ -13,8 +13,8 @@ import torch
 
 from posattn.parity import available
 
-# Almost all the time of a GPU test is its kernels' compilation, so workers and runs share them. Both caches know a kernel
-# by its source, its constants and its compiler, so what changes is compiled anew.
+# Almost all the time of a GPU test is its kernels' compilation, so workers and runs share them. Both caches know a
+# kernel by its source, its constants and its compiler, so what changes is compiled anew.
 KERNELS = Path(__file__).resolve().parents[1] / "build" / "test-kernels"
 KERNELS_LIMIT = 4 << 30  # bytes; kernels of sources that are gone pile up
 os.environ["POSATTN_CACHE_DIR"] = str(KERNELS / "cuda")

@@ -102,6 +102,7 @@ def test_a_rotary_map_depends_on_the_distance_alone() -> None:
     torch.testing.assert_close(maps[:, 5:, 5:], maps[:, :-5, :-5])
 
 
+@pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--encodings", "ALiBi", "--steps", "2", "--windows", "1", "--backend", "cpu", "--out", str(tmp_path)]
     assert demo.main(arguments) == 0

@@ -1,18 +1,16 @@
-"""The CUDA backward kernels' real PTX on the PTX machine: every gradient within the rule, and no finding.
+"""What is CUDA's own in its backward kernels, on the PTX machine: every tile's banks, sums in order, modelled cycles.
 
-Every operand, mask and option occurs at least once, in lengths on both sides of a tile's edges; so do every head
-dimension and every tile shape. The forward pass is the CPU's: the CUDA one has its own tests.
+The forward pass is the CPU's: the CUDA one has its own tests.
 """
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 
 import posattn
 from posattn import validation
+from tests.backends.gpu_cases import BF16, HALF, tensors
 from tests.tolerance import assert_parity
 
 pytest.importorskip("cuda.core")
@@ -26,120 +24,10 @@ from tests.ptxsim.kernel import Options
 from tests.ptxsim.seam import behind_launch
 from tools.gpu_budget.cuda import cases, figures, launches
 
-HALF, BF16 = torch.float16, torch.bfloat16
-
-
-def tensors(dtype, heads=2, kv_heads=2, q_len=70, k_len=150, dim=64, batch=1, dim_v=None):
-    shapes = ((heads, q_len, dim), (kv_heads, k_len, dim), (kv_heads, k_len, dim_v or dim))
-    return [torch.randn(batch, *shape).to(dtype) for shape in shapes]
-
-
-def _mask(*shape):
-    return torch.rand(*shape) < 0.1
-
-
-def _packed():
-    return {"cu_seqlens_q": torch.tensor([0, 5, 5, 130]), "cu_seqlens_k": torch.tensor([0, 50, 51, 120])}
-
-
-def _positions():
-    return {"q_positions": torch.randint(0, 100, (70,)), "k_positions": torch.randint(0, 100, (1, 150))}
-
-
-PACKED = {"q_len": 130, "k_len": 120}
-
-CASES = {
-    "causal window, grouped heads": (HALF, {"kv_heads": 1}, None, lambda: {"causal": True, "window": (40, None)}),
-    "more queries than keys": (BF16, {"q_len": 150, "k_len": 70}, None, lambda: {"causal": True, "window": (20, 3)}),
-    "keys that no query sees": (
-        BF16, {"q_len": 20, "k_len": 300}, lambda: posattn.ALiBi(2, learnable=True), lambda: {"window": (30, 0)}
-    ),
-    "softcap and sinks": (BF16, {}, None, lambda: {"softcap": 5.0, "sinks": torch.randn(2), "causal": True}),
-    "dropout, odd dims": (HALF, {"dim": 44, "dim_v": 24}, None, lambda: {"dropout_p": 0.4}),
-    "dropout, grouped heads": (BF16, {"dim": 96, "kv_heads": 1}, None, lambda: {"dropout_p": 0.3, "causal": True}),
-    "negative scale": (BF16, {"dim": 8, "q_len": 9, "k_len": 33}, None, lambda: {"scale": -1.0}),
-    "one query, one key, one head": (
-        BF16, {"heads": 1, "kv_heads": 1, "q_len": 1, "k_len": 1, "dim": 16}, lambda: posattn.Kerple(1),
-        lambda: {"dropout_p": 0.3},
-    ),
-    "ALiBi, grouped heads": (
-        BF16, {"heads": 4}, lambda: posattn.ALiBi(4, learnable=True), lambda: {"causal": True}
-    ),
-    "steep slopes": (
-        HALF, {"q_len": 150}, lambda: posattn.ALiBi(2, learnable=True, slopes=[20.0, 22.0]), lambda: {"causal": True}
-    ),
-    "ALiBi both ways": (HALF, {}, lambda: posattn.ALiBi(2, learnable=True), dict),
-    "table, grouped heads": (BF16, {"kv_heads": 1}, lambda: posattn.Kerple(2), lambda: {"causal": True}),
-    "table and mask": (BF16, {}, lambda: posattn.T5Bias(2), lambda: {"mask": _mask(1, 2, 70, 150)}),
-    "profile, grouped heads": (
-        BF16, {"kv_heads": 1}, lambda: posattn.FIRE(2, width=8), lambda: {"causal": True}
-    ),
-    "profile of two words of knots": (HALF, {}, lambda: posattn.FIRE(2, width=40), dict),
-    "dense": (
-        BF16, {}, None, lambda: {"bias": torch.randn(1, 2, 70, 150).masked_fill(_mask(1, 2, 70, 150), -math.inf)}
-    ),
-    "dense shared": (BF16, {"batch": 2}, None, lambda: {"bias": torch.randn(1, 1, 70, 150), "causal": True}),
-    "dense in 16 bits": (HALF, {}, None, lambda: {"bias": torch.randn(1, 2, 70, 150).half()}),
-    "rotary": (BF16, {}, lambda: posattn.RoPE(64), lambda: {"causal": True}),
-    "rotary of a part": (
-        HALF, {"q_len": 200, "k_len": 200, "dim": 32}, lambda: posattn.RoPE(32, layout="interleaved", rotary_dim=16),
-        lambda: {"causal": True},
-    ),
-    "rotary and ALiBi": (BF16, {}, lambda: posattn.RoPE(64) + posattn.ALiBi(2), lambda: {"causal": True}),
-    "key lengths": (
-        BF16, {"q_len": 5, "batch": 3}, lambda: posattn.Kerple(2),
-        lambda: {"causal": True, "k_lengths": torch.tensor([0, 3, 149])},
-    ),
-    "packed documents": (
-        BF16, PACKED, lambda: posattn.Kerple(2), lambda: {"causal": True, "dropout_p": 0.3, **_packed()}
-    ),
-    "packed documents, profile": (
-        HALF, PACKED, lambda: posattn.FIRE(2, width=8), lambda: {"causal": True, **_packed()}
-    ),
-    "explicit positions": (
-        BF16, {}, lambda: posattn.Kerple(2) + posattn.ALiBi(2, learnable=True) + posattn.RoPE(64), _positions
-    ),
-    "explicit positions, profile": (BF16, {}, lambda: posattn.FIRE(2, width=8), _positions),
-    "every operand": (
-        BF16, {"q_len": 100},
-        lambda: posattn.RoPE(64) + posattn.ALiBi(2, learnable=True) + posattn.Kerple(2) + posattn.FIRE(2, width=8),
-        lambda: {"causal": True, "bias": torch.randn(1, 2, 100, 150), "softcap": 20.0, "sinks": torch.randn(2)},
-    ),
-    "in order, window": (
-        BF16, {"q_len": 240, "k_len": 300}, lambda: posattn.FIRE(2, width=8),
-        lambda: {"window": (60, 70), "deterministic": True},
-    ),
-    "in order, shared dense": (
-        BF16, {"batch": 2, "kv_heads": 1}, None,
-        lambda: {"bias": torch.randn(1, 1, 70, 150), "causal": True, "deterministic": True},
-    ),
-}  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
 def _forward_on_the_cpu(monkeypatch):
     monkeypatch.setattr(cuda, "forward", cpu.forward)
-
-
-@pytest.fixture
-def machine():
-    with behind_launch(80) as machine:
-        yield machine
-
-
-@pytest.mark.usefixtures("machine", "poisoned")
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("explicit")])
-def test_parity(case):
-    dtype, shape, position, options = CASES[case]
-    assert_parity(*tensors(dtype, **shape), position() if position else None, options(), "cuda")
-
-
-@pytest.mark.usefixtures("machine")
-@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("explicit")])
-def test_explicit_positions(case):
-    """Not poisoned: poisoning sets torch's deterministic mode, which refuses these gradients' atomics."""
-    dtype, shape, position, options = CASES[case]
-    assert_parity(*tensors(dtype, **shape), position(), options(), "cuda")
 
 
 def _plan(heads):
@@ -149,7 +37,7 @@ def _plan(heads):
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("small", [False, True], ids=["163 KiB", "99 KiB"])
-@pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [64, 128, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (32, 96, 192, 256))])
 def test_every_tile_without_bank_conflicts(dim, small, monkeypatch):
     if small:
         monkeypatch.setattr(backward, "shared_memory", lambda _: shared_memory("sm_86"))
@@ -158,21 +46,6 @@ def test_every_tile_without_bank_conflicts(dim, small, monkeypatch):
     (main,) = (launched for launched in machine.launches if launched.kernel == "attention_backward")
     assert not main.report.main_loop_conflicts
     assert main.report.counters["shared_requests"] > 0
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("extra", range(0, 130, 13))
-def test_every_remainder_of_a_tile(arch, extra):
-    with behind_launch(arch):
-        lengths = {"q_len": 33 + extra, "k_len": 65 + 2 * extra % 130}
-        assert_parity(*tensors(BF16, heads=1, kv_heads=1, dim=32, **lengths), None, {"causal": True}, "cuda")
-
-
-@pytest.mark.usefixtures("machine", "poisoned")
-def test_large_logits():
-    """Logits in the thousands: weights of exactly one and exactly zero, and log-sum-exps far from both."""
-    q, k, v = tensors(BF16, q_len=40, k_len=70)
-    assert_parity(100 * q, 100 * k, v, None, {"causal": True, "scale": 1.0}, "cuda")
 
 
 def _gradients(options, reverse, seed):
@@ -199,20 +72,6 @@ def test_ordered_sums_do_not_depend_on_the_order_of_blocks_and_warps(options):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_many_short_documents_beside_a_long_one_share_sums_by_distance(monkeypatch):
-    """Else there would be a sum for each distance of the longest document and each document."""
-    kept = []
-    sums = backward_operands.sums
-    monkeypatch.setattr(backward_operands, "sums", lambda of: kept.append(sums(of)) or kept[-1])
-    cu_seqlens = torch.cat([torch.tensor([0, 300]), torch.arange(301, 381)]).int()
-    tokens = int(cu_seqlens[-1])
-    packed = {"causal": True, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-    with behind_launch(80):
-        assert_parity(*tensors(BF16, q_len=tokens, k_len=tokens, dim=16), _plan(2), packed, "cuda")
-    assert kept[0]["dtable"].shape[0] > 0
-    assert max(kept[0][name].numel() for name in ("dtable", "dpsi")) <= 2 * (2 * 2 * tokens)
-
-
 @pytest.mark.parametrize("position", [posattn.Kerple(2), posattn.DAPE(posattn.Kerple(2), 2, width=8)], ids=type)
 def test_tokens_of_no_document_have_no_share_in_any_gradient(position, monkeypatch):
     """Bounds on a GPU are not read, so they may end early; what the tokens behind them are given goes nowhere."""
@@ -234,6 +93,20 @@ def test_tokens_of_no_document_have_no_share_in_any_gradient(position, monkeypat
         want = gradients([given[0] * inside[:, None], given[1] * inside])
     assert all(map(torch.equal, got, want))
     assert all(x.abs().sum() > 0 for x in got)
+
+
+def test_many_short_documents_beside_a_long_one_share_sums_by_distance(monkeypatch):
+    """Else there would be a sum for each distance of the longest document and each document."""
+    kept = []
+    sums = backward_operands.sums
+    monkeypatch.setattr(backward_operands, "sums", lambda of: kept.append(sums(of)) or kept[-1])
+    cu_seqlens = torch.cat([torch.tensor([0, 300]), torch.arange(301, 381)]).int()
+    tokens = int(cu_seqlens[-1])
+    packed = {"causal": True, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    with behind_launch(80):
+        assert_parity(*tensors(BF16, q_len=tokens, k_len=tokens, dim=16), _plan(2), packed, "cuda")
+    assert kept[0]["dtable"].shape[0] > 0
+    assert max(kept[0][name].numel() for name in ("dtable", "dpsi")) <= 2 * (2 * 2 * tokens)
 
 
 def _figures(label):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.backends.cuda_machine import kernel_cache  # noqa: F401
-
 pytest.importorskip("cuda.core")
 from tools.gpu_budget.cuda import cases, figures, launches
 
@@ -19,11 +17,6 @@ LIMITS = {
     ("sm_90", "plain, D = 128"): 776,
     ("sm_90", "table, D = 64"): 520 * 1.10,
 }
-
-
-@pytest.fixture(autouse=True)
-def _cache(kernel_cache, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("POSATTN_CACHE_DIR", kernel_cache)
 
 
 @pytest.mark.parametrize(("arch", "label"), LIMITS)

@@ -1,4 +1,4 @@
-"""HeadMix (DAPE) in CUDA, the PTX of its kernels on the PTX machine: every form and operand, and what it refuses."""
+"""What is CUDA's own in HeadMix (DAPE), on the PTX machine: banks, sums in order, what it refuses and who serves it."""
 
 from __future__ import annotations
 
@@ -9,91 +9,17 @@ import posattn
 from posattn import backends
 from posattn.backends.cuda import compiler, launch
 from posattn.backends.cuda.configs import headmix
-from posattn.parity import compare
-from tests.backends.headmix_cases import SHARED, tensors
+from tests.backends.gpu_cases import tensors as tensors_of
 from tests.ptxsim import Options
+from tests.ptxsim.cuda_run import CompiledCuda
 from tests.ptxsim.seam import behind_launch
 from tests.tolerance import assert_parity
 
 pytestmark = pytest.mark.skipif(compiler.missing() is not None, reason=str(compiler.missing()))
 
 
-CASES = {
-    **SHARED,
-    "rotary, grouped heads": (
-        {"heads": 12, "kv_heads": 4, "dim": 64, "dtype": torch.float16},
-        lambda: posattn.DAPE(posattn.RoPE(64) + posattn.Kerple(12), 12), lambda: {"causal": True},
-    ),
-    "explicit positions": (
-        {"q_len": 5}, lambda: posattn.DAPE(posattn.FIRE(3, width=6), 3, width=8),
-        lambda: {"q_positions": torch.randint(0, 30, (5,)), "k_positions": torch.randint(0, 30, (53,))},
-    ),
-    "deterministic, window, bias for all heads": (
-        {"q_len": 50, "batch": 2},
-        lambda: posattn.DAPE(posattn.Kerple(3) + posattn.ALiBi(3, learnable=True), 3, width=8),
-        lambda: {"window": (30, 9), "bias": torch.randn(1, 1, 50, 53), "deterministic": True},
-    ),
-    "deterministic, profile, packed documents": (
-        {"q_len": 60, "k_len": 50}, lambda: posattn.DAPE(posattn.FIRE(3, width=6), 3, width=8),
-        lambda: {
-            "causal": True,
-            "cu_seqlens_q": torch.tensor([0, 5, 5, 60]),
-            "cu_seqlens_k": torch.tensor([0, 20, 21, 50]),
-            "deterministic": True,
-        },
-    ),
-    "128 dimensions": ({"heads": 4, "kv_heads": 2, "dim": 128}, lambda: posattn.DAPE(posattn.Kerple(4), 4), dict),
-    "88 dimensions, one head": (
-        {"heads": 1, "kv_heads": 1, "dim": 88, "dtype": torch.float16}, lambda: posattn.DAPE(None, 1), dict
-    ),
-}  # fmt: skip
-
-
-# The source is one for all architectures; on sm_90 only what NVRTC makes of it differs.
-ALSO_ON_SM_90 = (
-    "table, two sequences",
-    "deterministic, window, bias for all heads",
-    "rotary, grouped heads",
-    "packed documents",
-)
-
-
-@pytest.mark.parametrize(
-    ("arch", "case"), [(80, case) for case in CASES] + [(90, case) for case in ALSO_ON_SM_90], ids=str
-)
-def test_parity(arch, case):
-    shape, position, options = CASES[case]
-    torch.manual_seed(3)
-    with behind_launch(arch):
-        assert_parity(*tensors(**shape), position(), options(), "cuda")
-
-
-FORWARD_ONLY = {
-    "sixteen heads": ({"heads": 16, "kv_heads": 16, "dim": 64}, lambda: posattn.DAPE(posattn.ALiBi(16), 16)),
-    "two heads to a warp, the last one alone": (
-        {"heads": 25, "kv_heads": 5, "dim": 64}, lambda: posattn.DAPE(posattn.Kerple(25), 25)
-    ),
-    "32 heads, 64 hidden units": (
-        {"heads": 32, "kv_heads": 4, "dim": 64, "dtype": torch.float16}, lambda: posattn.DAPE(None, 32, width=64)
-    ),
-    "96 dimensions": ({"heads": 5, "kv_heads": 5, "dim": 96}, lambda: posattn.DAPE(None, 5, form="add")),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", FORWARD_ONLY.values(), ids=FORWARD_ONLY)
-def test_forward_of_calls_too_large_for_the_backward_kernel(case):
-    shape, position = case
-    torch.manual_seed(4)
-    q, k, v = tensors(**shape)
-    position = position()
-    with torch.no_grad(), behind_launch(80):
-        got = posattn.attention(q, k, v, position, causal=True, return_lse=True, backend="cuda")
-        naive = posattn.attention(q, k, v, position, causal=True, return_lse=True, backend="reference")
-        wide = (x.double() for x in (q, k, v))
-        exact = posattn.attention(*wide, position.double(), causal=True, return_lse=True, backend="reference")
-    for name, x, y, z in zip(("out", "lse"), got, naive, exact):
-        comparison = compare(name, x, y, z, torch.zeros(1), q.dtype)
-        assert comparison.ok, comparison.worst
+def tensors(heads=3, kv_heads=3, q_len=37, k_len=53, dim=32, **given):
+    return tensors_of(heads=heads, kv_heads=kv_heads, q_len=q_len, k_len=k_len, dim=dim, **given)
 
 
 def test_keys_and_values_past_the_length_are_not_read():
@@ -163,28 +89,29 @@ def test_backward_says_what_it_cannot_do(heads, width, reason):
 
 
 def kernels_of_auto(heads, width, monkeypatch):
-    """Which kernels the machine ran, where CPU tensors have a GPU's backends; after parity."""
+    """Which kernels the machine ran, CUDA's and Triton's, where CPU tensors have a GPU's backends; after parity."""
     monkeypatch.setitem(backends._AUTO, "cpu", backends._AUTO["cuda"])
     with behind_launch(80) as machine:
         position = posattn.DAPE(posattn.Kerple(heads), heads, width=width)
         assert_parity(*tensors(heads=heads, kv_heads=heads, batch=2), position, {"causal": True}, "auto")
-    return {launched.kernel for launched in machine.launches}
+    of_cuda = {x.kernel for x in machine.launches if isinstance(x.compiled, CompiledCuda)}
+    return of_cuda, {x.kernel for x in machine.launches if not isinstance(x.compiled, CompiledCuda)}
 
 
 def test_auto_hands_a_call_that_is_refused_to_triton(monkeypatch):
     """A width that Triton's kernels are compiled for elsewhere in the tests, one too many for these."""
     monkeypatch.setattr(headmix, "MAX_WIDTH", 7)
-    kernels = kernels_of_auto(3, 8, monkeypatch)
-    assert "headmix_forward" in kernels
-    assert not any(kernel.startswith("headmix") for kernel in kernels)
+    of_cuda, of_triton = kernels_of_auto(3, 8, monkeypatch)
+    assert of_cuda == set()
+    assert "headmix_forward" in of_triton
 
 
+@pytest.mark.slow
 def test_auto_hands_a_backward_pass_that_is_refused_to_triton(monkeypatch):
-    kernels = kernels_of_auto(9, 64, monkeypatch)
-    assert "headmix_forward" in kernels
-    assert "headmix_forward" not in kernels
-    assert "headmix_backward" not in kernels
-    assert any(kernel.startswith("headmix_") for kernel in kernels)
+    of_cuda, of_triton = kernels_of_auto(9, 64, monkeypatch)
+    assert of_cuda == {"headmix_forward"}
+    assert of_triton
+    assert "headmix_forward" not in of_triton
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])

@@ -13,8 +13,8 @@ import torch
 
 import posattn
 from posattn.backends.cuda import compiler
-from tests.backends.cuda_machine import assert_forward_parity
 from tests.ptxsim.seam import behind_launch
+from tests.tolerance import assert_forward_parity
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +45,7 @@ def by_nvcc(request, tmp_path, monkeypatch):
 def test_forward(q_len, by_nvcc):
     q, k, v = (torch.randn(1, 2, n, 64).to(torch.bfloat16) for n in (q_len, 150, 150))
     position = posattn.ALiBi(2) + posattn.Kerple(2) + posattn.FIRE(2, width=8)
-    assert_forward_parity(q, k, v, position, {"causal": True, "sinks": torch.randn(2)})
+    assert_forward_parity(q, k, v, position, {"causal": True, "sinks": torch.randn(2)}, "cuda")
 
 
 @pytest.mark.slow

@@ -1,0 +1,110 @@
+"""Every case of gpu_cases.py on every place that it names: outputs and all gradients within the rule, and no finding.
+
+The kernels' real PTX runs on the PTX machine, as sm_80 or sm_90. Where there is a GPU, the same list runs on it too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from posattn.encodings.base import Encoding
+from posattn.parity import available
+from tests.backends.gpu_cases import CASES, Case
+from tests.ptxsim.seam import behind_launch
+from tests.tolerance import assert_forward_parity, assert_parity
+
+BACKENDS = {"cuda": "cuda.core", "triton": "triton"}
+
+
+def _places() -> Iterator[Any]:
+    for name, case in CASES.items():
+        for backend, arch in case.on:
+            marks = [] if (backend, arch) in case.quick else [pytest.mark.slow]
+            yield pytest.param(name, backend, arch, id=f"{name}-{backend}-sm_{arch}", marks=marks)
+
+
+def check(case: Case, backend: str, device: str = "cpu") -> None:
+    qkv, position, options = case.inputs()
+    qkv = [x.to(device) for x in qkv]
+    position = None if position is None else copy.deepcopy(position).to(device)
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    (assert_parity if case.backward else assert_forward_parity)(*qkv, position, options, backend)
+
+
+def poison(case: Case, backend: str, request: pytest.FixtureRequest) -> None:
+    """Results start as NaN. Torch fills them in a mode in which CUDA refuses sums by atomics: those of positions."""
+    options = case.inputs()[2]
+    if backend != "cuda" or "q_positions" not in options or options.get("deterministic"):
+        request.getfixturevalue("poisoned")
+
+
+@pytest.mark.parametrize(("name", "backend", "arch"), list(_places()))
+def test_on_the_machine(name: str, backend: str, arch: int, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip(BACKENDS[backend])
+    case = CASES[name]
+    poison(case, backend, request)
+    torch.manual_seed(0)
+    with behind_launch(arch):
+        check(case, backend)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_on_the_gpu(name: str, backend: str, request: pytest.FixtureRequest) -> None:
+    case = CASES[name]
+    if backend not in available("cuda"):
+        pytest.skip(f"backend {backend} does not run here")
+    if backend not in dict(case.on):
+        pytest.skip(f"{backend} has no kernel for this case, or tiles that it does not concern")
+    poison(case, backend, request)
+    torch.manual_seed(0)
+    check(case, backend, "cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_large_logits_stay_finite(backend: str, arch: int) -> None:
+    """Logits in the thousands: exponents far outside float32's range if a row's maximum were not taken out first."""
+    q, k, v = (torch.randn(1, 2, n, 64).to(torch.bfloat16) for n in (40, 170, 170))
+    with behind_launch(arch):
+        assert_parity(100 * q, 100 * k, v, None, {"causal": True, "scale": 1.0}, backend)
+
+
+# Triton compiles lengths that 16 divides anew.
+ODD, WHOLE = range(65, 260, 14), (64, 128, 192, 256)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("lengths", [ODD, pytest.param(WHOLE, marks=pytest.mark.slow)], ids=["odd", "whole tiles"])
+@pytest.mark.parametrize("dim", [64, pytest.param(32, marks=pytest.mark.slow)])
+def test_every_remainder_of_a_tile(backend: str, arch: int, lengths: Sequence[int], dim: int) -> None:
+    """Several lengths a test: they share their kernels."""
+    with behind_launch(arch):
+        for q_len in lengths:
+            k_len = q_len if lengths is WHOLE else 1 + 2 * q_len % 190
+            q, k, v = (torch.randn(1, 1, n, dim).to(torch.bfloat16) for n in (q_len, k_len, k_len))
+            assert_parity(q, k, v, None, {"causal": True}, backend)
+
+
+def test_every_backend_and_architecture_has_quick_cases() -> None:
+    """`make test` meets every operand and option on each of them."""
+    for backend in BACKENDS:
+        for arch in (80, 90):
+            quick = [case.inputs() for case in CASES.values() if (backend, arch) in case.quick]
+            options = {name for _, _, given in quick for name in given}
+            asked = {"causal", "window", "softcap", "sinks", "dropout_p", "bias", "mask", "cu_seqlens_q"}
+            asked |= {"q_positions", "k_lengths", "deterministic"}
+            assert asked <= options, (backend, arch, asked - options)
+            kinds = {type(part).__name__ for _, position, _ in quick for part in _parts(position)}
+            assert {"RoPE", "ALiBi", "Kerple", "FIRE"} <= kinds, (backend, arch, kinds)
+
+
+def _parts(position: Encoding | None) -> list[Any]:
+    return [] if position is None else list(position.modules())
