@@ -15,8 +15,14 @@ PACKAGES = {"posattn": ROOT / "posattn", "posattn.kernels": ROOT / "kernels", "p
 # From the lowest up: a group imports itself and lower layers, never another group of its own layer or of a higher one.
 # A group that others lie below is its __init__.py alone.
 LAYERS = (
-    ("posattn._cpu", "posattn.kernels.common", "posattn.plan"),
-    ("posattn.kernels.attention", "posattn.kernels.headmix", "posattn.positions"),
+    ("posattn._cpu", "posattn.kernels.common", "posattn.errors", "posattn.plan"),
+    (
+        "posattn.kernels.attention",
+        "posattn.kernels.headmix",
+        "posattn.jagged",
+        "posattn.plan_checks",
+        "posattn.positions",
+    ),
     ("posattn.kernels", "posattn.reference", "posattn.serialize", "posattn.sdpa_shapes"),
     ("posattn.encodings", "posattn.backends.common"),
     ("posattn.backends.cpu", "posattn.backends.cuda", "posattn.backends.triton"),
@@ -32,6 +38,7 @@ LAYERS = (
 # Lower, and yet not to be seen: kernels know nothing but Triton, a backend knows plans and neither encodings nor the
 # oracle that it is held against, and encodings know plans alone.
 APART = (
+    ("posattn.kernels", "posattn.errors"),
     ("posattn.kernels", "posattn.plan"),
     ("posattn.kernels", "posattn.positions"),
     ("posattn.kernels", "posattn._cpu"),
