@@ -130,7 +130,9 @@ def backward_config(arch: str, dim: int, staging: Staging) -> BackwardConfig:
     """The first configuration for head dimension `dim` (padded) of which `arch` has room for all blocks, or else for
     one, with what the plan stages: with two buffers for dO or, at the cost of waiting for it, with one; and then with
     whole or with half strips."""
-    memory = shared_memory(arch)
+    # No more than sm_80 has, for which these were modelled: whole strips, which sm_90 has room for, cost a profile's
+    # registers (24 bytes of spills become 48).
+    memory = min(shared_memory(arch), shared_memory("sm_80"), key=lambda memory: memory.block)
     for alone in (False, True):
         for config in _CONFIGS[dim]:
             room = memory.block if alone else memory.multiprocessor // config.blocks - _RESERVED
