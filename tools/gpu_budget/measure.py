@@ -101,9 +101,10 @@ def measure(
     stages: int,
     registers: int | None = None,
 ) -> Figures:
-    """The figures of one launch. Its tile is BLOCK_M x BLOCK_N logits of HEADS heads (one without that constant)."""
+    """The figures of one launch. Its tile is BLOCK_M x BLOCK_N logits, for HeadMix of all (padded) heads."""
     compiled = compile_for(arch, kernel, args, constexprs, warps, stages, registers)
     if not arch.startswith("sm_"):
         return _amd(compiled)
-    tile = constexprs.get("BLOCK_M", 0) * constexprs.get("BLOCK_N", 0) * constexprs.get("HEADS", 1)
+    tile = constexprs.get("BLOCK_M", 0) * constexprs.get("BLOCK_N", 0)
+    tile *= getattr(constexprs.get("CONFIG"), "heads", 1)
     return _nvidia(compiled, arch, tile, compiled.metadata.num_warps)
