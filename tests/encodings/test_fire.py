@@ -100,9 +100,11 @@ def test_the_threshold_learns_only_while_it_is_what_counts():
     assert encoding.length_multiplier.grad == 0
 
 
-def test_explicit_positions():
+@pytest.mark.parametrize("smallest", [3, 13])
+def test_explicit_positions(smallest):
+    """The first query before the threshold of 6, where its position does not count, and past it, where it does."""
     encoding = make()
-    q_positions, k_positions = torch.tensor([40, 3, 17, 3]), torch.tensor([0, 41, 2])
+    q_positions, k_positions = torch.tensor([40, smallest, 17, smallest]), torch.tensor([0, 41, 2])
     bias = encoding.bias(4, 3, q_positions=q_positions, k_positions=k_positions)
     torch.testing.assert_close(bias, network(encoding, q_positions, k_positions), rtol=1e-12, atol=1e-13)
 

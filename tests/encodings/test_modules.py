@@ -86,6 +86,12 @@ def test_reset_after_meta_draws_from_the_distribution_of_construction(make):
                 assert abs(got - expected) < 6 * value.std().item() / value.numel() ** 0.5, (key, statistic)
 
 
+def test_reset_after_meta_keeps_what_the_encoding_was_made_with():
+    assert from_meta(lambda: FIRE(2, initial_c=0.3)).c.item() == pytest.approx(0.3)
+    for learnable in (False, True):
+        assert from_meta(lambda fixed=learnable: ALiBi(2, fixed, slopes=[3.0, 0.25])).slopes.tolist() == [3.0, 0.25]
+
+
 # ALiBi's fixed slopes are computed, not state.
 
 
