@@ -1,5 +1,7 @@
 """Mutation testing itself: what mutants there are, and that breaking a kernel's synchronisation is noticed."""
 
+from pathlib import Path
+
 import pytest
 
 from posattn.backends.cuda import compiler
@@ -88,11 +90,12 @@ def test_the_survivors_of_our_own_kernels_are_the_examined_ones(scenario: str, a
 def test_a_survivor_is_known_by_its_change_and_its_source_line() -> None:
     (deleted, *_) = mutants("// kernel.py:1:2\n\tbar.sync \t0;\n", "sync")
     assert survivors.signature(deleted, deleted.ptx) == ("sync", "delete bar.sync 0;", "")
-    files = '\t.file\t1 "/any/forward.py"\n\t.file\t2 "/any/ptx.h"\n'
+    root = Path(__file__).resolve().parents[2]
+    files = f'\t.file\t1 "{root}/kernels/attention/forward.py"\n\t.file\t2 "{root}/csrc/cuda/ptx/ptx.h"\n'
     lines = files + "\t.loc\t2 7 3, function_name $L__info_string0, inlined_at 1 1 0\n"
     (moved, *_) = mutants(lines + "\tsetp.lt.s32 \t%p13, %r3, %r141;\n", "mask")
     kind, change, place = survivors.signature(moved, moved.ptx)
     assert (kind, change) == ("mask", "lt becomes le: setp.lt.s32 %p, %r, %r;")
-    assert place.startswith('forward.py: """Attention forward')
+    assert place.startswith('attention/forward.py: """Attention forward')
     unknown = survivors.unexplained("forward_slope", 80, "attention_forward", [(kind, change, "nowhere")])
     assert unknown == {(kind, change, "nowhere"): 1}
