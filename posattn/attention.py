@@ -300,7 +300,8 @@ def _attend(
         q_positions=positions[0],
         k_positions=positions[1],
         dropout_p=dropout_p % 1.0,
-        seed=torch.randint(2**62, (1,), dtype=torch.int64, device="cpu") if 0.0 < dropout_p < 1.0 else None,
+        # On q's device: a captured graph advances its generator with each replay.
+        seed=torch.randint(2**62, (1,), dtype=torch.int64, device=q.device) if 0.0 < dropout_p < 1.0 else None,
         deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
     )
     out, lse = ops.attend(call, backend)

@@ -145,7 +145,7 @@ class Call:
     number. softcap 0 means none: else x = softcap * tanh(x / softcap) right after the scale. sinks [Hq] float32 adds
     exp(sink) to each row's denominator, and to the log-sum-exp. Dropout keeps element (b, h, i, j) where lane j & 3 of
     Philox4x32-10(key = seed's two halves, counter = (j >> 2, i, b * Hq + h, 0)) is at least dropout_p * 2^32, and
-    divides kept weights by 1 - dropout_p; seed is an int64 [1] CPU tensor.
+    divides kept weights by 1 - dropout_p; seed is an int64 [1] tensor on q's device.
     """
 
     q: Tensor

@@ -80,9 +80,8 @@ struct AngleParams {
 };
 
 struct DropoutParams {
-  uint32_t threshold;  // words at least this are kept
-  uint32_t key_low;
-  uint32_t key_high;
+  const int64_t* seed;  // [1], Philox's key: in memory, so that each replay of a captured graph may draw its own
+  uint32_t threshold;   // words at least this are kept
   float keep_scale;
 };
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..common.arguments import (
-    RANDOM_BITS,
+    DROPOUT_BITS,
     Dropout,
     Inputs,
     Mask,
@@ -523,11 +523,11 @@ def _walk(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=RANDOM_BITS)
+@triton.jit(do_not_specialize=DROPOUT_BITS)
 def attention_backward(
     inputs: Inputs, upstream: OutputGradient, to: Gradients, of_table: DistanceSums, of_psi: DistanceSums,
     of_profile: ProfileSums, order: Order, num_sequences, shape: Shape, k_max, scale, softcap,
-    operands: Operands, mask: Mask, positions: Positions, threshold, keep_scale, seed_lo, seed_hi,
+    operands: Operands, mask: Mask, positions: Positions, threshold, keep_scale, seed,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BACKWARD: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     PACKED: tl.constexpr = mask.cu_q is not None
@@ -561,7 +561,10 @@ def attention_backward(
         progress = order.Progress + program
     b64 = seq.b.to(tl.int64)
     kv64 = kv.to(tl.int64)
-    dropout = Dropout(threshold, keep_scale, seed_lo, seed_hi)
+    drawn = seed
+    if threshold is not None:
+        drawn = tl.load(seed)
+    dropout = Dropout(threshold, keep_scale, drawn)
     last = tl.minimum(j0 + BLOCK_N, seq.k_len) - 1
     # The next block of keys sees the queries from next_lo on. The last block waits for nobody.
     next_lo = tl.cdiv(seq.q_len, BLOCK_M) * BLOCK_M

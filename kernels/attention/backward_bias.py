@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..common.arguments import (
-    RANDOM_BITS,
+    DROPOUT_BITS,
     Dropout,
     Inputs,
     Mask,
@@ -52,18 +52,21 @@ class EntrySums(NamedTuple):
     units: Any
 
 
-@triton.jit(do_not_specialize=RANDOM_BITS)
+@triton.jit(do_not_specialize=DROPOUT_BITS)
 def gradient_by_tile(
     inputs: Inputs, upstream: OutputGradient, of_dense: DenseGradient, of_table: EntrySums, of_psi: EntrySums,
     shape: Shape, q_max, k_max, scale, softcap, operands: Operands, mask: Mask, positions: Positions,
-    threshold, keep_scale, seed_lo, seed_hi,
+    threshold, keep_scale, seed,
     OVER_QUERIES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """The gradients that there are tensors for; OVER_QUERIES says over what of_dense.Sums are. The gradient of a table
     has the heads' stride of the table."""
     PACKED: tl.constexpr = mask.cu_q is not None
-    dropout = Dropout(threshold, keep_scale, seed_lo, seed_hi)
+    drawn = seed
+    if threshold is not None:
+        drawn = tl.load(seed)
+    dropout = Dropout(threshold, keep_scale, drawn)
     blocks_m = tl.cdiv(q_max, BLOCK_M)
     blocks_n = tl.cdiv(k_max, BLOCK_N)
     pid = tl.program_id(0)

@@ -8,7 +8,7 @@ added to them (scale_before_bias), or the scale is folded into the exponent, whi
 import triton
 import triton.language as tl
 
-from ..common.arguments import RANDOM_BITS, Angles, Dropout, Inputs, Mask, Operands, Output, Positions, Shape
+from ..common.arguments import DROPOUT_BITS, Angles, Dropout, Inputs, Mask, Operands, Output, Positions, Shape
 from ..common.codegen import hidden
 from ..common.dropout import keep_tile
 from ..common.masks import key_spans
@@ -31,11 +31,11 @@ def _load(
         return load_rows(x, rows, stride, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=RANDOM_BITS)
+@triton.jit(do_not_specialize=DROPOUT_BITS)
 def attention_forward(
     inputs: Inputs, output: Output, shape: Shape, q_max, split_tiles, sinks, scale, softcap,
     operands: Operands, mask: Mask, positions: Positions, q_angles: Angles, k_angles: Angles,
-    threshold, keep_scale, seed_lo, seed_hi,
+    threshold, keep_scale, seed,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,10 @@ def attention_forward(
     h64 = h.to(tl.int64)
     kv64 = (h // shape.group).to(tl.int64)
     shift = seq.k_len - seq.q_len
-    dropout = Dropout(threshold, keep_scale, seed_lo, seed_hi)
+    drawn = seed
+    if threshold is not None:
+        drawn = tl.load(seed)
+    dropout = Dropout(threshold, keep_scale, drawn)
     last = tl.minimum(i0 + BLOCK_M, seq.q_len) - 1
 
     rows = tl.minimum(tl.arange(0, BLOCK_M), seq.q_len - 1 - i0)  # past the end: the last row again, never stored

@@ -118,13 +118,13 @@ class Angles(NamedTuple):
 class Dropout(NamedTuple):
     """A call's dropout; None throughout where there is none.
 
-    Kernels take its members one by one: Triton specialises what is in tuples, and a new seed (RANDOM_BITS) must not
-    compile a new kernel."""
+    Kernels take its members one by one: Triton specialises what is in tuples, and another share (DROPOUT_BITS) must not
+    compile another kernel. The seed comes as a pointer, so that each replay of a captured graph may draw its own, and
+    is read once."""
 
     threshold: Any
     keep_scale: Any
-    seed_lo: Any
-    seed_hi: Any
+    seed: Any
 
 
-RANDOM_BITS = ("threshold", "seed_lo", "seed_hi")
+DROPOUT_BITS = ("threshold",)

@@ -12,9 +12,8 @@ from .sequences import TileCoord
 
 
 @triton.jit
-def _words(seed_lo, seed_hi, group, i, bh):
-    seed = (seed_hi.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_lo.to(tl.uint32, bitcast=True).to(tl.uint64)
-    return tl.philox(seed, group, i, bh, 0, 10)
+def _words(seed, group, i, bh):
+    return tl.philox(seed.to(tl.uint64, bitcast=True), group, i, bh, 0, 10)
 
 
 @triton.jit
@@ -28,13 +27,13 @@ def keep_tile(d: Dropout, t: TileCoord, num_heads, BLOCK_M: tl.constexpr, BLOCK_
     least = d.threshold.to(tl.uint32, bitcast=True)
     if ALIGNED:
         group = (j0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
-        w0, w1, w2, w3 = _words(d.seed_lo, d.seed_hi, group, i, bh)
+        w0, w1, w2, w3 = _words(d.seed, group, i, bh)
         # [BLOCK_M, BLOCK_N / 4, 2 (high bit of the lane), 2 (low bit)]
         words = tl.join(tl.join(w0 >= least, w2 >= least), tl.join(w1 >= least, w3 >= least))
         return words.reshape(BLOCK_M, BLOCK_N)
     else:
         j = (j0 + tl.arange(0, BLOCK_N))[None, :]
-        w0, w1, w2, w3 = _words(d.seed_lo, d.seed_hi, j >> 2, i, bh)
+        w0, w1, w2, w3 = _words(d.seed, j >> 2, i, bh)
         low = tl.where(j % 2 == 0, w0, w1)
         high = tl.where(j % 2 == 0, w2, w3)
         return tl.where(j % 4 < 2, low, high) >= least

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common.arguments import RANDOM_BITS, Dropout, Inputs, Mask, Operands, OutputGradient, Positions, Shape
+from ..common.arguments import DROPOUT_BITS, Dropout, Inputs, Mask, Operands, OutputGradient, Positions, Shape
 from ..common.bias import entry_of
 from ..common.sequences import open_sequence
 from .backward_step import open_tensors, score_gradients
@@ -45,12 +45,12 @@ def _add_units(at, sums, units, inside):
     tl.atomic_add(at, (sums * tl.load(units)).to(tl.int64), mask=inside, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=RANDOM_BITS)
+@triton.jit(do_not_specialize=DROPOUT_BITS)
 def headmix_gradient_by_tile(
     inputs: Inputs, upstream: OutputGradient, to: Target, first_corner, num_sequences, batches_each,
     shape: Shape, q_max, k_max, scale, softcap,
     outer: Operands, inner: Operands, weights: MixWeights, mask: Mask, positions: Positions,
-    threshold, keep_scale, seed_lo, seed_hi,
+    threshold, keep_scale, seed,
     ALONG_DIAGONAL: tl.constexpr, OF_INNER: tl.constexpr, SHARED_HEADS: tl.constexpr, SUMMED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,10 @@ def headmix_gradient_by_tile(
     GROUPS: tl.constexpr = CONFIG.groups
     GROUP: tl.constexpr = CONFIG.group
     OWN: tl.constexpr = CONFIG.inner if OF_INNER else CONFIG.outer
-    dropout = Dropout(threshold, keep_scale, seed_lo, seed_hi)
+    drawn = seed
+    if threshold is not None:
+        drawn = tl.load(seed)
+    dropout = Dropout(threshold, keep_scale, drawn)
     mix = Mix(inner, outer, weights.rows, weights.rows_first, scale, softcap, shape.heads, mask, positions, dropout)
     own = inner if OF_INNER else outer
     w = load_weights(weights, CONFIG)

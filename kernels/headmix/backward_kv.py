@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.arguments import RANDOM_BITS, Dropout, Inputs, Mask, Operands, OutputGradient, Positions, Shape
+from ..common.arguments import DROPOUT_BITS, Dropout, Inputs, Mask, Operands, OutputGradient, Positions, Shape
 from ..common.masks import query_spans
 from ..common.sequences import open_sequence
 from .backward_step import open_tensors, score_gradients
@@ -28,11 +28,11 @@ def _store(Target, acc, offs_h, num_heads, tokens, row0, count, D: tl.constexpr,
     tl.store(Target + row * D + column, acc.to(Target.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=RANDOM_BITS)
+@triton.jit(do_not_specialize=DROPOUT_BITS)
 def headmix_backward_kv(
     inputs: Inputs, upstream: OutputGradient, DK, DV, shape: Shape, k_max, scale, softcap,
     outer: Operands, inner: Operands, weights: MixWeights, mask: Mask, positions: Positions,
-    threshold, keep_scale, seed_lo, seed_hi,
+    threshold, keep_scale, seed,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """DK [B, Hq, Tk, D] or DV [B, Hq, Tk, DV], contiguous, by query head; the other is None, as the accumulators of
@@ -46,7 +46,10 @@ def headmix_backward_kv(
     seq = open_sequence(pid // blocks, mask, shape, CONFIG.top_left)
     if j0 >= seq.k_len:
         return
-    dropout = Dropout(threshold, keep_scale, seed_lo, seed_hi)
+    drawn = seed
+    if threshold is not None:
+        drawn = tl.load(seed)
+    dropout = Dropout(threshold, keep_scale, drawn)
     mix = Mix(inner, outer, weights.rows, weights.rows_first, scale, softcap, shape.heads, mask, positions, dropout)
     x = open_tensors(seq, inputs, upstream, shape, CONFIG)
     w = load_weights(weights, CONFIG)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..common.arguments import RANDOM_BITS, Dropout, Inputs, Mask, Operands, OutputGradient, Positions, Shape
+from ..common.arguments import DROPOUT_BITS, Dropout, Inputs, Mask, Operands, OutputGradient, Positions, Shape
 from ..common.masks import key_spans
 from ..common.sequences import open_sequence
 from .backward_step import open_tensors, score_gradients
@@ -39,12 +39,12 @@ class RowGradients(NamedTuple):
     Segments: Any
 
 
-@triton.jit(do_not_specialize=RANDOM_BITS)
+@triton.jit(do_not_specialize=DROPOUT_BITS)
 def headmix_backward_q(
     inputs: Inputs, upstream: OutputGradient, DQ, of_mlp: MlpGradients, of_outer: RowGradients, of_inner: RowGradients,
     shape: Shape, q_max, scale, softcap,
     outer: Operands, inner: Operands, weights: MixWeights, mask: Mask, positions: Positions,
-    threshold, keep_scale, seed_lo, seed_hi,
+    threshold, keep_scale, seed,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, Tq, D] contiguous, or None. What is None is not computed; the registers hold either DQ's rows or the
@@ -63,7 +63,10 @@ def headmix_backward_q(
     seq = open_sequence(pid // blocks, mask, shape, CONFIG.top_left)
     if i0 >= seq.q_len:
         return
-    dropout = Dropout(threshold, keep_scale, seed_lo, seed_hi)
+    drawn = seed
+    if threshold is not None:
+        drawn = tl.load(seed)
+    dropout = Dropout(threshold, keep_scale, drawn)
     mix = Mix(inner, outer, weights.rows, weights.rows_first, scale, softcap, shape.heads, mask, positions, dropout)
     x = open_tensors(seq, inputs, upstream, shape, CONFIG)
     w = load_weights(weights, CONFIG)

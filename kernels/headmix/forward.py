@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.arguments import RANDOM_BITS, Dropout, Inputs, Mask, Operands, Output, Positions, Shape
+from ..common.arguments import DROPOUT_BITS, Dropout, Inputs, Mask, Operands, Output, Positions, Shape
 from ..common.masks import key_spans
 from ..common.scores import LN2, LOG2E, LOWEST
 from ..common.sequences import open_sequence
@@ -41,11 +41,11 @@ def _lane_sums(p):
     return tl.sum(tl.reshape(p, [p.shape[0], p.shape[1], p.shape[2] // 8, 8]), 2)
 
 
-@triton.jit(do_not_specialize=RANDOM_BITS)
+@triton.jit(do_not_specialize=DROPOUT_BITS)
 def headmix_forward(
     inputs: Inputs, output: Output, shape: Shape, q_max, sinks, scale, softcap,
     outer: Operands, inner: Operands, weights: MixWeights, mask: Mask, positions: Positions,
-    threshold, keep_scale, seed_lo, seed_hi,
+    threshold, keep_scale, seed,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     PRECISION: tl.constexpr = CONFIG.precision
@@ -58,7 +58,10 @@ def headmix_forward(
     seq = open_sequence(pid // blocks, mask, shape, CONFIG.top_left)
     if i0 >= seq.q_len:
         return
-    dropout = Dropout(threshold, keep_scale, seed_lo, seed_hi)
+    drawn = seed
+    if threshold is not None:
+        drawn = tl.load(seed)
+    dropout = Dropout(threshold, keep_scale, drawn)
     mix = Mix(inner, outer, weights.rows, weights.rows_first, scale, softcap, shape.heads, mask, positions, dropout)
     w = load_weights(weights, CONFIG)
     b64 = seq.b.to(tl.int64)

@@ -183,8 +183,7 @@ def mixed_logits(
 @triton.jit
 def keep_heads(t: TileCoord, heads, m: Mix):
     """dropout.keep_tile for the heads of a group, [GROUP, BLOCK_M, BLOCK_N]."""
-    lo = m.dropout.seed_lo.to(tl.uint32, bitcast=True).to(tl.uint64)
-    seed = (m.dropout.seed_hi.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | lo
+    seed = m.dropout.seed.to(tl.uint64, bitcast=True)
     i = t.q_start + t.i
     j = t.k_start + t.j
     bh = (t.b * m.heads + heads.to(tl.int32))[:, None, None]

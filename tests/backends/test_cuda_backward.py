@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import posattn
-from posattn import validation
 from tests.backends.gpu_cases import BF16, HALF, tensors
 from tests.tolerance import assert_parity
 
@@ -70,29 +69,6 @@ def test_ordered_sums_do_not_depend_on_the_order_of_blocks_and_warps(options):
     options = {"causal": True, "deterministic": True, **options}
     first, second = _gradients(options, False, 1), _gradients(options, True, 7)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-
-
-@pytest.mark.parametrize("position", [posattn.Kerple(2), posattn.DAPE(posattn.Kerple(2), 2, width=8)], ids=type)
-def test_tokens_of_no_document_have_no_share_in_any_gradient(position, monkeypatch):
-    """Bounds on a GPU are not read, so they may end early; what the tokens behind them are given goes nowhere."""
-    monkeypatch.undo()  # the forward pass is CUDA's
-    monkeypatch.setattr(validation, "_readable", lambda tensor: False)
-    bounds = {"cu_seqlens_q": torch.tensor([0, 5, 5, 50]), "cu_seqlens_k": torch.tensor([0, 20, 21, 45])}
-    q, k, v = (x.requires_grad_() for x in tensors(HALF, q_len=60, k_len=50, dim=32))
-    sinks, inside = torch.randn(2, requires_grad=True), torch.arange(60) < 50
-    given = torch.randn(1, 2, 60, 32).half(), torch.randn(1, 2, 60)
-
-    def gradients(given):
-        out, lse = posattn.attention(
-            q, k, v, position, sinks=sinks, causal=True, deterministic=True, return_lse=True, backend="cuda", **bounds
-        )
-        return torch.autograd.grad([out, lse], [q, k, v, sinks, *position.parameters()], given)
-
-    with behind_launch(80):
-        got = gradients(given)
-        want = gradients([given[0] * inside[:, None], given[1] * inside])
-    assert all(map(torch.equal, got, want))
-    assert all(x.abs().sum() > 0 for x in got)
 
 
 def test_many_short_documents_beside_a_long_one_share_sums_by_distance(monkeypatch):

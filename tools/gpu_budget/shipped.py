@@ -95,7 +95,7 @@ def _call(plan: Plan, dim: int, dtype: torch.dtype, q_len: int, every_option: bo
         return Call(q, k, v, plan, Mask(causal=True, max_q=q_len, max_k=_TOKENS), dim**-0.5)
     boolean = torch.empty((1, 1, q_len, _TOKENS), dtype=torch.bool, device="meta")
     mask = Mask(causal=True, left=_TOKENS // 2, boolean=boolean, max_q=q_len, max_k=_TOKENS)
-    options = {"softcap": 30.0, "dropout_p": 0.1, "seed": torch.zeros(1, dtype=torch.int64)}
+    options = {"softcap": 30.0, "dropout_p": 0.1, "seed": torch.empty(1, dtype=torch.int64, device="meta")}
     return Call(q, k, v, plan, mask, dim**-0.5, sinks=_float(12), **options)
 
 

@@ -10,8 +10,10 @@ namespace posattn {
 struct Dropout {
   uint32_t threshold, key_low, key_high, bh;
 
-  __device__ __forceinline__ Dropout(const DropoutParams& p, uint32_t bh)
-      : threshold(p.threshold), key_low(p.key_low), key_high(p.key_high), bh(bh) {}
+  __device__ __forceinline__ Dropout(const DropoutParams& p, uint32_t bh) : threshold(p.threshold), bh(bh) {
+    const uint64_t seed = HAS_DROPOUT ? static_cast<uint64_t>(__ldg(p.seed)) : 0;
+    key_low = static_cast<uint32_t>(seed), key_high = static_cast<uint32_t>(seed >> 32);
+  }
 
   __device__ __forceinline__ void words(uint32_t (&word)[4], uint32_t i, uint32_t group) const {
     uint32_t k0 = key_low, k1 = key_high;

@@ -103,23 +103,21 @@ def position_operands(call: Call) -> PositionOperands:
 
 @dataclass(frozen=True)
 class DropoutOperands:
-    """DropoutParams: a word of Philox at least `threshold` keeps its element; all words are unsigned."""
+    """DropoutParams: a word of Philox at least `threshold` keeps its element, unsigned; seed is int64 [1]
+    on the device, which kernels read, so that a captured graph draws anew each time it is replayed."""
 
     threshold: int
     keep_scale: float
-    key_low: int
-    key_high: int
+    seed: Tensor
 
 
 def dropout_operands(call: Call) -> DropoutOperands | None:
     if call.dropout_p == 0.0 or call.seed is None:
         return None
-    seed = int(call.seed)
     return DropoutOperands(
         threshold=min(math.ceil(call.dropout_p * 2**32), 2**32 - 1),
         keep_scale=1.0 / (1.0 - call.dropout_p),
-        key_low=seed & 0xFFFFFFFF,
-        key_high=(seed >> 32) & 0xFFFFFFFF,
+        seed=call.seed,
     )
 
 

@@ -24,6 +24,15 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(torch.where(lse.isinf(), 0.0, weight) * delta).sum((0, 2))
 
 
+def in_documents(call: Call, rows: Tensor) -> Tensor:
+    """rows [B, H, T] with zeros at tokens of no document, which bounds that nobody read may leave before or behind."""
+    bounds = call.mask.cu_seqlens_q
+    if bounds is None:
+        return rows
+    token = torch.arange(rows.shape[2], device=rows.device)
+    return torch.where((token >= bounds[0]) & (token < bounds[-1]), rows, 0.0)
+
+
 def by_sequence(call: Call, sums: Tensor) -> Tensor:
     """Sums [all_blocks, H] as [sequences, H], or [1, H] of packed documents."""
     count = 1 if call.mask.cu_seqlens_q is not None else sequences(call)

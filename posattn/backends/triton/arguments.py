@@ -105,10 +105,8 @@ def _signed32(word: int) -> int:
 def _dropout(call: Call) -> Dropout:
     dropout = dropout_operands(call)
     if dropout is None:
-        return Dropout(None, None, None, None)
-    words = (_signed32(word) for word in (dropout.threshold, dropout.key_low, dropout.key_high))
-    threshold, seed_lo, seed_hi = words
-    return Dropout(threshold, dropout.keep_scale, seed_lo, seed_hi)
+        return Dropout(None, None, None)
+    return Dropout(_signed32(dropout.threshold), dropout.keep_scale, dropout.seed)
 
 
 def _scale_before_bias(call: Call) -> bool:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from posattn.backends.common.fixed_point import in_ones, units
 from posattn.backends.common.operands import all_blocks, k_max, linear, power_of_two, q_max, sequences, slopes
-from posattn.backends.common.reductions import LINES, by_entry, row_scale_gradient, sink_gradient, slope_gradient
+from posattn.backends.common.reductions import (
+    LINES,
+    by_entry,
+    in_documents,
+    row_scale_gradient,
+    sink_gradient,
+    slope_gradient,
+)
 from posattn.backends.triton.arguments import (
     Launch,
     attention_arguments,
@@ -89,7 +96,7 @@ def backward(
 
     grads: dict[str, Tensor] = {}
     if "sinks" in needs and call.sinks is not None:
-        grads["sinks"] = sink_gradient(call.sinks, lse, upstream.delta)
+        grads["sinks"] = sink_gradient(call.sinks, lse, in_documents(call, upstream.delta))
     if needs - by_tile - {"sinks"}:
         grads.update(_gradients(call, given, upstream, needs, launch, main, shares))
     if by_tile:

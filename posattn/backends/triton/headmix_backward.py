@@ -10,7 +10,14 @@ from torch import Tensor
 
 from posattn.backends.common.fixed_point import in_ones, most_into_inner, units
 from posattn.backends.common.operands import all_blocks, k_max, power_of_two, q_max, sequences
-from posattn.backends.common.reductions import by_entry, by_sequence, row_scale_gradient, sink_gradient, slope_gradient
+from posattn.backends.common.reductions import (
+    by_entry,
+    by_sequence,
+    in_documents,
+    row_scale_gradient,
+    sink_gradient,
+    slope_gradient,
+)
 from posattn.backends.triton.arguments import Launch, nothing
 from posattn.backends.triton.attention_backward import (
     grad_like,
@@ -48,7 +55,7 @@ def backward(
 
     grads: dict[str, Tensor] = {}
     if "sinks" in needs and call.sinks is not None:
-        grads["sinks"] = sink_gradient(call.sinks, lse, rows.delta)
+        grads["sinks"] = sink_gradient(call.sinks, lse, in_documents(call, rows.delta))
     if "b2" in needs:
         grads["b2"] = _shift_gradient(call, lse, grad_lse, rows.delta)
     if needs & {"k", "v"}:
@@ -69,9 +76,9 @@ def _shift_gradient(call: Call, lse: Tensor, grad_lse: Tensor | None, delta: Ten
     """[Hq], b2's: it shifts all logits of a row, which moves the log-sum-exp, and weight from the sink to keys."""
     grad = torch.zeros_like(delta)
     if grad_lse is not None:
-        grad += torch.where(lse.isneginf(), 0.0, grad_lse.float())
+        grad += in_documents(call, torch.where(lse.isneginf(), 0.0, grad_lse.float()))
     if call.sinks is not None:
-        return grad.sum((0, 2)) - sink_gradient(call.sinks, lse, delta)
+        return grad.sum((0, 2)) - sink_gradient(call.sinks, lse, in_documents(call, delta))
     return grad.sum((0, 2))
 
 
