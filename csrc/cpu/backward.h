@@ -96,13 +96,13 @@ struct RowStep {
     if (p.dropout_p > 0.0) {
       dropout.row(keep, s.b * p.heads + bias.head, s.q0 + i, s.k0 + j, n);
       for (int64_t c = 0; c < n; c += VL) {
-        vf weight = exp2<EXP_DEGREE>(fma(load(x + c), times, high) - low - left), kept = load(keep + c);
+        vf weight = exp2<EXP_DEGREE>(fused(load(x + c), times, high) - low - left), kept = load(keep + c);
         store(x + c, weight * kept);
         store(dp + c, weight * fma(load(dp + c), kept, minus_delta));
       }
     } else {
       for (int64_t c = 0; c < n; c += VL) {
-        vf weight = exp2<EXP_DEGREE>(fma(load(x + c), times, high) - low - left);
+        vf weight = exp2<EXP_DEGREE>(fused(load(x + c), times, high) - low - left);
         store(x + c, weight);
         store(dp + c, weight * (load(dp + c) + minus_delta));
       }
@@ -274,7 +274,8 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
 }
 
 // From here on float32 rounds a log-sum-exp by more than 3e-5: rows masked with -1e9 or the lowest float, or logits
-// that large. The weights of such a row are summed again, and log2 of their sum is what the lse lacks.
+// that large. The weights of such a row are summed again, over logits of the bits that the backward pass will compute,
+// and log2 of their sum is what the lse lacks.
 constexpr float LARGE_LSE = 512.0F;
 
 inline bool large(float lse) {
@@ -282,49 +283,51 @@ inline bool large(float lse) {
   return size > LARGE_LSE && size < -NEG_INF;
 }
 
+template <class M>
 struct RestScratch {
   float *q, *k, *logits;
   BiasTile bias;
   RestScratch(Arena& arena, const Problem& p) {
-    const int64_t stride = round_up(p.head_dim, 2 * VL);
-    q = arena.floats(stride);
-    k = arena.floats(DECODE_KEYS * stride);
+    q = arena.floats(round_up(p.head_dim, 2 * VL) / M::pack);
+    k = arena.floats(DECODE_KEYS * panel_rows<M>(p.head_dim));
     logits = arena.floats(ROW_MAX);
     bias.layout(arena, p.bias, 1, p.max_k_len);
   }
 };
 
-inline float find_rest(const Problem& p, const Sequence& s, int64_t h, int64_t i, float lse, RestScratch& t) {
-  const int64_t stride = round_up(p.head_dim, 2 * VL);
+template <class M>
+inline float find_rest(const Problem& p, const Sequence& s, int64_t h, int64_t i, float lse, RestScratch<M>& t) {
+  const int64_t panel = panel_rows<M>(p.head_dim) * NR, depth = elements<M>(p.head_dim);
   const Source keys = key_source(p, s, h / (p.heads / p.kv_heads));
   const Log2 base = row_lse(lse);
-  pack_rows<F32>(t.q, stride, query_source(p, s, h, p.scale), i, 1, 1);
+  pack_rows<M>(t.q, 0, query_source(p, s, h, M::pack == 1 ? p.scale : 1.0F), i, 1, 1);
   t.bias.prepare(p, p.bias, s, h, {i, i + 1, 0, s.k_len});
   const Interval row = allowed(p, s, i);
   double sum = 0.0;
   for (int64_t j = row.lo / DECODE_KEYS * DECODE_KEYS; j < row.hi; j += DECODE_KEYS) {
     const int64_t n = imin(DECODE_KEYS, s.k_len - j), padded = round_up(n, 2 * VL);
-    pack_rows<F32>(t.k, stride, keys, j, n, n);
-    fill(t.logits, 0.0F, padded);
-    dot_keys<F32>(t.logits, t.q, t.k, stride, n, round_up(p.head_dim, VL));
-    float mul = 1.0F;
+    pack_panels<M>(t.k, keys, j, n);
+    for (int64_t c = 0; c < n; c += NR)
+      micro<M, 1, NV_MAX, Into::fresh>(t.q, 0, 1, t.k + c / NR * panel, NR, t.logits + c, 0, depth);
+    float mul = M::pack == 1 ? 1.0F : p.scale;
     finish_row(p, s, t.bias, t.logits, i, row, j, padded, mul);
     for (int64_t c = 0; c < padded; c += VL)
-      sum += reduce_add(exp2<5>(fma(load(t.logits + c), set1(mul * LOG2E), set1(-base.high)) - set1(base.low)));
+      sum += reduce_add(exp2<5>(fused(load(t.logits + c), set1(mul * LOG2E), set1(-base.high)) - set1(base.low)));
   }
   if (p.sinks) sum += ::exp2(static_cast<double>(p.sinks[h]) * LOG2E - base.high - base.low);
   return sum > 0.0 ? static_cast<float>(::log2(sum)) : 0.0F;
 }
 
 // [B, H, Tq], zero but for rows of a large lse.
+template <class M>
 inline void find_rests(const Problem& p, float* rests) {
   fill(rests, 0.0F, p.batch * p.heads * p.q_len);
   run_tasks(
-      p.threads, p.n_sequences * p.heads, [&](Arena& arena) { RestScratch(arena, p); },
+      p.threads, p.n_sequences * p.heads, [&](Arena& arena) { RestScratch<M>(arena, p); },
       [&](Arena& arena, int64_t task) {
         const Sequence& s = p.sequences[task / p.heads];
         const int64_t h = task % p.heads, first = (s.b * p.heads + h) * p.q_len + s.q0;
-        RestScratch scratch(arena, p);
+        RestScratch<M> scratch(arena, p);
         for (int64_t i = 0; i < s.q_len; ++i) {
           const float lse = p.lse[first + i];
           if (large(lse)) rests[first + i] = find_rest(p, s, h, i, lse, scratch);
@@ -363,7 +366,7 @@ void backward(const Problem& p) {
   const int64_t stride = p.n_sequences * p.kv_heads, tasks = ceil_div(p.max_k_len, KEYS_PER_TASK) * stride;
   Progress progress(tasks), flushed(tasks);
   auto* rests = static_cast<float*>(allocate(static_cast<size_t>(p.batch * p.heads * p.q_len) * 4));
-  find_rests(p, rests);
+  find_rests<M>(p, rests);
   run_tasks(
       p.threads, tasks, [&](Arena& arena) { BackwardScratch<M>(arena, p, longest); },
       [&](Arena& arena, int64_t task) {

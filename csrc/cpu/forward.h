@@ -53,8 +53,8 @@ inline float exponentiate(float* weights, const float* x, int64_t n, float mul, 
   const Log2 base(m);
   vf sum0 = zero(), sum1 = zero(), times = set1(mul * LOG2E), high = set1(-base.high), low = set1(base.low);
   for (int64_t c = 0; c < n; c += 2 * VL) {
-    vf a = exp2<M::exp_degree>(fma(load(x + c), times, high) - low);
-    vf b = exp2<M::exp_degree>(fma(load(x + c + VL), times, high) - low);
+    vf a = exp2<M::exp_degree>(fused(load(x + c), times, high) - low);
+    vf b = exp2<M::exp_degree>(fused(load(x + c + VL), times, high) - low);
     sum0 += a;
     sum1 += b;
     if constexpr (M::pack == 1) {

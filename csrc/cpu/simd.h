@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #  include <immintrin.h>
+#elif defined(__aarch64__)
+#  include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -79,13 +81,28 @@ constexpr float NEG_INF = -__builtin_inff();
 // forbids a key.
 constexpr float FLOOR = -1e38F;
 
+// Rounded once where the instruction exists, else twice: where a product must not be rounded by itself, see `fused`.
 POSATTN_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
+#endif
+}
+
+// a * b + c with the product exact on every instruction set, for sums that cancel. Without a fused instruction float64
+// holds the product whole, and its own rounding of the sum is 2^-29 of the one that follows.
+POSATTN_INLINE vf fused(vf a, vf b, vf c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return fma(a, b, c);
+#else
+  typedef double vd __attribute__((vector_size(2 * POSATTN_VECTOR_BYTES)));
+  return __builtin_convertvector(
+      __builtin_convertvector(a, vd) * __builtin_convertvector(b, vd) + __builtin_convertvector(c, vd), vf);
 #endif
 }
 
