@@ -220,7 +220,7 @@ struct BiasTile {
         const vf psi_c = load(values + c), y = psi_c * vscale;
         vf value = fma(psi_c, steep, level);
         for (int64_t m = first; m < last; ++m)
-          value = fma(set1(slopes[m + 1] - slopes[m]), max(y - set1(knots[m]), zero()), value);
+          value = y > set1(knots[m]) ? fma(y, set1(slopes[m + 1]), set1(intercepts[m + 1])) : value;
         value = fma(load(x + c), times, value);
         store(x + c, value);
         most = max(most, value);

@@ -106,7 +106,8 @@ struct BiasGrad {
   }
 
   // With y = psi * scale in segment m: dA[m] += dS y, dC[m] += dS, dpsi += dS A[m] scale, dscale += dS A[m] psi.
-  // Over a run of keys that reaches segments `first` to `last`, sums over y > knot give each one's by difference.
+  // Keys that reach several segments hand on what lies past each knot: each segment's sums are its own, since
+  // differences of sums would drown a steep segment's few keys in what all the others add up to.
   void add_profile(const float* ds, int64_t i, int64_t j, int64_t n) {
     const Bias& b = *tile->bias;
     const float *values = tile->psi_row(i, j, round_up(n, NR)), *slopes = tile->segment_slope();
@@ -120,44 +121,52 @@ struct BiasGrad {
       if (first == last)
         while (end < n && reach[end / NR].first == first && reach[end / NR].last == first) end += NR;
       end = imin(end, n);
-      vf above = zero(), above_moment = zero();
-      const vf steep = set1(slopes[first] * scale);
-      for (int64_t v = c; v < end; v += VL) {
-        const vf d = load(ds + v);
-        above += d;
-        above_moment = fma(d, load(values + v), above_moment);
-        store(gradient + v, d * steep);
-      }
-      for (int64_t m = first; m <= last; ++m) {
-        vf beyond = zero(), beyond_moment = zero();
-        if (m < last) {
-          const vf knot = set1(b.knots[m]), step = set1((slopes[m + 1] - slopes[m]) * scale);
-          for (int64_t v = c; v < end; v += VL) {
-            const vf psi_v = load(values + v), d = psi_v * scale > knot ? load(ds + v) : zero();
-            beyond += d;
-            beyond_moment = fma(d, psi_v, beyond_moment);
-            store(gradient + v, fma(d, step, load(gradient + v)));
-          }
+      if (first == last) {
+        vf sum = zero(), moment = zero();
+        for (int64_t v = c; v < end; v += VL) {
+          const vf d = load(ds + v);
+          sum += d;
+          moment = fma(d, load(values + v), moment);
+          store(gradient + v, d * set1(slopes[first]));
         }
-        add_to_segment(m, above - beyond, above_moment - beyond_moment, scale);
-        to_scale = fma(above_moment - beyond_moment, set1(slopes[m]), to_scale);
-        above = beyond, above_moment = beyond_moment;
+        add_to_segment(first, sum, moment, scale);
+        to_scale = fma(moment, set1(slopes[first]), to_scale);
+      } else {
+        vf left[NR / VL];
+        for (int64_t v = c; v < end; v += VL) left[(v - c) / VL] = load(ds + v);
+        for (int64_t m = first; m <= last; ++m) {
+          vf sum = zero(), moment = zero();
+          const vf knot = set1(m < last ? b.knots[m] : -NEG_INF), slope = set1(slopes[m]);
+          for (int64_t v = c; v < end; v += VL) {
+            vf& rest = left[(v - c) / VL];
+            const vf psi_v = load(values + v);
+            const vi past = psi_v * scale > knot;
+            const vf here = past ? zero() : rest;
+            sum += here;
+            moment = fma(here, psi_v, moment);
+            store(gradient + v, m == first ? here * slope : fma(here, slope, load(gradient + v)));
+            rest = past ? rest : zero();
+          }
+          add_to_segment(m, sum, moment, scale);
+          to_scale = fma(moment, slope, to_scale);
+        }
       }
       c = end;
     }
-    add_to_psi(gradient, i, j, n);
+    add_to_psi(gradient, scale, i, j, n);
     rows[iclamp(tile->query_position(i) - b.row_first, 0, b.row_len - 1)] += reduce_add(to_scale);
     if (++pending == PENDING_ROWS) settle();
   }
 
-  void add_to_psi(const float* gradient, int64_t i, int64_t j, int64_t n) {
+  // `gradient` is that of y.
+  void add_to_psi(const float* gradient, float scale, int64_t i, int64_t j, int64_t n) {
     if (psi) {
       float* sums = psi + (j - i - tile->base);
-      for (int64_t v = 0; v < n; v += VL) store(sums + v, load(sums + v) + load(gradient + v));
+      for (int64_t v = 0; v < n; v += VL) store(sums + v, fma(load(gradient + v), set1(scale), load(sums + v)));
     } else {
       const int64_t q = tile->query_position(i), valid = imin(n, tile->s->k_len - j);
       const int64_t* keys = tile->key_positions(j);
-      for (int64_t v = 0; v < valid; ++v) psi_table[tile->psi_index(q - keys[v])] += gradient[v];
+      for (int64_t v = 0; v < valid; ++v) psi_table[tile->psi_index(q - keys[v])] += gradient[v] * scale;
     }
   }
 

@@ -26,16 +26,17 @@ struct SegmentBias {
   }
 };
 
-// The same where the panel reaches more segments: past each knot, the change of slope there.
+// The same where the panel reaches more segments: past each knot, the line of the segment there. A line bent by changes
+// of slope would cancel where a steep segment lies before a flat one.
 struct KnotBias {
   SegmentBias before;
-  const float *scales, *knots, *slopes;  // slopes: of the first segment and those after it
+  const float *scales, *knots, *slopes, *intercepts;  // slopes and intercepts: of the segments past each knot
   int64_t n_knots;
   POSATTN_INLINE vf operator()(int r, int c, vf x) const {
     const vf psi = load(before.psi - r + c), y = psi * set1(scales[r]);
     vf value = fma(psi, set1(before.steep[r]), before.level);
     for (int64_t m = 0; m < n_knots; ++m)
-      value = fma(set1(slopes[m + 1] - slopes[m]), max(y - set1(knots[m]), zero()), value);
+      value = y > set1(knots[m]) ? fma(y, set1(slopes[m]), set1(intercepts[m])) : value;
     return fma(x, before.times, value);
   }
 };
@@ -107,9 +108,9 @@ struct Scores {
         if (knots == 0)
           finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops, before);
         else
-          finished_panel<M>(
-              q, q_row, keys, x + c, ROW_MAX, depth, tops,
-              KnotBias{before, scales, bias.bias->knots + segment, bias.segment_slope() + segment, knots});
+          finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops,
+                            KnotBias{before, scales, bias.bias->knots + segment, bias.segment_slope() + segment + 1,
+                                     bias.segment_intercept() + segment + 1, knots});
       } else if (bias.bias->relative()) {
         finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops,
                           RelativeBias{bias.relative_row(i, j0 + c, NR), times});

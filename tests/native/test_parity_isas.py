@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,14 +13,6 @@ from tests.tolerance import assert_parity
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture(params=_cpu.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    chosen = _cpu.isa()
-    _cpu.set_isa(request.param)
-    yield request.param
-    _cpu.set_isa(chosen)
 
 
 def test_the_best_one_is_chosen_at_load():
