@@ -59,9 +59,16 @@ inline void turn_back(float* row, const float* cos, const float* sin, int64_t b,
     rotate(row, cos + b * batch_stride + t * r.half, sin + b * batch_stride + t * r.half, r.half, r.interleaved, -1.0F);
 }
 
-// A row's lse in units of log2; a row without keys has logits of -inf, for which any number serves.
-inline Log2 row_lse(float lse) {
-  return Log2(lse == NEG_INF ? 0.0F : lse);
+// What a row's logits are measured by: a row without keys has logits of -inf, for which any number serves.
+inline float row_lse(float lse) {
+  return lse == NEG_INF ? 0.0F : lse;
+}
+
+// Logits x (times mul) and the lse that they are measured by, where that is far, become their difference.
+inline void reduce_far(float* x, int64_t n, float& mul, float& lse) {
+  if (!is_far(lse)) return;
+  subtract_far(x, n, mul, lse);
+  mul = 1.0F, lse = 0.0F;
 }
 
 // delta = <dO, O> - dlse.
@@ -84,14 +91,16 @@ struct RowStep {
   const Sequence& s;
   const BiasTile& bias;
   const Dropout& dropout;
-  Log2 lse;
-  float rest, delta;  // rest: what the lse lost to float32, in units of log2 (see find_rests)
+  float lse, rest, delta;  // rest: what the lse lost to float32, in units of log2 (see find_rests)
 
   template <int EXP_DEGREE>
   void run(float* x, float* dp, int64_t i, int64_t j, int64_t n, float mul, float* cap_slope, float* keep,
            BiasGrad& grad) const {
     finish_row(p, s, bias, x, i, allowed(p, s, i), j, n, mul, p.softcap > 0.0F ? cap_slope : nullptr);
-    const vf times = set1(mul * LOG2E), high = set1(-lse.high), low = set1(lse.low), left = set1(rest),
+    float from = lse;
+    reduce_far(x, n, mul, from);
+    const Log2 base(from);
+    const vf times = set1(mul * LOG2E), high = set1(-base.high), low = set1(base.low), left = set1(rest),
              minus_delta = set1(-delta);
     if (p.dropout_p > 0.0) {
       dropout.row(keep, s.b * p.heads + bias.head, s.q0 + i, s.k0 + j, n);
@@ -299,7 +308,6 @@ template <class M>
 inline float find_rest(const Problem& p, const Sequence& s, int64_t h, int64_t i, float lse, RestScratch<M>& t) {
   const int64_t panel = panel_rows<M>(p.head_dim) * NR, depth = elements<M>(p.head_dim);
   const Source keys = key_source(p, s, h / (p.heads / p.kv_heads));
-  const Log2 base = row_lse(lse);
   pack_rows<M>(t.q, 0, query_source(p, s, h, M::pack == 1 ? p.scale : 1.0F), i, 1, 1);
   t.bias.prepare(p, p.bias, s, h, {i, i + 1, 0, s.k_len});
   const Interval row = allowed(p, s, i);
@@ -311,10 +319,13 @@ inline float find_rest(const Problem& p, const Sequence& s, int64_t h, int64_t i
       micro<M, 1, NV_MAX, Into::fresh>(t.q, 0, 1, t.k + c / NR * panel, NR, t.logits + c, 0, depth);
     float mul = M::pack == 1 ? 1.0F : p.scale;
     finish_row(p, s, t.bias, t.logits, i, row, j, padded, mul);
+    float from = lse;
+    reduce_far(t.logits, padded, mul, from);
+    const Log2 base(from);
     for (int64_t c = 0; c < padded; c += VL)
       sum += reduce_add(exp2<5>(fused(load(t.logits + c), set1(mul * LOG2E), set1(-base.high)) - set1(base.low)));
   }
-  if (p.sinks) sum += ::exp2(static_cast<double>(p.sinks[h]) * LOG2E - base.high - base.low);
+  if (p.sinks) sum += ::exp(static_cast<double>(p.sinks[h]) - static_cast<double>(lse));
   return sum > 0.0 ? static_cast<float>(::log2(sum)) : 0.0F;
 }
 

@@ -46,6 +46,20 @@ struct Log2 {
   }
 };
 
+// A logit from here on is out of reach of what it should be measured by: as a product that is not rounded (x * mul
+// beside the rounded m) it may be more than exp's range away, and in units of log2 it may overflow.
+constexpr float FAR_LOGIT = 1e9F;
+
+inline bool is_far(float x) {
+  return x > FAR_LOGIT || x < -FAR_LOGIT;
+}
+
+// x becomes x * mul - m. The product is rounded first, as m was: a loop of its own keeps the two from being fused.
+inline void subtract_far(float* x, int64_t n, float mul, float m) {
+  for (int64_t c = 0; mul != 1.0F && c < n; c += VL) store(x + c, load(x + c) * mul);
+  for (int64_t c = 0; c < n; c += VL) store(x + c, load(x + c) - m);
+}
+
 // exp(x * mul - m) as elements of P; returns the sum. The change of base is exact inside the multiply-add and m's two
 // halves, so logits lose nothing by it however far from zero.
 template <class M>
@@ -72,12 +86,14 @@ inline void scale_row(float* x, float by, int64_t n) {
 }
 
 // One step of the online softmax: x (times mul) becomes weights against the row's new maximum, and what the row had
-// before is scaled to it.
+// before is scaled to it. x is scratch afterwards.
 template <class M>
-inline void add_tile(float* weights, const float* x, int64_t n, float tile_most, float mul, float& most, float& sum,
+inline void add_tile(float* weights, float* x, int64_t n, float tile_most, float mul, float& most, float& sum,
                      float* out, int64_t width) {
   const float next = fmax2(most, tile_most), base = next == NEG_INF ? 0.0F : next;
-  const float part = exponentiate<M>(weights, x, n, mul, base);
+  const bool far = is_far(base);
+  if (far) subtract_far(x, n, mul, base);
+  const float part = exponentiate<M>(weights, x, n, far ? 1.0F : mul, far ? 0.0F : base);
   if (next != most) {
     const float kept = exp2_scalar((most - base) * LOG2E);
     sum *= kept;
