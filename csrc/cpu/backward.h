@@ -198,7 +198,7 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
     t.bias.prepare(p, p.bias, s, h, {0, s.q_len, j0, j0 + keys});
     t.bias_grad.clear(t.bias, member == 0);
 
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int64_t step = 0; step < steps && !interrupted(); ++step) {
       const int64_t i0 = step * ROWS_PER_STEP, rows = imin(ROWS_PER_STEP, s.q_len - i0);
       const Interval any = allowed_by_any(p, s, i0, i0 + rows);
       if (any.lo >= j0 + keys || any.hi <= j0) {
@@ -339,7 +339,7 @@ inline void find_rests(const Problem& p, float* rests) {
         const Sequence& s = p.sequences[task / p.heads];
         const int64_t h = task % p.heads, first = (s.b * p.heads + h) * p.q_len + s.q0;
         RestScratch<M> scratch(arena, p);
-        for (int64_t i = 0; i < s.q_len; ++i) {
+        for (int64_t i = 0; i < s.q_len && !interrupted(); ++i) {
           const float lse = p.lse[first + i];
           if (large(lse)) rests[first + i] = find_rest(p, s, h, i, lse, scratch);
         }

@@ -150,7 +150,7 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
   fill(t.sum, 0.0F, round_up(rows, MR));
 
   const Interval all = allowed_by_any(p, s, i0, i1);
-  for (int64_t j0 = all.lo / TILE_KEYS * TILE_KEYS; j0 < all.hi; j0 += TILE_KEYS) {
+  for (int64_t j0 = all.lo / TILE_KEYS * TILE_KEYS; j0 < all.hi && !interrupted(); j0 += TILE_KEYS) {
     const int64_t tile = imin(TILE_KEYS, s.k_len - j0);
     pack_panels<M>(t.k, keys, j0, tile);
     const float* v = M::pack == 1 && tile % (2 * VL) == 0 ? in_place<M>(values, j0) : nullptr;

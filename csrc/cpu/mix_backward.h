@@ -284,7 +284,7 @@ void mix_backward_task(const Problem& p, const Sequence& s, int64_t j0, int64_t 
   fill(t.d_hidden, 0.0F, t.hidden_row);
 
   const int64_t steps = ceil_div(s.q_len, t.rows);
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int64_t step = 0; step < steps && !interrupted(); ++step) {
     const int64_t i0 = step * t.rows, count = imin(t.rows, s.q_len - i0), padded = round_up(count, MR);
     const Interval any = allowed_by_any(p, s, i0, i0 + count);
     if (any.lo >= j0 + keys || any.hi <= j0) {

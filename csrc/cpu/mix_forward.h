@@ -63,7 +63,7 @@ void mix_forward_task(const Problem& p, const Sequence& s, int64_t i0, int64_t i
   fill(t.sum, 0.0F, heads * task_rows);
 
   const Interval all = allowed_by_any(p, s, i0, i1);
-  for (int64_t j = all.lo / MIX_KEYS * MIX_KEYS; j < all.hi; j += MIX_KEYS) {
+  for (int64_t j = all.lo / MIX_KEYS * MIX_KEYS; j < all.hi && !interrupted(); j += MIX_KEYS) {
     const int64_t keys = imin(MIX_KEYS, s.k_len - j);
     for (int64_t kv = 0; kv < p.kv_heads; ++kv) {
       pack_panels<M>(t.k + kv * panels, key_source(p, s, kv), j, keys);

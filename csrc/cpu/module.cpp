@@ -4,9 +4,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__APPLE__)
+#  include <pthread.h>
+#elif defined(__linux__)
+#  include <sys/syscall.h>
+#  include <unistd.h>
+#endif
+
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -119,6 +127,53 @@ std::vector<Sequence> sequences(const Problem& p) {
 // Python packs a Problem as bytes, so it is nothing more than its bytes.
 static_assert(std::is_trivially_copyable_v<Problem> && std::is_standard_layout_v<Problem>);
 
+// The one thread that runs Python's signal handlers. Others must not ask for the GIL inside a parallel region: at the
+// interpreter's end they would not come back.
+bool on_main_thread() {
+#if defined(__APPLE__)
+  return pthread_main_np() != 0;
+#elif defined(__linux__)
+  return syscall(SYS_gettid) == getpid();
+#else
+  return false;
+#endif
+}
+
+// Releases the GIL for a call, which ends early when the handler of a signal raises: KeyboardInterrupt on Ctrl-C.
+class Interruptible {
+public:
+  Interruptible() : state_(PyEval_SaveThread()) {
+    watch_.poll = [](void* context) {
+      if (!on_main_thread()) return false;
+      PyEval_RestoreThread(static_cast<PyThreadState*>(context));
+      const bool raised = PyErr_CheckSignals() != 0;  // what it raised waits in the thread's state
+      PyEval_SaveThread();
+      return raised;
+    };
+    watch_.context = state_;
+    watching_.emplace(watch_);
+  }
+  ~Interruptible() { take_back(); }
+  Interruptible(const Interruptible&) = delete;
+  Interruptible& operator=(const Interruptible&) = delete;
+
+  void finish() {
+    take_back();
+    if (watch_.stopped) throw py::error_already_set();
+  }
+
+private:
+  void take_back() {
+    watching_.reset();
+    if (state_) PyEval_RestoreThread(state_);
+    state_ = nullptr;
+  }
+
+  PyThreadState* state_;
+  Watch watch_;
+  std::optional<Watching> watching_;
+};
+
 // Runs the forward or the backward pass of the Problem that these bytes hold.
 template <void (*Kernels::*pass)(const Problem&)>
 void run(const py::buffer& packed) {
@@ -131,13 +186,14 @@ void run(const py::buffer& packed) {
   if (size != sizeof(p))
     throw std::invalid_argument("problem: expected " + std::to_string(sizeof(p)) + " bytes, got " +
                                 std::to_string(size));
-  py::gil_scoped_release released;
+  Interruptible call;
   const std::vector<Sequence> list = sequences(p);
   p.sequences = list.data();
   p.n_sequences = static_cast<int64_t>(list.size());
   p.max_k_len = 0;
   for (const Sequence& s : list) p.max_k_len = s.k_len > p.max_k_len ? s.k_len : p.max_k_len;
   (chosen()->*pass)(p);
+  call.finish();
 }
 
 py::bytes blank() {

@@ -1,6 +1,6 @@
 // Work shared among threads: tasks are handed out in order, and a task may wait for what a lower-numbered one has
 // published. The lowest running task never waits, so nothing deadlocks, and sums are always taken in task order, so the
-// result is the same for every number of threads.
+// result is the same for every number of threads. A call that is interrupted skips what is left: nothing waits for it.
 #pragma once
 
 #include <sched.h>
@@ -36,18 +36,22 @@ struct Progress {
   Progress& operator=(const Progress&) = delete;
 
   void publish(int64_t task, int64_t step) { __atomic_store_n(&steps[task], step, __ATOMIC_RELEASE); }
-  // Returns when `task` has published at least `step`; a negative task is one that does not exist.
+  // Returns when `task` has published at least `step`; a negative task is one that does not exist. An interrupted
+  // call's tasks do not wait, since the other may have been skipped.
   void wait(int64_t task, int64_t step) const {
     if (task < 0) return;
-    for (int spins = 0; __atomic_load_n(&steps[task], __ATOMIC_ACQUIRE) < step; ++spins)
-      if (spins > 64) sched_yield();  // the other task's thread may need this core
+    for (int spins = 0; __atomic_load_n(&steps[task], __ATOMIC_ACQUIRE) < step; ++spins) {
+      if (spins <= 64) continue;
+      if (interrupted()) return;
+      sched_yield();  // the other task's thread may need this core
+    }
   }
 };
 
 // Runs work(arena, task) for every task; `layout(arena)` says how much scratch a thread needs.
 template <class Layout, class Work>
 void run_tasks(int threads, int64_t tasks, const Layout& layout, const Work& work) {
-  if (tasks == 0) return;
+  if (tasks == 0 || interrupted()) return;
   Arena measure;
   layout(measure);
   size_t each = (measure.used + 4095) / 4096 * 4096 + 4096;
@@ -58,7 +62,8 @@ void run_tasks(int threads, int64_t tasks, const Layout& layout, const Work& wor
     char* memory;
     size_t each;
     int64_t tasks;
-  } shared{{}, &work, static_cast<char*>(allocate(each * static_cast<size_t>(team))), each, tasks};
+    Counter done;
+  } shared{{}, &work, static_cast<char*>(allocate(each * static_cast<size_t>(team))), each, tasks, {}};
   parallel(
       team,
       [](void* context, int thread) {
@@ -66,8 +71,10 @@ void run_tasks(int threads, int64_t tasks, const Layout& layout, const Work& wor
         char* block = region.memory + region.each * static_cast<size_t>(thread);
         for (int64_t t = region.counter.next(); t < region.tasks; t = region.counter.next()) {
           Arena arena{block};
-          (*region.work)(arena, t);
+          if (!interrupted()) (*region.work)(arena, t);
+          __atomic_fetch_add(&region.done.value, 1, __ATOMIC_RELEASE);
         }
+        wait_watching(&region.done.value, region.tasks);
       },
       &shared);
   release(shared.memory);

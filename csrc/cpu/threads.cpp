@@ -2,7 +2,11 @@
 // GOMP_parallel is exported by libgomp, LLVM's libomp and Intel's libiomp5 alike.
 #include "threads.h"
 
+#include <sched.h>
+#include <unistd.h>
+
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -63,18 +67,66 @@ const Runtime& runtime() {
   return found;
 }
 
+// The call that a thread works for.
+struct Current {
+  Watch* watch = nullptr;
+  bool caller = false;  // it made the call
+};
+thread_local Current current;
+
 struct Region {
   void (*body)(void*, int);
   void* context;
+  Watch* watch;
   std::atomic<int> next{0};
 };
 
 void enter(void* data) {
   auto* region = static_cast<Region*>(data);
+  const Current before = current;
+  if (before.watch != region->watch) current = {region->watch, false};
   region->body(region->context, region->next.fetch_add(1, std::memory_order_relaxed));
+  current = before;
+}
+
+// Python's handler runs at the first poll after the signal: soon to a person, and the cost of a poll, which may wait
+// for the interpreter's lock, is hidden. Shorter calls are never asked.
+constexpr int64_t POLL_NANOSECONDS = 100'000'000;
+
+int64_t nanoseconds() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
 }  // namespace
+
+Watching::Watching(Watch& watch) : watch_(&watch), before_(current.watch) {
+  watch.next_poll = nanoseconds() + POLL_NANOSECONDS;
+  current = {watch_, true};
+}
+
+Watching::~Watching() {
+  current = {before_, before_ != nullptr};
+}
+
+bool interrupted() {
+  Watch* watch = current.watch;
+  if (!watch) return false;
+  if (__atomic_load_n(&watch->stopped, __ATOMIC_RELAXED)) return true;
+  if (!current.caller || nanoseconds() < watch->next_poll) return false;
+  const bool stop = watch->poll(watch->context);
+  watch->next_poll = nanoseconds() + POLL_NANOSECONDS;
+  if (stop) __atomic_store_n(&watch->stopped, 1, __ATOMIC_RELAXED);
+  return stop;
+}
+
+void wait_watching(const int64_t* done, int64_t total) {
+  if (!current.caller) return;
+  for (int turns = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < total; ++turns) {
+    interrupted();
+    turns < 1000 ? sched_yield() : usleep(50);
+  }
+}
 
 const char* parallel_runtime() {
   return runtime().name;
@@ -82,7 +134,7 @@ const char* parallel_runtime() {
 
 void parallel(int threads, void (*body)(void*, int), void* context) {
   if (threads <= 1) return body(context, 0);
-  Region region{body, context};
+  Region region{body, context, current.watch};
   // The runtime may grant fewer threads than asked for (nested regions, limits): bodies must take work until none is
   // left rather than count on their number.
   if (runtime().fork) return runtime().fork(enter, &region, static_cast<unsigned>(threads), 0);

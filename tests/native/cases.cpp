@@ -26,10 +26,11 @@ std::vector<Shape> shapes() {
 }
 
 std::vector<const char*> options() {
-  return {"plain",   "causal",       "top-left",     "window",      "boolean",    "boolean-keys", "softcap",
-          "sinks",   "dropout",      "lengths",      "packed",      "rotary",     "interleaved",  "partial",
-          "slope",   "signed-slope", "table",        "profile",     "dense",      "dense-shared", "positions",
-          "mix-add", "mix-concat",   "mix-residual", "mix-no-bias", "mix-causal", "everything"};
+  return {"plain",       "causal",       "top-left",  "window",       "boolean",    "boolean-keys",
+          "softcap",     "sinks",        "dropout",   "lengths",      "packed",     "rotary",
+          "interleaved", "partial",      "slope",     "signed-slope", "table",      "profile",
+          "dense",       "dense-shared", "positions", "mix-add",      "mix-concat", "mix-residual",
+          "mix-no-bias", "mix-causal",   "far-rows",  "far-products", "everything"};
 }
 
 bool applies(const char* option, const Shape& s) {
@@ -111,6 +112,14 @@ void Bound::add_option(const std::string& option) {
   } else if (option == "mix-causal") {
     p.causal = true;
     add_mix(MixForm::concat_residual, true);
+  } else if (option == "far-rows") {  // whole rows at one value, as float masks have them
+    float* bias = memory_.array<float>(p.q_len * p.k_len);
+    const float values[] = {-1e12F, std::numeric_limits<float>::lowest(), 0.0F, -1e9F, 1e12F};
+    for (int64_t i = 0; i < p.q_len * p.k_len; ++i) bias[i] = values[i / p.k_len % 5];
+    p.bias.dense.data = bias;
+    p.bias.dense.row = p.k_len;
+  } else if (option == "far-products") {  // a power of two: products stay exact, so that ties are ties everywhere
+    p.scale = 0x1p66F;
   } else if (option == "everything") {
     for (const char* part : {"causal", "softcap", "sinks", "dropout", "partial", "slope", "table", "profile", "dense"})
       add_option(part);
