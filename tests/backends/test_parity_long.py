@@ -1,0 +1,58 @@
+"""Calls past one packed tile of 512 keys, each with one encoding and one option: an offset of a tile that is lost shows
+only here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import posattn
+from tests.tolerance import assert_parity
+
+HEADS, DIM, QUERIES, KEYS = 2, 8, 37, 1290
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+ENCODINGS = {
+    "none": lambda: None,
+    "ALiBi": lambda: posattn.ALiBi(HEADS, learnable=True, slopes=[0.01, 0.002]),
+    "ALiBi signed": lambda: posattn.ALiBi(HEADS, learnable=True, signed=True, slopes=[0.002, -0.001]),
+    "Kerple": lambda: posattn.Kerple(HEADS),
+    "FIRE": lambda: posattn.FIRE(HEADS),
+    "FIRE bidirectional": lambda: posattn.FIRE(HEADS, bidirectional=True, initial_length=600.0),
+    "RoPE": lambda: posattn.RoPE(DIM),
+    "DAPE-ALiBi": lambda: posattn.DAPE(posattn.ALiBi(HEADS, learnable=True, slopes=[0.01, 0.002]), HEADS),
+    "DAPE-FIRE": lambda: posattn.DAPE(posattn.FIRE(HEADS), HEADS),
+}
+OPTIONS = {
+    "full": lambda: {},
+    "causal": lambda: {"causal": True},
+    "dropout": lambda: {"dropout_p": 0.3, "causal": True},
+    "window": lambda: {"window": (700, 5)},
+    "mask": lambda: {"mask": torch.rand(1, HEADS, QUERIES, KEYS) < 0.6},
+    "bias": lambda: {"bias": torch.randn(1, HEADS, QUERIES, KEYS), "softcap": 4.0},
+    "positions": lambda: {
+        "q_positions": torch.arange(1200, 1200 + 4 * QUERIES, 4),
+        "k_positions": torch.arange(KEYS) + torch.arange(KEYS) // 7,
+    },
+    "lengths": lambda: {"k_lengths": torch.tensor([1100]), "causal": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_past_a_tile(place, name, options):
+    torch.manual_seed(4)
+    position = ENCODINGS[name]()
+    given = {n: x.to(place[0]) if isinstance(x, torch.Tensor) else x for n, x in options().items()}
+    q, k, v = (torch.randn(1, HEADS, n, DIM).to(place[0]) for n in (QUERIES, KEYS, KEYS))
+    assert_parity(q, k, v, None if position is None else position.to(place[0]), given, place[1])
+
+
+@pytest.mark.parametrize("name", ["none", "ALiBi", "FIRE"])
+def test_past_a_tile_in_bfloat16(place, name):
+    torch.manual_seed(4)
+    position = ENCODINGS[name]()
+    q, k, v = (torch.randn(1, HEADS, n, DIM).to(place[0], torch.bfloat16) for n in (QUERIES, KEYS, KEYS))
+    options = {"causal": True, "dropout_p": 0.2}
+    assert_parity(q, k, v, None if position is None else position.to(place[0]), options, place[1])

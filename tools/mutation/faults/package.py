@@ -1,0 +1,2 @@
+from ..fault import Fault
+FAULTS: list[Fault] = []
