@@ -15,7 +15,7 @@ import torch
 import posattn
 from posattn import bench
 from posattn import parity as rule
-from posattn.bench import cases, encodings, parity, peers, plots, report, timing, work
+from posattn.bench import cases, encodings, parity, peers, plots, report, runner, timing, work
 from posattn.bench.cases import Case, Target, Variant
 from posattn.bench.memory import extra_peak
 
@@ -72,6 +72,109 @@ def test_work_counts_the_visible_pairs(q_len: int, k_len: int) -> None:
     width, inputs = 32, 4
     network = 2 * visible * (width * inputs + width * 2)
     assert work.work(case, "DAPE-Kerple").amount == flop + network
+
+
+@pytest.mark.parametrize(("mode", "products", "passes"), [("forward", 2, 1), ("backward", 5, 3), ("both", 7, 4)])
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "fma"), ("float16", "fma"), ("bfloat16", "bf16dot")])
+def test_work_by_mode_and_dtype(mode: Any, products: int, passes: int, dtype: str, kind: str) -> None:
+    """Two products forward and five backward; DAPE's network is run again in the backward, and has two products there."""
+    case = replace(TINY, mode=mode, dtype=dtype, batch=3, causal=False, q_len=20, k_len=30)
+    pairs, network = 3 * 2 * 20 * 30, 2 * (32 * 4 + 32 * 2) // 2
+    assert work.work(case, "Kerple") == work.Work(pairs * 2 * 16 * products, kind)
+    assert work.work(case, "DAPE-Kerple") == work.Work(pairs * (2 * 16 * products + network * passes), kind)
+
+
+@pytest.mark.parametrize("kind", ["fma", "bf16dot", "read"])
+def test_peaks_are_of_the_kind_asked_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posattn import _cpu
+
+    asked = []
+    monkeypatch.setattr(_cpu, "probe_peak", lambda *arguments: asked.append(arguments) or 2.0)
+    assert work.peak(kind, "cpu", 3, "bfloat16") == 2e9
+    assert asked == [(kind, 3)]
+
+
+def test_a_timing_is_a_median_with_its_spread() -> None:
+    assert timing.Timing.of([9.0, 1.0, 2.0, 8.0, 4.0]) == timing.Timing(4.0, 2.0, 9.0, 5)
+    assert timing.Timing.of([3.0, 1.0, 100.0]).median == 3.0
+
+
+PEER_CASES = {
+    "sdpa": ("none", True),
+    "sdpa-mask": ("Kerple", True),
+    "sdpa-mask-build": ("Kerple", True),
+    "sdpa-mask-grad": ("Kerple", True),
+    "eager": ("DAPE-Kerple", True),
+}
+
+
+@pytest.mark.parametrize("peer", PEER_CASES)
+def test_a_peer_is_not_posattn_itself(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every peer but eager PyTorch, which posattn keeps as its reference, computes without posattn; and it is right."""
+    from posattn import backends
+
+    encoding, _ = PEER_CASES[peer]
+    case = replace(TINY, mode="forward")
+    ready = peers.contender(Variant(peer, encoding), case, "cpu")
+    used = []
+    monkeypatch.setattr(backends, "choose", lambda *arguments, **named: used.append(arguments))
+    with torch.no_grad():
+        out = ready.forward()
+    assert not used, "the fused kernels ran"
+    assert parity.outputs_differ(Variant(peer, encoding), case, "cpu", out) is None
+    monkeypatch.setattr(peers.posattn, "attention", lambda *arguments, **named: used.append(named))
+    ready = peers.contender(Variant(peer, encoding), case, "cpu")
+    ready.forward()
+    assert [named["backend"] for named in used] == (["reference"] if peer == "eager" else [])
+
+
+def test_posattn_is_what_users_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr(peers.posattn, "attention", lambda *arguments, **named: used.append(named))
+    peers.contender(Variant("posattn", "ALiBi"), TINY, "cpu").forward()
+    assert used == [{"causal": True, "backend": "auto"}]
+
+
+def test_a_backward_pass_gives_the_gradients_of_everything_trained() -> None:
+    for variant, leaves in ((Variant("posattn", "Kerple"), 5), (Variant("sdpa"), 3), (Variant("sdpa-mask-grad", "Kerple"), 4)):
+        ready = peers.contender(variant, TINY, "cpu")
+        gradients = ready.backward(ready.forward())
+        assert len(gradients) == leaves
+        assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_a_peer_that_cannot_run_is_named() -> None:
+    notes: list[str] = []
+    case = replace(TINY, mode="forward", variants=(*TINY.variants, Variant("flex", "Kerple"), Variant("sdpa")), q_len=30)
+    rows = runner.run_case(replace(case, seconds=0.01), "cpu", 1, notes.append)
+    assert [row.variant for row in rows] == ["posattn:ALiBi"]
+    assert [note.split(": ")[1].split(" left out")[0] for note in notes] == ["flex:Kerple", "sdpa"]
+
+
+def test_a_peer_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = peers.PEERS["sdpa"]
+
+    def doubled(inputs: peers.Inputs, variant: Variant) -> peers.Peer:
+        forward, leaves = right(inputs, variant)
+        return lambda: 2 * forward(), leaves
+
+    monkeypatch.setitem(peers.PEERS, "sdpa", doubled)
+    notes: list[str] = []
+    case = replace(TINY, mode="forward", variants=(*TINY.variants, Variant("sdpa")), seconds=0.01)
+    assert [row.variant for row in runner.run_case(case, "cpu", 1, notes.append)] == ["posattn:ALiBi"]
+    assert "sdpa left out: it disagrees with the reference" in notes[0]
+
+
+def test_a_row_has_its_rate_and_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([4e9, 5e9])
+    monkeypatch.setattr(runner, "peak", lambda *arguments: next(looks))
+    monkeypatch.setattr(runner, "interleave", lambda calls, *rest: {n: timing.Timing(0.5, 0.4, 0.6, 3) for n in calls})
+    (found,) = runner.run_case(replace(TINY, mode="forward"), "cpu", 1, print)
+    amount = work.work(replace(TINY, mode="forward"), "ALiBi").amount
+    assert found.rate == pytest.approx(amount / 0.5)
+    assert found.peak == 5e9
+    assert found.share == pytest.approx(amount / 0.5 / 5e9)
+    assert (found.median, found.p20, found.p80, found.rounds) == (0.5, 0.4, 0.6, 3)
 
 
 def test_decoding_is_measured_in_bytes() -> None:

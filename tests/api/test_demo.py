@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +22,7 @@ from posattn.demo.contestants import CONTESTANTS
 from posattn.demo.model import BYTES, Decoder, Shape
 from posattn.demo.plots import effective_bias
 
+measure = importlib.import_module("posattn.demo.measure")  # the package's own name for it is a function
 SMALL = Shape(layers=1, heads=4, head_dim=8)
 
 
@@ -75,6 +81,106 @@ def test_training_learns() -> None:
     text = torch.tensor(list(b"the same few words again and again, " * 50), dtype=torch.uint8)
     losses = train.train(small_decoder("ALiBi"), text, steps=40, seed=0, label="")
     assert losses[-1] < losses[0] - 1.0
+
+
+@pytest.mark.parametrize("name", list(CONTESTANTS))
+@torch.no_grad()
+def test_no_byte_sees_those_after_it(name: str) -> None:
+    model = small_decoder(name)
+    tokens = torch.arange(40)[None] * 7 % BYTES
+    changed = tokens.clone()
+    changed[:, 25:] = 3
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :25], after[:, :25])
+    assert (before[:, 25:] - after[:, 25:]).abs().amax(-1).min() > 1e-6
+    assert (model(tokens[:, 5:])[:, -1] - before[:, -1]).abs().max() > 1e-6  # and it sees those before
+
+
+def test_the_schedule_warms_up_and_falls_to_a_tenth() -> None:
+    rates = [train._rate(step, 300) for step in range(301)]
+    assert rates[0] == pytest.approx(1 / train.WARMUP_STEPS, rel=1e-3)
+    assert rates[9] == pytest.approx(0.5, rel=1e-2)
+    assert max(rates) == pytest.approx(1.0, rel=2e-2)
+    assert rates.index(max(rates)) == train.WARMUP_STEPS - 1
+    assert rates[150] == pytest.approx(0.55)
+    assert rates[300] == pytest.approx(0.1)
+    assert all(a > b for a, b in pairwise(rates[train.WARMUP_STEPS - 1 :]))
+
+
+def test_training_steps_follow_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    text = torch.randint(0, BYTES, (1000,), dtype=torch.uint8)
+    losses = train.train(small_decoder("ALiBi"), text, steps=4, seed=0, label="")
+    assert seen == pytest.approx([train.LEARNING_RATE * train._rate(i, 4) for i in range(4)])
+    assert losses[0] == pytest.approx(5.55, abs=0.3)  # ln 256 at the start: the loss is in nats a byte
+
+
+def test_perplexity_is_that_of_the_next_byte() -> None:
+    """A model that gives the right byte a chance of 1/2 has perplexity 2, whatever the length."""
+
+    class Knows(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            sure = torch.full((*tokens.shape, BYTES), math.log(0.5 / (BYTES - 1)))
+            return sure.scatter(-1, ((tokens + 1) % BYTES)[..., None], math.log(0.5))
+
+    text = (torch.arange(5000) % BYTES).to(torch.uint8)
+    assert list(train.perplexities(Knows(), text, 3, "").values()) == pytest.approx([2.0] * len(train.EVAL_LENGTHS))
+
+
+def test_the_cost_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median, of calls that are causal, on the backend asked for, with a backward pass in `both` alone."""
+    clock = 0.0
+    made: list[tuple[int, str, bool, bool]] = []
+    peaks: list[bool] = []
+    pace = iter((9.0, 1.0, 0.5, 1.0, 9.0))
+    right = posattn.attention
+
+    def watched(q: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        nonlocal clock
+        made.append((q.shape[2], options["backend"], options["causal"], torch.is_grad_enabled()))
+        out = right(q, *arguments, **{**options, "backend": "reference"})
+        if out.requires_grad:
+            out.register_hook(lambda grad: spend(100.0))
+        spend(0.1)
+        return out
+
+    def spend(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+
+    def peak(call: Callable[[], object]) -> float:
+        call()
+        peaks.append(True)
+        return 7.0
+
+    monkeypatch.setattr(measure.posattn, "attention", watched)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(measure, "extra_peak", peak)
+    monkeypatch.setattr(measure, "PATIENCE", 1e9)
+    cost = measure._run(measure.Request("ALiBi", 40, 1, "cpu"))
+    assert cost == measure.Cost(pytest.approx(0.1), pytest.approx(100.1), 7.0)
+    assert made == [(16, "cpu", True, True)] + [(40, "cpu", True, True)] + [(40, "cpu", True, False)] * 5 + [
+        (40, "cpu", True, True)
+    ] * 5
+    assert peaks == [True]
+
+    def uneven() -> None:
+        spend(next(pace))
+
+    assert measure._median_seconds(uneven, []) == 1.0
+
+
+def test_the_table_shows_a_training_step_and_its_memory() -> None:
+    costs = {"fused": {"forward": 1.0, "both": 2.0, "memory": 3.0}, "naive": {"forward": 4.0, "both": 5.0, "memory": 6.0}}
+    text = demo.table({"ALiBi": {"perplexity": dict.fromkeys(train.EVAL_LENGTHS, 1.5), **costs}}, 2048)
+    assert text.splitlines()[-1].split() == ["ALiBi", *["1.50"] * 5, "2000", "ms", "3", "MB", "5000", "ms", "6", "MB"]
 
 
 @pytest.mark.parametrize("name", [name for name in CONTESTANTS if name != "RoPE"])

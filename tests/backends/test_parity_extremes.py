@@ -124,13 +124,16 @@ def short_table():
 
 
 def short_profile():
+    """Lines that meet at the knots, as a profile's have to."""
     knots = torch.tensor([-0.5, 0.1, 0.7])
 
-    def make(psi, rows, slope, intercept):
+    def make(psi, rows, slope, start):
+        steps = (slope[:, :-1] - slope[:, 1:]) * knots.to(psi)
+        intercept = torch.cat([start, steps], 1).cumsum(1)
         return {"profile": Profile(psi, -2, rows, 3, knots.to(psi), slope, intercept)}
 
-    pieces = torch.randn(2, HEADS, 4)
-    return Given(make, psi=torch.randn(9), rows=torch.rand(5) + 0.5, slope=pieces[0], intercept=pieces[1])
+    tensors = {"slope": torch.randn(HEADS, 4), "start": torch.randn(HEADS, 1)}
+    return Given(make, psi=torch.randn(9), rows=torch.rand(5) + 0.5, **tensors)
 
 
 PLACES = {
