@@ -310,3 +310,35 @@ def test_every_reason_is_given_when_no_backend_can(monkeypatch):
     monkeypatch.setattr(backends, "load", lambda name: "it cannot be imported: broken")
     with pytest.raises(ValueError, match=r"cpu: it cannot be imported: broken.*backend=\"reference\""):
         posattn.attention(Q, K, K)
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31)])
+@pytest.mark.parametrize("which", ["q_positions", "k_positions"])
+def test_a_position_that_32_bits_cannot_hold(value: int, which: str) -> None:
+    """One less is a position like any other."""
+    q = torch.randn(1, 2, 3, 8)
+    inside = value - 1 if value > 0 else value + 1
+    places = {name: torch.tensor([inside, inside, inside]) for name in ("q_positions", "k_positions")}
+    out = posattn.attention(q, q, q, posattn.ALiBi(2), **places)
+    torch.testing.assert_close(out, posattn.attention(q, q, q))
+    places[which] = torch.tensor([inside, value, inside])
+    with pytest.raises(ValueError, match=rf"{which}: expected positions between -2\^31 and 2\^31, got .*{value}"):
+        posattn.attention(q, q, q, posattn.ALiBi(2), **places)
+
+
+@pytest.mark.parametrize("bounds", [(-(2**31), 5), (0, 2**31)])
+def test_a_position_range_that_32_bits_cannot_hold(bounds: tuple[int, int]) -> None:
+    q, places = torch.randn(1, 2, 3, 8), torch.arange(3)
+    with pytest.raises(ValueError, match="position_range: expected first <= last within"):
+        posattn.attention(
+            q, q, q, posattn.ALiBi(2), q_positions=places, k_positions=places, position_range=bounds
+        )
+
+
+@pytest.mark.parametrize("bounds", [(1, 2), (0, 1)])
+def test_a_position_one_outside_its_range(bounds: tuple[int, int]) -> None:
+    q, places = torch.randn(1, 2, 3, 8), torch.arange(3)
+    with pytest.raises(ValueError, match="expected positions in position_range"):
+        posattn.attention(
+            q, q, q, posattn.ALiBi(2), q_positions=places, k_positions=places, position_range=bounds
+        )

@@ -248,6 +248,30 @@ def test_functorch_grad_and_vmap():
             torch.testing.assert_close(got[i], want)
 
 
+@pytest.mark.parametrize("dim", [1, 2, -1])
+def test_vmap_over_another_dimension(dim):
+    """With a gradient, whose rule runs over the saved tensors' dimensions, and with and without the log-sum-exp."""
+    q, k, v = (torch.randn(HEADS, TOKENS, DIM, 3).movedim(-1, dim) for _ in range(3))
+    bias = torch.randn(3, TOKENS, TOKENS)
+
+    def loss(q, k, v, bias):
+        out, lse = posattn.attention(q[None], k[None], v[None], bias=bias, causal=True, return_lse=True)
+        return out.square().sum() + 3 * lse.sum()
+
+    def alone(x, i):
+        return x.select(dim, i).clone()
+
+    dims = (dim, dim, dim, 0)
+    losses = torch.func.vmap(loss, in_dims=dims)(q, k, v, bias)
+    grads = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)), in_dims=dims)(q, k, v, bias)
+    for i in range(3):
+        leaves = [x.requires_grad_() for x in (alone(q, i), alone(k, i), alone(v, i), bias[i].clone())]
+        expected = loss(*leaves)
+        torch.testing.assert_close(losses[i], expected.detach())
+        for got, want in zip(grads, torch.autograd.grad(expected, leaves)):
+            torch.testing.assert_close(got[i], want)
+
+
 def test_functional_call_over_parameters():
     q, k, v = qkv(requires_grad=False)
     layer = posattn.DAPE(posattn.Kerple(HEADS), HEADS)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .fault import ROOT, Fault
 
-TIMEOUT = 120.0  # seconds; a fault that makes a task wait for ever is noticed by it
+TIMEOUT = 300.0  # seconds; a fault that makes a task wait for ever is noticed by it
 SURVIVED, CAUGHT, NO_TESTS = "survived", "caught", "no tests ran"
 
 

@@ -149,7 +149,7 @@ FAULTS: list[Fault] = [
     ),
     *of(
         "dropout.h",
-        ("int64_t at = «block * 4 + lane - j»;", "block * 4 + lane - j / 4 * 4", (LONG, MASKS)),
+        ("int64_t at = «block * 4 + lane - j»;", "block * 4 + lane - j / 4 * 4", (DOCUMENTS,)),
         ("c2 = static_cast<uint32_t>(«bh»), c3", "i", (MASKS,)),
         ("«k0 += 0x9E3779B9U, k1 += 0xBB67AE85U;»", "k0 += 0x9E3779B9U;", (MASKS,)),
         ("round < «10»; ++round", "9", (MASKS,)),
