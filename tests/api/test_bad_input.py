@@ -330,15 +330,11 @@ def test_a_position_that_32_bits_cannot_hold(value: int, which: str) -> None:
 def test_a_position_range_that_32_bits_cannot_hold(bounds: tuple[int, int]) -> None:
     q, places = torch.randn(1, 2, 3, 8), torch.arange(3)
     with pytest.raises(ValueError, match="position_range: expected first <= last within"):
-        posattn.attention(
-            q, q, q, posattn.ALiBi(2), q_positions=places, k_positions=places, position_range=bounds
-        )
+        posattn.attention(q, q, q, posattn.ALiBi(2), q_positions=places, k_positions=places, position_range=bounds)
 
 
 @pytest.mark.parametrize("bounds", [(1, 2), (0, 1)])
 def test_a_position_one_outside_its_range(bounds: tuple[int, int]) -> None:
     q, places = torch.randn(1, 2, 3, 8), torch.arange(3)
     with pytest.raises(ValueError, match="expected positions in position_range"):
-        posattn.attention(
-            q, q, q, posattn.ALiBi(2), q_positions=places, k_positions=places, position_range=bounds
-        )
+        posattn.attention(q, q, q, posattn.ALiBi(2), q_positions=places, k_positions=places, position_range=bounds)

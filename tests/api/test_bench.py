@@ -77,7 +77,7 @@ def test_work_counts_the_visible_pairs(q_len: int, k_len: int) -> None:
 @pytest.mark.parametrize(("mode", "products", "passes"), [("forward", 2, 1), ("backward", 5, 3), ("both", 7, 4)])
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "fma"), ("float16", "fma"), ("bfloat16", "bf16dot")])
 def test_work_by_mode_and_dtype(mode: Any, products: int, passes: int, dtype: str, kind: str) -> None:
-    """Two products forward and five backward; DAPE's network is run again in the backward, and has two products there."""
+    """Two products forward and five backward; DAPE's network runs again in the backward, and has two products there."""
     case = replace(TINY, mode=mode, dtype=dtype, batch=3, causal=False, q_len=20, k_len=30)
     pairs, network = 3 * 2 * 20 * 30, 2 * (32 * 4 + 32 * 2) // 2
     assert work.work(case, "Kerple") == work.Work(pairs * 2 * 16 * products, kind)
@@ -136,7 +136,11 @@ def test_posattn_is_what_users_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_backward_pass_gives_the_gradients_of_everything_trained() -> None:
-    for variant, leaves in ((Variant("posattn", "Kerple"), 5), (Variant("sdpa"), 3), (Variant("sdpa-mask-grad", "Kerple"), 4)):
+    for variant, leaves in (
+        (Variant("posattn", "Kerple"), 5),
+        (Variant("sdpa"), 3),
+        (Variant("sdpa-mask-grad", "Kerple"), 4),
+    ):
         ready = peers.contender(variant, TINY, "cpu")
         gradients = ready.backward(ready.forward())
         assert len(gradients) == leaves
@@ -145,7 +149,9 @@ def test_a_backward_pass_gives_the_gradients_of_everything_trained() -> None:
 
 def test_a_peer_that_cannot_run_is_named() -> None:
     notes: list[str] = []
-    case = replace(TINY, mode="forward", variants=(*TINY.variants, Variant("flex", "Kerple"), Variant("sdpa")), q_len=30)
+    case = replace(
+        TINY, mode="forward", variants=(*TINY.variants, Variant("flex", "Kerple"), Variant("sdpa")), q_len=30
+    )
     rows = runner.run_case(replace(case, seconds=0.01), "cpu", 1, notes.append)
     assert [row.variant for row in rows] == ["posattn:ALiBi"]
     assert [note.split(": ")[1].split(" left out")[0] for note in notes] == ["flex:Kerple", "sdpa"]

@@ -166,9 +166,13 @@ def test_the_cost_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "PATIENCE", 1e9)
     cost = measure._run(measure.Request("ALiBi", 40, 1, "cpu"))
     assert cost == measure.Cost(pytest.approx(0.1), pytest.approx(100.1), 7.0)
-    assert made == [(16, "cpu", True, True)] + [(40, "cpu", True, True)] + [(40, "cpu", True, False)] * 5 + [
-        (40, "cpu", True, True)
-    ] * 5
+    assert (
+        made
+        == [(16, "cpu", True, True)]
+        + [(40, "cpu", True, True)]
+        + [(40, "cpu", True, False)] * 5
+        + [(40, "cpu", True, True)] * 5
+    )
     assert peaks == [True]
 
     def uneven() -> None:
@@ -178,7 +182,10 @@ def test_the_cost_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_shows_a_training_step_and_its_memory() -> None:
-    costs = {"fused": {"forward": 1.0, "both": 2.0, "memory": 3.0}, "naive": {"forward": 4.0, "both": 5.0, "memory": 6.0}}
+    costs = {
+        "fused": {"forward": 1.0, "both": 2.0, "memory": 3.0},
+        "naive": {"forward": 4.0, "both": 5.0, "memory": 6.0},
+    }
     text = demo.table({"ALiBi": {"perplexity": dict.fromkeys(train.EVAL_LENGTHS, 1.5), **costs}}, 2048)
     assert text.splitlines()[-1].split() == ["ALiBi", *["1.50"] * 5, "2000", "ms", "3", "MB", "5000", "ms", "6", "MB"]
 

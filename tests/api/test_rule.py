@@ -15,7 +15,7 @@ NONE = torch.zeros(1)
 
 
 def error_of(size: float, naive: float, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> parity.Comparison:
-    """A result that is off by `size` where naive PyTorch is off by `naive`, both exactly; the largest number is `scale`."""
+    """A result off by `size` where naive PyTorch is off by `naive`, both exactly; the largest number is `scale`."""
     exact = torch.tensor([0.0, scale], dtype=torch.float64)
     off = [torch.tensor([x, scale], dtype=torch.float64).to(dtype) for x in (size, naive)]
     return compare("x", *off, exact, NONE, dtype)

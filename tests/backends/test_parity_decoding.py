@@ -1,5 +1,5 @@
-"""A few queries against more than a thousand keys: keys are split into runs whose results are combined, with a kernel of
-its own on every backend, and every option meets keys past the first run and past a tile."""
+"""A few queries against more than a thousand keys: keys are split into runs whose results are combined, with a kernel
+of its own on every backend, and every option meets keys past the first run and past a tile."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Packed documents with one more option each: what an option is read by counts in the pack, what encodings and masks are
-counts in the document."""
+"""Packed documents with one more option each: what an option is read by counts in the pack, what encodings and masks
+are counts in the document."""
 
 from __future__ import annotations
 

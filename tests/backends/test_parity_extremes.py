@@ -42,7 +42,7 @@ def lifted(batch=2, q_len=QUERIES, k_len=KEYS):
 
 
 LARGE = {
-    "plain": lambda: {},
+    "plain": dict,
     "causal": lambda: {"causal": True},
     "sinks": lambda: {"sinks": torch.tensor([699.0, 701.0, -700.0, 3.0])},
     "softcap": lambda: {"softcap": 3.0},
@@ -137,7 +137,7 @@ def short_profile():
 
 
 PLACES = {
-    "implicit": lambda: {},
+    "implicit": dict,
     "causal": lambda: {"causal": True},
     "explicit": lambda: {"q_positions": torch.arange(QUERIES) - 9, "k_positions": torch.arange(KEYS) // 3 - 5},
     "documents": lambda: {

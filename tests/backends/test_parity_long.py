@@ -25,7 +25,7 @@ ENCODINGS = {
     "DAPE-FIRE": lambda: posattn.DAPE(posattn.FIRE(HEADS), HEADS),
 }
 OPTIONS = {
-    "full": lambda: {},
+    "full": dict,
     "causal": lambda: {"causal": True},
     "dropout": lambda: {"dropout_p": 0.3, "causal": True},
     "window": lambda: {"window": (700, 5)},

@@ -22,7 +22,7 @@ ENCODINGS = {
     "DAPE-Kerple": lambda: posattn.DAPE(posattn.Kerple(HEADS), HEADS),
 }
 OPTIONS = {
-    "full": lambda: {},
+    "full": dict,
     "causal": lambda: {"causal": True},
     "softcap": lambda: {"softcap": 1.5, "causal": True},
     "bias": lambda: {"bias": torch.randn(1, HEADS, QUERIES, KEYS)},

@@ -16,7 +16,7 @@ from tools.mutation.native import switched
 
 
 def test_every_fault_has_its_place_and_its_tests() -> None:
-    """A line of the source that was rewritten takes its faults along: rewrite them too, or drop what no longer applies."""
+    """A line of the source that was rewritten takes its faults along: rewrite them, or drop what does not apply."""
     sources = {fault.file: (ROOT / fault.file).read_text() for fault in FAULTS}
     assert len(FAULTS) >= 200
     assert len(set(FAULTS)) == len(FAULTS)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from .fault import ROOT, Fault
@@ -51,7 +52,7 @@ def switched(text: str, faults: Sequence[tuple[int, Fault]]) -> str:
         return "".join([*parts, text[at:end]])
 
     order = sorted(spans)
-    for (_, end), (begin, other) in zip(order, order[1:]):
+    for (_, end), (begin, other) in pairwise(order):
         if begin < end < other:
             raise ValueError(f"expected faults beside or inside one another, got crossing ones: {text[begin:end]!r}")
     return render(0, len(text), order)
@@ -61,7 +62,9 @@ def _choice(right: str, faults: Sequence[tuple[int, Fault]]) -> str:
     if right.rstrip().endswith((";", "}")):
         cases = "".join(f"if (::posattn::fault == {number}) {{ {fault.after} }} else " for number, fault in faults)
         return f"{cases}{{ {right} }}"
-    return "(" + "".join(f"::posattn::fault == {number} ? ({fault.after}) : " for number, fault in faults) + f"({right}))"
+    return (
+        "(" + "".join(f"::posattn::fault == {number} ? ({fault.after}) : " for number, fault in faults) + f"({right}))"
+    )
 
 
 def build(faults: Sequence[tuple[int, Fault]]) -> Path:

@@ -1,4 +1,4 @@
-"""Faults in the encodings: a formula, a bound, an offset in the lowering, which every backend shares with the reference."""
+"""Faults in the encodings: a formula, a bound, an offset in what every backend shares with the reference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAULTS: list[Fault] = [
         "kerple.py",
         ("torch.log1p(«a * distance»)", "distance", (ADDITIVE,)),
         ("distance = context.distances()«.abs()»", "", (ADDITIVE,)),
-        ("«2.0» if self.form == \"power\"", "3.0", (ADDITIVE,)),
+        ('«2.0» if self.form == "power"', "3.0", (ADDITIVE,)),
         ("x.detach().clamp(SMALLEST, largest) «+ (x - x.detach())»", "", (ADDITIVE,)),
         ("self.p.uniform_(0.0, «2.0»)", "1.0", (ADDITIVE,)),
         ("context.distance_range[0]", "context.distance_range[0] + 1", (ADDITIVE, EVERY)),
@@ -40,7 +40,11 @@ FAULTS: list[Fault] = [
     *of(
         "relative.py",
         ("distance.abs().clamp(max=«self.max_distance»)", "self.max_distance - 1", (ADDITIVE,)),
-        ("distance.clamp(-self.max_distance, self.max_distance) «+ self.max_distance»", "+ self.max_distance - 1", (ADDITIVE,)),
+        (
+            "distance.clamp(-self.max_distance, self.max_distance) «+ self.max_distance»",
+            "+ self.max_distance - 1",
+            (ADDITIVE,),
+        ),
         ("Table(values, «context.distance_range[0]»)", "context.distance_range[0] - 1", (ADDITIVE,)),
     ),
     *of(
@@ -53,7 +57,7 @@ FAULTS: list[Fault] = [
     ),
     *of(
         "sandwich.py",
-        ("start = «1 if self.form == \"centered\" else 0»", "0", (ADDITIVE,)),
+        ('start = «1 if self.form == "centered" else 0»', "0", (ADDITIVE,)),
         ("total = total «- pairs»", "", (ADDITIVE,)),
         ("head = torch.arange(«1, context.num_heads + 1»", "0.5, context.num_heads + 0.5", (ADDITIVE,)),
         ("pair = torch.arange(start, start + pairs, dtype=torch.«float64»", "float32", (ADDITIVE,)),
@@ -84,7 +88,7 @@ FAULTS: list[Fault] = [
     ),
     *of(
         "dape.py",
-        ("both = inner is not None and inner.has_bias «and form != \"add\"»", "", (DAPE,)),
+        ('both = inner is not None and inner.has_bias «and form != "add"»', "", (DAPE,)),
         ("self.form, «inner.bias»,", "Bias()", (DAPE,)),
         ("return Plan(«inner.rotary», mix, Bias())", "None", (DAPE,)),
         ("«second.bias.to(dtype)»,", "first.bias.to(dtype)[: self.num_heads]", (DAPE,)),
@@ -92,7 +96,11 @@ FAULTS: list[Fault] = [
     *of(
         "bipe.py",
         ("ALIBI_STRENGTH = «96.0»", "9.6", (EMBEDDINGS,)),
-        ("segment_positions(tokens, separators, «self.intra.max_positions»)", "self.intra.max_positions + 1", (EMBEDDINGS,)),
+        (
+            "segment_positions(tokens, separators, «self.intra.max_positions»)",
+            "self.intra.max_positions + 1",
+            (EMBEDDINGS,),
+        ),
     ),
     *of(
         "embeddings.py",
@@ -107,9 +115,13 @@ FAULTS: list[Fault] = [
         ("(angles.sin() «* factor»).to(dtype)", "", (ROPE,)),
         ("if q_positions is k_positions «and q_theta is k_theta»:", "", (ROPE,)),
         ("if «q_positions is k_positions and» q_theta is k_theta:", "", (ROPE, EVERY)),
-        ("self.layout == «\"interleaved\"»)", '"half"', (ROPE,)),
+        ('self.layout == «"interleaved"»)', '"half"', (ROPE,)),
         ("if self.rotary_dim > head_dim «or self.rotary_dim % 2»:", "", (ROPE,)),
-        ("q_theta, _ = self.scaling.frequencies(self.rotary_dim, self.base, «q_lengths», context.device)", "k_lengths", (ROPE, "tests/encodings/test_rope.py -k documents")),
+        (
+            "q_theta, _ = self.scaling.frequencies(self.rotary_dim, self.base, «q_lengths», context.device)",
+            "k_lengths",
+            (ROPE, "tests/encodings/test_rope.py -k documents"),
+        ),
         ("positions = torch.arange(«x.shape[2]», device=x.device)[None]", "1, x.shape[2] + 1", (ROPE,)),
         ("return reference.rotate(x, «turn.k_cos», turn.k_sin, turn.interleaved)", "turn.k_cos.abs()", (ROPE,)),
     ),
@@ -117,10 +129,18 @@ FAULTS: list[Fault] = [
         "rope_axes.py",
         ("rotary_frequencies(self.rotary_dim «// 2», self.base", "", (ROPE,)),
         ("column = positions.remainder(«self.width»)", "self.width + 1", (ROPE,)),
-        ("torch.cat([«row[..., None] * theta, column[..., None] * theta»], dim=-1)", "column[..., None] * theta, row[..., None] * theta", (ROPE,)),
+        (
+            "torch.cat([«row[..., None] * theta, column[..., None] * theta»], dim=-1)",
+            "column[..., None] * theta, row[..., None] * theta",
+            (ROPE,),
+        ),
         ("ids.shape[1] not in «(1, context.batch)»:", "(1, 2, 3, context.batch)", (ROPE,)),
         ("owners = tuple(c % axes if c «<» self.sections", "<=", (ROPE,)),
-        ("placed._k_ids = «placed._q_ids if k_ids is None else» self._check_ids", "placed._q_ids if k_ids is not None else", (ROPE,)),
+        (
+            "placed._k_ids = «placed._q_ids if k_ids is None else» self._check_ids",
+            "placed._q_ids if k_ids is not None else",
+            (ROPE,),
+        ),
         ("return self._q_ids, «self._k_ids»", "self._q_ids", (ROPE,)),
     ),
     *of(
@@ -151,7 +171,7 @@ FAULTS: list[Fault] = [
         ("(q_last - q_first) + (k_last - k_first) «+ 1», self.num_heads", "", (EVERY,)),
         ("q_last - q_first «+ 1», 1)", "", (EVERY, FIRE)),
         ("return (k_index if plain «and q_tokens == k_tokens» else", "", (EVERY,)),
-        ("document, positions[0] «+ 1», \"amax\")", "", (ROPE,)),
+        ('document, positions[0] «+ 1», "amax")', "", (ROPE,)),
         ("longest = torch.maximum(«q_last», k_last) + 1", "k_last", (ROPE,)),
         ("longest = torch.maximum(q_last, k_last) «+ 1»", "", (ROPE,)),
         ("torch.where(slot «<» self.k_lengths", "<=", (ROPE,)),
@@ -167,7 +187,11 @@ FAULTS: list[Fault] = [
         ("Slope(a.slope.slope «+ b.slope.slope», a.slope.signed)", "", (MODULES, EVERY)),
         ("if a.slope.signed «==» b.slope.signed:", "!=", (MODULES, EVERY)),
         ("values = «-slope.slope»[:, None] * (distance if", "slope.slope", (MODULES, EVERY)),
-        ("extra if table is None else Table(«table.values + extra.values», table.first)", "extra.values", (MODULES, EVERY, ADDITIVE)),
+        (
+            "extra if table is None else Table(«table.values + extra.values», table.first)",
+            "extra.values",
+            (MODULES, EVERY, ADDITIVE),
+        ),
         ("Dense(a.dense.bias «+ b.dense.bias»)", "", (MODULES, EVERY)),
         ("return head_slice(plan, «self.first», context.num_heads)", "0", (SHARD,)),
         ("if not 0 <= first «<=» heads - count:", "<", (SHARD,)),
@@ -180,7 +204,7 @@ FAULTS: list[Fault] = [
         ("slope=of(slope.slope, «-1»))", "0", (SHARD,)),
         ("Dense(of(dense.bias, «1»))", "0", (SHARD,)),
         ("math.isnan(parameter.sum().item()) «and parameter.isnan().any()»", "", (VALUES,)),
-        ("\"knots\": «math.inf»}", "-math.inf", (VALUES, FIRE)),
-        ("{\"values\": «-math.inf», \"bias\"", "math.inf", (VALUES,)),
+        ('"knots": «math.inf»}', "-math.inf", (VALUES, FIRE)),
+        ('{"values": «-math.inf», "bias"', "math.inf", (VALUES,)),
     ),
 ]
