@@ -81,7 +81,7 @@ class OnlyPsi(posattn.FIRE):
 
     def build(self, context: Any) -> Plan:
         profile = super().build(context).bias.profile
-        fixed = {name: getattr(profile, name).detach() for name in ("row_scale", "slope", "intercept")}
+        fixed = {name: getattr(profile, name).detach() for name in ("row_scale", "segment_slope", "segment_intercept")}
         return Plan(bias=Bias(profile=dataclasses.replace(profile, **fixed)))
 
 
