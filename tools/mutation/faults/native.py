@@ -15,6 +15,7 @@ DECODING = "tests/backends/test_parity_decoding.py"
 LONG = "tests/backends/test_parity_long.py"
 DOCUMENTS = "tests/backends/test_parity_documents.py"
 EXTREMES = "tests/backends/test_parity_extremes.py"
+NARROW_LARGE = "tests/backends/test_parity_extremes.py -k narrow"
 EDGES = "tests/api/test_edges.py -k masked_by_a_finite_bias"
 LENGTHS = "tests/api/test_edges.py -k traced"
 THREADS = "tests/api/test_edges.py -k 'one_gradient or same_for_every or broadcasts or number_of_threads'"
@@ -62,11 +63,15 @@ FAULTS: list[Fault] = [
         ("fma(load(psi - r + c), set1(«steep[r]»), level)", "steep[0]", (LONG, ENCODINGS)),
         ("load(«before.psi - r + c»), y", "before.psi + c", (LONG, ENCODINGS)),
         ("y = psi * set1(«scales[r]»);", "scales[0]", (LONG, ENCODINGS)),
-        ("fma(set1(«slopes[m + 1] - slopes[m]»), max", "slopes[m + 1]", (LONG, ENCODINGS)),
+        (
+            "value = y > set1(knots[m]) ? fma(y, set1(slopes[m]), set1(«intercepts[m]»)) : value;",
+            "intercepts[0]",
+            (LONG, ENCODINGS),
+        ),
+        ("value = y > set1(«knots[m]») ?", "knots[0]", (LONG, ENCODINGS)),
         ("bias.psi_row(i, «j0 + begin», end - begin) - begin", "begin", (LONG,)),
         ("bias.find_reaches(psi + begin, i, «j0 + begin», end", "begin", (LONG,)),
         ("scales[r] = bias.row_scale(«i + r»);", "i", (LONG, ENCODINGS)),
-        ("|| «j0 + c < last.lo» ||", "c < last.lo", (LONG, MASKS)),
         ("|| «j0 + c + NR > first.hi»;", "c + NR > first.hi", (LONG, MASKS)),
         ("bias.relative_row(i, «j0 + c», NR)", "c", (LONG,)),
         ("steep[r] = bias.segment_slope()[segment] * «scales[r]»;", "scales[0]", (LONG, ENCODINGS)),
@@ -79,6 +84,13 @@ FAULTS: list[Fault] = [
         ("«!p.boolean» &&", "true", (MASKS, LONG)),
         ("«!bias.bias->dense» &&", "true", (MASKS, LONG)),
         ("«!bias.positions()» &&", "true", (ENCODINGS, LONG)),
+    ),
+    equal(
+        "scores.h",
+        "|| «j0 + c < last.lo» ||",
+        "c < last.lo",
+        (LONG,),
+        "more panels take the second pass, which does what the first does",
     ),
     *of(
         "forward.h",
@@ -222,7 +234,8 @@ FAULTS: list[Fault] = [
         ("high[x] = «fmax2(high[x], high[x + span])»;", "high[x]", (ENCODINGS, LONG)),
         ("const vf steep = set1(«slopes[first] * scale»), level", "slopes[first]", (ENCODINGS, LONG)),
         ("level = set1(«intercepts[first]»);", "intercepts[0]", (ENCODINGS, LONG)),
-        ("max(y - set1(«knots[m]»), zero())", "knots[first]", (ENCODINGS, LONG)),
+        ("value = y > set1(«knots[m]») ?", "knots[first]", (ENCODINGS, LONG)),
+        ("fma(y, set1(slopes[m + 1]), set1(«intercepts[m + 1]»)) : value;", "intercepts[m]", (ENCODINGS, LONG)),
         ("bias->segment_slope + «head * (bias->n_knots + 1)»;", "head * bias->n_knots", (ENCODINGS,)),
         ("times, load(«values + c + VL»));", "values + c", (MASKS,)),
         ("return «max(most0, most1)»;", "most0", (EXTREMES, LONG)),
@@ -248,7 +261,11 @@ FAULTS: list[Fault] = [
         ("store(x + c, «weight * kept»);", "weight", (MASKS,)),
         ("fma(load(dp + c), «kept», minus_delta)", "set1(1.0F)", (MASKS,)),
         ("store(dp + c, «load(dp + c) * load(cap_slope + c)»);", "load(dp + c)", (MASKS,)),
-        ("(«fma(load(x + c), times, high) - low - left»); store", "fma(load(x + c), times, high) - low", (EDGES,)),
+        (
+            "exp2<EXP_DEGREE>(«fused(load(x + c), times, high) - low - left»); store",
+            "fused(load(x + c), times, high) - low",
+            (EDGES, EXTREMES),
+        ),
         ("while (from < to && («end[from] <= k» ||", "end[from] <= k + MR", (MASKS, SHAPES)),
         ("|| «begin[to - 1] >= k + MR»)) --to;", "begin[to - 1] >= k", (MASKS, SHAPES)),
         ("token = «s.k0 + j0 + c»;", "j0 + c", (DOCUMENTS,)),
@@ -275,16 +292,13 @@ FAULTS: list[Fault] = [
         ("t.bias_grad.flush(«member == group - 1»);", "true", (ENCODINGS,)),
         ("«progress.wait(earlier, member * steps + step + 1);»", "", (THREADS,)),
         ("«flushed.wait(task - 1, member + 1);»", "", (THREADS,)),
-        ("key_source(p, s, «h / (p.heads / p.kv_heads)»); const Log2", "h % p.kv_heads", (EXTREMES,)),
-        ("sum += ::exp2(static_cast<double>(«p.sinks[h]»)", "p.sinks[0]", (EXTREMES,)),
-        (
-            "«if (p.sinks) sum += ::exp2(static_cast<double>(p.sinks[h]) * LOG2E - base.high - base.low);»",
-            "",
-            (EXTREMES,),
-        ),
-        ("query_source(p, s, h, «p.scale»), i, 1, 1);", "1.0F", (EXTREMES,)),
-        ("query_source(p, s, h, p.scale), «i», 1, 1);", "0 * i", (EXTREMES,)),
-        ("pack_rows<F32>(t.k, stride, keys, «j», n, n);", "0 * j", (EXTREMES,)),
+        ("key_source(p, s, «h / (p.heads / p.kv_heads)»); pack_rows", "h % p.kv_heads", (EXTREMES,)),
+        ("sum += ::exp(static_cast<double>(«p.sinks[h]»)", "p.sinks[0]", (EXTREMES,)),
+        ("«if (p.sinks) sum += ::exp(static_cast<double>(p.sinks[h]) - static_cast<double>(lse));»", "", (EXTREMES,)),
+        ("query_source(p, s, h, M::pack == 1 ? «p.scale» : 1.0F), i, 1, 1);", "1.0F", (EXTREMES,)),
+        ("p.scale : 1.0F), «i», 1, 1);", "0 * i", (EXTREMES,)),
+        ("pack_panels<M>(t.k, keys, «j», n);", "0 * j", (EXTREMES,)),
+        ("float mul = M::pack == 1 ? 1.0F : «p.scale»; finish_row", "1.0F", (NARROW_LARGE,)),
         ("t.logits, i, row, «j», padded, mul);", "0 * j", (EXTREMES,)),
         ("rests[«first + i»] = find_rest", "first", (EXTREMES,)),
         ("p.q_len + «s.q0»; RestScratch", "0", (EXTREMES,)),
@@ -302,13 +316,11 @@ FAULTS: list[Fault] = [
         ),
         ("«(s.q0 + i)» * b.grad_dense_row", "i", (DOCUMENTS,)),
         ("«(s.k0 + j)» * b.grad_dense_key", "j", (DOCUMENTS,)),
-        ("step = set1(«(slopes[m + 1] - slopes[m]) * scale»);", "slopes[m + 1] - slopes[m]", (ENCODINGS, LONG)),
-        ("«above = beyond, above_moment = beyond_moment;»", "above = beyond;", (ENCODINGS, LONG)),
-        (
-            "d = «psi_v * scale > knot ? load(ds + v) : zero()»;",
-            "psi_v > knot ? load(ds + v) : zero()",
-            (ENCODINGS, LONG),
-        ),
+        ("past = «psi_v * scale > knot»;", "psi_v > knot", (ENCODINGS, LONG)),
+        ("«rest = past ? rest : zero();»", "", (ENCODINGS, LONG)),
+        ("«m == first ? here * slope : fma(here, slope, load(gradient + v))»", "here * slope", (ENCODINGS, LONG)),
+        ("store(sums + v, fma(load(gradient + v), «set1(scale)», load(sums + v)));", "set1(1.0F)", (ENCODINGS,)),
+        ("+= «gradient[v] * scale»;", "gradient[v]", (ENCODINGS,)),
         (
             "rows[iclamp(«tile->query_position(i) - b.row_first», 0",
             "tile->query_position(i) - b.row_first + 1",
