@@ -76,9 +76,10 @@ def build(faults: Sequence[tuple[int, Fault]]) -> Path:
         own = [(number, fault) for number, fault in faults if Path(fault.file) == path]
         if own:
             files[path] = switched(files[path], own)
-    first = Path("csrc/cpu/kernels.h")  # every file that depends on the instruction set, and the module, begin with it
+    folder = SOURCES.relative_to(ROOT)
+    first = folder / "kernels.h"  # every file that depends on the instruction set, and the module, begin with it
     files[first] = files[first].replace("#pragma once\n", '#pragma once\n#include "fault.h"\n', 1)
-    files[Path("csrc/cpu/fault.h")] = _SWITCH
+    files[folder / "fault.h"] = _SWITCH
     stamp = hashlib.sha256("".join(f"{path}\n{text}" for path, text in files.items()).encode()).hexdigest()
     module = BUILD / "module" / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists() and (BUILD / "stamp").exists() and (BUILD / "stamp").read_text() == stamp:
