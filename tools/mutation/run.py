@@ -7,6 +7,9 @@ and pytest already and never posattn, so it costs what its tests cost.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import importlib
 import multiprocessing
 import os
 import shlex
@@ -71,14 +74,11 @@ class Tree:
 
 
 def warm_up() -> None:
-    """Import what every run needs, so that forks have it."""
-    import hypothesis
-    import pytest
-    import torch
-    import torch._dynamo
-    import torch._inductor
-
-    del hypothesis, pytest, torch
+    """Import what every run needs, so that forks have it; what there is of it is never garbage."""
+    for name in ("hypothesis", "pytest", "torch", "torch._dynamo", "torch._inductor", "triton", "triton.language"):
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    gc.freeze()
 
 
 def run(tree: Tree, tests: Sequence[str], number: int, log: Path, timeout: float = TIMEOUT) -> str:
