@@ -149,8 +149,11 @@ def interpreters() -> dict[str, str]:
     for minor in range(10, 15):
         name = f"python3.{minor}"
         beside = sorted(Path(sys.base_prefix).parent.glob(f"3.{minor}.*/bin/{name}"))  # where pyenv keeps them
-        path = shutil.which(name) or (str(beside[-1]) if beside else None)
-        if path is not None and minor != sys.version_info.minor:
+        path = str(beside[-1]) if beside else shutil.which(name)
+        if path is None or minor == sys.version_info.minor:
+            continue
+        # A manager's shim may stand for a Python that is not there.
+        if subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
             found[f"3.{minor}"] = path
     return found
 
