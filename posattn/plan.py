@@ -85,6 +85,9 @@ class Bias:
         return any(x is not None for x in (self.slope, self.table, self.profile, self.dense))
 
 
+FORMS = ("concat-residual", "concat", "add")
+
+
 @dataclass(frozen=True)
 class HeadMix:
     """DAPE: an MLP over the heads of each (i, j), from the scaled logits x and the inner bias b.

@@ -12,9 +12,8 @@ from typing import TypeVar
 from torch import SymInt, Tensor
 
 from posattn.errors import ArgumentTypeError, ArgumentValueError
-from posattn.plan import Bias, Dense, HeadMix, Plan, Profile, Rotary, Slope, Table
+from posattn.plan import FORMS, Bias, Dense, HeadMix, Plan, Profile, Rotary, Slope, Table
 
-FORMS = ("concat-residual", "concat", "add")
 _Operand = TypeVar("_Operand")
 
 

@@ -12,9 +12,7 @@ from posattn.encodings.base import Context, Encoding
 from posattn.encodings.fire import FIRE
 from posattn.encodings.kerple import Kerple
 from posattn.encodings.rope import RoPE
-from posattn.plan import Bias, HeadMix, Plan
-
-FORMS = ("concat-residual", "concat", "add")
+from posattn.plan import FORMS, Bias, HeadMix, Plan
 
 
 class DAPE(Encoding):
