@@ -167,9 +167,26 @@ inline void write_key_grads(const Problem& p, const Sequence& s, int64_t kv_head
   }
 }
 
+// A task's place among those that add to the same sums, in the order of their numbers.
+struct Turn {
+  int64_t task, stride;  // tasks of one run of keys
+  int64_t earlier;       // the one that adds to the same rows of dQ before, negative if there is none
+  Progress &progress, &flushed;
+
+  // Heads or batches that share a broadcast dense bias add to the same entries of its gradient: one after the other.
+  // Published steps stand for all that came before them, so a step without work waits as well.
+  int64_t before() const { return task % stride == 0 ? -1 : task - 1; }
+};
+
+inline bool shares_dense_gradient(const Problem& p) {
+  return p.bias.grad_dense &&
+         ((p.bias.grad_dense_head == 0 && p.heads > 1) || (p.bias.grad_dense_batch == 0 && p.batch > 1));
+}
+
 template <class M>
-void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t j0, int64_t task, int64_t stride,
-                   int64_t earlier, const float* rests, Progress& progress, Progress& flushed, BackwardScratch<M>& t) {
+void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t j0, const Turn& turn,
+                   const float* rests, BackwardScratch<M>& t) {
+  auto& [task, stride, earlier, progress, flushed] = turn;
   const int64_t group = p.heads / p.kv_heads, keys = imin(KEYS_PER_TASK, s.k_len - j0);
   const int64_t steps = ceil_div(s.q_len, ROWS_PER_STEP);
   const float q_scale = M::pack == 1 ? p.scale : 1.0F, product_scale = M::pack == 1 ? 1.0F : p.scale;
@@ -177,12 +194,8 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
   const int64_t k_panel = panel_rows<M>(p.head_dim) * NR, v_panel = panel_rows<M>(p.value_dim) * NR;
   const Source key_rows = key_source(p, s, kv_head), value_rows = value_source(p, s, kv_head);
   const Dropout dropout(p);
-  // Heads or batches that share a broadcast dense bias add to the same entries of its gradient: one after the other.
-  const bool shared_dense = p.bias.grad_dense && ((p.bias.grad_dense_head == 0 && p.heads > 1) ||
-                                                  (p.bias.grad_dense_batch == 0 && p.batch > 1));
-
-  // Published steps stand for all that came before them, so a step without work waits as well.
-  const int64_t before = task % stride == 0 ? -1 : task - 1;
+  const bool shared_dense = shares_dense_gradient(p);
+  const int64_t before = turn.before();
 
   pack_panels<M>(t.k_panels, key_rows, j0, keys);
   pack_panels<M>(t.v_panels, value_rows, j0, keys);
@@ -294,12 +307,13 @@ inline bool large(float lse) {
 
 template <class M>
 struct RestScratch {
+  static constexpr int64_t rows = M::tiles ? M::rows : 1;  // of a product; all but the first are zero
   float *q, *k, *logits;
   BiasTile bias;
   RestScratch(Arena& arena, const Problem& p) {
-    q = arena.floats(round_up(p.head_dim, 2 * VL) / M::pack);
+    q = arena.floats(rows * round_up(p.head_dim, 2 * VL) / M::pack);
     k = arena.floats(DECODE_KEYS * panel_rows<M>(p.head_dim));
-    logits = arena.floats(ROW_MAX);
+    logits = arena.floats(rows * ROW_MAX);
     bias.layout(arena, p.bias, 1, p.max_k_len);
   }
 };
@@ -308,15 +322,21 @@ template <class M>
 inline float find_rest(const Problem& p, const Sequence& s, int64_t h, int64_t i, float lse, RestScratch<M>& t) {
   const int64_t panel = panel_rows<M>(p.head_dim) * NR, depth = elements<M>(p.head_dim);
   const Source keys = key_source(p, s, h / (p.heads / p.kv_heads));
-  pack_rows<M>(t.q, 0, query_source(p, s, h, M::pack == 1 ? p.scale : 1.0F), i, 1, 1);
+  const int64_t q_stride = round_up(p.head_dim, 2 * VL) / M::pack;
+  pack_rows<M>(t.q, q_stride, query_source(p, s, h, M::pack == 1 ? p.scale : 1.0F), i, 1, t.rows);
   t.bias.prepare(p, p.bias, s, h, {i, i + 1, 0, s.k_len});
   const Interval row = allowed(p, s, i);
   double sum = 0.0;
   for (int64_t j = row.lo / DECODE_KEYS * DECODE_KEYS; j < row.hi; j += DECODE_KEYS) {
     const int64_t n = imin(DECODE_KEYS, s.k_len - j), padded = round_up(n, 2 * VL);
     pack_panels<M>(t.k, keys, j, n);
-    for (int64_t c = 0; c < n; c += NR)
-      micro<M, 1, NV_MAX, Into::fresh>(t.q, 0, 1, t.k + c / NR * panel, NR, t.logits + c, 0, depth);
+    for (int64_t c = 0; c < n; c += NR) {
+      const float* columns = t.k + c / NR * panel;
+      if constexpr (M::tiles)
+        gemm_rows<M, Into::fresh>(t.q, q_stride, 1, columns, NR, t.logits + c, ROW_MAX, depth, NR / VL);
+      else
+        micro<M, 1, NV_MAX, Into::fresh>(t.q, 0, 1, columns, NR, t.logits + c, 0, depth);
+    }
     float mul = M::pack == 1 ? 1.0F : p.scale;
     finish_row(p, s, t.bias, t.logits, i, row, j, padded, mul);
     float from = lse;
@@ -338,6 +358,7 @@ inline void find_rests(const Problem& p, float* rests) {
       [&](Arena& arena, int64_t task) {
         const Sequence& s = p.sequences[task / p.heads];
         const int64_t h = task % p.heads, first = (s.b * p.heads + h) * p.q_len + s.q0;
+        [[maybe_unused]] const typename M::Session session;
         RestScratch<M> scratch(arena, p);
         for (int64_t i = 0; i < s.q_len && !interrupted(); ++i) {
           const float lse = p.lse[first + i];
@@ -368,24 +389,26 @@ void for_rows(const Problem& p, const Row& row) {
       });
 }
 
-template <class M>
-void backward(const Problem& p) {
+// Runs task(sequence, key head, first key, turn, rests, scratch) over runs of `keys` keys.
+template <class M, class Scratch, class Task>
+void for_runs_of_keys(const Problem& p, int64_t keys, const Task& run) {
   for_rows(p, row_dots);
   const int64_t longest = longest_queries(p);
   // Tasks run through the heads, then the sequences, then the keys: neighbours in time touch different sums, and with a
   // causal mask the longest tasks come first.
-  const int64_t stride = p.n_sequences * p.kv_heads, tasks = ceil_div(p.max_k_len, KEYS_PER_TASK) * stride;
+  const int64_t stride = p.n_sequences * p.kv_heads, tasks = ceil_div(p.max_k_len, keys) * stride;
   Progress progress(tasks), flushed(tasks);
   auto* rests = static_cast<float*>(allocate(static_cast<size_t>(p.batch * p.heads * p.q_len) * 4));
   find_rests<M>(p, rests);
   run_tasks(
-      p.threads, tasks, [&](Arena& arena) { BackwardScratch<M>(arena, p, longest); },
+      p.threads, tasks, [&](Arena& arena) { Scratch(arena, p, longest); },
       [&](Arena& arena, int64_t task) {
         const Sequence& s = p.sequences[task / p.kv_heads % p.n_sequences];
-        const int64_t j0 = task / stride * KEYS_PER_TASK;
+        const int64_t j0 = task / stride * keys;
         if (j0 < s.k_len && s.q_len > 0) {
-          BackwardScratch<M> scratch(arena, p, longest);
-          backward_task<M>(p, s, task % p.kv_heads, j0, task, stride, task - stride, rests, progress, flushed, scratch);
+          [[maybe_unused]] const typename M::Session session;
+          Scratch scratch(arena, p, longest);
+          run(s, task % p.kv_heads, j0, Turn{task, stride, task - stride, progress, flushed}, rests, scratch);
         } else {
           // Done stands for all before it too: a later sequence may share a dense gradient with an earlier one.
           progress.wait(task % stride == 0 ? -1 : task - 1, Progress::DONE);
@@ -396,6 +419,14 @@ void backward(const Problem& p) {
       });
   release(rests);
   if (p.grad_q) for_rows(p, finish_grad_q);
+}
+
+template <class M>
+void backward(const Problem& p) {
+  for_runs_of_keys<M, BackwardScratch<M>>(
+      p, KEYS_PER_TASK,
+      [&](const Sequence& s, int64_t kv_head, int64_t j0, const Turn& turn, const float* rests,
+          BackwardScratch<M>& scratch) { backward_task<M>(p, s, kv_head, j0, turn, rests, scratch); });
 }
 
 }  // namespace posattn::POSATTN_ISA

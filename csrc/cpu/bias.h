@@ -12,6 +12,8 @@ constexpr int64_t ROW_MAX = TILE_KEYS + 2 * NR;
 
 // Entries that a row function may read past the last key: whole tiles are loaded.
 constexpr int64_t PAD = 2 * 64;
+// Entries before a table's first: what rows past a rectangle's last would read.
+constexpr int64_t FRONT = 32;
 
 // Carves aligned pieces from one block; with no block it only measures, so that the same code sizes and fills.
 struct Arena {
@@ -38,13 +40,14 @@ struct BiasTile {
   int64_t offset = 0;            // implicit distance d = i + offset - j
   float *relative = nullptr, *psi = nullptr, *row = nullptr;
   float *psi_low = nullptr, *psi_high = nullptr;  // the extremes of psi over NR entries from each on
+  int64_t block_rows = MR;                        // rows that find_reaches takes together
 
   static int64_t capacity(int64_t rows, int64_t keys) { return rows + keys + PAD + MR; }
 
   void layout(Arena& arena, const Bias& b, int64_t rows, int64_t keys) {
     int64_t n = capacity(rows, keys);
-    if (b.relative()) relative = arena.floats(n);
-    if (b.psi) psi = arena.floats(n), psi_low = arena.floats(n), psi_high = arena.floats(n);
+    if (b.relative()) relative = arena.floats(FRONT + n) + FRONT;
+    if (b.psi) psi = arena.floats(FRONT + n) + FRONT, psi_low = arena.floats(n), psi_high = arena.floats(n);
     row = arena.floats(2 * ROW_MAX);
   }
 
@@ -96,6 +99,7 @@ struct BiasTile {
     int64_t padded = length + PAD;
     if (b.relative()) {
       fill_relative(offset - base);
+      fill(relative - FRONT, 0.0F, FRONT);
       fill(relative + length, 0.0F, PAD);
     }
     if (b.psi) {
@@ -103,6 +107,7 @@ struct BiasTile {
       for (int64_t x = 0; x < padded; ++x) psi[x] = b.psi[psi_index(offset - base - x)];
       for (int64_t x = 0; x < padded; ++x) psi_low[x] = psi_high[x] = psi[x];
       widen(psi_low, psi_high, padded);
+      fill(psi - FRONT, 0.0F, FRONT);
     }
   }
 
@@ -163,10 +168,11 @@ struct BiasTile {
 
   // Of row i over keys j .. j + n, NR at a time; `values` is its psi_row.
   const Reach* find_reaches(const float* values, int64_t i, int64_t j, int64_t n) const {
-    const int64_t block = i / MR * MR, ahead = j - reaches.j;
+    const int64_t block = i / block_rows * block_rows, ahead = j - reaches.j;
     if (!positions() && reaches.block == block && ahead >= 0 && ahead % NR == 0 && ahead + n <= reaches.n)
       return reaches.at + ahead / NR;
-    const int64_t i0 = positions() ? i : imax(block, area.i0), i1 = positions() ? i + 1 : imin(block + MR, area.i1);
+    const int64_t i0 = positions() ? i : imax(block, area.i0),
+                  i1 = positions() ? i + 1 : imin(block + block_rows, area.i1);
     float scale_low = row_scale(i0), scale_high = scale_low;
     for (int64_t r = i0 + 1; r < i1; ++r) {
       const float scale = row_scale(r);

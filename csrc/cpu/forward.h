@@ -1,5 +1,5 @@
 // Flash attention forward. A task is one head and a run of its rows: keys pass in tiles that are packed once per task,
-// rows pass in groups of MR, and every group carries its running maximum and sum.
+// rows pass in groups of M::rows, and every group carries its running maximum and sum.
 #pragma once
 
 #include <cmath>
@@ -26,8 +26,8 @@ struct ForwardScratch {
     q = arena.floats(rows * q_stride);
     k = arena.floats(TILE_KEYS * panel_rows<M>(p.head_dim));
     v = arena.floats(TILE_KEYS / M::pack * v_stride);
-    logits = arena.floats(MR * ROW_MAX);
-    weights = M::pack == 1 ? logits : arena.floats(MR * ROW_MAX);
+    logits = arena.floats(M::rows * ROW_MAX);
+    weights = M::pack == 1 ? logits : arena.floats(M::rows * ROW_MAX);
     out = arena.floats(rows * v_stride);
     most = arena.floats(rows);
     sum = arena.floats(rows);
@@ -144,10 +144,10 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
   const bool drop = p.dropout_p > 0.0;
 
   t.bias.prepare(p, p.bias, s, h, {i0, i1, 0, s.k_len});
-  pack_rows<M>(t.q, t.q_stride, query_source(p, s, h, q_scale), i0, rows, round_up(rows, MR));
-  fill(t.out, 0.0F, round_up(rows, MR) * t.v_stride);
-  fill(t.most, NEG_INF, round_up(rows, MR));
-  fill(t.sum, 0.0F, round_up(rows, MR));
+  pack_rows<M>(t.q, t.q_stride, query_source(p, s, h, q_scale), i0, rows, round_up(rows, M::rows));
+  fill(t.out, 0.0F, round_up(rows, M::rows) * t.v_stride);
+  fill(t.most, NEG_INF, round_up(rows, M::rows));
+  fill(t.sum, 0.0F, round_up(rows, M::rows));
 
   const Interval all = allowed_by_any(p, s, i0, i1);
   for (int64_t j0 = all.lo / TILE_KEYS * TILE_KEYS; j0 < all.hi && !interrupted(); j0 += TILE_KEYS) {
@@ -160,14 +160,14 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
       v = t.v;
     }
 
-    for (int64_t g = 0; g < rows; g += MR) {
-      const int64_t count = imin(MR, rows - g);
+    for (int64_t g = 0; g < rows; g += M::rows) {
+      const int64_t count = imin(M::rows, rows - g);
       const Interval any = allowed_by_any(p, s, i0 + g, i0 + g + count);
       if (any.lo >= j0 + tile || any.hi <= j0) continue;
       const int64_t begin = imax(any.lo - j0, 0) / NR * NR;
       const int64_t end = round_up(imin(any.hi - j0, tile), 2 * VL), n = end - begin;
 
-      float most[MR];
+      float most[M::rows];
       const Scores<M> scores{
           p,  s,     t.bias, t.q + g * t.q_stride, t.q_stride, t.k, depth, panel, product_scale, i0 + g, count,
           j0, begin, end};
@@ -179,7 +179,7 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
                     t.out + (g + r) * t.v_stride, t.v_stride);
         if (drop) drop_row<M>(p, s, dropout, t.keep, w, h, i0 + g + r, j0 + begin, n);
       }
-      for (int64_t r = count; r < MR; ++r) fill(t.weights + r * ROW_MAX + begin / M::pack, 0.0F, n / M::pack);
+      for (int64_t r = count; r < M::rows; ++r) fill(t.weights + r * ROW_MAX + begin / M::pack, 0.0F, n / M::pack);
       gemm_rows<M, Into::sum>(t.weights + begin / M::pack, ROW_MAX, 1, v + begin / M::pack * v_row, v_row,
                               t.out + g * t.v_stride, t.v_stride, n / M::pack, v_vectors);
     }
@@ -194,20 +194,30 @@ inline int64_t rows_per_task(const Problem& p) {
   return rows;
 }
 
-template <class M>
-void forward(const Problem& p) {
+// Runs task(sequence, head, first row, row behind the last, scratch) over all rows.
+template <class M, class Scratch, class Task>
+void for_runs_of_rows(const Problem& p, const Task& run) {
   const int64_t step = rows_per_task(p);
   const int64_t longest = longest_queries(p);
-  const int64_t chunks = ceil_div(longest, step), rows = imin(step, round_up(longest, MR));
+  const int64_t chunks = ceil_div(longest, step), rows = imin(step, round_up(longest, M::rows));
   run_tasks(
-      p.threads, chunks * p.n_sequences * p.heads, [&](Arena& arena) { ForwardScratch<M>(arena, p, rows); },
+      p.threads, chunks * p.n_sequences * p.heads, [&](Arena& arena) { Scratch(arena, p, rows); },
       [&](Arena& arena, int64_t task) {
         // The last rows of a causal sequence see the most keys: they go first, so that the end of the work is even.
         const int64_t h = task % p.heads, chunk = chunks - 1 - task / p.heads / p.n_sequences;
         const Sequence& s = p.sequences[task / p.heads % p.n_sequences];
         const int64_t i0 = chunk * step, i1 = imin(i0 + step, s.q_len);
         if (i0 >= i1) return;
-        ForwardScratch<M> scratch(arena, p, rows);
+        [[maybe_unused]] const typename M::Session session;
+        Scratch scratch(arena, p, rows);
+        run(s, h, i0, i1, scratch);
+      });
+}
+
+template <class M>
+void forward(const Problem& p) {
+  for_runs_of_rows<M, ForwardScratch<M>>(
+      p, [&](const Sequence& s, int64_t h, int64_t i0, int64_t i1, ForwardScratch<M>& scratch) {
         forward_task<M>(p, s, h, i0, i1, scratch);
       });
 }

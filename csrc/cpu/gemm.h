@@ -5,6 +5,10 @@
 
 #include "simd.h"
 
+#if defined(POSATTN_TILES)
+#  include "amx/products.h"
+#endif
+
 namespace posattn::POSATTN_ISA {
 
 // 24 accumulators, four (two) vectors of B and one broadcast fill 32 (16) registers.
@@ -16,19 +20,38 @@ constexpr int NV_MAX = 2;
 #endif
 constexpr int NR = NV_MAX * VL;
 
+struct NoSession {};
+
 struct F32 {
-  static constexpr int pack = 1;  // logical K steps an element holds
+  using Session = NoSession;       // what a task holds while it computes
+  static constexpr int pack = 1;   // logical K steps an element holds
+  static constexpr int rows = MR;  // of C that a product takes at once
+  static constexpr bool tiles = false;
   static constexpr int exp_degree = 5;
   static POSATTN_INLINE vf dot(vf c, vf a, vf b) { return fma(a, b, c); }
 };
 
 #if defined(__AVX512BF16__)
 struct BF16 {
+  using Session = NoSession;
   static constexpr int pack = 2;
+  static constexpr int rows = MR;
+  static constexpr bool tiles = false;
   static constexpr int exp_degree = 4;
   static POSATTN_INLINE vf dot(vf c, vf a, vf b) {
     return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
   }
+};
+#endif
+
+#if defined(POSATTN_TILES)
+// Products on tiles, everything else as BF16: the layouts of A, B and C are the same.
+struct AMX {
+  using Session = TileSession;
+  static constexpr int pack = 2;
+  static constexpr int rows = 2 * TILE;
+  static constexpr bool tiles = true;
+  static constexpr int exp_degree = 4;
 };
 #endif
 
@@ -70,8 +93,8 @@ POSATTN_INLINE void micro(const float* a, int64_t a_row, int64_t a_k, const floa
 
 // C[MR x vectors * VL], any number of vectors.
 template <class M, Into INTO>
-inline void gemm_rows(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row,
-                      int64_t k_len, int64_t vectors) {
+inline void gemm_vectors(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c,
+                         int64_t c_row, int64_t k_len, int64_t vectors) {
   for (; vectors >= NV_MAX; vectors -= NV_MAX, b += NR, c += NR)
     micro<M, MR, NV_MAX, INTO>(a, a_row, a_k, b, b_k, c, c_row, k_len);
   if constexpr (NV_MAX == 4) {
@@ -79,6 +102,19 @@ inline void gemm_rows(const float* a, int64_t a_row, int64_t a_k, const float* b
     if (vectors == 2) return micro<M, MR, 2, INTO>(a, a_row, a_k, b, b_k, c, c_row, k_len);
   }
   if (vectors == 1) micro<M, MR, 1, INTO>(a, a_row, a_k, b, b_k, c, c_row, k_len);
+}
+
+// C[M::rows x vectors * VL].
+template <class M, Into INTO>
+inline void gemm_rows(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, float* c, int64_t c_row,
+                      int64_t k_len, int64_t vectors) {
+#if defined(POSATTN_TILES)
+  if constexpr (M::tiles) {  // A's rows are contiguous (a_k is 1), and both are zero to the end of a tile
+    const TileOperand rows{a, a_row * 4, 64, TILE * a_row * 4}, pairs{b, b_k * 4, TILE * b_k * 4, 64};
+    return tile_product<INTO == Into::sum>(rows, 2, pairs, vectors, c, c_row, ceil_div(k_len, TILE));
+  } else
+#endif
+    gemm_vectors<M, INTO>(a, a_row, a_k, b, b_k, c, c_row, k_len, vectors);
 }
 
 }  // namespace posattn::POSATTN_ISA

@@ -4,6 +4,9 @@
 #include "decode.h"
 #include "mix_backward.h"
 #include "probe.h"
+#if defined(POSATTN_TILES)
+#  include "amx/backward.h"
+#endif
 
 namespace posattn::POSATTN_ISA {
 namespace {
@@ -21,6 +24,9 @@ void backward_as(const Problem& p) {
 
 // float16, and bfloat16 without the dot-product instruction, compute in float32: packing converts.
 void run_forward(const Problem& p) {
+#if defined(POSATTN_TILES)
+  if (p.q.dtype == DType::bf16 && !p.mix && !is_decoding(p)) return tile_forward(p);
+#endif
 #if defined(__AVX512BF16__)
   if (p.q.dtype == DType::bf16) return forward_as<BF16>(p);
 #endif
@@ -28,6 +34,9 @@ void run_forward(const Problem& p) {
 }
 
 void run_backward(const Problem& p) {
+#if defined(POSATTN_TILES)
+  if (p.q.dtype == DType::bf16 && !p.mix) return tile_backward(p);
+#endif
 #if defined(__AVX512BF16__)
   if (p.q.dtype == DType::bf16) return backward_as<BF16>(p);
 #endif

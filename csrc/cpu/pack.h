@@ -33,7 +33,12 @@ inline void store_floats(void* dst, const float* src, DType dtype, int64_t n) {
     std::memcpy(dst, src, static_cast<size_t>(n) * 4);
   } else if (dtype == DType::bf16) {
     auto* p = static_cast<uint16_t*>(dst);
-    for (int64_t i = 0; i < n; ++i) p[i] = float_to_bf16(src[i]);
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + 2 * VL <= n; i += 2 * VL)
+      store(reinterpret_cast<float*>(p + i), bf16_row(load(src + i), load(src + i + VL)));
+#endif
+    for (; i < n; ++i) p[i] = float_to_bf16(src[i]);
   } else {
     auto* p = static_cast<uint16_t*>(dst);
     for (int64_t i = 0; i < n; ++i) p[i] = float_to_f16(src[i]);
@@ -142,8 +147,12 @@ template <class M>
 inline void pack_rows(float* dst, int64_t stride, const Source& src, int64_t first, int64_t count, int64_t rows) {
   alignas(64) float buffer[MAX_WIDTH];
   int64_t padded = round_up(src.width, 2 * VL);
+  const bool same = count > 0 && in_place<M>(src, first);
   for (int64_t r = 0; r < rows; ++r) {
-    if (r < count) {
+    if (r < count && same) {
+      std::memcpy(dst + r * stride, row_pointer(src.view, src.b, src.h, src.t0 + first + r),
+                  static_cast<size_t>(src.width / M::pack) * 4);
+    } else if (r < count) {
       float* row = M::pack == 1 ? dst + r * stride : buffer;
       src.read(row, first + r);
       fill(row + src.width, 0.0F, padded - src.width);
@@ -154,11 +163,33 @@ inline void pack_rows(float* dst, int64_t stride, const Source& src, int64_t fir
   }
 }
 
+#if defined(__AVX512BF16__)
+// Two rows of bfloat16 numbers as they lie become pairs; the width is a multiple of 32.
+inline void pair_rows(float* dst, const void* even, const void* odd, int64_t width) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_or_si512(low, _mm512_set1_epi16(16));
+  for (int64_t c = 0; c < width; c += 2 * VL) {
+    const __m512i x = _mm512_loadu_si512(static_cast<const uint16_t*>(even) + c),
+                  y = _mm512_loadu_si512(static_cast<const uint16_t*>(odd) + c);
+    store(dst + c, (vf)_mm512_permutex2var_epi16(x, low, y));
+    store(dst + c + VL, (vf)_mm512_permutex2var_epi16(x, high, y));
+  }
+}
+#endif
+
 // The B operand of products over the rows: [rows / pack][stride], zero beyond the width and past `count`.
 template <class M>
 inline void pack_depth(float* dst, int64_t stride, const Source& src, int64_t first, int64_t count, int64_t rows) {
   alignas(64) float buffer[2][MAX_WIDTH];
-  for (int64_t r = 0; r < rows; r += M::pack) {
+  int64_t r = 0;
+#if defined(__AVX512BF16__)
+  if (M::pack == 2 && stride == src.width && in_place<M>(src, first))
+    for (; r + 2 <= count; r += 2)
+      pair_rows(dst + r / 2 * stride, row_pointer(src.view, src.b, src.h, src.t0 + first + r),
+                row_pointer(src.view, src.b, src.h, src.t0 + first + r + 1), src.width);
+#endif
+  for (; r < rows; r += M::pack) {
     float* out = dst + r / M::pack * stride;
     for (int i = 0; i < M::pack; ++i) {
       float* row = M::pack == 1 ? out : buffer[i];

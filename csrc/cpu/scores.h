@@ -60,13 +60,19 @@ inline void finished_panel(const float* q, int64_t q_row, const float* k, float*
   }
 }
 
-// Rows i .. i + count - 1 (at most MR) over keys j0 + begin .. j0 + end of a tile whose panels are `k`.
+// Whether all that a product gets is the scale and a bias along its diagonal.
+inline bool is_simple(const Problem& p, const BiasTile& bias, float scale) {
+  return scale > 0.0F && !(p.softcap > 0.0F) && !p.boolean && !bias.bias->dense && !bias.positions() &&
+         !(bias.bias->psi && bias.bias->relative());
+}
+
+// Rows i .. i + count - 1 (at most M::rows) over keys j0 + begin .. j0 + end of a tile whose panels are `k`.
 template <class M>
 struct Scores {
   const Problem& p;
   const Sequence& s;
   const BiasTile& bias;
-  const float* q;  // [MR][q_row]
+  const float* q;  // [M::rows][q_row]
   int64_t q_row;
   const float* k;
   int64_t depth, panel;
@@ -74,22 +80,19 @@ struct Scores {
   int64_t i, count, j0, begin, end;
 
   // Rows past `count` have no entries in the bias.
-  bool simple() const {
-    return count == MR && scale > 0.0F && !(p.softcap > 0.0F) && !p.boolean && !bias.bias->dense && !bias.positions() &&
-           !(bias.bias->psi && bias.bias->relative());
-  }
+  bool simple() const { return count == M::rows && is_simple(p, bias, scale); }
 
-  // x [MR][ROW_MAX] by tile, each row's maximum, and what the logits of all rows must still be multiplied with.
+  // x [M::rows][ROW_MAX] by tile, each row's maximum, and what the logits of all rows must still be multiplied with.
   float run(float* x, float* most) const {
-    alignas(64) float tops[MR * VL], steep[MR], scales[MR];
-    fill(tops, NEG_INF, MR * VL);
-    const bool fast = simple(), segments = fast && bias.bias->psi;
+    alignas(64) float tops[M::rows * VL], steep[M::rows], scales[M::rows];
+    fill(tops, NEG_INF, M::rows * VL);
+    const bool fast = !M::tiles && simple(), segments = fast && bias.bias->psi;
     const Interval first = allowed(p, s, i), last = allowed(p, s, i + count - 1);
     const float* psi = segments ? bias.psi_row(i, j0 + begin, end - begin) - begin : nullptr;
     const auto* reach = segments ? bias.find_reaches(psi + begin, i, j0 + begin, end - begin) : nullptr;
     const vf times = set1(scale);
     int64_t segment = -1;
-    for (int r = 0; segments && r < MR; ++r) scales[r] = bias.row_scale(i + r);
+    for (int r = 0; segments && r < M::rows; ++r) scales[r] = bias.row_scale(i + r);
     bool second[ROW_MAX / NR];  // panels that a second pass completes
 
     for (int64_t c = begin; c < end; c += NR) {
@@ -98,24 +101,28 @@ struct Scores {
       second[n] = !fast || c + NR > end || j0 + c < last.lo || j0 + c + NR > first.hi;
       if (second[n]) {
         gemm_rows<M, Into::fresh>(q, q_row, 1, keys, NR, x + c, ROW_MAX, depth, imin(NR, end - c) / VL);
-      } else if (segments) {
-        if (reach[n].first != segment) {
-          segment = reach[n].first;
-          for (int r = 0; r < MR; ++r) steep[r] = bias.segment_slope()[segment] * scales[r];
-        }
-        const SegmentBias before{psi + c, steep, times, set1(bias.segment_intercept()[segment])};
-        const int64_t knots = reach[n].last - segment;
-        if (knots == 0)
-          finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops, before);
-        else
+        continue;
+      }
+      if constexpr (!M::tiles) {
+        if (segments) {
+          if (reach[n].first != segment) {
+            segment = reach[n].first;
+            for (int r = 0; r < M::rows; ++r) steep[r] = bias.segment_slope()[segment] * scales[r];
+          }
+          const SegmentBias before{psi + c, steep, times, set1(bias.segment_intercept()[segment])};
+          const int64_t knots = reach[n].last - segment;
+          if (knots == 0)
+            finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops, before);
+          else
+            finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops,
+                              KnotBias{before, scales, bias.bias->knots + segment, bias.segment_slope() + segment + 1,
+                                       bias.segment_intercept() + segment + 1, knots});
+        } else if (bias.bias->relative()) {
           finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops,
-                            KnotBias{before, scales, bias.bias->knots + segment, bias.segment_slope() + segment + 1,
-                                     bias.segment_intercept() + segment + 1, knots});
-      } else if (bias.bias->relative()) {
-        finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops,
-                          RelativeBias{bias.relative_row(i, j0 + c, NR), times});
-      } else {
-        finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops, NoBias{});
+                            RelativeBias{bias.relative_row(i, j0 + c, NR), times});
+        } else {
+          finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops, NoBias{});
+        }
       }
     }
 

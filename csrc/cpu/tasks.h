@@ -18,6 +18,37 @@ inline int64_t longest_queries(const Problem& p) {
   return longest;
 }
 
+// While it lives, subnormal numbers count as zero on this thread, going in and coming out. They are what a weight is
+// before it is nothing, and on Intel's processors each costs a multiply-add a hundred cycles: a steep slope's calls
+// took four times as long.
+class FlushSubnormals {
+public:
+#if defined(__x86_64__)
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | FLUSH_TO_ZERO | DENORMALS_ARE_ZERO); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+#elif defined(__aarch64__)
+  FlushSubnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" ::"r"(before_ | FLUSH_TO_ZERO));
+  }
+  ~FlushSubnormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+#else
+  FlushSubnormals() = default;
+  ~FlushSubnormals() = default;
+#endif
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+private:
+#if defined(__x86_64__)
+  static constexpr unsigned FLUSH_TO_ZERO = 0x8000, DENORMALS_ARE_ZERO = 0x40;
+  unsigned before_;
+#elif defined(__aarch64__)
+  static constexpr uint64_t FLUSH_TO_ZERO = uint64_t{1} << 24;
+  uint64_t before_ = 0;
+#endif
+};
+
 struct Counter {
   alignas(64) int64_t value = 0;
   int64_t next() { return __atomic_fetch_add(&value, 1, __ATOMIC_RELAXED); }
@@ -67,6 +98,7 @@ void run_tasks(int threads, int64_t tasks, const Layout& layout, const Work& wor
   parallel(
       team,
       [](void* context, int thread) {
+        const FlushSubnormals flush;
         auto& region = *static_cast<Shared*>(context);
         char* block = region.memory + region.each * static_cast<size_t>(thread);
         for (int64_t t = region.counter.next(); t < region.tasks; t = region.counter.next()) {

@@ -1,0 +1,275 @@
+// Flash attention forward on tiles. What a bias along the diagonal and a run of keys a row describe is done here, 32
+// rows by 64 keys at a time; every other call takes the general path of ../forward.h, with its products on tiles.
+//
+// Rows are measured by a reference, a whole power of two, instead of by their running maximum: it is the maximum of
+// the first keys that a row meets and rises only where weights outgrow it by far. So a panel passes once through the
+// registers, from products to weights, and nothing is scaled but in the rare panel that raises a reference. Keys pass
+// from the last to the first: with a bias that decays, what comes first is what weighs most.
+#pragma once
+
+#include "../forward.h"
+
+namespace posattn::POSATTN_ISA {
+
+constexpr int64_t ROWS = AMX::rows;
+// Weights are kept for so many keys before they meet V: a longer sum for each of C's tiles, all of it in L1.
+constexpr int64_t CHUNK_KEYS = 256;
+// Where sums of weights, by lane over a group's rows, make references rise: far above what rows of like logits add up
+// to, far below overflow.
+constexpr float SUM_LIMIT = 16777216.0F;
+// References beyond this leave the fast path: float32 would round them, and NaN has none.
+constexpr float REFERENCE_LIMIT = 4194304.0F;
+
+struct TileForwardScratch : ForwardScratch<AMX> {
+  float *scores, *pairs, *sums[2], *references, *slopes, *intercepts;
+
+  TileForwardScratch(Arena& arena, const Problem& p, int64_t rows) : ForwardScratch(arena, p, rows) {
+    scores = arena.floats(ROWS * NR);
+    pairs = arena.floats(ROWS * CHUNK_KEYS / 2);
+    for (float*& s : sums) s = arena.floats(rows * VL);
+    references = arena.floats(rows);
+    slopes = arena.floats(p.bias.n_knots + 1);
+    intercepts = arena.floats(p.bias.n_knots + 1);
+    bias.block_rows = ROWS;
+  }
+};
+
+// A product in units of log2, without a bias.
+struct Scaled {
+  vf times;
+  POSATTN_INLINE vf operator()(int, int, vf x) const { return x * times; }
+};
+
+// The operands along the diagonal in units of log2; segments [n_knots + 1] as copies. An entry of -inf becomes a number
+// that weighs as little.
+inline void change_base(const BiasTile& bias, float* slopes, float* intercepts) {
+  for (int64_t x = 0; bias.bias->relative() && x < bias.length; ++x)
+    bias.relative[x] = (bias.relative[x] < FLOOR ? FLOOR : bias.relative[x]) * LOG2E;
+  for (int64_t m = 0; bias.bias->psi && m <= bias.bias->n_knots; ++m) {
+    slopes[m] = bias.segment_slope()[m] * LOG2E;
+    intercepts[m] = bias.segment_intercept()[m] * LOG2E;
+  }
+}
+
+// use(finish) with what finishes a product over the panel of keys from j on and the ROWS rows from i on.
+template <class Use>
+bool with_diagonal_bias(const BiasTile& bias, const float* slopes, const float* intercepts, float scale, int64_t i,
+                        int64_t j, const Use& use) {
+  const Bias& b = *bias.bias;
+  const vf times = set1(scale * LOG2E);
+  if (b.relative()) return use(RelativeBias{bias.relative_row(i, j, NR), times});
+  if (!b.psi) return use(Scaled{times});
+  const float* psi = bias.psi_row(i, j, NR);
+  const auto [first, last] = bias.find_reaches(psi, i, j, NR)[0];
+  float scales[ROWS], steep[ROWS];
+  for (int64_t r = 0; r < ROWS; ++r) scales[r] = bias.row_scale(i + r), steep[r] = slopes[first] * scales[r];
+  const SegmentBias before{psi, steep, times, set1(intercepts[first])};
+  if (first == last) return use(before);
+  return use(KnotBias{before, scales, b.knots + first, slopes + first + 1, intercepts + first + 1, last - first});
+}
+
+// The keys of a panel that a row may see, a bit each.
+inline uint64_t panel_bits(Interval keys, int64_t j) {
+  const int64_t lo = iclamp(keys.lo - j, 0, NR), hi = iclamp(keys.hi - j, 0, NR);
+  if (lo >= hi) return 0;
+  const uint64_t below = hi == 64 ? ~uint64_t{0} : (uint64_t{1} << hi) - 1;
+  return below & ~((uint64_t{1} << lo) - 1);
+}
+
+POSATTN_INLINE vf keep(vf x, uint64_t bits) {
+  return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)x);
+}
+
+// 2^x within 1e-4, a fortieth of bfloat16's rounding, and 1 at 0. Rounding by a constant of ulp 1 leaves the one port
+// that multiplies beside the tiles to products; an infinity gives NaN, which the general path takes.
+POSATTN_INLINE vf exp2_of_weight(vf x) {
+  const vf shift = set1(12582912.0F), whole = x + shift - shift, f = x - whole;
+  vf p = fma(set1(5.500893e-02F), f, set1(2.4221096e-01F));
+  p = fma(p, f, set1(6.9328293e-01F));
+  p = fma(p, f, set1(1.0F));
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
+}
+
+// A panel of products [ROWS][NR] becomes weights against the rows' references, as operand of P V (32 keys a tile), and
+// adds to the rows' sums by lane. Says whether these are within their limit, and no NaN.
+template <bool MASKED, class Finish>
+inline bool weigh_panel(const float* scores, float* pairs, const float* references, const float* sums, float* next,
+                        const uint64_t* bits, const char* ahead, int64_t ahead_bytes, const Finish& finish) {
+  vf total = zero();
+  for (int r = 0; r < ROWS; ++r) {
+    for (int64_t at = 0; at < ahead_bytes; at += 64) __builtin_prefetch(ahead + r * ahead_bytes + at, 0, 3);
+    const vf reference = set1(references[r]);
+    vf w[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      w[v] = exp2_of_weight(finish(r, v * VL, load(scores + r * NR + v * VL)) - reference);
+      if (MASKED) w[v] = keep(w[v], bits[r] >> (v * VL));
+    }
+    const vf sum = load(sums + r * VL) + ((w[0] + w[1]) + (w[2] + w[3]));
+    store(next + r * VL, sum);
+    total += sum;
+    store(pairs + r * TILE, bf16_row(w[0], w[1]));
+    store(pairs + (ROWS + r) * TILE, bf16_row(w[2], w[3]));
+  }
+  return _mm512_cmp_ps_mask((__m512)total, (__m512)set1(SUM_LIMIT), _CMP_NLE_UQ) == 0;
+}
+
+// Raises the references to a panel's maxima, rounded to whole numbers, and scales what rows have so far. Says whether
+// all are within their limit.
+template <class Finish>
+inline bool raise_references(const float* scores, float* references, float* sums, float* out, int64_t width,
+                             const uint64_t* bits, const Finish& finish) {
+  bool within = true;
+  for (int r = 0; r < ROWS; ++r) {
+    vf top = set1(NEG_INF), unordered = zero();
+    for (int v = 0; v < 4; ++v) {
+      const auto mask = static_cast<__mmask16>(bits[r] >> (v * VL));
+      const vf x = finish(r, v * VL, load(scores + r * NR + v * VL));
+      top = (vf)_mm512_mask_max_ps((__m512)top, mask, (__m512)top, (__m512)x);
+      unordered += (vf)_mm512_maskz_mov_ps(mask, (__m512)(x - x));
+    }
+    if (bits[r] == 0) continue;
+    const float most = reduce_max(top), next = __builtin_roundevenf(most), last = references[r];
+    within = within && most < REFERENCE_LIMIT && most > -REFERENCE_LIMIT && reduce_add(unordered) == 0.0F;
+    if (!(next > last)) continue;
+    references[r] = next;
+    if (last == NEG_INF) continue;
+    const float kept = exp2_scalar(last - next);
+    scale_row(sums + r * VL, kept, VL);
+    scale_row(out + r * width, kept, width);
+  }
+  return within;
+}
+
+inline bool all_measured(const float* references) {
+  bool all = true;
+  for (int r = 0; r < ROWS; ++r) all = all && references[r] > NEG_INF;
+  return all;
+}
+
+// One group of up to ROWS rows of a task: its place and state.
+struct TileGroup {
+  const Problem& p;
+  const Sequence& s;
+  TileForwardScratch& t;
+  int64_t i, count;         // first row, inside the sequence, and how many there are
+  TileOperand q;            // [ROWS][head_dim]
+  int64_t steps;            // of the products over the head dimension
+  float *references, *out;  // of these rows
+  float *sums, *spare;
+  bool measured;  // whether every row has a reference
+
+  Interval keys(int64_t r) const { return r < count ? allowed(p, s, i + r) : Interval{0, 0}; }
+
+  // The keys j + begin .. j + end of a tile. Says whether the fast path holds.
+  bool run(int64_t j, int64_t begin, int64_t end, const float* k, int64_t panel, const float* v) {
+    for (int64_t to = end; to > begin; to -= CHUNK_KEYS) {
+      const int64_t from = imax(begin, to - CHUNK_KEYS);
+      int64_t done = to;  // keys from here on wait as weights
+      for (int64_t c = to - NR; c >= from; c -= NR) {
+        const float* keys_at = k + c / NR * panel;
+        const char* ahead = reinterpret_cast<const char*>(c > begin ? keys_at - panel : keys_at);
+        tile_rows(q, {keys_at, NR * 4, TILE * NR * 4, 64}, NR / VL, t.scores, NR, steps);
+        const auto use = [&](const auto& finish) { return weigh(j, c, from, done, v, ahead, finish); };
+        if (!with_diagonal_bias(t.bias, t.slopes, t.intercepts, p.scale, i, j + c, use)) return false;
+      }
+      add_values(from, from, done, v);
+    }
+    return true;
+  }
+
+  template <class Finish>
+  bool weigh(int64_t j, int64_t c, int64_t from, int64_t& done, const float* v, const char* ahead,
+             const Finish& finish) {
+    const Interval first = keys(0), last = keys(count - 1);
+    const bool masked = count < ROWS || j + c < last.lo || j + c + NR > first.hi;
+    uint64_t bits[ROWS];
+    for (int64_t r = 0; masked && r < ROWS; ++r) bits[r] = panel_bits(keys(r), j + c);
+    float* to = t.pairs + (c - from) / TILE_DEPTH * ROWS * TILE;
+    auto run = [&] {
+      return masked ? weigh_panel<true>(t.scores, to, references, sums, spare, bits, ahead, steps * 128, finish)
+                    : weigh_panel<false>(t.scores, to, references, sums, spare, bits, ahead, steps * 128, finish);
+    };
+    if (!measured || !run()) {
+      for (int64_t r = 0; !masked && r < ROWS; ++r) bits[r] = ~uint64_t{0};
+      add_values(from, c + NR, done, v);  // what waits is measured by the old references
+      done = c + NR;
+      if (!raise_references(t.scores, references, sums, out, t.v_stride, bits, finish) || !run()) return false;
+      measured = all_measured(references);
+    }
+    float* swap = sums;
+    sums = spare, spare = swap;
+    return true;
+  }
+
+  // out += P V over the keys begin .. end of the tile; `from` is where the weights' first tile lies.
+  void add_values(int64_t from, int64_t begin, int64_t end, const float* v) {
+    if (begin >= end) return;
+    const TileOperand p_tiles{t.pairs + (begin - from) / TILE_DEPTH * ROWS * TILE, 64, ROWS * 64, TILE * 64};
+    const TileOperand v_tiles{v + begin / 2 * t.v_stride, t.v_stride * 4, TILE * t.v_stride * 4, 64};
+    tile_product<true>(p_tiles, 2, v_tiles, t.v_stride / TILE, out, t.v_stride, (end - begin) / TILE_DEPTH);
+  }
+};
+
+// Says whether it could: if not, nothing is written and the general path takes the task.
+inline bool tile_forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, int64_t i1,
+                              TileForwardScratch& t) {
+  const int64_t kv_head = h / (p.heads / p.kv_heads), rows = i1 - i0, padded = round_up(rows, ROWS);
+  const Source queries = query_source(p, s, h, 1.0F), keys = key_source(p, s, kv_head),
+               values = value_source(p, s, kv_head);
+  const int64_t steps = ceil_div(p.head_dim, TILE_DEPTH), panel = panel_rows<AMX>(p.head_dim) * NR;
+
+  t.bias.prepare(p, p.bias, s, h, {i0, i1, 0, s.k_len});
+  if (!is_simple(p, t.bias, p.scale) || p.dropout_p > 0.0) return false;
+  // In units of log2 from here on.
+  change_base(t.bias, t.slopes, t.intercepts);
+  pack_rows<AMX>(t.q, t.q_stride, queries, i0, rows, padded);
+  fill(t.out, 0.0F, padded * t.v_stride);
+  fill(t.references, NEG_INF, padded);
+  fill(t.sums[0], 0.0F, padded * VL);
+
+  const Interval all = allowed_by_any(p, s, i0, i1);
+  bool odd[ROWS_PER_TASK / ROWS] = {};  // which of the two holds a group's sums
+  for (int64_t j = ceil_div(all.hi, TILE_KEYS) * TILE_KEYS - TILE_KEYS;
+       j + TILE_KEYS > all.lo && j >= 0 && !interrupted(); j -= TILE_KEYS) {
+    const int64_t tile = imin(TILE_KEYS, s.k_len - j);
+    pack_panels<AMX>(t.k, keys, j, tile);
+    pack_depth<AMX>(t.v, t.v_stride, values, j, tile, round_up(tile, NR));
+    for (int64_t g = 0; g < rows; g += ROWS) {
+      const int64_t count = imin(ROWS, rows - g);
+      const Interval any = allowed_by_any(p, s, i0 + g, i0 + g + count);
+      if (any.lo >= j + tile || any.hi <= j) continue;
+      const int64_t begin = imax(any.lo - j, 0) / NR * NR, end = round_up(imin(any.hi - j, tile), NR);
+      bool& swapped = odd[g / ROWS];
+      TileGroup group{p,
+                      s,
+                      t,
+                      i0 + g,
+                      count,
+                      {t.q + g * t.q_stride, t.q_stride * 4, 64, TILE * t.q_stride * 4},
+                      steps,
+                      t.references + g,
+                      t.out + g * t.v_stride,
+                      t.sums[swapped] + g * VL,
+                      t.sums[!swapped] + g * VL,
+                      all_measured(t.references + g)};
+      if (!group.run(j, begin, end, t.k, panel, t.v)) return false;
+      swapped = group.sums != t.sums[0] + g * VL;
+    }
+  }
+  constexpr float LN2 = 0.6931471805599453F;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float sum = reduce_add(load(t.sums[odd[r / ROWS]] + r * VL));
+    write_row(p, s, h, i0 + r, t.out + r * t.v_stride, t.references[r] * LN2, sum);
+  }
+  return true;
+}
+
+inline void tile_forward(const Problem& p) {
+  for_runs_of_rows<AMX, TileForwardScratch>(
+      p, [&](const Sequence& s, int64_t h, int64_t i0, int64_t i1, TileForwardScratch& scratch) {
+        if (!tile_forward_task(p, s, h, i0, i1, scratch)) forward_task<AMX>(p, s, h, i0, i1, scratch);
+      });
+}
+
+}  // namespace posattn::POSATTN_ISA
