@@ -78,11 +78,16 @@ inline void row_dots(const Problem& p, int64_t row) {
   load_floats(a, row_pointer(p.grad_out, n, h, i), p.grad_out.dtype, p.value_dim);
   load_floats(b, row_pointer(p.out, n, h, i), p.out.dtype, p.value_dim);
   // In float64: an error of delta is the same for a whole row of dS, so it does not average out in bias gradients.
-  double sum[8] = {};
-  for (int64_t c = 0; c < p.value_dim; ++c) sum[c % 8] += static_cast<double>(a[c]) * static_cast<double>(b[c]);
-  for (int lane = 4; lane > 0; lane /= 2)
-    for (int c = 0; c < lane; ++c) sum[c] += sum[c + lane];
-  p.delta[row] = static_cast<float>(sum[0] - (p.grad_lse ? static_cast<double>(p.grad_lse[row]) : 0.0));
+  typedef double vd __attribute__((vector_size(2 * POSATTN_VECTOR_BYTES)));
+  const int64_t padded = round_up(p.value_dim, VL);
+  fill(a + p.value_dim, 0.0F, padded - p.value_dim);
+  fill(b + p.value_dim, 0.0F, padded - p.value_dim);
+  vd sums = {};
+  for (int64_t c = 0; c < padded; c += VL)
+    sums += __builtin_convertvector(load(a + c), vd) * __builtin_convertvector(load(b + c), vd);
+  double sum = p.grad_lse ? -static_cast<double>(p.grad_lse[row]) : 0.0;
+  for (int lane = 0; lane < VL; ++lane) sum += sums[lane];
+  p.delta[row] = static_cast<float>(sum);
 }
 
 // One row: logits x and dP become P (in x) and dS (in dp), in float32.

@@ -39,6 +39,7 @@ struct BiasTile {
   int64_t base = 0, length = 0;  // entry x of the arrays below belongs to j - i = base + x
   int64_t offset = 0;            // implicit distance d = i + offset - j
   float *relative = nullptr, *psi = nullptr, *row = nullptr;
+  float* scales = nullptr;                        // the profile's row scale of each row, the last one repeated
   float *psi_low = nullptr, *psi_high = nullptr;  // the extremes of psi over NR entries from each on
   int64_t block_rows = MR;                        // rows that find_reaches takes together
 
@@ -48,6 +49,7 @@ struct BiasTile {
     int64_t n = capacity(rows, keys);
     if (b.relative()) relative = arena.floats(FRONT + n) + FRONT;
     if (b.psi) psi = arena.floats(FRONT + n) + FRONT, psi_low = arena.floats(n), psi_high = arena.floats(n);
+    if (b.psi) scales = arena.floats(rows + FRONT);
     row = arena.floats(2 * ROW_MAX);
   }
 
@@ -95,6 +97,8 @@ struct BiasTile {
     base = area.j0 - (area.i1 - 1);
     length = area.j1 - area.j0 + area.i1 - area.i0 - 1;
     reaches.block = -1;
+    for (int64_t i = area.i0; b.psi && i < area.i1 + FRONT; ++i)
+      scales[i - area.i0] = b.row_scale[iclamp(query_position(imin(i, area.i1 - 1)) - b.row_first, 0, b.row_len - 1)];
     if (positions()) return;
     int64_t padded = length + PAD;
     if (b.relative()) {
@@ -137,9 +141,7 @@ struct BiasTile {
     return row + ROW_MAX;
   }
 
-  float row_scale(int64_t i) const {
-    return bias->row_scale[iclamp(query_position(i) - bias->row_first, 0, bias->row_len - 1)];
-  }
+  float row_scale(int64_t i) const { return scales[i - area.i0]; }
 
   const float* segment_slope() const { return bias->segment_slope + head * (bias->n_knots + 1); }
   const float* segment_intercept() const { return bias->segment_intercept + head * (bias->n_knots + 1); }

@@ -13,24 +13,39 @@
 namespace posattn {
 namespace {
 
-// Scratch of a call: a fresh megabyte costs some hundred page faults, 1 to 2% of a short call, so the last block of a
-// middling size waits for the next call. Smaller ones would only push it out; larger ones are not worth keeping.
-constexpr size_t KEEP_FROM = size_t{256} << 10, KEEP_TO = size_t{32} << 20, HEADER = 64;
+// Scratch of a call: a fresh megabyte costs some hundred page faults, 1 to 2% of a short call, so the last few blocks
+// of a middling size wait for the next call. Smaller ones would only push them out; larger ones are not worth keeping.
+constexpr size_t KEEP_FROM = size_t{256} << 10, KEEP_TO = size_t{16} << 20, HEADER = 64;
+constexpr int KEPT = 4;
 
-std::atomic<char*> kept{nullptr};
+std::atomic<char*> kept[KEPT];  // static, so null at first
 
 size_t& capacity(char* block) {
   return *reinterpret_cast<size_t*>(block);
+}
+
+// Puts a block where there is room; if there is none, all move up by one and the last is freed.
+void keep(char* block) {
+  for (auto& slot : kept) {
+    char* nothing = nullptr;
+    if (slot.compare_exchange_strong(nothing, block)) return;
+  }
+  for (auto& slot : kept) {
+    block = slot.exchange(block);
+    if (!block) return;
+  }
+  std::free(block);
 }
 
 }  // namespace
 
 void* allocate(size_t bytes) {
   const size_t wanted = bytes + HEADER;
-  if (wanted >= KEEP_FROM) {
-    char* block = kept.exchange(nullptr);
-    if (block && capacity(block) >= wanted) return block + HEADER;
-    std::free(block);
+  for (int n = 0; wanted >= KEEP_FROM && wanted <= KEEP_TO && n < KEPT; ++n) {
+    char* block = kept[n].exchange(nullptr);
+    if (!block) continue;
+    if (capacity(block) >= wanted) return block + HEADER;
+    keep(block);
   }
   void* memory = nullptr;
   if (posix_memalign(&memory, HEADER, wanted) != 0) throw std::bad_alloc();
@@ -42,8 +57,7 @@ void* allocate(size_t bytes) {
 void release(void* memory) {
   char* block = static_cast<char*>(memory) - HEADER;
   const size_t size = capacity(block);
-  if (size >= KEEP_FROM && size <= KEEP_TO) block = kept.exchange(block);
-  std::free(block);
+  size >= KEEP_FROM&& size <= KEEP_TO ? keep(block) : std::free(block);
 }
 
 void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {

@@ -15,57 +15,6 @@ constexpr int64_t STEP_ROWS = 256;
 constexpr int64_t BLOCKS = STEP_ROWS / ROWS, PANELS = TASK_KEYS / NR, KEY_TILES = TASK_KEYS / TILE;
 constexpr int64_t TILE_FLOATS = TILE * TILE;
 
-// Q and dO for the whole call, by blocks of ROWS rows of a sequence and head: as columns [width][ROWS], and as rows
-// [ROWS][width] where they do not lie so in memory.
-struct PackedRows {
-  int64_t* first_block = nullptr;  // of each sequence, times the heads
-  float* memory = nullptr;
-  int64_t q_width, v_width, q_stride, o_stride, each;
-
-  explicit PackedRows(const Problem& p)
-      : q_width(round_up(p.head_dim, TILE)),
-        v_width(round_up(p.value_dim, TILE)),
-        q_stride(round_up(p.head_dim, TILE_DEPTH) / 2),
-        o_stride(round_up(p.value_dim, TILE_DEPTH) / 2),
-        each((q_width + v_width) * TILE + (q_stride + o_stride) * ROWS) {
-    first_block = static_cast<int64_t*>(allocate(static_cast<size_t>(p.n_sequences + 1) * 8));
-    first_block[0] = 0;
-    for (int64_t n = 0; n < p.n_sequences; ++n)
-      first_block[n + 1] = first_block[n] + ceil_div(p.sequences[n].q_len, ROWS) * p.heads;
-    memory = static_cast<float*>(allocate(static_cast<size_t>(imax(1, first_block[p.n_sequences] * each)) * 4));
-  }
-  ~PackedRows() {
-    release(memory);
-    release(first_block);
-  }
-  PackedRows(const PackedRows&) = delete;
-  PackedRows& operator=(const PackedRows&) = delete;
-
-  float* block(const Problem& p, const Sequence& s, int64_t h, int64_t i) const {
-    const int64_t blocks = ceil_div(s.q_len, ROWS);
-    return memory + (first_block[&s - p.sequences] + h * blocks + i / ROWS) * each;
-  }
-  float* q_columns(float* block) const { return block; }
-  float* o_columns(float* block) const { return block + q_width * TILE; }
-  float* q_rows(float* block) const { return o_columns(block) + v_width * TILE; }
-  float* o_rows(float* block) const { return q_rows(block) + q_stride * ROWS; }
-
-  static void pack(float* columns, float* rows, int64_t width, int64_t stride, const Source& src, int64_t i,
-                   int64_t count) {
-    alignas(64) float pairs[TILE * MAX_WIDTH];
-    pack_rows<AMX>(rows, stride, src, i, count, ROWS);
-    pack_depth<AMX>(pairs, width, src, i, count, ROWS);
-    for (int64_t d = 0; d < width; d += TILE) transpose(columns + d * TILE, TILE, pairs + d, width);
-  }
-
-  void fill_block(const Problem& p, const Sequence& s, int64_t h, int64_t i) const {
-    float* at = block(p, s, h, i);
-    const int64_t count = imin(ROWS, s.q_len - i);
-    pack(q_columns(at), q_rows(at), q_width, q_stride, query_source(p, s, h, 1.0F), i, count);
-    pack(o_columns(at), o_rows(at), v_width, o_stride, Source{p.grad_out, s.b, h, s.q0, p.value_dim}, i, count);
-  }
-};
-
 struct TileBackwardScratch {
   int64_t q_width, v_width;
   float *k_panels, *v_panels, *k_depth, *grad_k, *grad_v;
@@ -180,17 +129,11 @@ struct TileBackward {
   // Rows i .. i + count of head h over one panel.
   void panel(int64_t h, int64_t i, int64_t count, int64_t block, int64_t n, bool simple) {
     const int64_t j = j0 + n * NR, first = (s.b * p.heads + h) * p.q_len + s.q0 + i;
-    float* at = packed.block(p, s, h, i);
-    auto operand = [](const float* rows, int64_t stride) {
-      return TileOperand{rows, stride * 4, 64, TILE * stride * 4};
-    };
     auto columns = [&](const float* panels, int64_t width) {
       return TileOperand{panels + n * panel_rows<AMX>(width) * NR, NR * 4, TILE * NR * 4, 64};
     };
-    tile_rows(operand(packed.q_rows(at), packed.q_stride), columns(t.k_panels, p.head_dim), NR / TILE, t.scores, NR,
-              q_steps());
-    tile_rows(operand(packed.o_rows(at), packed.o_stride), columns(t.v_panels, p.value_dim), NR / TILE, t.products, NR,
-              v_steps());
+    tile_rows(packed.q_rows(s, h, i), columns(t.k_panels, p.head_dim), NR / TILE, t.scores, NR, q_steps());
+    tile_rows(packed.o_rows(s, h, i), columns(t.v_panels, p.value_dim), NR / TILE, t.products, NR, v_steps());
     const float *lses = p.lse + first, *deltas = p.delta + first;
     for (int64_t r = 0; r < count; ++r) simple = simple && !large(lses[r]);
     if (simple)
@@ -251,7 +194,7 @@ struct TileBackward {
   // C [width][TASK_KEYS] += columns T over blocks from .. to - 1, for the keys of one panel.
   void add_over_rows(float* c, int64_t width, const float* columns, const float* pairs, int64_t n, int64_t from,
                      int64_t to) const {
-    const TileOperand a{columns, 64, packed.each * 4, TILE * 64};
+    const TileOperand a{columns, 64, packed.bytes_each(), TILE * 64};
     const TileOperand b{pairs + (from * KEY_TILES + n * NR / TILE) * TILE_FLOATS, 64, KEY_TILES * TILE_FLOATS * 4,
                         TILE_FLOATS * 4};
     tile_product<true>(a, width / TILE, b, NR / TILE, c + n * NR, TASK_KEYS, to - from);
@@ -259,28 +202,30 @@ struct TileBackward {
 
   // One step of rows of head h: dQ, and what they add to dK and dV.
   void step(int64_t h, int64_t i0, int64_t rows, bool simple) {
-    int64_t from[PANELS], to[PANELS];  // the blocks that meet each panel
-    for (int64_t n = 0; n < PANELS; ++n) from[n] = BLOCKS, to[n] = 0;
     const int64_t blocks = ceil_div(rows, ROWS), panels = ceil_div(keys, NR);
+    int64_t first[BLOCKS], last[BLOCKS];  // the panels that each block meets
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t i = i0 + b * ROWS, count = imin(ROWS, rows - b * ROWS);
-      const Interval any = allowed_by_any(p, s, i, i + count);
-      const int64_t first = iclamp((any.lo - j0) / NR, 0, panels),
-                    last = iclamp(ceil_div(imax(any.hi - j0, 0), NR), first, panels);
-      for (int64_t n = first; n < last; ++n) {
-        panel(h, i, count, b, n, simple);
-        from[n] = imin(from[n], b);
-        for (int64_t skipped = to[n]; to[n] > 0 && skipped < b; ++skipped) clear(skipped, n);
-        to[n] = b + 1;
-      }
-      if (p.grad_q && first < last) add_to_grad_q(h, i, count, b, first, last);
+      const Interval any = allowed_by_any(p, s, i0 + b * ROWS, i0 + imin((b + 1) * ROWS, rows));
+      first[b] = iclamp((any.lo - j0) / NR, 0, panels);
+      last[b] = any.lo < any.hi ? iclamp(ceil_div(imax(any.hi - j0, 0), NR), first[b], panels) : first[b];
     }
+    // Panel by panel, so that K and V stay in the first-level cache.
     for (int64_t n = 0; n < panels; ++n) {
-      if (from[n] >= to[n]) continue;
-      float* at = packed.block(p, s, h, i0 + from[n] * ROWS);
-      if (p.grad_v) add_over_rows(t.grad_v, t.v_width, packed.o_columns(at), t.p_pairs, n, from[n], to[n]);
-      if (p.grad_k) add_over_rows(t.grad_k, t.q_width, packed.q_columns(at), t.ds_pairs, n, from[n], to[n]);
+      int64_t from = blocks, to = 0;
+      for (int64_t b = 0; b < blocks; ++b) {
+        if (n < first[b] || n >= last[b]) continue;
+        panel(h, i0 + b * ROWS, imin(ROWS, rows - b * ROWS), b, n, simple);
+        from = imin(from, b);
+        for (int64_t skipped = to; to > 0 && skipped < b; ++skipped) clear(skipped, n);
+        to = b + 1;
+      }
+      if (from >= to) continue;
+      const int64_t i = i0 + from * ROWS;
+      if (p.grad_v) add_over_rows(t.grad_v, t.v_width, packed.o_columns(s, h, i), t.p_pairs, n, from, to);
+      if (p.grad_k) add_over_rows(t.grad_k, t.q_width, packed.q_columns(s, h, i), t.ds_pairs, n, from, to);
     }
+    for (int64_t b = 0; p.grad_q && b < blocks; ++b)
+      if (first[b] < last[b]) add_to_grad_q(h, i0 + b * ROWS, imin(ROWS, rows - b * ROWS), b, first[b], last[b]);
   }
 
   // A block without keys in a panel between blocks that have some.
@@ -345,12 +290,6 @@ inline void tile_backward_task(const Problem& p, const Sequence& s, int64_t kv_h
 
 inline void tile_backward(const Problem& p) {
   const PackedRows packed(p);
-  run_tasks(
-      p.threads, packed.first_block[p.n_sequences] == 0 ? 0 : p.n_sequences * p.heads, [](Arena&) {},
-      [&](Arena&, int64_t task) {
-        const Sequence& s = p.sequences[task / p.heads];
-        for (int64_t i = 0; i < s.q_len; i += ROWS) packed.fill_block(p, s, task % p.heads, i);
-      });
   for_runs_of_keys<AMX, TileBackwardScratch>(
       p, TASK_KEYS,
       [&](const Sequence& s, int64_t kv_head, int64_t j0, const Turn& turn, const float* rests,

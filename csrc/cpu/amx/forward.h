@@ -8,10 +8,11 @@
 #pragma once
 
 #include "../forward.h"
+#include "packed.h"
 
 namespace posattn::POSATTN_ISA {
 
-constexpr int64_t ROWS = AMX::rows;
+constexpr int64_t GROUP_BLOCKS = 2, GROUP_ROWS = GROUP_BLOCKS * ROWS;
 // Weights are kept for so many keys before they meet V: a longer sum for each of C's tiles, all of it in L1.
 constexpr int64_t CHUNK_KEYS = 256;
 // Where sums of weights, by lane over a group's rows, make references rise: far above what rows of like logits add up
@@ -21,11 +22,12 @@ constexpr float SUM_LIMIT = 16777216.0F;
 constexpr float REFERENCE_LIMIT = 4194304.0F;
 
 struct TileForwardScratch : ForwardScratch<AMX> {
-  float *scores, *pairs, *sums[2], *references, *slopes, *intercepts;
+  float *scores, *pairs;  // a block's products [ROWS][NR]; a group's weights, [CHUNK_KEYS / 32][GROUP_ROWS] rows of 32
+  float *sums[2], *references, *slopes, *intercepts;
 
   TileForwardScratch(Arena& arena, const Problem& p, int64_t rows) : ForwardScratch(arena, p, rows) {
     scores = arena.floats(ROWS * NR);
-    pairs = arena.floats(ROWS * CHUNK_KEYS / 2);
+    pairs = arena.floats(GROUP_ROWS * CHUNK_KEYS / 2);
     for (float*& s : sums) s = arena.floats(rows * VL);
     references = arena.floats(rows);
     slopes = arena.floats(p.bias.n_knots + 1);
@@ -61,8 +63,9 @@ bool with_diagonal_bias(const BiasTile& bias, const float* slopes, const float* 
   if (!b.psi) return use(Scaled{times});
   const float* psi = bias.psi_row(i, j, NR);
   const auto [first, last] = bias.find_reaches(psi, i, j, NR)[0];
-  float scales[ROWS], steep[ROWS];
-  for (int64_t r = 0; r < ROWS; ++r) scales[r] = bias.row_scale(i + r), steep[r] = slopes[first] * scales[r];
+  const float* scales = bias.scales + (i - bias.area.i0);
+  float steep[ROWS];
+  for (int64_t r = 0; r < ROWS; ++r) steep[r] = slopes[first] * scales[r];
   const SegmentBias before{psi, steep, times, set1(intercepts[first])};
   if (first == last) return use(before);
   return use(KnotBias{before, scales, b.knots + first, slopes + first + 1, intercepts + first + 1, last - first});
@@ -109,7 +112,7 @@ inline bool weigh_panel(const float* scores, float* pairs, const float* referenc
     store(next + r * VL, sum);
     total += sum;
     store(pairs + r * TILE, bf16_row(w[0], w[1]));
-    store(pairs + (ROWS + r) * TILE, bf16_row(w[2], w[3]));
+    store(pairs + (GROUP_ROWS + r) * TILE, bf16_row(w[2], w[3]));
   }
   return _mm512_cmp_ps_mask((__m512)total, (__m512)set1(SUM_LIMIT), _CMP_NLE_UQ) == 0;
 }
@@ -147,114 +150,140 @@ inline bool all_measured(const float* references) {
   return all;
 }
 
-// One group of up to ROWS rows of a task: its place and state.
+// Up to ROWS rows of a task: their place and state.
+struct RowBlock {
+  int64_t i, count;         // first row, inside the sequence, and how many there are
+  TileOperand q;            // [ROWS][head_dim]
+  float *references, *out;  // of these rows
+  float *sums, *spare;
+  float* pairs;
+  bool measured;  // whether every row has a reference
+  int64_t done;   // the chunk's keys from here on wait as weights
+};
+
+// The blocks that share what they read of K and V: it comes from the second-level cache once for all of them.
 struct TileGroup {
   const Problem& p;
   const Sequence& s;
   TileForwardScratch& t;
-  int64_t i, count;         // first row, inside the sequence, and how many there are
-  TileOperand q;            // [ROWS][head_dim]
-  int64_t steps;            // of the products over the head dimension
-  float *references, *out;  // of these rows
-  float *sums, *spare;
-  bool measured;  // whether every row has a reference
-
-  Interval keys(int64_t r) const { return r < count ? allowed(p, s, i + r) : Interval{0, 0}; }
+  int64_t steps;  // of the products over the head dimension
+  RowBlock blocks[GROUP_BLOCKS];
+  int64_t n;
 
   // The keys j + begin .. j + end of a tile. Says whether the fast path holds.
   bool run(int64_t j, int64_t begin, int64_t end, const float* k, int64_t panel, const float* v) {
     for (int64_t to = end; to > begin; to -= CHUNK_KEYS) {
       const int64_t from = imax(begin, to - CHUNK_KEYS);
-      int64_t done = to;  // keys from here on wait as weights
+      for (int64_t b = 0; b < n; ++b) blocks[b].done = to;
       for (int64_t c = to - NR; c >= from; c -= NR) {
         const float* keys_at = k + c / NR * panel;
-        const char* ahead = reinterpret_cast<const char*>(c > begin ? keys_at - panel : keys_at);
-        tile_rows(q, {keys_at, NR * 4, TILE * NR * 4, 64}, NR / VL, t.scores, NR, steps);
-        const auto use = [&](const auto& finish) { return weigh(j, c, from, done, v, ahead, finish); };
-        if (!with_diagonal_bias(t.bias, t.slopes, t.intercepts, p.scale, i, j + c, use)) return false;
+        for (int64_t b = 0; b < n; ++b) {
+          RowBlock& block = blocks[b];
+          const char* ahead = reinterpret_cast<const char*>(b == n - 1 && c > begin ? keys_at - panel : keys_at);
+          tile_rows(block.q, {keys_at, NR * 4, TILE * NR * 4, 64}, NR / VL, t.scores, NR, steps);
+          const auto use = [&](const auto& finish) { return weigh(block, j, c, from, v, ahead, finish); };
+          if (!with_diagonal_bias(t.bias, t.slopes, t.intercepts, p.scale, block.i, j + c, use)) return false;
+        }
       }
-      add_values(from, from, done, v);
+      add_waiting(from, v);
     }
     return true;
   }
 
   template <class Finish>
-  bool weigh(int64_t j, int64_t c, int64_t from, int64_t& done, const float* v, const char* ahead,
-             const Finish& finish) {
-    const Interval first = keys(0), last = keys(count - 1);
-    const bool masked = count < ROWS || j + c < last.lo || j + c + NR > first.hi;
+  bool weigh(RowBlock& b, int64_t j, int64_t c, int64_t from, const float* v, const char* ahead, const Finish& finish) {
+    const Interval first = allowed(p, s, b.i), last = allowed(p, s, b.i + b.count - 1);
+    const bool masked = b.count < ROWS || j + c < last.lo || j + c + NR > first.hi;
     uint64_t bits[ROWS];
-    for (int64_t r = 0; masked && r < ROWS; ++r) bits[r] = panel_bits(keys(r), j + c);
-    float* to = t.pairs + (c - from) / TILE_DEPTH * ROWS * TILE;
+    for (int64_t r = 0; masked && r < ROWS; ++r) bits[r] = r < b.count ? panel_bits(allowed(p, s, b.i + r), j + c) : 0;
+    float* to = b.pairs + (c - from) / TILE_DEPTH * GROUP_ROWS * TILE;
     auto run = [&] {
-      return masked ? weigh_panel<true>(t.scores, to, references, sums, spare, bits, ahead, steps * 128, finish)
-                    : weigh_panel<false>(t.scores, to, references, sums, spare, bits, ahead, steps * 128, finish);
+      return masked ? weigh_panel<true>(t.scores, to, b.references, b.sums, b.spare, bits, ahead, steps * 128, finish)
+                    : weigh_panel<false>(t.scores, to, b.references, b.sums, b.spare, bits, ahead, steps * 128, finish);
     };
-    if (!measured || !run()) {
+    if (!b.measured || !run()) {
       for (int64_t r = 0; !masked && r < ROWS; ++r) bits[r] = ~uint64_t{0};
-      add_values(from, c + NR, done, v);  // what waits is measured by the old references
-      done = c + NR;
-      if (!raise_references(t.scores, references, sums, out, t.v_stride, bits, finish) || !run()) return false;
-      measured = all_measured(references);
+      add_values(b, 1, from, c + NR, v);  // what waits is measured by the old references
+      b.done = c + NR;
+      if (!raise_references(t.scores, b.references, b.sums, b.out, t.v_stride, bits, finish) || !run()) return false;
+      b.measured = all_measured(b.references);
     }
-    float* swap = sums;
-    sums = spare, spare = swap;
+    float* swap = b.sums;
+    b.sums = b.spare, b.spare = swap;
     return true;
   }
 
-  // out += P V over the keys begin .. end of the tile; `from` is where the weights' first tile lies.
-  void add_values(int64_t from, int64_t begin, int64_t end, const float* v) {
-    if (begin >= end) return;
-    const TileOperand p_tiles{t.pairs + (begin - from) / TILE_DEPTH * ROWS * TILE, 64, ROWS * 64, TILE * 64};
+  void add_waiting(int64_t from, const float* v) {
+    if (n == GROUP_BLOCKS && blocks[0].done == blocks[1].done)
+      return add_values(blocks[0], GROUP_BLOCKS, from, from, v);
+    for (int64_t b = 0; b < n; ++b) add_values(blocks[b], 1, from, from, v);
+  }
+
+  // out += P V of so many blocks from b on, over the keys begin .. b.done of the tile; the chunk starts at `from`.
+  void add_values(const RowBlock& b, int64_t count, int64_t from, int64_t begin, const float* v) {
+    if (begin >= b.done) return;
+    const TileOperand p_tiles{b.pairs + (begin - from) / TILE_DEPTH * GROUP_ROWS * TILE, 64, GROUP_ROWS * 64,
+                              TILE * 64};
     const TileOperand v_tiles{v + begin / 2 * t.v_stride, t.v_stride * 4, TILE * t.v_stride * 4, 64};
-    tile_product<true>(p_tiles, 2, v_tiles, t.v_stride / TILE, out, t.v_stride, (end - begin) / TILE_DEPTH);
+    tile_product<true>(p_tiles, 2 * count, v_tiles, t.v_stride / TILE, b.out, t.v_stride,
+                       (b.done - begin) / TILE_DEPTH);
   }
 };
 
 // Says whether it could: if not, nothing is written and the general path takes the task.
 inline bool tile_forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, int64_t i1,
-                              TileForwardScratch& t) {
+                              const PackedKeys& packed, TileForwardScratch& t) {
   const int64_t kv_head = h / (p.heads / p.kv_heads), rows = i1 - i0, padded = round_up(rows, ROWS);
-  const Source queries = query_source(p, s, h, 1.0F), keys = key_source(p, s, kv_head),
-               values = value_source(p, s, kv_head);
-  const int64_t steps = ceil_div(p.head_dim, TILE_DEPTH), panel = panel_rows<AMX>(p.head_dim) * NR;
+  const int64_t steps = ceil_div(p.head_dim, TILE_DEPTH);
+  const Source queries = query_source(p, s, h, 1.0F);
 
   t.bias.prepare(p, p.bias, s, h, {i0, i1, 0, s.k_len});
   if (!is_simple(p, t.bias, p.scale) || p.dropout_p > 0.0) return false;
   // In units of log2 from here on.
   change_base(t.bias, t.slopes, t.intercepts);
-  pack_rows<AMX>(t.q, t.q_stride, queries, i0, rows, padded);
+  // Whole blocks of queries are read as they lie, where they lie as tiles.
+  const float* in_memory = in_place<AMX>(queries, i0);
+  const int64_t copied = in_memory ? rows / ROWS * ROWS : 0;
+  pack_rows<AMX>(t.q + copied * t.q_stride, t.q_stride, queries, i0 + copied, rows - copied, padded - copied);
+  const auto query_rows = [&](int64_t r) {
+    const float* at = r < copied ? in_memory + r * (p.q.row / 2) : t.q + r * t.q_stride;
+    const int64_t stride = (r < copied ? p.q.row / 2 : t.q_stride) * 4;
+    return TileOperand{at, stride, 64, TILE * stride};
+  };
   fill(t.out, 0.0F, padded * t.v_stride);
-  fill(t.references, NEG_INF, padded);
+  fill(t.references, NEG_INF, rows);
+  fill(t.references + rows, 0.0F, padded - rows);
   fill(t.sums[0], 0.0F, padded * VL);
 
   const Interval all = allowed_by_any(p, s, i0, i1);
-  bool odd[ROWS_PER_TASK / ROWS] = {};  // which of the two holds a group's sums
+  bool odd[ROWS_PER_TASK / ROWS] = {};  // which of the two holds a block's sums
   for (int64_t j = ceil_div(all.hi, TILE_KEYS) * TILE_KEYS - TILE_KEYS;
        j + TILE_KEYS > all.lo && j >= 0 && !interrupted(); j -= TILE_KEYS) {
     const int64_t tile = imin(TILE_KEYS, s.k_len - j);
-    pack_panels<AMX>(t.k, keys, j, tile);
-    pack_depth<AMX>(t.v, t.v_stride, values, j, tile, round_up(tile, NR));
-    for (int64_t g = 0; g < rows; g += ROWS) {
-      const int64_t count = imin(ROWS, rows - g);
-      const Interval any = allowed_by_any(p, s, i0 + g, i0 + g + count);
+    for (int64_t g = 0; g < rows; g += GROUP_ROWS) {
+      const Interval any = allowed_by_any(p, s, i0 + g, i0 + imin(g + GROUP_ROWS, rows));
       if (any.lo >= j + tile || any.hi <= j) continue;
       const int64_t begin = imax(any.lo - j, 0) / NR * NR, end = round_up(imin(any.hi - j, tile), NR);
-      bool& swapped = odd[g / ROWS];
-      TileGroup group{p,
-                      s,
-                      t,
-                      i0 + g,
-                      count,
-                      {t.q + g * t.q_stride, t.q_stride * 4, 64, TILE * t.q_stride * 4},
-                      steps,
-                      t.references + g,
-                      t.out + g * t.v_stride,
-                      t.sums[swapped] + g * VL,
-                      t.sums[!swapped] + g * VL,
-                      all_measured(t.references + g)};
-      if (!group.run(j, begin, end, t.k, panel, t.v)) return false;
-      swapped = group.sums != t.sums[0] + g * VL;
+      TileGroup group{p, s, t, steps, {}, 0};
+      for (int64_t r = g; r < imin(g + GROUP_ROWS, rows); r += ROWS) {
+        const bool swapped = odd[r / ROWS];
+        group.blocks[group.n++] = {i0 + r,
+                                   imin(ROWS, rows - r),
+                                   query_rows(r),
+                                   t.references + r,
+                                   t.out + r * t.v_stride,
+                                   t.sums[swapped] + r * VL,
+                                   t.sums[!swapped] + r * VL,
+                                   t.pairs + (r - g) * TILE,
+                                   all_measured(t.references + r),
+                                   0};
+      }
+      if (!group.run(j, begin, end, packed.keys(s, kv_head, j), packed.panel(), packed.values(s, kv_head, j)))
+        return false;
+      for (int64_t b = 0; b < group.n; ++b) {
+        const int64_t r = g + b * ROWS;
+        odd[r / ROWS] = group.blocks[b].sums != t.sums[0] + r * VL;
+      }
     }
   }
   constexpr float LN2 = 0.6931471805599453F;
@@ -266,9 +295,10 @@ inline bool tile_forward_task(const Problem& p, const Sequence& s, int64_t h, in
 }
 
 inline void tile_forward(const Problem& p) {
+  const PackedKeys packed(p);
   for_runs_of_rows<AMX, TileForwardScratch>(
       p, [&](const Sequence& s, int64_t h, int64_t i0, int64_t i1, TileForwardScratch& scratch) {
-        if (!tile_forward_task(p, s, h, i0, i1, scratch)) forward_task<AMX>(p, s, h, i0, i1, scratch);
+        if (!tile_forward_task(p, s, h, i0, i1, packed, scratch)) forward_task<AMX>(p, s, h, i0, i1, scratch);
       });
 }
 
