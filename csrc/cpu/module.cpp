@@ -4,9 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#if defined(__x86_64__)
-#  include <cpuid.h>
-#endif
 #if defined(__APPLE__)
 #  include <pthread.h>
 #elif defined(__linux__)
@@ -26,6 +23,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "problem_text.h"
+#include "processor.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -59,35 +57,9 @@ POSATTN_DECLARE(amx)
 namespace posattn {
 namespace {
 
-#if defined(POSATTN_HAVE_amx)
-// Whether the processor has bfloat16 tiles and the system saves them; Linux lets a process have them on request.
-bool have_tiles() {
-  uint32_t a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_max(0, nullptr) < 7) return false;
-  __cpuid_count(7, 0, a, b, c, d);
-  constexpr uint32_t AMX_BF16 = 1U << 22, AMX_TILE = 1U << 24;
-  if ((d & AMX_BF16) == 0 || (d & AMX_TILE) == 0) return false;
-  __cpuid(1, a, b, c, d);
-  if ((c & (1U << 27)) == 0) return false;  // OSXSAVE
-  uint32_t low = 0, high = 0;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  constexpr uint32_t TILE_STATE = 3U << 17;
-  if ((low & TILE_STATE) != TILE_STATE) return false;
-#  if defined(__linux__)
-  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#  else
-  return false;
-#  endif
-}
-#endif
-
 // What this build holds and this processor runs, fastest last.
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-#endif
 #if defined(POSATTN_HAVE_baseline)
   found.push_back(&baseline::kernels);
 #endif
@@ -95,25 +67,19 @@ std::vector<const Kernels*> supported() {
   found.push_back(&neon::kernels);
 #endif
 #if defined(POSATTN_HAVE_avx2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    found.push_back(&avx2::kernels);
-#endif
-#if defined(__x86_64__)
-  [[maybe_unused]] const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                                       __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (has_avx2()) found.push_back(&avx2::kernels);
 #endif
 #if defined(POSATTN_HAVE_avx512)
-  if (avx512) found.push_back(&avx512::kernels);
+  if (has_avx512()) found.push_back(&avx512::kernels);
 #endif
 #if defined(POSATTN_HAVE_avx512bf16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+  if (has_avx512bf16()) found.push_back(&avx512bf16::kernels);
 #endif
 #if defined(POSATTN_HAVE_amx_emulated)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&amx_emulated::kernels);
+  if (has_avx512bf16()) found.push_back(&amx_emulated::kernels);
 #endif
 #if defined(POSATTN_HAVE_amx)
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && have_tiles()) found.push_back(&amx::kernels);
+  if (has_amx()) found.push_back(&amx::kernels);
 #endif
   return found;
 }

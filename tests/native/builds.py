@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from pybind11 import get_cmake_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,12 +31,33 @@ def run(*command: str | Path) -> None:
 
 def driver(folder: str, target: str, *options: str) -> Path:
     """The driver `target`, built under build/`folder` with CMake's `options`."""
+    return _built(folder, target, "-DPOSATTN_BUILD_MODULE=OFF", "-DPOSATTN_BUILD_DRIVERS=ON", *options) / (
+        f"tests/native/{target}"
+    )
+
+
+def module(folder: str, *options: str) -> ModuleType:
+    """The Python module posattn._cpu, built under build/`folder` with CMake's `options` and loaded beside the installed
+    one."""
+    build = _built(
+        folder, "_cpu", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={get_cmake_dir()}", *options
+    )
+    path = build / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    spec = importlib.util.spec_from_file_location("_cpu", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def _built(folder: str, target: str, *options: str) -> Path:
+    """The folder in which `target` is built now."""
     cmake, ninja = tool("cmake"), tool("ninja")
     build = ROOT / "build" / folder
     build.mkdir(parents=True, exist_ok=True)
-    options = ("-DPOSATTN_BUILD_MODULE=OFF", "-DPOSATTN_BUILD_DRIVERS=ON", *options)
     with (build / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at the same build
         run(cmake, "-S", ROOT, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *options)
         run(cmake, "--build", build, "--target", target)
-    return build / "tests" / "native" / target
+    return build

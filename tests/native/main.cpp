@@ -1,14 +1,16 @@
 // Runs every instruction set of this processor over every edge case, forward and backward, on one thread and on three.
 // Built with AddressSanitizer and UndefinedBehaviorSanitizer, which end it at the first fault; beside them, nothing may
-// be left unwritten or turn into NaN, the thread count may not change a bit, and the instruction sets must agree.
-// Built for another processor it runs in an emulator: `posattn_cases STEP FILE` takes every STEP-th case and writes the
-// results of the last instruction set, each as a line that names it and says how many float32 follow.
+// be left unwritten or turn into NaN, the thread count may not change a bit, and the instruction sets must agree:
+// emulated tiles to the bit with the processor's own, where it has them. Built for another processor it runs in an
+// emulator: `posattn_cases STEP FILE` takes every STEP-th case and writes the results of the last instruction set, each
+// as a line that names it and says how many float32 follow.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 
 #include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cpu/processor.h"
 #include "../../csrc/cpu/threads.h"
 #include "cases.h"
 
@@ -31,6 +33,12 @@ DECLARE(avx512)
 #if defined(POSATTN_HAVE_avx512bf16)
 DECLARE(avx512bf16)
 #endif
+#if defined(POSATTN_HAVE_amx)
+DECLARE(amx)
+#endif
+#if defined(POSATTN_HAVE_amx_emulated)
+DECLARE(amx_emulated)
+#endif
 
 namespace posattn::test {
 namespace {
@@ -44,13 +52,19 @@ std::vector<const Kernels*> supported() {
   found.push_back(&neon::kernels);
 #endif
 #if defined(POSATTN_HAVE_avx2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
+  if (has_avx2()) found.push_back(&avx2::kernels);
 #endif
 #if defined(POSATTN_HAVE_avx512)
-  if (__builtin_cpu_supports("avx512dq")) found.push_back(&avx512::kernels);
+  if (has_avx512()) found.push_back(&avx512::kernels);
 #endif
 #if defined(POSATTN_HAVE_avx512bf16)
-  if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+  if (has_avx512bf16()) found.push_back(&avx512bf16::kernels);
+#endif
+#if defined(POSATTN_HAVE_amx)
+  if (has_amx()) found.push_back(&amx::kernels);
+#endif
+#if defined(POSATTN_HAVE_amx_emulated)
+  if (has_avx512bf16()) found.push_back(&amx_emulated::kernels);
 #endif
   return found;
 }
@@ -121,9 +135,14 @@ void compare(const Case& c, const Kernels& kernels, const Result& got, const Res
     fail(c, kernels, got.name + " differs from the first instruction set's by " + std::to_string(worst));
 }
 
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
 // The results of the last instruction set.
 std::vector<Result> check(const Case& c, const std::vector<const Kernels*>& every) {
   std::vector<Result> first, last;
+  bool tiles = false;  // whether `last` comes from the processor's own
   for (const Kernels* kernels : every) {
     const std::vector<Result> one = run(c, *kernels, 1), three = run(c, *kernels, 3);
     for (size_t n = 0; n < one.size(); ++n) {
@@ -132,13 +151,15 @@ std::vector<Result> check(const Case& c, const std::vector<const Kernels*>& ever
           fail(c, *kernels, one[n].name + " holds NaN, or was not written");
           break;
         }
-      const size_t bytes = one[n].values.size() * sizeof(float);
-      if (bytes != 0 && std::memcmp(one[n].values.data(), three[n].values.data(), bytes) != 0)
+      if (!same_bits(one[n].values, three[n].values))
         fail(c, *kernels, one[n].name + " depends on the number of threads");
       if (!first.empty()) compare(c, *kernels, one[n], first[n]);
+      if (tiles && std::strcmp(kernels->name, "amx_emulated") == 0 && !same_bits(one[n].values, last[n].values))
+        fail(c, *kernels, one[n].name + " has other bits than the processor's own tiles give");
     }
     if (first.empty()) first = one;
     interrupt(c, *kernels);
+    tiles = std::strcmp(kernels->name, "amx") == 0;
     last = one;
   }
   return last;
