@@ -218,7 +218,7 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
 
     for (int64_t step = 0; step < steps && !interrupted(); ++step) {
       const int64_t i0 = step * ROWS_PER_STEP, rows = imin(ROWS_PER_STEP, s.q_len - i0);
-      const Interval any = allowed_by_any(p, s, i0, i0 + rows);
+      const Interval any = needed_by_any(p, s, h, i0, i0 + rows);
       if (any.lo >= j0 + keys || any.hi <= j0) {
         if (shared_dense) progress.wait(before, (group - 1) * steps + step + 1);
         progress.publish(task, member * steps + step + 1);
@@ -235,7 +235,7 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
 
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t r0 = g * MR, count = imin(MR, rows - r0);
-        const Interval reach = allowed_by_any(p, s, i0 + r0, i0 + r0 + count);
+        const Interval reach = needed_by_any(p, s, h, i0 + r0, i0 + r0 + count);
         begin[g] = end[g] = 0;
         if (reach.lo >= j0 + keys || reach.hi <= j0) continue;
         begin[g] = imax(reach.lo - j0, 0) / NR * NR;
@@ -427,11 +427,13 @@ void for_runs_of_keys(const Problem& p, int64_t keys, const Task& run) {
 }
 
 template <class M>
-void backward(const Problem& p) {
-  for_runs_of_keys<M, BackwardScratch<M>>(
-      p, KEYS_PER_TASK,
-      [&](const Sequence& s, int64_t kv_head, int64_t j0, const Turn& turn, const float* rests,
-          BackwardScratch<M>& scratch) { backward_task<M>(p, s, kv_head, j0, turn, rests, scratch); });
+void backward(const Problem& call) {
+  with_reach(call, [](const Problem& p) {
+    for_runs_of_keys<M, BackwardScratch<M>>(
+        p, KEYS_PER_TASK,
+        [&](const Sequence& s, int64_t kv_head, int64_t j0, const Turn& turn, const float* rests,
+            BackwardScratch<M>& scratch) { backward_task<M>(p, s, kv_head, j0, turn, rests, scratch); });
+  });
 }
 
 }  // namespace posattn::POSATTN_ISA

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "dropout.h"
+#include "reach.h"
 #include "scores.h"
 #include "tasks.h"
 
@@ -149,7 +150,7 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
   fill(t.most, NEG_INF, round_up(rows, M::rows));
   fill(t.sum, 0.0F, round_up(rows, M::rows));
 
-  const Interval all = allowed_by_any(p, s, i0, i1);
+  const Interval all = needed_by_any(p, s, h, i0, i1);
   for (int64_t j0 = all.lo / TILE_KEYS * TILE_KEYS; j0 < all.hi && !interrupted(); j0 += TILE_KEYS) {
     const int64_t tile = imin(TILE_KEYS, s.k_len - j0);
     pack_panels<M>(t.k, keys, j0, tile);
@@ -162,7 +163,7 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
 
     for (int64_t g = 0; g < rows; g += M::rows) {
       const int64_t count = imin(M::rows, rows - g);
-      const Interval any = allowed_by_any(p, s, i0 + g, i0 + g + count);
+      const Interval any = needed_by_any(p, s, h, i0 + g, i0 + g + count);
       if (any.lo >= j0 + tile || any.hi <= j0) continue;
       const int64_t begin = imax(any.lo - j0, 0) / NR * NR;
       const int64_t end = round_up(imin(any.hi - j0, tile), 2 * VL), n = end - begin;
@@ -215,11 +216,13 @@ void for_runs_of_rows(const Problem& p, const Task& run) {
 }
 
 template <class M>
-void forward(const Problem& p) {
-  for_runs_of_rows<M, ForwardScratch<M>>(
-      p, [&](const Sequence& s, int64_t h, int64_t i0, int64_t i1, ForwardScratch<M>& scratch) {
-        forward_task<M>(p, s, h, i0, i1, scratch);
-      });
+void forward(const Problem& call) {
+  with_reach(call, [](const Problem& p) {
+    for_runs_of_rows<M, ForwardScratch<M>>(
+        p, [&](const Sequence& s, int64_t h, int64_t i0, int64_t i1, ForwardScratch<M>& scratch) {
+          forward_task<M>(p, s, h, i0, i1, scratch);
+        });
+  });
 }
 
 }  // namespace posattn::POSATTN_ISA

@@ -164,6 +164,7 @@ struct Problem {
   float* delta = nullptr;
 
   int32_t threads = 1;
+  const void* reach = nullptr;  // the kernels' own (reach.h)
 };
 
 }  // namespace posattn

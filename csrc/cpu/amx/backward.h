@@ -205,7 +205,7 @@ struct TileBackward {
     const int64_t blocks = ceil_div(rows, ROWS), panels = ceil_div(keys, NR);
     int64_t first[BLOCKS], last[BLOCKS];  // the panels that each block meets
     for (int64_t b = 0; b < blocks; ++b) {
-      const Interval any = allowed_by_any(p, s, i0 + b * ROWS, i0 + imin((b + 1) * ROWS, rows));
+      const Interval any = needed_by_any(p, s, h, i0 + b * ROWS, i0 + imin((b + 1) * ROWS, rows));
       first[b] = iclamp((any.lo - j0) / NR, 0, panels);
       last[b] = any.lo < any.hi ? iclamp(ceil_div(imax(any.hi - j0, 0), NR), first[b], panels) : first[b];
     }
@@ -268,7 +268,7 @@ inline void tile_backward_task(const Problem& p, const Sequence& s, int64_t kv_h
 
     for (int64_t step = 0; step < steps && !interrupted(); ++step) {
       const int64_t i0 = step * STEP_ROWS, rows = imin(STEP_ROWS, s.q_len - i0), number = member * steps + step + 1;
-      const Interval any = allowed_by_any(p, s, i0, i0 + rows);
+      const Interval any = needed_by_any(p, s, h, i0, i0 + rows);
       if (shared_dense) turn.progress.wait(turn.before(), (group - 1) * steps + step + 1);
       if (any.lo < j0 + keys && any.hi > j0) {
         turn.progress.wait(turn.earlier, number);
@@ -288,12 +288,14 @@ inline void tile_backward_task(const Problem& p, const Sequence& s, int64_t kv_h
   write_key_grads(p, s, kv_head, j0, keys, p.scale, t.grad_k, t.q_width, t.grad_v, t.v_width);
 }
 
-inline void tile_backward(const Problem& p) {
-  const PackedRows packed(p);
-  for_runs_of_keys<AMX, TileBackwardScratch>(
-      p, TASK_KEYS,
-      [&](const Sequence& s, int64_t kv_head, int64_t j0, const Turn& turn, const float* rests,
-          TileBackwardScratch& scratch) { tile_backward_task(p, s, kv_head, j0, turn, rests, packed, scratch); });
+inline void tile_backward(const Problem& call) {
+  with_reach(call, [](const Problem& p) {
+    const PackedRows packed(p);
+    for_runs_of_keys<AMX, TileBackwardScratch>(
+        p, TASK_KEYS,
+        [&](const Sequence& s, int64_t kv_head, int64_t j0, const Turn& turn, const float* rests,
+            TileBackwardScratch& scratch) { tile_backward_task(p, s, kv_head, j0, turn, rests, packed, scratch); });
+  });
 }
 
 }  // namespace posattn::POSATTN_ISA

@@ -255,13 +255,13 @@ inline bool tile_forward_task(const Problem& p, const Sequence& s, int64_t h, in
   fill(t.references + rows, 0.0F, padded - rows);
   fill(t.sums[0], 0.0F, padded * VL);
 
-  const Interval all = allowed_by_any(p, s, i0, i1);
+  const Interval all = needed_by_any(p, s, h, i0, i1);
   bool odd[ROWS_PER_TASK / ROWS] = {};  // which of the two holds a block's sums
   for (int64_t j = ceil_div(all.hi, TILE_KEYS) * TILE_KEYS - TILE_KEYS;
        j + TILE_KEYS > all.lo && j >= 0 && !interrupted(); j -= TILE_KEYS) {
     const int64_t tile = imin(TILE_KEYS, s.k_len - j);
     for (int64_t g = 0; g < rows; g += GROUP_ROWS) {
-      const Interval any = allowed_by_any(p, s, i0 + g, i0 + imin(g + GROUP_ROWS, rows));
+      const Interval any = needed_by_any(p, s, h, i0 + g, i0 + imin(g + GROUP_ROWS, rows));
       if (any.lo >= j + tile || any.hi <= j) continue;
       const int64_t begin = imax(any.lo - j, 0) / NR * NR, end = round_up(imin(any.hi - j, tile), NR);
       TileGroup group{p, s, t, steps, {}, 0};
@@ -294,12 +294,14 @@ inline bool tile_forward_task(const Problem& p, const Sequence& s, int64_t h, in
   return true;
 }
 
-inline void tile_forward(const Problem& p) {
-  const PackedKeys packed(p);
-  for_runs_of_rows<AMX, TileForwardScratch>(
-      p, [&](const Sequence& s, int64_t h, int64_t i0, int64_t i1, TileForwardScratch& scratch) {
-        if (!tile_forward_task(p, s, h, i0, i1, packed, scratch)) forward_task<AMX>(p, s, h, i0, i1, scratch);
-      });
+inline void tile_forward(const Problem& call) {
+  with_reach(call, [](const Problem& p) {
+    const PackedKeys packed(p);
+    for_runs_of_rows<AMX, TileForwardScratch>(
+        p, [&](const Sequence& s, int64_t h, int64_t i0, int64_t i1, TileForwardScratch& scratch) {
+          if (!tile_forward_task(p, s, h, i0, i1, packed, scratch)) forward_task<AMX>(p, s, h, i0, i1, scratch);
+        });
+  });
 }
 
 }  // namespace posattn::POSATTN_ISA

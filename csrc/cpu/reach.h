@@ -1,0 +1,166 @@
+// Which keys a row can do without: where a bias falls with the distance, keys far enough away weigh, all together, less
+// than the rounding of what the near ones add up to. The bound holds for every input: no key of a block of rows has a
+// logit above |scale| |q| |k| plus the highest bias that far away, and each row's maximum is at least its nearest
+// visible key's, -|scale| |q| |k| plus the bias there, with the largest |q| of the block and |k| of the sequence.
+#pragma once
+
+#include <cmath>
+
+#include "logits.h"
+#include "tasks.h"
+
+namespace posattn::POSATTN_ISA {
+
+constexpr int64_t REACH_ROWS = 32;
+// Keys out of reach weigh less than 2^-40 of a row: sums of theirs over a million rows are below float32's rounding.
+constexpr float REACH_NATS = 27.7258872F;
+// What rounding the operands (rotated queries, say) may add to their norms.
+constexpr float NORM_SLACK = 1.01F;
+
+struct ReachScratch {
+  BiasTile bias;
+  float *before, *behind;  // the highest bias up to each entry of bias.relative, and from it on
+
+  ReachScratch(Arena& arena, const Problem& p, int64_t longest_q) {
+    bias.layout(arena, p.bias, longest_q, p.max_k_len);
+    before = arena.floats(longest_q + p.max_k_len);
+    behind = arena.floats(longest_q + p.max_k_len);
+  }
+};
+
+// The largest norm of rows first .. first + count; NaN or infinity if one is.
+inline float largest_norm(const Source& src, int64_t first, int64_t count) {
+  alignas(64) float row[MAX_WIDTH];
+  float most = 0.0F;
+  const int64_t padded = round_up(src.width, VL);
+  fill(row, 0.0F, padded);
+  for (int64_t r = 0; r < count; ++r) {
+    load_floats(row, row_pointer(src.view, src.b, src.h, src.t0 + first + r), src.view.dtype, src.width);
+    vf sum = zero();
+    for (int64_t c = 0; c < padded; c += VL) sum += load(row + c) * load(row + c);
+    const float norm = reduce_add(sum);
+    most = norm <= most ? most : norm;  // a NaN stays
+    if (!(most < 1e30F)) return most;
+  }
+  return ::sqrtf(most) * NORM_SLACK;
+}
+
+class Reach {
+public:
+  explicit Reach(const Problem& p) : sequences_(p.sequences), heads_(p.heads) {
+    if (!falls(p)) return;
+    const int64_t longest = longest_queries(p), n = p.n_sequences * p.heads;
+    blocks_ = imax(1, ceil_div(longest, REACH_ROWS));
+    keys_ = static_cast<Interval*>(allocate(static_cast<size_t>(imax(1, n * blocks_)) * sizeof(Interval)));
+    run_tasks(
+        p.threads, n, [&](Arena& arena) { ReachScratch(arena, p, longest); },
+        [&](Arena& arena, int64_t task) {
+          ReachScratch scratch(arena, p, longest);
+          find(p, p.sequences[task / p.heads], task % p.heads, keys_ + task * blocks_, scratch);
+        });
+  }
+  ~Reach() {
+    if (keys_) release(keys_);
+  }
+  Reach(const Reach&) = delete;
+  Reach& operator=(const Reach&) = delete;
+
+  explicit operator bool() const { return keys_ != nullptr; }
+
+  // The keys that any of rows i0 .. i1 - 1 cannot do without.
+  Interval of(const Sequence& s, int64_t h, int64_t i0, int64_t i1) const {
+    const Interval* at = keys_ + ((&s - sequences_) * heads_ + h) * blocks_;
+    Interval all = at[i0 / REACH_ROWS];
+    for (int64_t b = i0 / REACH_ROWS + 1; b <= (i1 - 1) / REACH_ROWS; ++b)
+      all = {imin(all.lo, at[b].lo), imax(all.hi, at[b].hi)};
+    return all;
+  }
+
+private:
+  // Whether the only bias is one of the distance alone, and no mask may hide the near keys.
+  static bool falls(const Problem& p) {
+    return p.bias.relative() && !p.bias.psi && !p.bias.dense && !p.boolean && !p.q_positions && !p.mix &&
+           p.max_k_len > 2 * NR;
+  }
+
+  static void find(const Problem& p, const Sequence& s, int64_t h, Interval* keys, ReachScratch& t) {
+    const int64_t blocks = ceil_div(s.q_len, REACH_ROWS);
+    for (int64_t b = 0; b < blocks; ++b) keys[b] = {0, s.k_len};
+    if (s.k_len == 0 || s.q_len == 0) return;
+    t.bias.prepare(p, p.bias, s, h, {0, s.q_len, 0, s.k_len});
+    const float* values = t.bias.relative;
+    const int64_t n = t.bias.length, base = t.bias.base;
+    t.before[0] = values[0], t.behind[n - 1] = values[n - 1];
+    float highest = values[0], lowest = values[0];
+    for (int64_t x = 1; x < n; ++x) {
+      highest = fmax2(highest, values[x]), lowest = fmin2(lowest, values[x]);
+      t.before[x] = highest;
+    }
+    const float least = REACH_NATS + ::logf(static_cast<float>(s.k_len));
+    if (!(highest - lowest > least)) return;
+    for (int64_t x = n - 2; x >= 0; --x) t.behind[x] = fmax2(t.behind[x + 1], values[x]);
+
+    const float k_norm = largest_norm(key_source(p, s, h / (p.heads / p.kv_heads)), 0, s.k_len);
+    const Source queries = query_source(p, s, h, 1.0F);
+    const float scale = p.scale < 0.0F ? -p.scale : p.scale;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t i0 = b * REACH_ROWS, i1 = imin(i0 + REACH_ROWS, s.q_len);
+      float near = -NEG_INF;  // the lowest bias of a row's nearest visible key
+      for (int64_t i = i0; i < i1; ++i) {
+        const Interval visible = allowed(p, s, i);
+        if (visible.lo >= visible.hi) continue;
+        near = fmin2(near, values[iclamp(i + t.bias.offset, visible.lo, visible.hi - 1) - i - base]);
+      }
+      if (!(near - lowest > least)) continue;
+      float product = scale * largest_norm(queries, i0, i1 - i0) * k_norm;
+      if (p.softcap > 0.0F && p.softcap < product) product = p.softcap;
+      const float limit = near - 2.0F * product - least;
+      if (!(limit >= lowest)) continue;
+      keys[b] = {iclamp(first_above(t.before, n, limit) + i0 + base, 0, s.k_len),
+                 iclamp(last_above(t.behind, n, limit) + i1 + base, 0, s.k_len)};
+    }
+  }
+
+  // Of a rising array: the first entry above `limit`, or n.
+  static int64_t first_above(const float* rising, int64_t n, float limit) {
+    int64_t from = 0, to = n;
+    while (from < to) {
+      const int64_t middle = (from + to) / 2;
+      rising[middle] > limit ? to = middle : from = middle + 1;
+    }
+    return from;
+  }
+  // Of a falling array: the last entry above `limit`, or -1.
+  static int64_t last_above(const float* falling, int64_t n, float limit) {
+    int64_t from = 0, to = n;
+    while (from < to) {
+      const int64_t middle = (from + to) / 2;
+      falling[middle] > limit ? from = middle + 1 : to = middle;
+    }
+    return from - 1;
+  }
+
+  const Sequence* sequences_;
+  int64_t heads_, blocks_ = 0;
+  Interval* keys_ = nullptr;  // [sequences, heads, blocks_]
+};
+
+// The keys that any of rows i0 .. i1 - 1 of head h may see and cannot do without.
+inline Interval needed_by_any(const Problem& p, const Sequence& s, int64_t h, int64_t i0, int64_t i1) {
+  const Interval seen = allowed_by_any(p, s, i0, i1);
+  if (!p.reach || seen.lo >= seen.hi) return seen;
+  const Interval reach = static_cast<const Reach*>(p.reach)->of(s, h, i0, i1);
+  const int64_t lo = imax(seen.lo, reach.lo);
+  return {lo, imax(lo, imin(seen.hi, reach.hi))};
+}
+
+// `run` with a Problem that knows its reach.
+template <class Run>
+void with_reach(const Problem& p, const Run& run) {
+  const Reach reach(p);
+  Problem call = p;
+  if (reach) call.reach = &reach;
+  run(call);
+}
+
+}  // namespace posattn::POSATTN_ISA
