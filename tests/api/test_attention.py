@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 import posattn
 from posattn.attention import Options
+from posattn.bench.memory import extra_peak
 from posattn.parity import compare
 
 
@@ -268,26 +268,17 @@ def test_in_place_changes_before_backward_are_noticed():
         out.sum().backward()
 
 
-MEMORY = """
-import resource, torch, posattn
-torch.set_num_threads(1)
-def peak(tokens):
-    q, k, v = (torch.randn(1, 2, tokens, 16, requires_grad=True) for _ in range(3))
-    position = {position}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    posattn.attention(q, k, v, position, causal=True, window=(64, 0)).sum().backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-peak(512)
-print(peak(8192), peak(16384))
-"""
-
-
-@pytest.mark.parametrize("position", ["posattn.FIRE(2)", "posattn.DAPE(posattn.Kerple(2), 2)"])
-def test_memory_grows_with_the_length_and_not_its_square(position):
+@pytest.mark.skipif(sys.platform != "linux", reason="measured with Linux's /proc")
+@pytest.mark.parametrize("make", [lambda: posattn.FIRE(2), lambda: posattn.DAPE(posattn.Kerple(2), 2)])
+def test_memory_grows_with_the_length_and_not_its_square(make):
     """A matrix of 16384 x 16384 numbers would be a gigabyte a head; a window keeps the time down, not the memory."""
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY.format(position=position)], capture_output=True, text=True, check=True
-    )
-    short, long = (int(kilobytes) for kilobytes in run.stdout.split())
-    assert short < 30_000
-    assert long < 60_000
+    position = make()
+
+    def run(tokens):
+        q, k, v = (torch.randn(1, 2, tokens, 16, requires_grad=True) for _ in range(3))
+        posattn.attention(q, k, v, position, causal=True, window=(64, 0)).sum().backward()
+
+    run(512)
+    short, long = (extra_peak(lambda tokens=tokens: run(tokens)) for tokens in (8192, 16384))
+    assert short < 30, "megabytes, the inputs among them"
+    assert long < 60

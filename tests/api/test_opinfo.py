@@ -8,6 +8,7 @@ TypeErrors that name the argument (and RuntimeErrors, as torch's are).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -24,7 +25,9 @@ sdpa = posattn.scaled_dot_product_attention
 COUNT = sum(1 for _ in INFO.sample_inputs("cpu", torch.float32))
 
 
+@cache
 def samples(dtype: torch.dtype, requires_grad: bool = False) -> list[Any]:
+    """Made once: torch takes far longer to draw them all than we to compute with one."""
     torch.manual_seed(0)
     return list(INFO.sample_inputs("cpu", dtype, requires_grad=requires_grad))
 

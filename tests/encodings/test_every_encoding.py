@@ -169,8 +169,10 @@ def test_tables_cover_the_distances(encoding, q_len, k_len):
     assert attend(encoding, q, k, v).shape == (1, HEADS, q_len, DIM)
 
 
+@pytest.mark.slow
 @with_implicit_positions
 def test_lowering_compiles_whole(encoding):
+    """As part of a whole layer, in float32 and with its gradients, tests/api/test_ops.py compiles it quickly."""
     torch._dynamo.reset()
     q, k, _ = qkv()
 
