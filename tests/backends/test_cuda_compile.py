@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -112,16 +113,22 @@ def test_threads_wait_for_one_compilation(folder, compilations):
     assert len({id(kernel) for kernel in found}) == len(compilations) == 1
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="forks what is imported")
 def test_processes_share_a_cache(folder):
-    program = (
-        "from posattn.backends.cuda import compiler\n"
-        "from posattn.backends.cuda.constants import CombineConstants\n"
-        f"print(len(compiler.compile_kernel(*{COMBINE!r}, {CONSTANTS!r}, 'sm_80').cubin))"
-    )
-    running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(2)]
-    sizes = {process.communicate()[0] for process in running}
-    assert [process.returncode for process in running] == [0, 0]
-    assert len(sizes) == 1
+    context = multiprocessing.get_context("fork")
+    both, sizes = context.Barrier(2), context.Queue()
+
+    def race():
+        both.wait(60)
+        sizes.put(len(compiled().cubin))
+
+    running = [context.Process(target=race, daemon=True) for _ in range(2)]
+    for process in running:
+        process.start()
+    assert sizes.get(timeout=60) == sizes.get(timeout=60)
+    for process in running:
+        process.join(60)
+    assert [process.exitcode for process in running] == [0, 0]
     (entry,) = folder.iterdir()  # one entry, and nothing half written beside it
     assert cache.load(entry.name) is not None
 
