@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 from unittest import mock
 
 from posattn.backends.cuda import compiler
@@ -68,6 +68,31 @@ def run_cuda(
     )
 
 
+_ptx_alone: dict[Any, compiler.Kernel] = {}
+
+
+@contextmanager
+def ptx_alone() -> Iterator[None]:
+    """CUDA kernels compiled meanwhile have no machine code, which takes as long as all the rest and which the machine
+    does not run. (tools/gpu_budget and its tests compile it.)"""
+    if compiler.missing() is not None:
+        yield
+        return
+    from cuda import core
+
+    options, key = core.ProgramOptions, compiler._key
+
+    def virtual(arch: str, **given: Any) -> Any:
+        return options(arch=arch.replace("sm_", "compute_"), **given)
+
+    with (
+        mock.patch.object(core, "ProgramOptions", virtual),
+        mock.patch.object(compiler, "_key", lambda *parts: f"{key(*parts)}-ptx"),
+        mock.patch.object(compiler, "_kernels", _ptx_alone),
+    ):
+        yield
+
+
 @contextmanager
 def source_lines() -> Iterator[None]:
     """CUDA kernels compiled meanwhile say in their PTX which source line an instruction comes from. The instructions
@@ -82,5 +107,6 @@ def source_lines() -> Iterator[None]:
         mock.patch.object(core, "ProgramOptions", partial(core.ProgramOptions, lineinfo=True)),
         mock.patch.object(compiler, "_key", lambda *parts: f"{key(*parts)}-lines"),
         mock.patch.dict(compiler._kernels, clear=True),
+        mock.patch.dict(_ptx_alone, clear=True),
     ):
         yield

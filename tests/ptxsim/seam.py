@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import torch
 
-from .cuda_run import CompiledCuda, parsed, run_cuda
+from .cuda_run import CompiledCuda, parsed, ptx_alone, run_cuda
 from .kernel import Findings, Options, Report
 from .triton_run import Compiled, compile_triton
 
@@ -110,6 +110,7 @@ def behind_launch(arch: int = 80, options: Options | None = None, ignore: Sequen
     with (
         mock.patch.multiple(triton_launch, launch=machine.launch, **device),
         mock.patch.multiple(cuda_launch, launch=machine.launch_cuda, **device),
+        ptx_alone(),
     ):
         yield machine
 
