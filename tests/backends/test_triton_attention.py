@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import posattn
-from tests.backends.gpu_cases import BF16, FULL, tensors
+from tests.backends.gpu_cases import CASES, FULL, tensors
 
 pytest.importorskip("triton")
 
@@ -21,16 +21,16 @@ def test_dropout_of_all_but_nothing():
     assert not out.any()
 
 
-@pytest.mark.parametrize("explicit", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_gradients_do_not_depend_on_the_order_of_warps(ptx_machine, explicit):  # noqa: F811
-    """Bit for bit: FIRE and ALiBi have a gradient of every kind, and two blocks of keys add to the same queries."""
-    q, k, v = (x.requires_grad_() for x in tensors(BF16, heads=1, kv_heads=1, q_len=40, k_len=140, dim=32))
-    position = posattn.FIRE(1, width=4)
-    places = {"q_positions": torch.arange(40), "k_positions": torch.arange(140) // 2} if explicit else {}
+# Kernels that test_gpu_parity.py compiles as well.
+@pytest.mark.parametrize("name", ["explicit positions, profile", pytest.param("profile", marks=pytest.mark.slow)])
+def test_gradients_do_not_depend_on_the_order_of_warps(ptx_machine, name):  # noqa: F811
+    """Bit for bit: FIRE has a gradient of every kind, and several blocks of keys add to the same queries."""
+    (q, k, v), position, options = CASES[name].inputs()
+    leaves = [*(x.requires_grad_() for x in (q, k, v)), *position.parameters()]
     found = []
     for seed in (0, 7):
         ptx_machine.options = Options(stats=False, seed=seed)
-        out = posattn.attention(q, k, v, position, deterministic=True, backend="triton", **places)
-        found.append(torch.autograd.grad(out.float().square().sum(), (q, k, v, *position.parameters())))
+        out = posattn.attention(q, k, v, position, deterministic=True, backend="triton", **options)
+        found.append(torch.autograd.grad(out.float().square().sum(), leaves))
     for first, second in zip(*found):
         assert torch.equal(first, second)
