@@ -127,7 +127,7 @@ DOCUMENTS = {"q_len": 150, "k_len": 220}
 
 
 def documents(**options: Any) -> Callable[[], dict[str, Any]]:
-    return lambda: {**packed(0, 5, 5, 150, keys=(0, 90, 91, 220)), "causal": True, **options}
+    return lambda: {**packed(0, 7, 7, 150, keys=(0, 90, 91, 220)), "causal": True, **options}
 
 
 # What many cases need, first with nothing else, then masks, operands, head dimensions, and few queries.
@@ -162,7 +162,9 @@ PLAIN: dict[str, Case] = {
     "packed documents, slope, softcap": Case(
         HALF, {**DOCUMENTS, "kv_heads": 1}, alibi, documents(softcap=30.0), on=CUDA,
     ),
-    "packed documents, table, dropout": Case(BF16, DOCUMENTS, kerple, documents(dropout_p=0.3), quick=EVERYWHERE),
+    "packed documents, table, dropout, sinks": Case(
+        BF16, DOCUMENTS, kerple, lambda: documents(dropout_p=0.3, sinks=torch.randn(2))(), quick=EVERYWHERE,
+    ),
     "packed documents, profile": Case(HALF, DOCUMENTS, fire, documents()),
     "packed documents, wide heads, softcap": Case(
         BF16, {**DOCUMENTS, "kv_heads": 1, "dim": 128}, alibi, documents(softcap=30.0), on=TRITON,
@@ -418,7 +420,7 @@ def _heads(heads: int, kv_heads: int, dim: int) -> dict[str, int]:
 HEADMIX: dict[str, Case] = {
     "mix, no inner bias": Case(BF16, _THREE, lambda: mixed(None), causal(), on=_BUT_CUDA_90),
     "mix, table, two sequences": Case(
-        BF16, {**_THREE, "batch": 2}, lambda: mixed(kerple(3)), causal(), quick=(*CUDA, ("triton", 80)),
+        BF16, {**_THREE, "batch": 2}, lambda: mixed(kerple(3)), causal(), quick=CUDA,
     ),
     "mix, concat, slope, softcap": Case(
         BF16, _THREE, lambda: posattn.DAPE(alibi(3), 3, form="concat"), lambda: {"softcap": 3.0}, on=_BUT_CUDA_90,
@@ -434,10 +436,12 @@ HEADMIX: dict[str, Case] = {
         },
         on=(*_CUDA_80, ("triton", 90)), quick=(*_CUDA_80, ("triton", 90)),
     ),
-    "mix, packed documents": Case(
+    "mix, packed documents, dropout, sinks": Case(
         BF16, {**_THREE, "q_len": 60, "k_len": 50}, lambda: mixed(kerple(3)),
-        lambda: {"causal": True, **packed(0, 5, 5, 60, keys=(0, 20, 21, 50))}, on=(*CUDA, ("triton", 80)),
-        quick=(("cuda", 90),),
+        lambda: {
+            "causal": True, "dropout_p": 0.3, "sinks": torch.randn(3), **packed(0, 5, 5, 60, keys=(0, 20, 21, 50)),
+        },
+        on=(*CUDA, ("triton", 80)), quick=(("cuda", 90), ("triton", 80)),
     ),
     "mix, key lengths": Case(
         BF16, {**_THREE, "q_len": 5, "batch": 3}, lambda: mixed(kerple(3)),

@@ -9,6 +9,7 @@ import posattn
 from posattn import backends
 from posattn.backends.cuda import compiler, launch
 from posattn.backends.cuda.configs import headmix
+from tests.backends.gpu_cases import CASES
 from tests.backends.gpu_cases import tensors as tensors_of
 from tests.ptxsim import Options
 from tests.ptxsim.cuda_run import CompiledCuda
@@ -88,12 +89,11 @@ def test_backward_says_what_it_cannot_do(heads, width, reason):
             out.sum().backward()
 
 
-def kernels_of_auto(heads, width, monkeypatch):
+def kernels_of_auto(qkv, position, options, monkeypatch):
     """Which kernels the machine ran, CUDA's and Triton's, where CPU tensors have a GPU's backends; after parity."""
     monkeypatch.setitem(backends._AUTO, "cpu", backends._AUTO["cuda"])
     with behind_launch(80) as machine:
-        position = posattn.DAPE(posattn.Kerple(heads), heads, width=width)
-        assert_parity(*tensors(heads=heads, kv_heads=heads, batch=2), position, {"causal": True}, "auto")
+        assert_parity(*qkv, position, options, "auto")
     of_cuda = {x.kernel for x in machine.launches if isinstance(x.compiled, CompiledCuda)}
     return of_cuda, {x.kernel for x in machine.launches if not isinstance(x.compiled, CompiledCuda)}
 
@@ -101,14 +101,16 @@ def kernels_of_auto(heads, width, monkeypatch):
 def test_auto_hands_a_call_that_is_refused_to_triton(monkeypatch):
     """A width that Triton's kernels are compiled for elsewhere in the tests, one too many for these."""
     monkeypatch.setattr(headmix, "MAX_WIDTH", 7)
-    of_cuda, of_triton = kernels_of_auto(3, 8, monkeypatch)
+    of_cuda, of_triton = kernels_of_auto(*CASES["mix, packed documents, dropout, sinks"].inputs(), monkeypatch)
     assert of_cuda == set()
     assert "headmix_forward" in of_triton
 
 
 @pytest.mark.slow
 def test_auto_hands_a_backward_pass_that_is_refused_to_triton(monkeypatch):
-    of_cuda, of_triton = kernels_of_auto(9, 64, monkeypatch)
+    position = posattn.DAPE(posattn.Kerple(9), 9, width=64)
+    qkv = tensors(heads=9, kv_heads=9, batch=2)
+    of_cuda, of_triton = kernels_of_auto(qkv, position, {"causal": True}, monkeypatch)
     assert of_cuda == {"headmix_forward"}
     assert of_triton
     assert "headmix_forward" not in of_triton

@@ -32,7 +32,7 @@ def by_wgmma(report):
 SLOW = pytest.mark.slow
 WGMMA = [
     "plain", "table", "D = 24 and 56", "D = 128", "rotary and slope", "in order, table",
-    "packed documents, table, dropout", "causal window, grouped heads, softcap, sinks", "key lengths",
+    "packed documents, table, dropout, sinks", "causal window, grouped heads, softcap, sinks", "key lengths",
     *(
         pytest.param(name, marks=SLOW)
         for name in (

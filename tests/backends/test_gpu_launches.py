@@ -12,31 +12,31 @@ import posattn
 from posattn import validation
 from posattn.backends.cuda import launch as cuda_launch
 from posattn.backends.triton import launch as triton_launch
-from tests.backends.gpu_cases import HALF, tensors
+from tests.backends.gpu_cases import CASES, packed
 from tests.ptxsim.seam import behind_launch
 
-POSITIONS = {
-    "table": lambda: posattn.Kerple(2),
-    "DAPE": lambda: posattn.DAPE(posattn.Kerple(2), 2, width=8),
+# By name, kernels that test_gpu_parity.py compiles as well, and bounds that end before the tokens do.
+SHORT = {
+    "packed documents, table, dropout, sinks": packed(0, 7, 7, 131, keys=(0, 90, 91, 200)),
+    "mix, packed documents, dropout, sinks": packed(0, 5, 5, 50, keys=(0, 20, 21, 45)),
 }
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("name", SHORT)
 def test_tokens_of_no_document_have_no_share_in_any_gradient(name, backend, monkeypatch):
     """Bounds on a GPU are not read, so they may end early; what the tokens behind them are given goes nowhere."""
     monkeypatch.setattr(validation, "_readable", lambda tensor: False)
-    bounds = {"cu_seqlens_q": torch.tensor([0, 5, 5, 50]), "cu_seqlens_k": torch.tensor([0, 20, 21, 45])}
-    position = POSITIONS[name]()
-    q, k, v = (x.requires_grad_() for x in tensors(HALF, q_len=60, k_len=50, dim=32))
-    sinks, inside = torch.randn(2, requires_grad=True), torch.arange(60) < 50
-    given = torch.randn(1, 2, 60, 32).half(), torch.randn(1, 2, 60)
+    (q, k, v), position, options = CASES[name].inputs()
+    options.update(SHORT[name])
+    leaves = [*(x.requires_grad_() for x in (q, k, v, options["sinks"])), *position.parameters()]
+    inside = torch.arange(q.shape[2]) < options["cu_seqlens_q"][-1]
+    given = torch.randn(q.shape).to(q.dtype), torch.randn(q.shape[:3])
 
     def gradients(given):
-        out, lse = posattn.attention(
-            q, k, v, position, sinks=sinks, causal=True, deterministic=True, return_lse=True, backend=backend, **bounds
-        )
-        return torch.autograd.grad([out, lse], [q, k, v, sinks, *position.parameters()], given)
+        torch.manual_seed(1)  # of dropout
+        out, lse = posattn.attention(q, k, v, position, return_lse=True, backend=backend, **options)
+        return torch.autograd.grad([out, lse], leaves, given)
 
     with behind_launch(80):
         got = gradients(given)
@@ -46,16 +46,15 @@ def test_tokens_of_no_document_have_no_share_in_any_gradient(name, backend, monk
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("name", SHORT)
 def test_a_launch_again_drops_what_its_seed_now_says(name, backend):
     """As a captured graph launches again what it was given, after torch has drawn the seed anew."""
     seam, launched = {"cuda": cuda_launch, "triton": triton_launch}[backend], []
-    q, k, v = tensors(HALF, q_len=40, k_len=40, dim=32)
-    position = POSITIONS[name]()
+    (q, k, v), position, options = CASES[name].inputs()
 
     def run(seed: torch.Tensor) -> torch.Tensor:
         with mock.patch.object(torch, "randint", return_value=seed), torch.no_grad():
-            return posattn.attention(q, k, v, position, dropout_p=0.5, backend=backend)
+            return posattn.attention(q, k, v, position, backend=backend, **options)
 
     with behind_launch(80):
         launch = seam.launch
