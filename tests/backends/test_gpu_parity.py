@@ -70,7 +70,7 @@ def test_on_the_gpu(name: str, backend: str, request: pytest.FixtureRequest) -> 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_large_logits_stay_finite(backend: str, arch: int) -> None:
     """Logits in the thousands: exponents far outside float32's range if a row's maximum were not taken out first."""
-    q, k, v = (torch.randn(1, 2, n, 64).to(torch.bfloat16) for n in (40, 170, 170))
+    q, k, v = (torch.randn(1, 1, n, 64).to(torch.bfloat16) for n in (79, 170, 170))  # kernels as below
     with behind_launch(arch):
         assert_parity(100 * q, 100 * k, v, None, {"causal": True, "scale": 1.0}, backend)
 

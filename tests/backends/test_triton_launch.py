@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 import posattn
 from posattn.backends.triton import launch as seam
+from tests.backends.gpu_cases import alibi, tensors
 from tests.ptxsim.seam import behind_launch
 from tests.ptxsim.triton_run import compile_triton
 
@@ -79,8 +80,9 @@ def test_it_compiles_what_the_machine_runs(monkeypatch: pytest.MonkeyPatch, dim:
 
     device = {"architecture": lambda _: f"sm_{ARCH}", "processors": lambda _: 108}
     with mock.patch.multiple(seam, launch=both, has_device=lambda _: True, **device):
-        q, k, v = (torch.randn(1, 2, 100, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        posattn.attention(q, k, v, posattn.RoPE(dim) + posattn.ALiBi(2), causal=True, backend="triton").sum().backward()
+        # Of dimension 64, kernels that test_gpu_parity.py compiles as well.
+        q, k, v = (x.requires_grad_() for x in tensors(dim=dim))
+        posattn.attention(q, k, v, posattn.RoPE(dim) + alibi(), causal=True, backend="triton").sum().backward()
     assert driver.started == grids
     assert len(grids) >= 3
     assert with_maxnreg == bounded

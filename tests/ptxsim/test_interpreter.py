@@ -53,11 +53,12 @@ assert torch.equal(out, expected), out
 """
 
 
-@pytest.mark.parametrize("text", [BFLOAT16, LOOPS], ids=["bfloat16", "loops"])
-def test_the_mended_interpreter(tmp_path: Path, text: str) -> None:
-    program = tmp_path / "program.py"  # Triton reads a kernel's source from its file
-    program.write_text(text)
+def test_the_mended_interpreter(tmp_path: Path) -> None:
+    programs = tmp_path / "bfloat16.py", tmp_path / "loops.py"  # Triton reads a kernel's source from its file
+    for program, text in zip(programs, (BFLOAT16, LOOPS), strict=True):
+        program.write_text(text)
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", "import runpy, sys; [runpy.run_path(path) for path in sys.argv[1:]]", *programs]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
