@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BFLOAT16 = """
 import torch, triton, triton.language as tl
 from tests.ptxsim import interpreter

@@ -71,7 +71,7 @@ def test_broken_synchronisation_of_the_attention_pattern_is_noticed(arch: int) -
 
 
 # The kernels that take seconds to compile, one of each backend; the others with all that is slow.
-QUICK = [("forward_slope", 80), ("forward_slope", 90), ("cuda_forward", 80)]
+QUICK = [("forward_slope", 80), ("forward_slope", 90), ("cuda_slope", 80)]
 
 
 @pytest.mark.parametrize(
