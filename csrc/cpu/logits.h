@@ -58,9 +58,14 @@ inline void mask_interval(float* x, Interval keys, int64_t j, int64_t n) {
   }
 }
 
+// The boolean mask's entry for row i and key j; the next key is p.boolean_key bytes on.
+inline const uint8_t* boolean_row(const Problem& p, const Sequence& s, int64_t h, int64_t i, int64_t j) {
+  return static_cast<const uint8_t*>(p.boolean.data) + s.b * p.boolean.batch + h * p.boolean.head +
+         (s.q0 + i) * p.boolean.row + (s.k0 + j) * p.boolean_key;
+}
+
 inline void mask_boolean(const Problem& p, const Sequence& s, int64_t h, float* x, int64_t i, int64_t j, int64_t n) {
-  const auto* bytes = static_cast<const uint8_t*>(p.boolean.data) + s.b * p.boolean.batch + h * p.boolean.head +
-                      (s.q0 + i) * p.boolean.row + (s.k0 + j) * p.boolean_key;
+  const uint8_t* bytes = boolean_row(p, s, h, i, j);
   int64_t count = imin(n, s.k_len - j), step = p.boolean_key;
   for (int64_t c = 0; c < count; ++c) x[c] = bytes[c * step] ? x[c] : NEG_INF;
 }

@@ -1,7 +1,12 @@
-// Which keys a row can do without: where a bias falls with the distance, keys far enough away weigh, all together, less
-// than the rounding of what the near ones add up to. The bound holds for every input: no key of a block of rows has a
-// logit above |scale| |q| |k| plus the highest bias that far away, and each row's maximum is at least its nearest
-// visible key's, -|scale| |q| |k| plus the bias there, with the largest |q| of the block and |k| of the sequence.
+// Which keys rows can do without, found once a call.
+//
+// A boolean mask is looked through by panels of keys for blocks of rows, once for all heads that share it: panels that
+// it hides whole are not computed, those that it shows whole are not masked.
+//
+// Where a bias falls with the distance, keys far enough away weigh, all together, less than the rounding of what the
+// near ones add up to. The bound holds for every input: no key of a block of rows has a logit above |scale| |q| |k|
+// plus the highest bias that far away, and each row's maximum is at least its nearest visible key's, -|scale| |q| |k|
+// plus the bias there, with the largest |q| of the block and |k| of the sequence.
 #pragma once
 
 #include <cmath>
@@ -45,22 +50,36 @@ inline float largest_norm(const Source& src, int64_t first, int64_t count) {
   return ::sqrtf(most) * NORM_SLACK;
 }
 
+// What a boolean mask leaves of a panel of keys for a block of rows.
+enum class Shown : uint8_t { none, some, all };
+
 class Reach {
 public:
   explicit Reach(const Problem& p) : sequences_(p.sequences), heads_(p.heads) {
-    if (!falls(p)) return;
+    const bool masked = p.boolean && !p.mix;
+    if (!falls(p) && !masked) return;
     const int64_t longest = longest_queries(p), n = p.n_sequences * p.heads;
     blocks_ = imax(1, ceil_div(longest, REACH_ROWS));
+    if (masked) look_through(p);
     keys_ = static_cast<Interval*>(allocate(static_cast<size_t>(imax(1, n * blocks_)) * sizeof(Interval)));
     run_tasks(
-        p.threads, n, [&](Arena& arena) { ReachScratch(arena, p, longest); },
+        p.threads, n,
+        [&](Arena& arena) {
+          if (falls(p)) ReachScratch(arena, p, longest);
+        },
         [&](Arena& arena, int64_t task) {
+          const Sequence& s = p.sequences[task / p.heads];
+          Interval* keys = keys_ + task * blocks_;
+          for (int64_t b = 0; b < ceil_div(s.q_len, REACH_ROWS); ++b)
+            keys[b] = masked ? shown_keys(s, task % p.heads, b) : Interval{0, s.k_len};
+          if (!falls(p)) return;
           ReachScratch scratch(arena, p, longest);
-          find(p, p.sequences[task / p.heads], task % p.heads, keys_ + task * blocks_, scratch);
+          find(p, s, task % p.heads, keys, scratch);
         });
   }
   ~Reach() {
     if (keys_) release(keys_);
+    if (shown_) release(shown_);
   }
   Reach(const Reach&) = delete;
   Reach& operator=(const Reach&) = delete;
@@ -76,7 +95,64 @@ public:
     return all;
   }
 
+  // What the boolean mask shows rows i0 .. i1 - 1 of the panel of keys from j on, a multiple of NR.
+  Shown shown(const Sequence& s, int64_t h, int64_t i0, int64_t i1, int64_t j) const {
+    if (!shown_) return Shown::all;
+    const Shown first = at(s, h, i0 / REACH_ROWS)[j / NR];
+    for (int64_t b = i0 / REACH_ROWS + 1; b <= (i1 - 1) / REACH_ROWS; ++b)
+      if (at(s, h, b)[j / NR] != first) return Shown::some;
+    return first;
+  }
+
 private:
+  Shown* at(const Sequence& s, int64_t h, int64_t block) const {
+    return shown_ + (((&s - sequences_) * masks_ + (masks_ == 1 ? 0 : h)) * blocks_ + block) * panels_;
+  }
+
+  void look_through(const Problem& p) {
+    masks_ = p.boolean.head == 0 ? 1 : p.heads, panels_ = imax(1, ceil_div(p.max_k_len, NR));
+    const int64_t n = p.n_sequences * masks_ * blocks_;
+    shown_ = static_cast<Shown*>(allocate(static_cast<size_t>(imax(1, n * panels_))));
+    run_tasks(
+        p.threads, n, [](Arena&) {},
+        [&](Arena&, int64_t task) {
+          const Sequence& s = p.sequences[task / blocks_ / masks_];
+          const int64_t h = task / blocks_ % masks_, block = task % blocks_, i0 = block * REACH_ROWS;
+          if (i0 >= s.q_len) return;
+          // One row stands for all where the mask broadcasts over them.
+          const int64_t rows = p.boolean.row == 0 ? 1 : imin(REACH_ROWS, s.q_len - i0);
+          for (int64_t j = 0; j < s.k_len; j += NR)
+            at(s, h, block)[j / NR] = look_at(boolean_row(p, s, h, i0, j), rows, p.boolean.row,
+                                              p.boolean_key == 0 ? 1 : imin(NR, s.k_len - j), p.boolean_key);
+        });
+  }
+
+  static Shown look_at(const uint8_t* bytes, int64_t rows, int64_t row, int64_t keys, int64_t key) {
+    bool any = false, all = true;
+    for (int64_t r = 0; r < rows && (!any || all); ++r) {
+      const uint8_t* at = bytes + r * row;
+      uint64_t either = 0, both = 0x0101010101010101U;
+      int64_t c = 0;
+      for (; key == 1 && c + 8 <= keys; c += 8) {
+        uint64_t word;
+        std::memcpy(&word, at + c, 8);
+        either |= word, both &= word;
+      }
+      any = any || either != 0, all = all && both == 0x0101010101010101U;
+      for (; c < keys; ++c) any = any || at[c * key] != 0, all = all && at[c * key] != 0;
+    }
+    return !any ? Shown::none : all ? Shown::all : Shown::some;
+  }
+
+  // From the first panel that a block sees something of to the last.
+  Interval shown_keys(const Sequence& s, int64_t h, int64_t block) const {
+    const Shown* panels = at(s, h, block);
+    int64_t lo = 0, hi = ceil_div(s.k_len, NR);
+    while (lo < hi && panels[lo] == Shown::none) ++lo;
+    while (lo < hi && panels[hi - 1] == Shown::none) --hi;
+    return {imin(lo * NR, s.k_len), imin(hi * NR, s.k_len)};
+  }
+
   // Whether the only bias is one of the distance alone, and no mask may hide the near keys.
   static bool falls(const Problem& p) {
     return p.bias.relative() && !p.bias.psi && !p.bias.dense && !p.boolean && !p.q_positions && !p.mix &&
@@ -85,7 +161,6 @@ private:
 
   static void find(const Problem& p, const Sequence& s, int64_t h, Interval* keys, ReachScratch& t) {
     const int64_t blocks = ceil_div(s.q_len, REACH_ROWS);
-    for (int64_t b = 0; b < blocks; ++b) keys[b] = {0, s.k_len};
     if (s.k_len == 0 || s.q_len == 0) return;
     t.bias.prepare(p, p.bias, s, h, {0, s.q_len, 0, s.k_len});
     const float* values = t.bias.relative;
@@ -141,8 +216,9 @@ private:
   }
 
   const Sequence* sequences_;
-  int64_t heads_, blocks_ = 0;
+  int64_t heads_, blocks_ = 0, masks_ = 1, panels_ = 0;
   Interval* keys_ = nullptr;  // [sequences, heads, blocks_]
+  Shown* shown_ = nullptr;    // [sequences, masks_, blocks_, panels_]
 };
 
 // The keys that any of rows i0 .. i1 - 1 of head h may see and cannot do without.
@@ -152,6 +228,10 @@ inline Interval needed_by_any(const Problem& p, const Sequence& s, int64_t h, in
   const Interval reach = static_cast<const Reach*>(p.reach)->of(s, h, i0, i1);
   const int64_t lo = imax(seen.lo, reach.lo);
   return {lo, imax(lo, imin(seen.hi, reach.hi))};
+}
+
+inline Shown shown(const Problem& p, const Sequence& s, int64_t h, int64_t i0, int64_t i1, int64_t j) {
+  return p.reach ? static_cast<const Reach*>(p.reach)->shown(s, h, i0, i1, j) : Shown::all;
 }
 
 // `run` with a Problem that knows its reach.

@@ -2,7 +2,7 @@
 // its row's maximum while it is still in a register; masks, softcaps and whatever lies in a matrix take a second pass.
 #pragma once
 
-#include "logits.h"
+#include "reach.h"
 
 namespace posattn::POSATTN_ISA {
 
@@ -60,9 +60,9 @@ inline void finished_panel(const float* q, int64_t q_row, const float* k, float*
   }
 }
 
-// Whether all that a product gets is the scale and a bias along its diagonal.
+// Whether all that a product gets, beside masks, is the scale and a bias along its diagonal.
 inline bool is_simple(const Problem& p, const BiasTile& bias, float scale) {
-  return scale > 0.0F && !(p.softcap > 0.0F) && !p.boolean && !bias.bias->dense && !bias.positions() &&
+  return scale > 0.0F && !(p.softcap > 0.0F) && !bias.bias->dense && !bias.positions() &&
          !(bias.bias->psi && bias.bias->relative());
 }
 
@@ -80,7 +80,7 @@ struct Scores {
   int64_t i, count, j0, begin, end;
 
   // Rows past `count` have no entries in the bias.
-  bool simple() const { return count == M::rows && is_simple(p, bias, scale); }
+  bool simple() const { return count == M::rows && is_simple(p, bias, scale) && (!p.boolean || p.reach); }
 
   // x [M::rows][ROW_MAX] by tile, each row's maximum, and what the logits of all rows must still be multiplied with.
   float run(float* x, float* most) const {
@@ -98,7 +98,8 @@ struct Scores {
     for (int64_t c = begin; c < end; c += NR) {
       const float* keys = k + c / NR * panel;
       const int64_t n = (c - begin) / NR;
-      second[n] = !fast || c + NR > end || j0 + c < last.lo || j0 + c + NR > first.hi;
+      second[n] = !fast || c + NR > end || j0 + c < last.lo || j0 + c + NR > first.hi ||
+                  shown(p, s, bias.head, i, i + count, j0 + c) != Shown::all;
       if (second[n]) {
         gemm_rows<M, Into::fresh>(q, q_row, 1, keys, NR, x + c, ROW_MAX, depth, imin(NR, end - c) / VL);
         continue;

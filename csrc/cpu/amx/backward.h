@@ -128,7 +128,13 @@ struct TileBackward {
 
   // Rows i .. i + count of head h over one panel.
   void panel(int64_t h, int64_t i, int64_t count, int64_t block, int64_t n, bool simple) {
-    const int64_t j = j0 + n * NR, first = (s.b * p.heads + h) * p.q_len + s.q0 + i;
+    const int64_t j = j0 + n * NR;
+    if (shown(p, s, h, i, i + count, j) == Shown::none) {
+      clear(block, n);
+      for (int64_t half = 0; half < 2; ++half) fill(output(block, n).ds_rows + half * ROWS * TILE, 0.0F, ROWS * TILE);
+      return;
+    }
+    const int64_t first = (s.b * p.heads + h) * p.q_len + s.q0 + i;
     auto columns = [&](const float* panels, int64_t width) {
       return TileOperand{panels + n * panel_rows<AMX>(width) * NR, NR * 4, TILE * NR * 4, 64};
     };
@@ -149,9 +155,11 @@ struct TileBackward {
       delta[r] = r < count ? deltas[r] : 0.0F;
     }
     const Interval top = allowed(p, s, i), bottom = allowed(p, s, i + count - 1);
-    const bool masked = count < ROWS || j < bottom.lo || j + NR > top.hi, floats = t.bias_grad.any();
+    const bool boolean = p.boolean && shown(p, s, t.bias.head, i, i + count, j) != Shown::all;
+    const bool masked = boolean || count < ROWS || j < bottom.lo || j + NR > top.hi, floats = t.bias_grad.any();
     uint64_t bits[ROWS];
-    for (int64_t r = 0; masked && r < ROWS; ++r) bits[r] = r < count ? panel_bits(allowed(p, s, i + r), j) : 0;
+    for (int64_t r = 0; masked && r < ROWS; ++r)
+      bits[r] = r < count ? visible_bits(p, s, t.bias.head, i + r, j, boolean) : 0;
     with_diagonal_bias(t.bias, t.slopes, t.intercepts, p.scale, i, j, [&](const auto& finish) {
       if (masked)
         soft_panel<true>(t.scores, t.products, out, lse, delta, bits, floats, finish);

@@ -79,6 +79,22 @@ inline uint64_t panel_bits(Interval keys, int64_t j) {
   return below & ~((uint64_t{1} << lo) - 1);
 }
 
+// The same of row i with the boolean mask, if it counts.
+inline uint64_t visible_bits(const Problem& p, const Sequence& s, int64_t h, int64_t i, int64_t j, bool boolean) {
+  const uint64_t bits = panel_bits(allowed(p, s, i), j);
+  if (!boolean || bits == 0) return bits;
+  const uint8_t* bytes = boolean_row(p, s, h, i, j);
+  if (p.boolean_key == 0) return *bytes ? bits : 0;
+  if (p.boolean_key == 1) {
+    const __m512i shown = _mm512_maskz_loadu_epi8(bits, bytes);
+    return _mm512_test_epi8_mask(shown, shown);
+  }
+  uint64_t visible = 0;
+  for (int64_t c = 0; c < NR; ++c)
+    if ((bits >> c & 1) && bytes[c * p.boolean_key]) visible |= uint64_t{1} << c;
+  return visible;
+}
+
 POSATTN_INLINE vf keep(vf x, uint64_t bits) {
   return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)x);
 }
@@ -179,6 +195,10 @@ struct TileGroup {
         const float* keys_at = k + c / NR * panel;
         for (int64_t b = 0; b < n; ++b) {
           RowBlock& block = blocks[b];
+          if (shown(p, s, t.bias.head, block.i, block.i + block.count, j + c) == Shown::none) {
+            clear(block, c - from);
+            continue;
+          }
           const char* ahead = reinterpret_cast<const char*>(b == n - 1 && c > begin ? keys_at - panel : keys_at);
           tile_rows(block.q, {keys_at, NR * 4, TILE * NR * 4, 64}, NR / VL, t.scores, NR, steps);
           const auto use = [&](const auto& finish) { return weigh(block, j, c, from, v, ahead, finish); };
@@ -193,9 +213,11 @@ struct TileGroup {
   template <class Finish>
   bool weigh(RowBlock& b, int64_t j, int64_t c, int64_t from, const float* v, const char* ahead, const Finish& finish) {
     const Interval first = allowed(p, s, b.i), last = allowed(p, s, b.i + b.count - 1);
-    const bool masked = b.count < ROWS || j + c < last.lo || j + c + NR > first.hi;
+    const bool boolean = p.boolean && shown(p, s, t.bias.head, b.i, b.i + b.count, j + c) != Shown::all;
+    const bool masked = boolean || b.count < ROWS || j + c < last.lo || j + c + NR > first.hi;
     uint64_t bits[ROWS];
-    for (int64_t r = 0; masked && r < ROWS; ++r) bits[r] = r < b.count ? panel_bits(allowed(p, s, b.i + r), j + c) : 0;
+    for (int64_t r = 0; masked && r < ROWS; ++r)
+      bits[r] = r < b.count ? visible_bits(p, s, t.bias.head, b.i + r, j + c, boolean) : 0;
     float* to = b.pairs + (c - from) / TILE_DEPTH * GROUP_ROWS * TILE;
     auto run = [&] {
       return masked ? weigh_panel<true>(t.scores, to, b.references, b.sums, b.spare, bits, ahead, steps * 128, finish)
@@ -211,6 +233,12 @@ struct TileGroup {
     float* swap = b.sums;
     b.sums = b.spare, b.spare = swap;
     return true;
+  }
+
+  // The weights of a panel that nobody sees.
+  void clear(const RowBlock& b, int64_t at) const {
+    for (int64_t c = at; c < at + NR; c += TILE_DEPTH)
+      fill(b.pairs + c / TILE_DEPTH * GROUP_ROWS * TILE, 0.0F, ROWS * TILE);
   }
 
   void add_waiting(int64_t from, const float* v) {
