@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ import posattn
 from posattn import ops
 from posattn.encodings.base import Context
 from posattn.parity import examples, positions_for
-from posattn.plan import Bias, Call, Dense, Mask, Plan
+from posattn.plan import Bias, Call, Dense, HeadMix, Mask, Plan, Profile, Rotary, Slope, Table
 from posattn.serialize import flatten, parse, unflatten
 
 HEADS, DIM, TOKENS = 4, 8, 20
@@ -69,13 +71,65 @@ def arguments(call):
     return (call.q, call.k, call.v, operands, flat.ints, call.scale, call.softcap, call.dropout_p, flat.spec)
 
 
-def test_a_call_survives_flattening():
-    call = full_call()
-    flat = flatten(call, "auto")
-    again = unflatten(
-        call.q, call.k, call.v, flat.operands, flat.ints, call.scale, call.softcap, call.dropout_p, flat.spec
+def bias_of_its_own(signed, first):
+    """Every operand, each a tensor that no other field holds."""
+    slope, table, psi, rows, knots, steep, level, dense = (torch.randn(1, 1) for _ in range(8))
+    profile = Profile(psi, first + 1, rows, first + 2, knots, steep, level)
+    return Bias(Slope(slope, signed), Table(table, first), profile, Dense(dense))
+
+
+def call_of_its_own(flag, form):
+    """No two fields are equal; no kernel could run it."""
+    q, k, v, *turns, w1, b1, w2, b2 = (torch.randn(1, 1) for _ in range(11))
+    boolean, lengths, cu_q, cu_k, sinks, q_at, k_at, seed = (torch.randn(1, 1) for _ in range(8))
+    mix = HeadMix(w1, b1, w2, b2, form, bias_of_its_own(not flag, -7))
+    return Call(
+        q=q,
+        k=k,
+        v=v,
+        plan=Plan(Rotary(*turns, flag), mix, bias_of_its_own(flag, -12)),
+        mask=Mask(flag, not flag, 3, 5, boolean, lengths, cu_q, cu_k, 17, 19),
+        scale=0.25,
+        softcap=2.0,
+        sinks=sinks,
+        q_positions=q_at,
+        k_positions=k_at,
+        dropout_p=0.2,
+        seed=seed,
+        deterministic=flag,
+        scale_tensor=torch.tensor(0.25),
     )
-    assert repr(again) == repr(call)  # tensors have no ==, and repr shows every field and value
+
+
+def parts(value, name="call"):
+    """Its fields and theirs by name; a tensor is known by itself, not by its values."""
+    if isinstance(value, torch.Tensor):
+        yield name, id(value)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from parts(getattr(value, field.name), f"{name}.{field.name}")
+    else:
+        yield name, value
+
+
+CALLS = {
+    "flags": lambda: call_of_its_own(True, "add"),
+    "other flags": lambda: call_of_its_own(False, "concat"),
+    "every operand": full_call,
+    "nothing": lambda: Call(q=(x := torch.randn(1)), k=x, v=x, plan=Plan(), mask=Mask(max_q=4, max_k=6), scale=0.3),
+    "closest window": lambda: Call(
+        q=(x := torch.randn(1)), k=x, v=x, plan=Plan(), mask=Mask(left=0, right=0), scale=1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("made", CALLS.values(), ids=CALLS)
+def test_a_call_survives_flattening(made):
+    call = made()
+    flat = flatten(call, "auto")
+    scale = call.scale if call.scale_tensor is None else 0.0  # the tensor counts
+    again = unflatten(call.q, call.k, call.v, flat.operands, flat.ints, scale, call.softcap, call.dropout_p, flat.spec)
+    assert dict(parts(again)) == dict(parts(call))
     assert parse(flat.spec).backend == "auto"
 
 

@@ -100,7 +100,7 @@ FAULTS: list[Fault] = [
         ('top_left=«"top_left" in flags»,', "False", (FLATTENED, SDPA)),
         ('deterministic=«"deterministic" in flags»,', "False", (FLATTENED,)),
         ("ints += [«mask.max_q, mask.max_k»]", "mask.max_k, mask.max_q", (FLATTENED,)),
-        ("scale=«scale if scale_tensor is None else float(scale_tensor)»,", "scale", (NUMBERS,)),
+        ("scale=«scale if scale_tensor is None else float(scale_tensor)»,", "scale", (FLATTENED,)),
         ('("q", "k", "v", «"scale", »"w1"', "", (NUMBERS,)),
         ('k_positions=«named.get("k_positions")»,', 'named.get("q_positions")', (FLATTENED,)),
     ),
