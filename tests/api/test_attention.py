@@ -41,6 +41,9 @@ SHAPES = {
     "one key set, many values": ((2, 4, 5, 8), (1, 1, 7, 8), (2, 4, 7, 8)),
     "fewer key dimensions": ((2, 4, 5, 8), (4, 7, 8), (7, 8)),
     "five, shared": ((3, 2, 4, 5, 8), (1, 2, 4, 7, 8), (3, 1, 1, 7, 8)),
+    "more key dimensions": ((5, 8), (2, 4, 7, 8), (7, 8)),
+    "three, values of another width": ((4, 5, 8), (4, 7, 8), (4, 7, 3)),
+    "five, values of another width": ((3, 2, 4, 5, 8), (3, 2, 4, 7, 8), (3, 2, 4, 7, 11)),
 }
 
 

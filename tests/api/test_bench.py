@@ -108,6 +108,27 @@ PEER_CASES = {
 }
 
 
+@pytest.mark.parametrize("q_len", [1, 20])
+@pytest.mark.parametrize("peer", [peer for peer in PEER_CASES if peer != "sdpa"])
+def test_a_peer_with_fewer_queries_than_keys(peer: str, q_len: int) -> None:
+    """Causal from the last key on, where torch's own causal mask counts from the first."""
+    variant = Variant(peer, PEER_CASES[peer][0])
+    case = replace(TINY, mode="forward", q_len=q_len)
+    with torch.no_grad():
+        out = peers.contender(variant, case, "cpu").forward()
+    assert parity.outputs_differ(variant, case, "cpu", out) is None
+
+
+def test_sdpa_says_why_it_has_no_causal_mask_for_fewer_queries_than_keys() -> None:
+    case = replace(TINY, mode="forward")
+    with pytest.raises(peers.Unavailable, match="its causal mask is aligned top-left"):
+        peers.contender(Variant("sdpa"), replace(case, q_len=20), "cpu")
+    for fits in (replace(case, q_len=1), replace(case, q_len=20, causal=False), case):
+        with torch.no_grad():
+            out = peers.contender(Variant("sdpa"), fits, "cpu").forward()
+        assert parity.outputs_differ(Variant("sdpa"), fits, "cpu", out) is None
+
+
 @pytest.mark.parametrize("peer", PEER_CASES)
 def test_a_peer_is_not_posattn_itself(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every peer but eager PyTorch, which posattn keeps as its reference, computes without posattn; and it is right."""
@@ -154,7 +175,10 @@ def test_a_peer_that_cannot_run_is_named() -> None:
     )
     rows = runner.run_case(replace(case, seconds=0.01), "cpu", 1, notes.append)
     assert [row.variant for row in rows] == ["posattn:ALiBi"]
-    assert [note.split(": ")[1].split(" left out")[0] for note in notes] == ["flex:Kerple", "sdpa"]
+    assert notes == [
+        "tiny: flex:Kerple left out: its score_mod is written for ALiBi alone",
+        "tiny: sdpa left out: its causal mask is aligned top-left",
+    ]
 
 
 def test_a_peer_that_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
