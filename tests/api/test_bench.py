@@ -207,6 +207,15 @@ def test_a_row_has_its_rate_and_its_share(monkeypatch: pytest.MonkeyPatch) -> No
     assert (found.median, found.p20, found.p80, found.rounds) == (0.5, 0.4, 0.6, 3)
 
 
+def test_a_variant_of_its_own_length_has_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "peak", lambda *arguments: 4e9)
+    monkeypatch.setattr(runner, "interleave", lambda calls, *rest: {n: timing.Timing(0.5, 0.4, 0.6, 3) for n in calls})
+    variants = (Variant("posattn", "ALiBi"), Variant("posattn", "ALiBi", length=66))
+    usual, longer = runner.run_case(replace(TINY, mode="forward", variants=variants), "cpu", 1, print)
+    assert (usual.q_len, longer.q_len, longer.k_len) == (33, 66, 66)
+    assert longer.rate / usual.rate == pytest.approx(66 * 67 / (33 * 34))
+
+
 def test_decoding_is_measured_in_bytes() -> None:
     case = replace(TINY, mode="forward", q_len=1, k_len=100, dtype="bfloat16")
     assert work.work(case, "none") == work.Work(2 * 2 * 100 * 16 * 2, "read")

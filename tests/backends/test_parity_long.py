@@ -30,7 +30,9 @@ OPTIONS = {
     "dropout": lambda: {"dropout_p": 0.3, "causal": True},
     "window": lambda: {"window": (700, 5)},
     "mask": lambda: {"mask": torch.rand(1, HEADS, QUERIES, KEYS) < 0.6},
-    "bias": lambda: {"bias": torch.randn(1, HEADS, QUERIES, KEYS), "softcap": 4.0},
+    "softcap": lambda: {"softcap": 4.0},
+    "bias": lambda: {"bias": torch.randn(1, HEADS, QUERIES, KEYS)},
+    "bias and softcap": lambda: {"bias": torch.randn(1, HEADS, QUERIES, KEYS), "softcap": 4.0},
     "positions": lambda: {
         "q_positions": torch.arange(1200, 1200 + 4 * QUERIES, 4),
         "k_positions": torch.arange(KEYS) + torch.arange(KEYS) // 7,
@@ -56,3 +58,23 @@ def test_past_a_tile_in_bfloat16(place, name):
     q, k, v = (torch.randn(1, HEADS, n, DIM).to(place[0], torch.bfloat16) for n in (QUERIES, KEYS, KEYS))
     options = {"causal": True, "dropout_p": 0.2}
     assert_parity(q, k, v, None if position is None else position.to(place[0]), options, place[1])
+
+
+WHOLE = {
+    "full": dict,
+    "left window": lambda: {"window": (640, None)},
+    "softcap": lambda: {"softcap": 1.5},
+    "bias": lambda: {"bias": torch.randn(1, HEADS, 64, 1024)},
+}
+
+
+@pytest.mark.parametrize("options", WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize("name", ["none", "RoPE", "Kerple", "FIRE"])
+def test_whole_tiles_in_bfloat16(place, name, options):
+    """No panel of a row is cut off, so none is finished apart: the scale of all waits for the same pass."""
+    torch.manual_seed(4)
+    position = ENCODINGS[name]()
+    given = {n: x.to(place[0]) if isinstance(x, torch.Tensor) else x for n, x in options().items()}
+    q, k, v = (torch.randn(1, HEADS, n, DIM).to(place[0], torch.bfloat16) for n in (64, 1024, 1024))
+    position = None if position is None else position.to(place[0])
+    assert_parity(q, k, v, position, {"scale": 0.9, **given}, place[1])

@@ -75,7 +75,7 @@ FAULTS: list[Fault] = [
         ("|| «j0 + c + NR > first.hi»;", "c + NR > first.hi", (LONG, MASKS)),
         ("bias.relative_row(i, «j0 + c», NR)", "c", (LONG,)),
         ("steep[r] = bias.segment_slope()[segment] * «scales[r]»;", "scales[0]", (LONG, ENCODINGS)),
-        ("float left = «fast && bias.any()» ? 1.0F", "fast", (NARROW,)),
+        ("float left = «fast && bias.any()» ? 1.0F", "fast", (LONG,)),
         ("x + r * ROW_MAX + c, «i + r», allowed", "i", (MASKS, SHAPES)),
         ("allowed(p, s, «i + r»), j0 + c, n, mul", "i", (MASKS, SHAPES)),
         ("allowed(p, s, i + r), «j0 + c», n, mul", "c", (LONG,)),
