@@ -130,16 +130,17 @@ def test_symbolic_trace() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_nested_tensors_are_documents(causal: bool, kv_heads: int) -> None:
+@pytest.mark.parametrize("k_lengths", [(5, 1, 9), (7, 12, 2)], ids=["as queries", "other keys"])
+def test_nested_tensors_are_documents(causal: bool, kv_heads: int, k_lengths: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    lengths = (5, 1, 9)
 
-    def nested(heads: int, dim: int) -> tuple[Tensor, list[Tensor]]:
+    def nested(heads: int, dim: int, lengths: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
         parts = [torch.randn(n, heads, dim, requires_grad=True) for n in lengths]
         return torch.nested.as_nested_tensor(parts, layout=torch.jagged).transpose(1, 2), parts
 
-    (q, q_parts), (k, k_parts), (v, v_parts) = nested(4, 8), nested(kv_heads, 8), nested(kv_heads, 6)
-    position = posattn.ALiBi(4)
+    q, q_parts = nested(4, 8, (5, 1, 9))
+    (k, k_parts), (v, v_parts) = nested(kv_heads, 8, k_lengths), nested(kv_heads, 6, k_lengths)
+    position = posattn.ALiBi(4) + posattn.Kerple(4)
     out = sdpa(q, k, v, is_causal=causal, enable_gqa=kv_heads == 1, position=position)
     assert out.is_nested
     expected = [
@@ -164,5 +165,8 @@ def test_what_nested_tensors_cannot_have() -> None:
         sdpa(q, q, q, torch.ones(4, 4).bool())
     with pytest.raises(ValueError, match="as many documents"):
         sdpa(q, other, other)
+    cut = torch.nested.as_nested_tensor([torch.randn(4, 2, 8), torch.randn(3, 2, 8)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="the same lengths of both"):
+        sdpa(q, q, cut.transpose(1, 2))
     with pytest.raises(TypeError, match="q: expected a dense tensor"):
         posattn.attention(q, q, q)

@@ -64,17 +64,25 @@ WHOLE = {
     "full": dict,
     "left window": lambda: {"window": (640, None)},
     "softcap": lambda: {"softcap": 1.5},
-    "bias": lambda: {"bias": torch.randn(1, HEADS, 64, 1024)},
+    "bias": lambda: {"bias": torch.randn(1, 1, 210, 1024)},
+    "large scale": lambda: {"scale": 12.0},
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", WHOLE.values(), ids=WHOLE)
-@pytest.mark.parametrize("name", ["none", "RoPE", "Kerple", "FIRE"])
-def test_whole_tiles_in_bfloat16(place, name, options):
-    """No panel of a row is cut off, so none is finished apart: the scale of all waits for the same pass."""
+@pytest.mark.parametrize("name", ["none", "RoPE", "ALiBi", "FIRE"])
+def test_whole_tiles_and_several_blocks_of_queries(place, name, options, dtype):
+    """No panel of a row is cut off, so none is finished apart: the scale of all waits for the same pass. Values are
+    read where they lie, and one head's queries are the work of several tasks."""
     torch.manual_seed(4)
-    position = ENCODINGS[name]()
+    position = {
+        "none": lambda: None,
+        "RoPE": lambda: posattn.RoPE(32),
+        "ALiBi": lambda: posattn.ALiBi(1, learnable=True, slopes=[0.01]),
+        "FIRE": lambda: posattn.FIRE(1),
+    }[name]()
     given = {n: x.to(place[0]) if isinstance(x, torch.Tensor) else x for n, x in options().items()}
-    q, k, v = (torch.randn(1, HEADS, n, DIM).to(place[0], torch.bfloat16) for n in (64, 1024, 1024))
+    q, k, v = (torch.randn(1, 1, n, 32).to(place[0], dtype) for n in (210, 1024, 1024))
     position = None if position is None else position.to(place[0])
     assert_parity(q, k, v, position, {"scale": 0.9, **given}, place[1])

@@ -292,6 +292,20 @@ def test_explicit_positions_tell_dynamic_rules_the_length(rule):
 
 
 @dynamic
+def test_documents_of_queries_and_of_keys_may_share_their_positions(rule):
+    """One tensor for both, and yet a token's rotation depends on which document it counts to."""
+    positions = torch.arange(10)[None] % 7
+    bounds = {"cu_seqlens_q": torch.tensor([0, 2, 10]), "cu_seqlens_k": torch.tensor([0, 4, 10])}
+    bounds |= {"q_tokens": 10, "k_tokens": 10}
+    rope = RoPE(4, scaling=rule)
+    shared = rope.lower(context(8, 6, 4, q_positions=positions, k_positions=positions, **bounds)).rotary
+    apart = rope.lower(context(8, 6, 4, q_positions=positions.clone(), k_positions=positions, **bounds)).rotary
+    assert not torch.equal(apart.q_cos, apart.k_cos)
+    assert torch.equal(shared.q_cos, apart.q_cos)
+    assert torch.equal(shared.k_cos, apart.k_cos)
+
+
+@dynamic
 def test_positions_in_the_empty_part_of_a_cache_do_not_count(rule):
     rope = RoPE(4, scaling=rule)
     slots = torch.arange(64)[None]
