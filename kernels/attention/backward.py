@@ -30,7 +30,7 @@ from ..common.dq_semaphore import publish, wait_for
 from ..common.dropout import keep_tile
 from ..common.masks import query_spans
 from ..common.mma_layout import by_query, fragments, load_fragments, load_shared_inside, store_fragments, store_shared
-from ..common.profile import Line, line_on, next_line, no_line, psi_tile, row_scales, runs
+from ..common.profile import Line, common_line, line_on, next_line, no_line, psi_tile, row_scales, runs
 from ..common.scores import LOG2E, load_rows, logits_tile, rows_ahead, start_logits
 from ..common.sequences import SeqlenInfo, TileCoord, open_sequence
 from .logit_gradient import softmax_gradient
@@ -40,6 +40,7 @@ from .profile_gradient import (
     add_parts,
     by_thread,
     leave_segment,
+    on_line,
     past_knots,
     psi_gradient,
     store_parts,
@@ -351,6 +352,7 @@ def _walk(
         psi_carried = start_bands(psi_bands, spans.lo, GROUPS, BLOCK_M, NVIDIA)
     line = no_line()
     high = line.segment
+    common = line
     sums = None
     if OF_LINES:
         sums = LineSums(
@@ -413,12 +415,14 @@ def _walk(
                     if PROFILE and span != 1:
                         segment = line.segment
                         line, high = next_line(line, t, row_scale, o, BLOCK_N, CONFIG, NVIDIA)
+                    if PROFILE:
+                        common = common_line(line, None if span == 1 else high)
                     lse2, delta = _row_statistics(
-                        upstream, stats, i0, row0, rows, seq.q_len, slope, line, span % 3 == 0,
+                        upstream, stats, i0, row0, rows, seq.q_len, slope, common, span % 3 == 0,
                         span % 3 != 0 and BLOCK_M > 32 and not SPREAD, BACKWARD.shares, PROFILE, CONFIG, NVIDIA,
                     )  # fmt: skip
                     p, kept, keep, slack = _weights(
-                        q, lse2, line, None if span == 1 else high, t, keys, seq, o, mask, dropout,
+                        q, lse2, common, None if span == 1 else high, t, keys, seq, o, mask, dropout,
                         slope, row_scale, scale, softcap, factor, shape.heads, do.dtype,
                         span % 3 == 0, PACKED, CONFIG, NVIDIA,
                     )  # fmt: skip
@@ -436,14 +440,17 @@ def _walk(
                         table_carried = store_bands(
                             table_bands, i0, of_ds_half, table_carried, BACKWARD.whole, NVIDIA
                         )  # fmt: skip
-                    if OF_LINES:
-                        if span != 1:
+                    if OF_PSI or OF_LINES:
+                        if OF_LINES and span != 1:
                             of_ds, of_dsy = leave_segment(sums, segment, line.segment, o.num_knots, of_ds, of_dsy)
                         psi = psi_tile(t, o, 1, BLOCK_N, BLOCK_M, CONFIG, NVIDIA)
-                        store_parts(sums.Parts, i0 // BLOCK_M, ds, psi, PARTS, BACKWARD.whole, NVIDIA)
-                        of_ds += by_thread(ds, PARTS)
-                    if OF_PSI or OF_LINES:
-                        dpsi = psi_gradient(ds, line, row_scale)
+                        own = ds
+                        if span != 1:
+                            own = on_line(ds, psi, row_scale, line)
+                        if OF_LINES:
+                            store_parts(sums.Parts, i0 // BLOCK_M, own, psi, PARTS, BACKWARD.whole, NVIDIA)
+                            of_ds += by_thread(own, PARTS)
+                        dpsi = psi_gradient(own, line, row_scale)
                         if span != 1:
                             if high > line.segment:
                                 dpsi = past_knots(

@@ -12,7 +12,7 @@ from ..common.arguments import DROPOUT_BITS, Angles, Dropout, Inputs, Mask, Oper
 from ..common.codegen import hidden
 from ..common.dropout import keep_tile
 from ..common.masks import key_spans
-from ..common.profile import next_line, no_line, row_scales
+from ..common.profile import common_line, next_line, no_line, row_scales
 from ..common.rotary import load_rotary
 from ..common.scores import LN2, LOG2E, LOWEST, load_rows, logits_tile, start_logits
 from ..common.sequences import TileCoord, open_sequence
@@ -91,6 +91,7 @@ def attention_forward(
 
     line = no_line()
     high = line.segment
+    common = line
     m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -130,11 +131,12 @@ def attention_forward(
                 t = TileCoord(seq.b, h, seq.q_start, seq.k_start, i0, j0, shift, i, j, i_in, j_in, pi, pj, 0)
                 if operands.psi is not None:
                     line, high = next_line(line, t, row_scale, operands, BLOCK_N, CONFIG, NVIDIA)
+                    common = common_line(line, high)
                 s = start_logits(t, operands, BLOCK_M, BLOCK_N, CONFIG, NVIDIA)
                 s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
                 s, _ = logits_tile(
                     s,
-                    line,
+                    common,
                     high,
                     t,
                     seq,
@@ -155,7 +157,7 @@ def attention_forward(
                 if CONFIG.linear:
                     level = slope * LOG2E * (j0 - i0 - shift).to(tl.float32)
                 if operands.psi is not None:
-                    level += line.intercept * LOG2E
+                    level += common.intercept * LOG2E
                 m_new = tl.maximum(m_i, tl.max(s, 1) * factor + level)
                 p = tl.exp2(s * factor - (m_new - level)[:, None])
                 alpha = tl.exp2(m_i - m_new)

@@ -7,7 +7,7 @@ from ..common.arguments import Dropout, Inputs, Mask, Operands, OutputGradient, 
 from ..common.bf16x2 import multiply_bf16, widen_bf16
 from ..common.bias import gather
 from ..common.dropout import keep_tile
-from ..common.profile import next_line, no_line, row_scales
+from ..common.profile import common_line, next_line, no_line, row_scales
 from ..common.scores import LOG2E, load_rows, logits_tile
 from ..common.sequences import SeqlenInfo, TileCoord
 
@@ -90,15 +90,17 @@ def logit_gradient(
     row_scale = None
     line = no_line()
     high = line.segment
+    common = line
     if o.psi is not None:
         row_scale = gather(row_scales(t.pi, t.shift, o, CONFIG.explicit), 0, NVIDIA)
         line, high = next_line(line, t, row_scale, o, BLOCK_N, CONFIG, NVIDIA)
+        common = common_line(line, high)
     s = tl.dot(q, tl.trans(k), input_precision=CONFIG.precision)
     s, _ = logits_tile(
-        s, line, high, t, seq, o, mask, slope, t.i0 + t.shift, row_scale, scale, softcap, True, CONFIG, NVIDIA
+        s, common, high, t, seq, o, mask, slope, t.i0 + t.shift, row_scale, scale, softcap, True, CONFIG, NVIDIA
     )
     if o.psi is not None:
-        lse2 -= line.intercept * LOG2E
+        lse2 -= common.intercept * LOG2E
     factor = LOG2E if CONFIG.scale_before_bias else scale * LOG2E
     p = tl.exp2(s * factor - lse2[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision=CONFIG.precision)

@@ -1,9 +1,10 @@
 """What a tile adds to the gradients of psi, of a profile's lines and of its row scale.
 
-A tile is taken to lie on one line; where knots are inside it, which is seldom, the parts past each are corrected,
-element by element. Sums over a line are carried from tile to tile, and written out when the walk comes to another
-segment. Those of ds * psi by query are added within a thread, go to memory of the program's own, and come back in the
-next step as rows of one thread: no shuffle. They are the row scale's gradient and, times it, that of the slope.
+A tile lies on one line; where knots are inside it, which is seldom, what lies past the first is zero in the line's
+sums, and each further segment adds its own. Sums over a line are carried from tile to tile, and written out when the
+walk comes to another segment. Those of ds * psi by query are added within a thread, go to memory of the program's own,
+and come back in the next step as rows of one thread: no shuffle. They are the row scale's gradient and, times it, that
+of the slope.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from ..common.arguments import Operands
 from ..common.bias import gather
 from ..common.codegen import opaque
 from ..common.mma_layout import by_query, load_shared, store_shared
-from ..common.profile import Line, psi_tile, slopes_of
+from ..common.profile import Line, line_on, on_segment, psi_tile
 from ..common.sequences import TileCoord
 
 # Rows of a query's parts that are not added in registers: with as many threads as parts and queries no thread idles.
@@ -116,8 +117,14 @@ def leave_segment(sums: LineSums, segment, following, num_knots, of_ds, of_dsy):
 
 
 @triton.jit
+def on_line(ds, psi, row_scale, line: Line):
+    """ds of the elements on `line`, the lowest segment's of the tile, and 0 elsewhere."""
+    return tl.where(psi * row_scale <= line.above, ds, 0.0)
+
+
+@triton.jit
 def psi_gradient(ds, line: Line, row_scale):
-    """The gradient of psi on a tile of one line; past_knots corrects it."""
+    """The gradient of psi, of elements on one line."""
     return ds * (row_scale * line.slope)
 
 
@@ -126,25 +133,20 @@ def past_knots(
     ds, dpsi, line: Line, high, sums, q_len, t: TileCoord, row_scale, o: Operands,
     QUERIES: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """dpsi of a tile of the segments line.segment .. high. Unless `sums` (LineSums) is None, moves the sums of ds and
-    ds * y past each knot to their segments, and adds what their other slopes make of the row scale's gradient.
+    """dpsi, which is that of the elements on `line`, with those of the segments past it up to `high`. Unless `sums`
+    (LineSums) is None, adds these segments' sums of ds and ds * y, and what they make of the row scale's gradient.
 
     QUERIES is the axis of the queries in ds and row_scale."""
     scales = tl.sum(row_scale, 1 - QUERIES)  # drops its axis of one
     for m in range(line.segment + 1, high + 1):
         psi = psi_tile(t, o, m, ds.shape[0], ds.shape[1], CONFIG, NVIDIA)
-        y = psi * row_scale
-        on = (y > gather(o.knots + m - 1, 0, NVIDIA)) & (y <= gather(o.knots + m, 0, NVIDIA))
-        part = tl.where(on, ds, 0.0)
-        steeper = gather(slopes_of(o, t.h) + m, 0, NVIDIA) - line.slope
-        dpsi += part * (row_scale * steeper)
+        own = line_on(m, o, t.h, NVIDIA)
+        part = tl.where(on_segment(psi * row_scale, own), ds, 0.0)
+        dpsi += psi_gradient(part, own, row_scale)
         if sums is not None:
             by_query = tl.sum(part * psi, 1 - QUERIES)
-            of_ds = tl.sum(tl.sum(part, 1 - QUERIES))
-            of_dsy = tl.sum(by_query * scales)
-            _write(sums, m, o.num_knots, of_ds, of_dsy)
-            _write(sums, line.segment, o.num_knots, -of_ds, -of_dsy)
+            _write(sums, m, o.num_knots, tl.sum(tl.sum(part, 1 - QUERIES)), tl.sum(by_query * scales))
             query = t.i0 + tl.arange(0, ds.shape[QUERIES])
-            gradient = (by_query * steeper * sums.units).to(tl.int64)
+            gradient = (by_query * (own.slope * sums.units)).to(tl.int64)
             tl.atomic_add(sums.DRowScale + query, gradient, query < q_len, sem="relaxed")
     return dpsi

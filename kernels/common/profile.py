@@ -1,9 +1,12 @@
-"""A profile on one tile: the line on which its logits lie, and the knots inside the tile, each of which bends it.
+"""A profile on one tile: the line on which its logits lie, or, with knots inside the tile, the line of each segment.
 
 On segment m, between knots m - 1 and m, the bias is slope[m] * y + intercept[m], where y is psi of the distance times
 the row scale. Bounds of psi over runs of distances and of the row scale over runs of rows, made by the host, give the
 lowest and the highest y of a tile: never too narrow, as rounding is monotone; where they are too wide a knot outside
 costs time alone. Most tiles lie in one segment, and mostly in that of the tile before: two comparisons tell.
+
+With several segments on a tile, each element takes the line of its own. Bending the lowest one's line by the changes of
+slope past each knot would cost less and cancel: a flat segment past a steep one would hold the steep one's roundings.
 """
 
 from typing import Any, NamedTuple
@@ -35,19 +38,26 @@ def no_line():
 
 
 @triton.jit
-def slopes_of(o: Operands, h):
-    """Head h's slope of each segment."""
-    return o.segment_slope + h * (o.num_knots + 1)
+def line_on(m, o: Operands, h, NVIDIA: tl.constexpr):
+    """Head h's line on segment m."""
+    below = tl.where(m > 0, gather(o.knots + tl.maximum(m - 1, 0), 0, NVIDIA), float("-inf"))
+    at = h * (o.num_knots + 1) + m
+    return Line(
+        m, below, gather(o.knots + m, 0, NVIDIA), gather(o.segment_slope + at, 0, NVIDIA),
+        gather(o.segment_intercept + at, 0, NVIDIA),
+    )  # fmt: skip
 
 
 @triton.jit
-def line_on(m, o: Operands, h, NVIDIA: tl.constexpr):
-    below = tl.where(m > 0, gather(o.knots + tl.maximum(m - 1, 0), 0, NVIDIA), float("-inf"))
-    intercepts = o.segment_intercept + h * (o.num_knots + 1)
-    return Line(
-        m, below, gather(o.knots + m, 0, NVIDIA), gather(slopes_of(o, h) + m, 0, NVIDIA),
-        gather(intercepts + m, 0, NVIDIA),
-    )  # fmt: skip
+def common_line(line: Line, high):
+    """The line of all elements of a tile of the segments line.segment .. high: 0 where there are several, None is one.
+    add_line adds its slope, the caller its intercept, in what is one number a row."""
+    if high is None:
+        return line
+    else:
+        several = high > line.segment
+        slope, intercept = tl.where(several, 0.0, line.slope), tl.where(several, 0.0, line.intercept)
+        return Line(line.segment, line.below, line.above, slope, intercept)
 
 
 @triton.jit
@@ -183,22 +193,26 @@ def psi_tile(
 
 
 @triton.jit
+def on_segment(y, line: Line):
+    """Which elements lie on the line's segment."""
+    return (y > line.below) & (y <= line.above)
+
+
+@triton.jit
 def add_line(
     s, line: Line, high, unit, t: TileCoord, row_scale, o: Operands, CONFIG: tl.constexpr, NVIDIA: tl.constexpr
 ):
-    """s plus the profile but for the line's intercept, in `unit`s to 1. `high` is the highest segment on the tile,
-    None if that is the line's."""
+    """s plus the profile but for the intercept of `line`, the tile's common_line, in `unit`s to 1. `high` is the
+    highest segment on the tile, None if that is the line's."""
     psi = psi_tile(t, o, 0, s.shape[0], s.shape[1], CONFIG, NVIDIA)
     # As an addition it would start the product's accumulators, and hold their registers while the product runs.
     s = tl.fma(psi, tl.broadcast_to(row_scale * (line.slope * unit), s.shape), s)
-    # Each knot inside the tile bends the line from it on: one max and one FMA an element. The condition hides the
-    # loop from the compiler, which pipelines only loops with no other directly inside.
+    # The condition hides the loop from the compiler, which pipelines only loops with no other directly inside. Adding 0
+    # off a segment holds no second tile beside s.
     if high is not None:
         if high > line.segment:
-            slope = line.slope
-            for m in range(line.segment, high):
-                psi = psi_tile(t, o, m, s.shape[0], s.shape[1], CONFIG, NVIDIA)
-                steeper = gather(slopes_of(o, t.h) + m + 1, 0, NVIDIA)
-                s += ((steeper - slope) * unit) * tl.maximum(psi * row_scale - gather(o.knots + m, 0, NVIDIA), 0.0)
-                slope = steeper
+            for m in range(line.segment, high + 1):
+                y = psi_tile(t, o, m + 1, s.shape[0], s.shape[1], CONFIG, NVIDIA) * row_scale
+                own = line_on(m, o, t.h, NVIDIA)
+                s += tl.where(on_segment(y, own), y * (own.slope * unit) + own.intercept * unit, 0.0)
     return s

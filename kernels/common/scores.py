@@ -74,8 +74,9 @@ def add_bias(
     CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """The tile s with every operand that is not None added (a table only if scale_before_bias) but for the intercept of
-    the profile's line. What is 1 in the logits is `unit` in s: 1 where there is a table or a dense bias. `high` is the
-    highest segment on the tile; slope is head h's, counted from `reference` (bias.slope_tile)."""
+    the profile's `line`, the tile's common_line. What is 1 in the logits is `unit` in s: 1 where there is a table or a
+    dense bias. `high` is the highest segment on the tile; slope is head h's, counted from `reference`
+    (bias.slope_tile)."""
     if slope is not None:
         s += slope_tile(slope * unit, t, reference, CONFIG.linear, CONFIG.bias.signed, CONFIG.explicit)
     if o.table is not None and CONFIG.scale_before_bias:

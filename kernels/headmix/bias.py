@@ -140,13 +140,11 @@ def heads_bias(t: TileCoord, heads, o: Operands, BIAS: tl.constexpr, CONFIG: tl.
         psi, row_scale, low, high = profile_tile(t, o, BIAS, CONFIG, NVIDIA)
         line = h * (o.num_knots + 1)
         y = row_scale * psi
-        slope = tl.load(o.segment_slope + line + low)
-        found = y * slope + tl.load(o.segment_intercept + line + low)
+        found = y * tl.load(o.segment_slope + line + low) + tl.load(o.segment_intercept + line + low)
         if high > low:
             for m in range(low, high):
-                steeper = tl.load(o.segment_slope + line + m + 1)
-                found += (steeper - slope) * tl.maximum(y - tl.load(o.knots + m), 0.0)
-                slope = steeper
+                own = y * tl.load(o.segment_slope + line + m + 1) + tl.load(o.segment_intercept + line + m + 1)
+                found = tl.where(y > tl.load(o.knots + m), own, found)
         bias = found if bias is None else bias + found
     if o.dense is not None:
         found = tl.load(of_pairs(o.dense, o.dense_strides, t, h)).to(tl.float32)

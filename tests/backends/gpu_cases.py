@@ -76,6 +76,15 @@ def bent_fire(heads: int, distances: list[float], length: float) -> posattn.FIRE
     return position
 
 
+def steep_fire(slope: float) -> posattn.FIRE:
+    """f(y) = relu(1 - slope y) for one head and 2 f for the other: zero but for the nearest keys."""
+    position = posattn.FIRE(2, width=1, initial_length=16.0)
+    with torch.no_grad():
+        for parameter, values in zip(position.mlp.parameters(), ([-slope], [1.0], [1.0, 2.0], [0.0, 0.25])):
+            parameter.copy_(torch.tensor(values).view_as(parameter))
+    return position
+
+
 class OnlyPsi(posattn.FIRE):
     """FIRE of which psi alone is learned."""
 
@@ -223,6 +232,19 @@ PLAIN: dict[str, Case] = {
         lambda: bent_fire(1, [9.0, 250.0, 260.0], 400.0), causal(window=(560, None)),
     ),
     "profile, psi alone": Case(BF16, {"dim": 16}, lambda: only_psi(2), causal()),
+    "profile, flat after steep": Case(
+        HALF, {"dim": 16, "q_len": 70, "k_len": 90}, lambda: steep_fire(1e6), causal(), quick=SM_80,
+    ),
+    "profile, flat after steep, both ways": Case(
+        HALF, {"dim": 16, "q_len": 70, "k_len": 90}, lambda: steep_fire(1e3), on=TRITON,
+    ),
+    "profile, flat after steep, explicit positions": Case(
+        HALF, {"dim": 16, "q_len": 70, "k_len": 90}, lambda: steep_fire(1e6),
+        lambda: {"q_positions": 3 * torch.arange(70), "k_positions": 2 * torch.arange(90)}, on=SM_80,
+    ),
+    "profile, flat after steep, few queries": Case(
+        HALF, {"dim": 16, "q_len": 3, "k_len": 700}, lambda: steep_fire(1e6), causal(), on=SM_80,
+    ),
     "all by distance, window": Case(BF16, {}, by_distance, causal(window=(140, 0)), on=CUDA),
     "dense": Case(BF16, {}, None, lambda: {"bias": holed(1, 2, 150, 301)}),
     "dense, mask, key lengths, in order": Case(
@@ -427,6 +449,10 @@ HEADMIX: dict[str, Case] = {
     ),
     "mix, add, profile": Case(
         BF16, _THREE, lambda: posattn.DAPE(fire(3, 6), 3, form="add"), on=(*_CUDA_80, *TRITON),
+    ),
+    "mix, profile, flat after steep": Case(
+        HALF, {**_TWO, "q_len": 37, "k_len": 53}, lambda: mixed(steep_fire(1e6), 2, 4), causal(),
+        on=(*_CUDA_80, ("triton", 80)), quick=_CUDA_80,
     ),
     "mix, outer bias, sinks, dropout, window, mask": Case(
         BF16, {**_THREE, "batch": 2}, lambda: mixed(kerple(3)),

@@ -192,7 +192,7 @@ __device__ __forceinline__ void Backward::run() {
         product<As::TRANSPOSED>(dv, weights, all_queries(grad_at, part * PART));
         product<As::TRANSPOSED>(dk, rounded, all_queries(q_at, part * PART));
       }
-      if constexpr (INTERCEPT_BY_PRODUCT) sums.add_intercept(rounded);
+      if constexpr (INTERCEPT_BY_PRODUCT) sums.add_intercept(rounded, range);
       if constexpr (SLOPE_BY_PRODUCT) {
         // On the border of nothing, so that the loop has no branch around it.
         sums.add_slope(rounded, border ? uint4{} : columns[lane], place, sequence.shift());

@@ -141,6 +141,31 @@ struct Operands {
   }
 };
 
+// s += the profile in base 2, of several segments: the line of each element's own, since a line bent by changes of
+// slope would cancel where a steep segment lies before a flat one.
+__device__ __forceinline__ void add_segments(Fragments<Logits>& s, const BackwardParams& p, const Operands& of,
+                                             const HeadBias& head, const SegmentRange& segments) {
+  // By eighths of the queries: beside s this holds the values of one.
+#pragma unroll
+  for (int n = 0; n < Logits::EIGHTS; ++n) {
+    float y[4 * Logits::GROUPS], value[4 * Logits::GROUPS];
+    const float first = head.segment_slope[segments.low], level = head.segment_intercept[segments.low];
+#pragma unroll
+    for (int x = 0; x < 4 * Logits::GROUPS; ++x) {
+      y[x] = of.y_at(p.bias, x / 4, n, x % 4);
+      value[x] = fmaf(y[x], first, level);
+    }
+#pragma unroll 1
+    for (int m = segments.low; m < segments.high; ++m) {
+      const float knot = p.bias.knots[m], slope = head.segment_slope[m + 1], intercept = head.segment_intercept[m + 1];
+#pragma unroll
+      for (int x = 0; x < 4 * Logits::GROUPS; ++x) value[x] = y[x] > knot ? fmaf(y[x], slope, intercept) : value[x];
+    }
+#pragma unroll
+    for (int x = 0; x < 4 * Logits::GROUPS; ++x) s[x / 4][n][x % 4] = fmaf(value[x], LOG2E, s[x / 4][n][x % 4]);
+  }
+}
+
 // The products s become logits in base 2, less the log-sum-exp of their query; slack is softcap's derivative.
 __device__ __forceinline__ void add_terms(Fragments<Logits>& s, Fragments<Logits>& slack, const BackwardParams& p,
                                           const Sequence& sequence, const LogitPlace& at, const Operands& of,
@@ -148,8 +173,10 @@ __device__ __forceinline__ void add_terms(Fragments<Logits>& s, Fragments<Logits
                                           const float* lse2) {
   float rows[Logits::EIGHTS][2];  // of a query: -lse2, and the profile's line
   float lines[Logits::EIGHTS][2];
-  const float steepness = HAS_PROFILE ? head.segment_slope[segments.low] * LOG2E : 0.0f;
-  const float intercept = HAS_PROFILE ? head.segment_intercept[segments.low] * LOG2E : 0.0f;
+  // The line that all elements have in common.
+  const bool straight = HAS_PROFILE && segments.low == segments.high;
+  const float steepness = straight ? head.segment_slope[segments.low] * LOG2E : 0.0f;
+  const float intercept = straight ? head.segment_intercept[segments.low] * LOG2E : 0.0f;
 #pragma unroll
   for (int n = 0; n < Logits::EIGHTS; ++n) {
     const float2 pair = *reinterpret_cast<const float2*>(lse2 + 8 * n);
@@ -202,16 +229,7 @@ __device__ __forceinline__ void add_terms(Fragments<Logits>& s, Fragments<Logits
     }
   });
   if constexpr (HAS_PROFILE) {
-    // Each knot inside the tile bends the line from it on.
-    float before = head.segment_slope[segments.low];
-    for (int m = segments.low; m < segments.high; ++m) {
-      const float after = head.segment_slope[m + 1], knot = p.bias.knots[m];
-      const float bend = (after - before) * LOG2E;
-      for_logits([&](int group, int n, int e) {
-        s[group][n][e] = fmaf(bend, fmaxf(of.y_at(p.bias, group, n, e) - knot, 0.0f), s[group][n][e]);
-      });
-      before = after;
-    }
+    if (!straight) add_segments(s, p, of, head, segments);
   }
 }
 

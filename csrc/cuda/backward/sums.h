@@ -171,9 +171,11 @@ struct Sums {
     }
   }
 
-  // The sum of dS for the intercept, from dS^T rounded: a product with ones, which all four lanes of a row hold.
-  __device__ __forceinline__ void add_intercept(const uint32_t (&ds)[Logits::GROUPS][Logits::EIGHTS / 2][4]) {
-    const uint32_t ones = pack(1.0f, 1.0f);
+  // The sum of dS for the intercept, from dS^T rounded: a product with ones, which all four lanes of a row hold. With
+  // zeros where there are several segments, so that the loop has no branch around it: add_profile has their sums.
+  __device__ __forceinline__ void add_intercept(const uint32_t (&ds)[Logits::GROUPS][Logits::EIGHTS / 2][4],
+                                                const SegmentRange& range) {
+    const uint32_t ones = range.low == range.high ? pack(1.0f, 1.0f) : 0;
     float product[4] = {};
 #pragma unroll
     for (int group = 0; group < Logits::GROUPS; ++group) {
@@ -188,54 +190,56 @@ struct Sums {
                                               const LogitPlace& at, const Operands& of, const HeadBias& head,
                                               const SegmentRange& range, const Strip& strip, int head_index,
                                               int64_t row) {
-    if (range.low != segment) {
-      if constexpr (WANT_LINES) leave_segment(head_index);
-      segment = range.low;
-      steepness = head.segment_slope[segment];
-    }
-    float rows[2 * Logits::EIGHTS];  // by query: sums of dS A[m] psi
-    Banded sums = {};                // by distance: sums of dS A[m] scale
-#pragma unroll
-    for (int x = 0; x < 2 * Logits::EIGHTS; ++x) {
-      const int n = x / 2, c = x % 2;
-      const float scale = of.scale[n][c], line = steepness * scale;
-      float row = 0.0f;
-#pragma unroll
-      for (int y = 0; y < 2 * Logits::GROUPS; ++y) {
-        const int group = y / 2, e = y % 2 * 2 + c;
-        const float d = ds[group][n][e];
-        if constexpr (WANT_LINES) {
-          if constexpr (!INTERCEPT_BY_PRODUCT) in_segment += d;
-          row = fmaf(d, of.psi_at(p.bias, group, n, e), row);
-        }
-        if constexpr (WANT_PSI && !EXPLICIT) {
-          float& sum = sums[band(group, n, e)][c];
-          sum = fmaf(d, line, sum);
-        }
+    float rows[2 * Logits::EIGHTS] = {};  // by query: sums of dS A[m] psi
+    Banded sums = {};                     // by distance: sums of dS A[m] scale
+    if (range.low == range.high) {
+      if (range.low != segment) {
+        if constexpr (WANT_LINES) leave_segment(head_index);
+        segment = range.low;
+        steepness = head.segment_slope[segment];
       }
-      if constexpr (WANT_LINES) moment = fmaf(row, scale, moment);
-      rows[x] = row * steepness;
-    }
-    for (int m = range.low; m < range.high; ++m) {
-      // What was counted as if in a lower segment belongs to the next one past each knot.
-      const float knot = p.bias.knots[m], bend = head.segment_slope[m + 1] - head.segment_slope[m];
-      float past = 0.0f, past_y = 0.0f;
-      for_logits([&](int group, int n, int e) {
-        const float y = of.y_at(p.bias, group, n, e);
-        const float d = y > knot ? ds[group][n][e] : 0.0f;
-        if constexpr (WANT_LINES) {
-          past += d;
-          past_y = fmaf(d, y, past_y);
-          rows[2 * n + (e & 1)] = fmaf(d * bend, of.psi_at(p.bias, group, n, e), rows[2 * n + (e & 1)]);
+#pragma unroll
+      for (int x = 0; x < 2 * Logits::EIGHTS; ++x) {
+        const int n = x / 2, c = x % 2;
+        const float scale = of.scale[n][c], line = steepness * scale;
+        float row = 0.0f;
+#pragma unroll
+        for (int y = 0; y < 2 * Logits::GROUPS; ++y) {
+          const int group = y / 2, e = y % 2 * 2 + c;
+          const float d = ds[group][n][e];
+          if constexpr (WANT_LINES) {
+            if constexpr (!INTERCEPT_BY_PRODUCT) in_segment += d;
+            row = fmaf(d, of.psi_at(p.bias, group, n, e), row);
+          }
+          if constexpr (WANT_PSI && !EXPLICIT) {
+            float& sum = sums[band(group, n, e)][c];
+            sum = fmaf(d, line, sum);
+          }
         }
-        if constexpr (WANT_PSI && !EXPLICIT) {
-          float& sum = sums[band(group, n, e)][e & 1];
-          sum = fmaf(d * bend, of.scale[n][e & 1], sum);
-        }
-      });
-      if constexpr (WANT_LINES) {
-        add_to_segment(head_index, m, -past, -past_y);
-        add_to_segment(head_index, m + 1, past, past_y);
+        if constexpr (WANT_LINES) moment = fmaf(row, scale, moment);
+        rows[x] = row * steepness;
+      }
+    } else {
+#pragma unroll 1
+      for (int m = range.low; m <= range.high; ++m) {
+        const float steep = head.segment_slope[m];
+        const float below = m > range.low ? p.bias.knots[m - 1] : -infinity();
+        const float above = m < range.high ? p.bias.knots[m] : infinity();
+        float in_this = 0.0f, in_this_y = 0.0f;
+        for_logits([&](int group, int n, int e) {
+          const float y = of.y_at(p.bias, group, n, e);
+          const float d = y > below && y <= above ? ds[group][n][e] : 0.0f;
+          if constexpr (WANT_LINES) {
+            in_this += d;
+            in_this_y = fmaf(d, y, in_this_y);
+            rows[2 * n + (e & 1)] = fmaf(d * steep, of.psi_at(p.bias, group, n, e), rows[2 * n + (e & 1)]);
+          }
+          if constexpr (WANT_PSI && !EXPLICIT) {
+            float& sum = sums[band(group, n, e)][e & 1];
+            sum = fmaf(d * steep, of.scale[n][e & 1], sum);
+          }
+        });
+        if constexpr (WANT_LINES) add_to_segment(head_index, m, in_this, in_this_y);
       }
     }
     if constexpr (WANT_LINES) {
@@ -266,7 +270,7 @@ struct Sums {
   __device__ __forceinline__ float steepness_of(const Operands& of, const HeadBias& head, const SegmentRange& range,
                                                 int group, int n, int e) const {
     const float y = of.y_at(p.bias, group, n, e);
-    float steep = steepness;
+    float steep = head.segment_slope[range.low];
     for (int m = range.low; m < range.high && y > p.bias.knots[m]; ++m) steep = head.segment_slope[m + 1];
     return steep;
   }

@@ -89,7 +89,7 @@ struct DistanceBias {
       }
     }
     if constexpr (HAS_PROFILE) {
-      if (segments.low < segments.high) profile.bend(s, staged + STAGED, segments, 1.0f);
+      if (segments.low < segments.high) profile.add_segments(s, staged + STAGED, segments, 1.0f);
     }
   }
 
@@ -124,7 +124,7 @@ struct DistanceBias {
       }
     }
     if constexpr (HAS_PROFILE) {
-      if (segments.low < segments.high) profile.bend(s, staged + STAGED, segments, LOG2E);
+      if (segments.low < segments.high) profile.add_segments(s, staged + STAGED, segments, LOG2E);
     }
   }
 };

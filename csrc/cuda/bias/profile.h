@@ -1,15 +1,16 @@
 // Profile: a piecewise linear function of y = psi[distance] * row_scale[position], on a warp's tile.
 //
 // Bounds of psi over runs of distances and of the row scale over runs of rows give the lowest and the highest segment
-// that y can meet on the tile: never too narrow, as rounding is monotone. The line of the lowest one is one FMA a
-// logit; each knot inside the tile bends it from there on, one max and one FMA more. Most tiles hold no knot.
+// that y can meet on the tile: never too narrow, as rounding is monotone. Most tiles hold no knot, and their line is
+// one FMA a logit. Elsewhere each logit takes the line of its own segment, a comparison, an FMA and a selection a knot:
+// a line bent by changes of slope would cancel where a steep segment lies before a flat one.
 #pragma once
 #include "common/mask.h"
 #include "ptx/ptx.h"
 
 namespace posattn {
 
-// Segments low .. high of the profile, and the line of the lowest.
+// Segments low .. high of the profile, and the line that all logits of the tile have in common: 0 if there are several.
 struct Segments {
   int low = 0;
   int high = 0;
@@ -70,32 +71,38 @@ struct Profile {
       const float a = low * row_low, b = low * row_high, c = high * row_low, d = high * row_high;
       found.low = below(fminf(fminf(a, b), fminf(c, d)));
       found.high = below(fmaxf(fmaxf(a, b), fmaxf(c, d)));
-      found.slope = slopes[found.low];
-      found.intercept = intercepts[found.low];
+      if (found.low == found.high) {
+        found.slope = slopes[found.low];
+        found.intercept = intercepts[found.low];
+      }
     }
     return found;
   }
 
-  // s += weight times what the knots inside the tile add to the lowest segment's line.
+  // s += weight times the profile, on a tile of several segments.
   template <int N8>
-  __device__ __forceinline__ void bend(float (&s)[GROUPS][N8][4], const float* psi, const Segments& segments,
-                                       float weight) const {
-    float before = segments.slope;
-    for (int m = segments.low; m < segments.high; ++m) {
-      const float after = slopes[m + 1], knot_m = knots[m];
-      const float steeper = (after - before) * weight;
-      before = after;
-      asm volatile("" ::: "memory");  // psi is read again: kept since the line was drawn, it would take 22 registers
+  __device__ __forceinline__ void add_segments(float (&s)[GROUPS][N8][4], const float* psi, const Segments& segments,
+                                               float weight) const {
+    // By columns: beside s this holds the values of two of them.
 #pragma unroll
-      for (int n = 0; n < N8; ++n) {
+    for (int n = 0; n < N8; ++n) {
+      float y[2 * ROWS], value[2 * ROWS];
+      const float first = slopes[segments.low], level = intercepts[segments.low];
 #pragma unroll
-        for (int a = 0; a < ROWS; ++a) {
+      for (int x = 0; x < 2 * ROWS; ++x) {
+        y[x] = psi[8 * (x / 2 - n) - x % 2] * row_scale[x / 2];
+        value[x] = fmaf(y[x], first, level);
+      }
+#pragma unroll 1
+      for (int m = segments.low; m < segments.high; ++m) {
+        const float knot_m = knots[m], slope = slopes[m + 1], intercept = intercepts[m + 1];
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float past = fmaxf(fmaf(psi[8 * (a - n) - e], row_scale[a], -knot_m), 0.0f);
-            s[a / 2][n][a % 2 * 2 + e] = fmaf(steeper, past, s[a / 2][n][a % 2 * 2 + e]);
-          }
-        }
+        for (int x = 0; x < 2 * ROWS; ++x) value[x] = y[x] > knot_m ? fmaf(y[x], slope, intercept) : value[x];
+      }
+#pragma unroll
+      for (int x = 0; x < 2 * ROWS; ++x) {
+        float& to = s[x / 4][n][x % 4];
+        to = fmaf(value[x], weight, to);
       }
     }
   }
