@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import nn
 
 from posattn.encodings._checks import check_choice, check_positive_int
+from posattn.encodings._linear import weight_and_bias
 from posattn.encodings.alibi import ALiBi
 from posattn.encodings.base import Context, Encoding
 from posattn.encodings.fire import FIRE
@@ -48,16 +47,9 @@ class DAPE(Encoding):
 
     def build(self, context: Context) -> Plan:
         inner = Plan(bias=Bias()) if self.inner is None else self.inner(context)
-        first, second = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
-        dtype = context.table_dtype(first.weight)
-        mix = HeadMix(
-            first.weight.to(dtype),
-            first.bias.to(dtype),
-            second.weight.to(dtype),
-            second.bias.to(dtype),
-            self.form,
-            inner.bias,
-        )
+        (w1, b1), (w2, b2) = weight_and_bias(self.mlp[0]), weight_and_bias(self.mlp[2])
+        dtype = context.table_dtype(w1)
+        mix = HeadMix(w1.to(dtype), b1.to(dtype), w2.to(dtype), b2.to(dtype), self.form, inner.bias)
         return Plan(inner.rotary, mix, Bias())
 
     @classmethod

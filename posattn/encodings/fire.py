@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from posattn.encodings._checks import check_positive_float32, check_positive_int
+from posattn.encodings._linear import weight_and_bias
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Plan, Profile
 
@@ -69,8 +70,8 @@ class FIRE(Encoding):
         position = torch.arange(row_first, row_first + rows, device=context.device).to(dtype)
         row_scale = 1.0 / (_psi(c, torch.maximum(position, threshold)) + self.eps)
 
-        hidden, output = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
-        knots, slope, intercept = piecewise_linear(hidden.weight[:, 0], hidden.bias, output.weight, output.bias, dtype)
+        (a, b), (weight, bias) = weight_and_bias(self.mlp[0]), weight_and_bias(self.mlp[2])
+        knots, slope, intercept = piecewise_linear(a[:, 0], b, weight, bias, dtype)
         profile = Profile(psi, context.distance_range[0], row_scale, row_first, knots, slope, intercept)
         return Plan(bias=Bias(profile=profile))
 

@@ -92,6 +92,28 @@ def test_reset_after_meta_keeps_what_the_encoding_was_made_with():
         assert from_meta(lambda fixed=learnable: ALiBi(2, fixed, slopes=[3.0, 0.25])).slopes.tolist() == [3.0, 0.25]
 
 
+# quantize_dynamic is deprecated in favour of torchao, and still what many use.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="this torch quantizes nothing")
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [name for name in EVERY if "FIRE" in name or "DAPE" in name])
+def test_quantized_layers_are_read_as_they_multiply(name, dtype):
+    encoding = remade(name)
+    if isinstance(encoding, DAPE):
+        torch.nn.init.normal_(encoding.mlp[2].weight)  # enough to tell from none
+    quantized = torch.ao.quantization.quantize_dynamic(encoding, {torch.nn.Linear}, dtype)
+    assert not any(type(module) is torch.nn.Linear for module in quantized.modules())
+    q, k, v = (torch.randn(1, HEADS, TOKENS, DIM) for _ in range(3))
+    with torch.no_grad():
+        got = posattn.attention(q, k, v, quantized, causal=True)
+        for path, layer in encoding.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                rounded = quantized.get_submodule(path)
+                units = torch.eye(layer.in_features)  # which need no rounding themselves
+                layer.weight.copy_((rounded(units) - rounded(0 * units)).t())
+        torch.testing.assert_close(got, posattn.attention(q, k, v, encoding, causal=True))
+
+
 # ALiBi's fixed slopes are computed, not state.
 
 

@@ -91,7 +91,7 @@ FAULTS: list[Fault] = [
         ('both = inner is not None and inner.has_bias «and form != "add"»', "", (DAPE,)),
         ("self.form, «inner.bias»,", "Bias()", (DAPE,)),
         ("return Plan(«inner.rotary», mix, Bias())", "None", (DAPE,)),
-        ("«second.bias.to(dtype)»,", "first.bias.to(dtype)[: self.num_heads]", (DAPE,)),
+        ("w2.to(dtype), «b2.to(dtype)»,", "b1.to(dtype)[: self.num_heads]", (DAPE,)),
     ),
     *of(
         "bipe.py",
