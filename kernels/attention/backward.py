@@ -38,10 +38,9 @@ from .profile_gradient import (
     SPLIT,
     LineSums,
     add_parts,
+    add_segments,
     by_thread,
     leave_segment,
-    on_line,
-    past_knots,
     psi_gradient,
     store_parts,
 )
@@ -440,22 +439,19 @@ def _walk(
                         table_carried = store_bands(
                             table_bands, i0, of_ds_half, table_carried, BACKWARD.whole, NVIDIA
                         )  # fmt: skip
-                    if OF_PSI or OF_LINES:
-                        if OF_LINES and span != 1:
-                            of_ds, of_dsy = leave_segment(sums, segment, line.segment, o.num_knots, of_ds, of_dsy)
-                        psi = psi_tile(t, o, 1, BLOCK_N, BLOCK_M, CONFIG, NVIDIA)
-                        own = ds
+                    if OF_LINES:
+                        whole = 1.0
                         if span != 1:
-                            own = on_line(ds, psi, row_scale, line)
-                        if OF_LINES:
-                            store_parts(sums.Parts, i0 // BLOCK_M, own, psi, PARTS, BACKWARD.whole, NVIDIA)
-                            of_ds += by_thread(own, PARTS)
-                        dpsi = psi_gradient(own, line, row_scale)
+                            of_ds, of_dsy = leave_segment(sums, segment, line.segment, o.num_knots, of_ds, of_dsy)
+                            whole = tl.where(high > line.segment, 0.0, 1.0)
+                        psi = psi_tile(t, o, 1, BLOCK_N, BLOCK_M, CONFIG, NVIDIA)
+                        store_parts(sums.Parts, i0 // BLOCK_M, ds, psi, whole, PARTS, BACKWARD.whole, NVIDIA)
+                        of_ds += by_thread(ds, PARTS) * whole
+                    if OF_PSI or OF_LINES:
+                        dpsi = psi_gradient(ds, line, row_scale)
                         if span != 1:
                             if high > line.segment:
-                                dpsi = past_knots(
-                                    ds, dpsi, line, high, sums, seq.q_len, t, row_scale, o, 1, CONFIG, NVIDIA
-                                )
+                                dpsi = add_segments(ds, line, high, sums, seq.q_len, t, row_scale, o, 1, CONFIG, NVIDIA)
                     if OF_PSI:
                         psi_carried = store_bands(psi_bands, i0, dpsi, psi_carried, BACKWARD.whole, NVIDIA)
                     if MOMENTS and span % 3 != 0:

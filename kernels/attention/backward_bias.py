@@ -22,10 +22,9 @@ from ..common.arguments import (
     Shape,
 )
 from ..common.bias import entry_of
-from ..common.profile import psi_tile
 from ..common.sequences import open_sequence
 from .logit_gradient import logit_gradient, open_tile
-from .profile_gradient import on_line, past_knots, psi_gradient
+from .profile_gradient import add_segments, psi_gradient
 
 
 class DenseGradient(NamedTuple):
@@ -97,10 +96,9 @@ def gradient_by_tile(
                 entry = entry_of(t, operands.table_first, operands.table_last)
                 tl.atomic_add(of_table.Sums + h.to(tl.int64) * operands.table_head + entry, units, sem="relaxed")
             if of_psi.Sums is not None:
-                psi = psi_tile(t, operands, 0, BLOCK_M, BLOCK_N, CONFIG, NVIDIA)
-                dpsi = psi_gradient(on_line(ds, psi, row_scale, line), line, row_scale)
+                dpsi = psi_gradient(ds, line, row_scale)
                 if high > line.segment:
-                    dpsi = past_knots(ds, dpsi, line, high, None, seq.q_len, t, row_scale, operands, 0, CONFIG, NVIDIA)
+                    dpsi = add_segments(ds, line, high, None, seq.q_len, t, row_scale, operands, 0, CONFIG, NVIDIA)
                 entry = entry_of(t, operands.psi_first, operands.psi_last)
                 units = (dpsi * tl.load(of_psi.units)).to(tl.int64)
                 tl.atomic_add(of_psi.Sums + entry, units, sem="relaxed")

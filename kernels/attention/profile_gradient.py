@@ -1,10 +1,9 @@
 """What a tile adds to the gradients of psi, of a profile's lines and of its row scale.
 
-A tile lies on one line; where knots are inside it, which is seldom, what lies past the first is zero in the line's
-sums, and each further segment adds its own. Sums over a line are carried from tile to tile, and written out when the
-walk comes to another segment. Those of ds * psi by query are added within a thread, go to memory of the program's own,
-and come back in the next step as rows of one thread: no shuffle. They are the row scale's gradient and, times it, that
-of the slope.
+Sums over a tile on one line are carried to the next, and written out when the walk comes to another segment. A tile
+with knots inside it, which is seldom, adds nothing to them: each of its segments has its own, element by element. Those
+of ds * psi by query are added within a thread, go to memory of the program's own, and come back in the next step as
+rows of one thread: no shuffle. They are the row scale's gradient and, times it, that of the slope.
 """
 
 from typing import Any, NamedTuple
@@ -49,12 +48,12 @@ def _slot(Parts, step, PARTS: tl.constexpr, QUERIES: tl.constexpr):
 
 
 @triton.jit
-def store_parts(Parts, step, ds, psi, PARTS: tl.constexpr, WHOLE: tl.constexpr, NVIDIA: tl.constexpr):
-    """Stores the sums over a thread's keys of ds * psi, two tiles [keys, queries]."""
+def store_parts(Parts, step, ds, psi, weight, PARTS: tl.constexpr, WHOLE: tl.constexpr, NVIDIA: tl.constexpr):
+    """Stores the sums over a thread's keys of ds * psi, two tiles [keys, queries], times `weight`."""
     GROUPS: tl.constexpr = ds.shape[0] // 16
     QUERIES: tl.constexpr = ds.shape[1]
     product = tl.reshape(ds * psi, [GROUPS // PARTS, PARTS, 2, 8, QUERIES])
-    sums = tl.reshape(tl.sum(tl.sum(product, 2), 0), [8 * PARTS, QUERIES])
+    sums = tl.reshape(tl.sum(tl.sum(product, 2), 0), [8 * PARTS, QUERIES]) * weight
     row = _slot(Parts, step, PARTS, QUERIES) + QUERIES * tl.arange(0, 8 * PARTS)[:, None]
     at = by_query(row, 1, step, QUERIES, NVIDIA)
     if WHOLE:
@@ -117,31 +116,26 @@ def leave_segment(sums: LineSums, segment, following, num_knots, of_ds, of_dsy):
 
 
 @triton.jit
-def on_line(ds, psi, row_scale, line: Line):
-    """ds of the elements on `line`, the lowest segment's of the tile, and 0 elsewhere."""
-    return tl.where(psi * row_scale <= line.above, ds, 0.0)
-
-
-@triton.jit
 def psi_gradient(ds, line: Line, row_scale):
-    """The gradient of psi, of elements on one line."""
+    """The gradient of psi of elements on one line."""
     return ds * (row_scale * line.slope)
 
 
 @triton.jit
-def past_knots(
-    ds, dpsi, line: Line, high, sums, q_len, t: TileCoord, row_scale, o: Operands,
+def add_segments(
+    ds, line: Line, high, sums, q_len, t: TileCoord, row_scale, o: Operands,
     QUERIES: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """dpsi, which is that of the elements on `line`, with those of the segments past it up to `high`. Unless `sums`
-    (LineSums) is None, adds these segments' sums of ds and ds * y, and what they make of the row scale's gradient.
+    """The gradient of psi on a tile of the segments line.segment .. high. Unless `sums` (LineSums) is None, adds each
+    segment's sums of ds and ds * y, and what it makes of the row scale's gradient.
 
     QUERIES is the axis of the queries in ds and row_scale."""
     scales = tl.sum(row_scale, 1 - QUERIES)  # drops its axis of one
-    for m in range(line.segment + 1, high + 1):
+    dpsi = tl.zeros(ds.shape, tl.float32)
+    for m in range(line.segment, high + 1):
         psi = psi_tile(t, o, m, ds.shape[0], ds.shape[1], CONFIG, NVIDIA)
         own = line_on(m, o, t.h, NVIDIA)
-        part = tl.where(on_segment(psi * row_scale, own), ds, 0.0)
+        part = on_segment(ds, psi, row_scale, own, NVIDIA)
         dpsi += psi_gradient(part, own, row_scale)
         if sums is not None:
             by_query = tl.sum(part * psi, 1 - QUERIES)

@@ -193,9 +193,49 @@ def psi_tile(
 
 
 @triton.jit
-def on_segment(y, line: Line):
-    """Which elements lie on the line's segment."""
-    return (y > line.below) & (y <= line.above)
+def on_segment(x, psi, row_scale, line: Line, NVIDIA: tl.constexpr):
+    """x where the profile lies on the line's segment, and 0 elsewhere."""
+    if NVIDIA:
+        # Element by element: step by step the compiler would hold a tile of y and of what the comparisons give.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred on;
+            .reg .f32 y;
+            mul.rn.f32 y, $2, $3;
+            setp.gt.f32 on, y, $4;
+            setp.le.and.f32 on, y, $5, on;
+            selp.f32 $0, $1, 0f00000000, on;
+            }""",
+            "=f,f,f,f,f,f", [x, psi, row_scale, line.below, line.above], tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        y = psi * row_scale
+        return tl.where((y > line.below) & (y <= line.above), x, 0.0)
+
+
+@triton.jit
+def _add_on_segment(s, psi, row_scale, line: Line, unit, NVIDIA: tl.constexpr):
+    """s with the line added to the elements on its segment."""
+    slope = line.slope * unit
+    intercept = line.intercept * unit
+    if NVIDIA:
+        # Element by element, as on_segment.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred on;
+            .reg .f32 y, sum;
+            mul.rn.f32 y, $2, $3;
+            setp.gt.f32 on, y, $4;
+            setp.le.and.f32 on, y, $5, on;
+            fma.rn.f32 sum, y, $6, $7;
+            add.rn.f32 sum, $1, sum;
+            selp.f32 $0, sum, $1, on;
+            }""",
+            "=f,f,f,f,f,f,f,f", [s, psi, row_scale, line.below, line.above, slope, intercept], tl.float32,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return s + on_segment(psi * row_scale * slope + intercept, psi, row_scale, line, NVIDIA)
 
 
 @triton.jit
@@ -212,7 +252,6 @@ def add_line(
     if high is not None:
         if high > line.segment:
             for m in range(line.segment, high + 1):
-                y = psi_tile(t, o, m + 1, s.shape[0], s.shape[1], CONFIG, NVIDIA) * row_scale
-                own = line_on(m, o, t.h, NVIDIA)
-                s += tl.where(on_segment(y, own), y * (own.slope * unit) + own.intercept * unit, 0.0)
+                psi = psi_tile(t, o, m + 1, s.shape[0], s.shape[1], CONFIG, NVIDIA)
+                s = _add_on_segment(s, psi, row_scale, line_on(m, o, t.h, NVIDIA), unit, NVIDIA)
     return s

@@ -86,6 +86,7 @@ struct Profile {
     // By columns: beside s this holds the values of two of them.
 #pragma unroll
     for (int n = 0; n < N8; ++n) {
+      asm volatile("" ::: "memory");  // psi is read again: kept since the line was drawn, it would take 22 registers
       float y[2 * ROWS], value[2 * ROWS];
       const float first = slopes[segments.low], level = intercepts[segments.low];
 #pragma unroll
