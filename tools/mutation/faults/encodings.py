@@ -89,7 +89,7 @@ FAULTS: list[Fault] = [
     *of(
         "dape.py",
         ('both = inner is not None and inner.has_bias «and form != "add"»', "", (DAPE,)),
-        ("self.form, «inner.bias»,", "Bias()", (DAPE,)),
+        ("self.form, «inner.bias»)", "Bias()", (DAPE,)),
         ("return Plan(«inner.rotary», mix, Bias())", "None", (DAPE,)),
         ("w2.to(dtype), «b2.to(dtype)»,", "b1.to(dtype)[: self.num_heads]", (DAPE,)),
     ),
