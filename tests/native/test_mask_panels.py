@@ -1,4 +1,4 @@
-"""Boolean masks are looked through by panels of keys, once a call: those that are hidden or shown whole cost nothing."""
+"""Boolean masks are looked through by panels of keys, once a call: what is hidden or shown whole costs nothing."""
 
 from __future__ import annotations
 

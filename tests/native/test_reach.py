@@ -23,11 +23,12 @@ def steep(slope: float = 0.6, signed: bool = False) -> posattn.ALiBi:
 
 
 @DTYPES
-def test_far_tiles_are_not_read(isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("softcap", [None, 1e4])
+def test_far_tiles_are_not_read(isa: str, dtype: torch.dtype, softcap: float | None) -> None:
     q, k, v = tensors(dtype)
     v[:, :, :64] = torch.nan  # of weight zero, which times NaN would be NaN
     v.requires_grad_()
-    out = posattn.attention(q, k, v, steep(2.0), causal=True, backend="cpu")
+    out = posattn.attention(q, k, v, steep(2.0), causal=True, softcap=softcap, backend="cpu")
     assert not out.isnan().any()
     out.sum().backward()
     assert v.grad is not None
@@ -61,6 +62,15 @@ def test_a_huge_key_far_away_is_reached(isa: str, dtype: torch.dtype, causal: bo
     v[:, :, 3] += 1.0
     assert (posattn.attention(q, k, v, steep(), causal=causal, backend="cpu") - with_key)[:, :, 150].abs().min() > 0.5
     assert_parity(q, k, v, steep(), {"causal": causal}, "cpu")
+
+
+@DTYPES
+def test_a_huge_query_reaches_further(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = tensors(dtype)
+    q[:, :, 150] = 200.0 * k[:, :, 3].sign()
+    out = posattn.attention(q, k, v, steep(), causal=True, backend="cpu")
+    v[:, :, 3] += 1.0
+    assert (posattn.attention(q, k, v, steep(), causal=True, backend="cpu") - out)[:, :, 150].abs().min() > 0.5
 
 
 @DTYPES

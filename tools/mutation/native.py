@@ -70,7 +70,7 @@ def _choice(right: str, faults: Sequence[tuple[int, Fault]]) -> str:
 def build(faults: Sequence[tuple[int, Fault]]) -> Path:
     """The module with these numbered faults; compiled anew where they or the sources changed."""
     root = BUILD / "source"
-    files = {path.relative_to(ROOT): path.read_text() for path in sorted(SOURCES.iterdir()) if path.is_file()}
+    files = {path.relative_to(ROOT): path.read_text() for path in sorted(SOURCES.rglob("*")) if path.is_file()}
     files[Path("CMakeLists.txt")] = (ROOT / "CMakeLists.txt").read_text().replace('"-O3 -DNDEBUG"', '"-O2 -DNDEBUG -w"')
     for path in list(files):
         own = [(number, fault) for number, fault in faults if Path(fault.file) == path]

@@ -13,6 +13,8 @@ ROTARY = "tests/native/test_parity_isas.py -k RoPE"
 NARROW = "tests/backends/test_parity_narrow.py"
 DECODING = "tests/backends/test_parity_decoding.py"
 LONG = "tests/backends/test_parity_long.py"
+REACH = "tests/native/test_reach.py"
+PANELS = "tests/native/test_mask_panels.py"
 DOCUMENTS = "tests/backends/test_parity_documents.py"
 EXTREMES = "tests/backends/test_parity_extremes.py"
 NARROW_LARGE = "tests/backends/test_parity_extremes.py -k narrow"
@@ -72,7 +74,7 @@ FAULTS: list[Fault] = [
         ("bias.psi_row(i, «j0 + begin», end - begin) - begin", "begin", (LONG,)),
         ("bias.find_reaches(psi + begin, i, «j0 + begin», end", "begin", (LONG,)),
         ("scales[r] = bias.row_scale(«i + r»);", "i", (LONG, ENCODINGS)),
-        ("|| «j0 + c + NR > first.hi»;", "c + NR > first.hi", (LONG, MASKS)),
+        ("|| «j0 + c + NR > first.hi» ||", "c + NR > first.hi", (LONG, MASKS)),
         ("bias.relative_row(i, «j0 + c», NR)", "c", (LONG,)),
         ("steep[r] = bias.segment_slope()[segment] * «scales[r]»;", "scales[0]", (LONG, ENCODINGS)),
         ("float left = «fast && bias.any()» ? 1.0F", "fast", (LONG,)),
@@ -81,7 +83,8 @@ FAULTS: list[Fault] = [
         ("allowed(p, s, i + r), «j0 + c», n, mul", "c", (LONG,)),
         ("«scale > 0.0F» && !(p.softcap", "true", (EXTREMES,)),
         ("«!(p.softcap > 0.0F)» &&", "true", (MASKS, LONG)),
-        ("«!p.boolean» &&", "true", (MASKS, LONG)),
+        ("«shown(p, s, bias.head, i, i + count, j0 + c) != Shown::all»;", "!fast", (PANELS,)),
+        ("shown(p, s, bias.head, «i», i + count, j0 + c)", "i + count - 1", (PANELS,)),
         ("«!bias.bias->dense» &&", "true", (MASKS, LONG)),
         ("«!bias.positions()» &&", "true", (ENCODINGS, LONG)),
     ),
@@ -91,6 +94,25 @@ FAULTS: list[Fault] = [
         "c < last.lo",
         (LONG,),
         "more panels take the second pass, which does what the first does",
+    ),
+    *of(
+        "reach.h",
+        ("REACH_NATS + «::logf(static_cast<float>(s.k_len))»;", "-27.0F", (REACH,)),
+        ("most = «norm <= most ? most : norm»;", "norm", (REACH,)),
+        ("near = «fmin2»(near, values", "fmax2", (REACH,)),
+        ("iclamp(i + t.bias.offset, visible.lo, «visible.hi - 1»)", "s.k_len - 1", (REACH,)),
+        ("limit = near - «2.0F * product» - least;", "0.0F", (REACH,)),
+        ("product = «scale * largest_norm(queries, i0, i1 - i0)» * k_norm;", "scale", (REACH,)),
+        ("first_above(«t.before», n, limit)", "values", (REACH,)),
+        ("last_above(«t.behind», n, limit)", "values", (REACH,)),
+        ("first_above(t.before, n, limit) + «i0» + base", "i1 - 1 + 40", (REACH,)),
+        ("last_above(t.behind, n, limit) + «i1» + base", "i0 - 40", (REACH,)),
+        ("if (p.softcap > 0.0F && «p.softcap < product») product", "true", (REACH,)),
+        ("«either |= word», both &= word;", "either = word", (PANELS,)),
+        ("either |= word, «both &= word»;", "both = word", (PANELS,)),
+        ("masks_ = «p.boolean.head == 0 ? 1 : p.heads», panels_", "1", (PANELS,)),
+        ("«any = any || at[c * key] != 0, all = all && at[c * key] != 0»;", "all = all && at[c * key] != 0", (PANELS,)),
+        ("while (lo < hi && panels[hi - 1] == Shown::none) «--hi»;", "hi = lo", (PANELS,)),
     ),
     *of(
         "forward.h",
@@ -221,7 +243,7 @@ FAULTS: list[Fault] = [
         ("fill_relative(«offset - base»);", "offset - base + 1", (ENCODINGS,)),
         ("psi[x] = b.psi[psi_index(«offset - base - x»)];", "offset - base - x - 1", (ENCODINGS,)),
         (
-            "row_scale[iclamp(«query_position(i) - bias->row_first», 0",
+            "row_scale[iclamp(«query_position(imin(i, area.i1 - 1)) - b.row_first», 0",
             "query_position(i) - bias->row_first + 1",
             (ENCODINGS,),
         ),
@@ -260,7 +282,7 @@ FAULTS: list[Fault] = [
         "backward.h",
         ("r.half, r.interleaved, «-1.0F»);", "1.0F", (ENCODINGS,)),
         ("h = «row / p.q_len % p.heads», n = row", "0 * row", (MASKS,)),
-        ("(«p.grad_lse ? static_cast<double>(p.grad_lse[row]) : 0.0»)", "0.0", (MASKS,)),
+        ("sum = «p.grad_lse ? -static_cast<double>(p.grad_lse[row]) : 0.0»;", "0.0", (MASKS,)),
         ("dropout.row(keep, s.b * p.heads + «bias.head», s.q0 + i", "0", (MASKS,)),
         ("bias.head, «s.q0 + i», s.k0 + j, n);", "i", (DOCUMENTS,)),
         ("bias.head, s.q0 + i, «s.k0 + j», n);", "j", (DOCUMENTS,)),
@@ -298,16 +320,16 @@ FAULTS: list[Fault] = [
         ("t.bias_grad.flush(«member == group - 1»);", "true", (ENCODINGS,)),
         ("«progress.wait(earlier, member * steps + step + 1);»", "", (THREADS,)),
         ("«flushed.wait(task - 1, member + 1);»", "", (THREADS,)),
-        ("key_source(p, s, «h / (p.heads / p.kv_heads)»); pack_rows", "h % p.kv_heads", (EXTREMES,)),
+        ("key_source(p, s, «h / (p.heads / p.kv_heads)»); const int64_t q_stride", "h % p.kv_heads", (EXTREMES,)),
         ("sum += ::exp(static_cast<double>(«p.sinks[h]»)", "p.sinks[0]", (EXTREMES,)),
         ("«if (p.sinks) sum += ::exp(static_cast<double>(p.sinks[h]) - static_cast<double>(lse));»", "", (EXTREMES,)),
-        ("query_source(p, s, h, M::pack == 1 ? «p.scale» : 1.0F), i, 1, 1);", "1.0F", (EXTREMES,)),
-        ("p.scale : 1.0F), «i», 1, 1);", "0 * i", (EXTREMES,)),
+        ("query_source(p, s, h, M::pack == 1 ? «p.scale» : 1.0F), i, 1, t.rows);", "1.0F", (EXTREMES,)),
+        ("p.scale : 1.0F), «i», 1, t.rows);", "0 * i", (EXTREMES,)),
         ("pack_panels<M>(t.k, keys, «j», n);", "0 * j", (EXTREMES,)),
         ("float mul = M::pack == 1 ? 1.0F : «p.scale»; finish_row", "1.0F", (NARROW_LARGE,)),
         ("t.logits, i, row, «j», padded, mul);", "0 * j", (EXTREMES,)),
         ("rests[«first + i»] = find_rest", "first", (EXTREMES,)),
-        ("p.q_len + «s.q0»; RestScratch", "0", (EXTREMES,)),
+        ("p.q_len + «s.q0»; [[maybe_unused]] const typename M::Session session; RestScratch", "0", (EXTREMES,)),
     ),
     *of(
         "bias_grad.h",
