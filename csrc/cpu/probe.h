@@ -1,4 +1,5 @@
-// The machine's own ceilings, measured: what a loop of nothing but multiply-adds, bfloat16 dot products or loads does.
+// The machine's own ceilings, measured: what a loop of nothing but multiply-adds, bfloat16 dot products (on tiles,
+// where there are some) or loads does.
 #pragma once
 
 #include "gemm.h"
@@ -22,7 +23,29 @@ inline double flops_loop(int64_t iterations) {
   return static_cast<double>(iterations) * CHAINS * VL * 2 * M::pack;
 }
 
+#if defined(POSATTN_TILES)
+// On random numbers: the clock falls with the bits that change, and on zeros the tiles do a quarter more.
+inline double tiles_loop(int64_t iterations) {
+  alignas(64) uint16_t random[4][TILE * TILE_DEPTH];
+  uint32_t state = 1;
+  for (auto& tile : random)
+    for (uint16_t& x : tile) {
+      state = state * 1664525U + 1013904223U;
+      x = static_cast<uint16_t>(0x3f00U | (state >> 16 & 0x80ffU));  // +-[0.5, 2)
+    }
+  [[maybe_unused]] const TileSession session;
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  tile_load<4>(random[0], 64), tile_load<5>(random[1], 64), tile_load<6>(random[2], 64), tile_load<7>(random[3], 64);
+  for (int64_t n = 0; n < iterations; ++n)
+    tile_dot<0, 4, 6>(), tile_dot<1, 4, 7>(), tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+  return static_cast<double>(iterations) * 4 * TILE * TILE * TILE_DEPTH * 2;
+}
+#endif
+
 inline double probe_flops(const char* kind, int64_t iterations) {
+#if defined(POSATTN_TILES)
+  if (std::strcmp(kind, "bf16dot") == 0) return tiles_loop(iterations);
+#endif
   if (std::strcmp(kind, "fma") == 0) return flops_loop<F32>(iterations);
 #if defined(__AVX512BF16__)
   if (std::strcmp(kind, "bf16dot") == 0) return flops_loop<BF16>(iterations);

@@ -59,6 +59,12 @@ def test_rows_of_a_large_log_sum_exp(place, name, options):
     call(place, name, {"bias": lifted(), **options()})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["none", "Kerple"])
+def test_narrow_rows_of_a_large_log_sum_exp(place, name, dtype):
+    call(place, name, {"bias": lifted(), "scale": 0.7}, dtype)
+
+
 @pytest.mark.parametrize("name", ["none", "Kerple", "DAPE-Kerple"])
 def test_documents_of_a_large_log_sum_exp(place, name):
     bounds = {"cu_seqlens_q": [0, 9, 20, 29], "cu_seqlens_k": [0, 60, 61, 150]}

@@ -52,6 +52,8 @@ def test_head_dimensions(isa, dim):
     assert_parity(q, k, v, None, {"causal": True}, "cpu")
 
 
-def test_logits_where_exp_overflows(isa):
-    q, k, v = (torch.randn(1, 2, 37, 16) for _ in range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_logits_where_exp_overflows(isa, dtype):
+    q, k, v = (torch.randn(1, 2, 137, 16).to(dtype) for _ in range(3))
     assert_parity(q * 8, k * 8, v, None, {"scale": 1.0}, "cpu")
+    assert_parity(q * 8, k * 8, v, posattn.Kerple(2), {"scale": 2.0, "causal": True}, "cpu")
