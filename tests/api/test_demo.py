@@ -83,6 +83,23 @@ def test_training_learns() -> None:
     assert losses[-1] < losses[0] - 1.0
 
 
+def test_what_cannot_be_guessed_is_not_learned() -> None:
+    text = torch.randint(0, BYTES, (4000,), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+    losses = train.train(small_decoder("ALiBi"), text, steps=40, seed=0, label="")
+    assert losses[-1] > 5.0  # the byte that is read, not the next one, would be known by now
+
+
+@pytest.mark.parametrize("name", list(CONTESTANTS))
+@torch.no_grad()
+def test_the_encoding_takes_part(name: str) -> None:
+    model, tokens = small_decoder(name), torch.arange(40)[None] * 7 % BYTES
+    before = model(tokens)
+    for module in model.modules():
+        if hasattr(module, "encoding"):
+            module.encoding = None
+    assert (model(tokens) - before).abs().max() > 1e-6
+
+
 @pytest.mark.parametrize("name", list(CONTESTANTS))
 @torch.no_grad()
 def test_no_byte_sees_those_after_it(name: str) -> None:
