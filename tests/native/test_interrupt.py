@@ -57,7 +57,11 @@ for given in json.loads(sys.argv[1]):
     print(json.dumps(one(*given)), flush=True)
 """
 
-LONG_FIRE, DAPE, ALIBI = ("forward", "posattn.FIRE(8)", 24000), "posattn.DAPE(posattn.Kerple(8), 8)", "posattn.ALiBi(8)"
+LONG_FIRE, DAPE, KERPLE = (
+    ("forward", "posattn.FIRE(8)", 24000),
+    "posattn.DAPE(posattn.Kerple(8), 8)",
+    "posattn.Kerple(8)",
+)
 INTERRUPTED = [(*LONG_FIRE, 2), ("backward", DAPE, 4000, 2)]
 MORE = [
     (*LONG_FIRE, 1),
@@ -79,7 +83,7 @@ def run(calls: list[tuple[Any, ...]]) -> list[tuple[str, float, int]]:
 
 def test_a_long_call_is_interrupted_and_no_other() -> None:
     """It ends within a second; one during which a handler returns, and one on another thread, are left alone."""
-    alone = [("forward", ALIBI, 5000, 2, "SIGUSR1", "main"), ("forward", ALIBI, 5000, 2, "SIGINT", "other")]
+    alone = [("forward", KERPLE, 12000, 2, "SIGUSR1", "main"), ("forward", KERPLE, 12000, 2, "SIGINT", "other")]
     *interrupted, handled, other = run([(*call, "SIGINT", "main") for call in INTERRUPTED] + alone)
     for ended, seconds, _ in interrupted:
         assert ended == "interrupted"
