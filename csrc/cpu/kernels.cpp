@@ -22,10 +22,19 @@ void backward_as(const Problem& p) {
   p.mix ? mix_backward<M>(p) : backward<M>(p);
 }
 
+#if defined(POSATTN_TILES)
+// A block of rows costs the same with one row in it: below this many, dot products are as fast.
+constexpr int64_t FEWEST_TILE_ROWS = 8;
+
+bool pays_for_tiles(const Problem& p) {
+  return p.q.dtype == DType::bf16 && !p.mix && longest_queries(p) >= FEWEST_TILE_ROWS;
+}
+#endif
+
 // float16, and bfloat16 without the dot-product instruction, compute in float32: packing converts.
 void run_forward(const Problem& p) {
 #if defined(POSATTN_TILES)
-  if (p.q.dtype == DType::bf16 && !p.mix && !is_decoding(p)) return tile_forward(p);
+  if (pays_for_tiles(p) && !is_decoding(p)) return tile_forward(p);
 #endif
 #if defined(__AVX512BF16__)
   if (p.q.dtype == DType::bf16) return forward_as<BF16>(p);
@@ -35,7 +44,7 @@ void run_forward(const Problem& p) {
 
 void run_backward(const Problem& p) {
 #if defined(POSATTN_TILES)
-  if (p.q.dtype == DType::bf16 && !p.mix) return tile_backward(p);
+  if (pays_for_tiles(p)) return tile_backward(p);
 #endif
 #if defined(__AVX512BF16__)
   if (p.q.dtype == DType::bf16) return backward_as<BF16>(p);
