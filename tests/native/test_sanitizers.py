@@ -11,7 +11,7 @@ import pytest
 from tests.native.builds import driver, run
 
 # One instruction set of this machine's, whose vectors are long enough to read past an end; then all that differ.
-# (avx512bf16 holds the avx512 code too.) Emulated tiles, of which the sanitizers see what they read and write, are slow.
+# (avx512bf16 holds the avx512 code too.) Emulated tiles, of which the sanitizers see what they touch, are slow.
 X86 = platform.machine() in ("x86_64", "AMD64")
 ONE, EVERY = ("avx2", "baseline;avx2;avx512bf16") if X86 else ("neon", "neon")
 
