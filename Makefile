@@ -9,6 +9,8 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 # A worker that is done takes over what another has waiting: what compiles takes a hundred times as long as the rest.
 TEST_ARGS ?= -n $(JOBS) --dist worksteal
+# Of the slow tests: 2/3 is the second of three parts.
+PART ?= 1/1
 
 NATIVE := $(shell find csrc/cpu -type f) CMakeLists.txt setup.py pyproject.toml
 CPP := $(shell find csrc/cpu tests/native tests/ptxsim -name '*.cpp' -o -name '*.h' -o -name '*.c')
@@ -32,7 +34,7 @@ test: install
 	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
 
 test-all: test
-	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+	$(BIN)/python -m pytest -m slow --part $(PART) $(TEST_ARGS)
 
 bench: install
 	$(BIN)/posattn bench $(BENCH_ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,25 @@ os.environ["TRITON_CACHE_DIR"] = str(KERNELS / "triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The shared suites compute in float32 too, so they run the backends that do; CUDA's has suites of its own.
 BACKENDS = [(device, name) for device in dict.fromkeys(("cpu", DEVICE)) for name in available(device, torch.float32)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", help="k/n: only those tests that fall to the k-th of n parts")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Parts are drawn by the tests' names, so what a part holds does not change with the tests around it."""
+    try:
+        part, parts = (int(number) for number in config.getoption("--part").split("/"))
+        valid = 1 <= part <= parts
+    except ValueError:
+        valid = False
+    if not valid:
+        raise pytest.UsageError(f"--part: expected k/n with 1 <= k <= n, got {config.getoption('--part')}")
+    here = [item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part - 1]
+    if len(here) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(here)])
+        items[:] = here
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
