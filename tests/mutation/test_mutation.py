@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from tools.mutation.fault import ROOT, Fault, Stale
@@ -51,3 +54,11 @@ def test_faults_beside_and_inside_one_another_are_switched_each_by_its_number() 
     )
     with pytest.raises(ValueError, match="crossing"):
         switched("a + b + c", [(1, Fault("x.h", "«a + b» + c", "", ())), (2, Fault("x.h", "a + «b + c»", "", ()))])
+
+
+@pytest.mark.slow
+def test_a_sample_of_faults_in_the_python_code_is_noticed() -> None:
+    """`python -m tools.mutation` tries all; those in C++ need a build of their own, of minutes."""
+    command = [sys.executable, "-m", "tools.mutation", "--only", "posattn/", "--sample", "8", "--seed", "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
