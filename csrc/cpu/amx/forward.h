@@ -148,7 +148,7 @@ inline bool raise_references(const float* scores, float* references, float* sums
       unordered += (vf)_mm512_maskz_mov_ps(mask, (__m512)(x - x));
     }
     if (bits[r] == 0) continue;
-    const float most = reduce_max(top), next = __builtin_roundevenf(most), last = references[r];
+    const float most = reduce_max(top), next = __builtin_rintf(most), last = references[r];
     within = within && most < REFERENCE_LIMIT && most > -REFERENCE_LIMIT && reduce_add(unordered) == 0.0F;
     if (!(next > last)) continue;
     references[r] = next;
