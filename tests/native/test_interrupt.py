@@ -15,6 +15,8 @@ CHILD = """
 import json, os, signal, sys, threading, time
 import torch, posattn
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with it ignored
+
 def one(kind, position, tokens, threads, name, caller):
     torch.set_num_threads(threads)
     q, k, v = (torch.randn(1, 8, tokens, 64, requires_grad=True) for _ in range(3))
