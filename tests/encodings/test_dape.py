@@ -134,6 +134,16 @@ def test_rope_and_alibi_keep_their_operands():
     assert plan.mix is None
 
 
+def test_a_sum_of_slopes_is_one_slope_where_one_can_be_both():
+    plain, signed = ALiBi(HEADS), ALiBi(HEADS, signed=True)
+    for one in (plain, signed):
+        bias = (one + one).lower(CONTEXT).bias
+        assert bias.table is None
+        assert bias.slope.signed == one.signed
+        torch.testing.assert_close(bias.slope.slope, 2.0 * one.lower(CONTEXT).bias.slope.slope)
+    assert (plain + signed).lower(CONTEXT).bias.table is not None
+
+
 def test_sums_are_flat_and_hold_their_parts_parameters():
     total = (ALiBi(HEADS, learnable=True) + Kerple(HEADS)) + RoPE(DIM)
     assert [type(part).__name__ for part in total.parts] == ["ALiBi", "Kerple", "RoPE"]

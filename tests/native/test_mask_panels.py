@@ -21,6 +21,7 @@ def masks() -> dict[str, Tensor]:
         "causal": keys <= at,
         "window": (keys <= at) & (keys > at - 70),
         "blocks": blocks,
+        "rows from a block on": (rows >= 32).expand(Q_LEN, K_LEN),
         "rows": (rows % 3 != 0).expand(Q_LEN, K_LEN),
         "keys": (keys // 64 != 2).expand(Q_LEN, K_LEN),
         "all": torch.ones(1, 1, dtype=torch.bool),

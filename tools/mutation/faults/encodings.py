@@ -185,7 +185,7 @@ FAULTS: list[Fault] = [
         "base.py",
         ("Table(a.table.values «+ b.table.values», a.table.first)", "", (MODULES, EVERY)),
         ("Slope(a.slope.slope «+ b.slope.slope», a.slope.signed)", "", (MODULES, EVERY)),
-        ("if a.slope.signed «==» b.slope.signed:", "!=", (MODULES, EVERY)),
+        ("if a.slope.signed «==» b.slope.signed:", "!=", (DAPE,)),
         ("values = «-slope.slope»[:, None] * (distance if", "slope.slope", (DAPE,)),
         (
             "extra if table is None else Table(«table.values + extra.values», table.first)",

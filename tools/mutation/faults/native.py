@@ -14,6 +14,7 @@ NARROW = "tests/backends/test_parity_narrow.py"
 DECODING = "tests/backends/test_parity_decoding.py"
 LONG = "tests/backends/test_parity_long.py"
 REACH = "tests/native/test_reach.py"
+SPECIAL = "tests/native/test_special_values.py"
 PANELS = "tests/native/test_mask_panels.py"
 DOCUMENTS = "tests/backends/test_parity_documents.py"
 EXTREMES = "tests/backends/test_parity_extremes.py"
@@ -87,6 +88,13 @@ FAULTS: list[Fault] = [
         ("shown(p, s, bias.head, «i», i + count, j0 + c)", "i + count - 1", (PANELS,)),
         ("«!bias.bias->dense» &&", "true", (MASKS, LONG)),
         ("«!bias.positions()» &&", "true", (ENCODINGS, LONG)),
+    ),
+    equal(
+        "bias.h",
+        "while (m < bias->n_knots && «bias->knots[m] < low») ++m;",
+        "bias->knots[m] < high",
+        (ENCODINGS,),
+        "the next line steps back to the same segment",
     ),
     equal(
         "scores.h",
@@ -254,7 +262,6 @@ FAULTS: list[Fault] = [
             (EXTREMES,),
         ),
         ("while (m < bias->n_knots && «bias->knots[m] < high») ++m;", "false", (ENCODINGS, LONG)),
-        ("while (m < bias->n_knots && «bias->knots[m] < low») ++m;", "bias->knots[m] < high", (ENCODINGS, LONG)),
         ("while (m > 0 && «!(bias->knots[m - 1] < low)») --m;", "false", (ENCODINGS, LONG)),
         ("y = «j + c - (i1 - 1) - base»;", "j + c - i0 - base", (ENCODINGS, LONG)),
         ("«reaches.block == block» && ahead", "reaches.block >= 0", (ENCODINGS, LONG)),
@@ -328,7 +335,7 @@ FAULTS: list[Fault] = [
         ("pack_panels<M>(t.k, keys, «j», n);", "0 * j", (EXTREMES,)),
         ("float mul = M::pack == 1 ? 1.0F : «p.scale»; finish_row", "1.0F", (NARROW_LARGE,)),
         ("t.logits, i, row, «j», padded, mul);", "0 * j", (EXTREMES,)),
-        ("rests[«first + i»] = find_rest", "first", (EXTREMES,)),
+        ("rests[«first + i»] = find_rest", "first", (SPECIAL,)),
         ("p.q_len + «s.q0»; [[maybe_unused]] const typename M::Session session; RestScratch", "0", (EXTREMES,)),
     ),
     *of(
