@@ -129,6 +129,7 @@ def test_biases_add(parts):
 def test_rope_and_alibi_keep_their_operands():
     plan = (RoPE(DIM) + ALiBi(HEADS)).lower(CONTEXT)
     assert plan.rotary is not None
+    assert (ALiBi(HEADS) + RoPE(DIM)).lower(CONTEXT).rotary is not None
     assert plan.bias.slope is not None
     assert plan.bias.table is None
     assert plan.mix is None

@@ -184,7 +184,7 @@ FAULTS: list[Fault] = [
     *of(
         "base.py",
         ("Table(a.table.values «+ b.table.values», a.table.first)", "", (MODULES, EVERY)),
-        ("Slope(a.slope.slope «+ b.slope.slope», a.slope.signed)", "", (MODULES, EVERY)),
+        ("Slope(a.slope.slope «+ b.slope.slope», a.slope.signed)", "", (DAPE,)),
         ("if a.slope.signed «==» b.slope.signed:", "!=", (DAPE,)),
         ("values = «-slope.slope»[:, None] * (distance if", "slope.slope", (DAPE,)),
         (
@@ -195,7 +195,7 @@ FAULTS: list[Fault] = [
         ("Dense(a.dense.bias «+ b.dense.bias»)", "", (MODULES, EVERY)),
         ("return head_slice(plan, «self.first», context.num_heads)", "0", (SHARD,)),
         ("if not 0 <= first «<=» heads - count:", "<", (SHARD,)),
-        ("Plan(rotary=«a.rotary or b.rotary», mix", "a.rotary", (MODULES, EVERY)),
+        ("Plan(rotary=«a.rotary or b.rotary», mix", "a.rotary", (DAPE,)),
         ("bias=_add_biases(«a.bias, b.bias», context)", "a.bias, a.bias", (MODULES, EVERY)),
     ),
     *of(
