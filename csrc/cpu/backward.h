@@ -174,10 +174,11 @@ inline void write_key_grads(const Problem& p, const Sequence& s, int64_t kv_head
 
 // A task's place among those that add to the same sums, in the order of their numbers.
 struct Turn {
-  int64_t task, stride;  // tasks of one run of keys
-  int64_t earlier;       // the one that adds to the same rows of dQ before, negative if there is none
+  int64_t task, stride;  // `stride` tasks take one run of keys
   Progress &progress, &flushed;
 
+  // The one that adds to the same rows of dQ before; negative if there is none.
+  int64_t earlier() const { return task - stride; }
   // Heads or batches that share a broadcast dense bias add to the same entries of its gradient: one after the other.
   // Published steps stand for all that came before them, so a step without work waits as well.
   int64_t before() const { return task % stride == 0 ? -1 : task - 1; }
@@ -191,7 +192,7 @@ inline bool shares_dense_gradient(const Problem& p) {
 template <class M>
 void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t j0, const Turn& turn,
                    const float* rests, BackwardScratch<M>& t) {
-  auto& [task, stride, earlier, progress, flushed] = turn;
+  auto& [task, stride, progress, flushed] = turn;
   const int64_t group = p.heads / p.kv_heads, keys = imin(KEYS_PER_TASK, s.k_len - j0);
   const int64_t steps = ceil_div(s.q_len, ROWS_PER_STEP);
   const float q_scale = M::pack == 1 ? p.scale : 1.0F, product_scale = M::pack == 1 ? 1.0F : p.scale;
@@ -231,7 +232,7 @@ void backward_task(const Problem& p, const Sequence& s, int64_t kv_head, int64_t
       pack_depth<M>(t.q_depth, t.q_width, q_source, i0, rows, groups * MR);
       pack_depth<M>(t.o_depth, t.v_width, o_source, i0, rows, groups * MR);
       if (shared_dense) progress.wait(before, (group - 1) * steps + step + 1);
-      progress.wait(earlier, member * steps + step + 1);
+      progress.wait(turn.earlier(), member * steps + step + 1);
 
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t r0 = g * MR, count = imin(MR, rows - r0);
@@ -410,13 +411,14 @@ void for_runs_of_keys(const Problem& p, int64_t keys, const Task& run) {
       [&](Arena& arena, int64_t task) {
         const Sequence& s = p.sequences[task / p.kv_heads % p.n_sequences];
         const int64_t j0 = task / stride * keys;
+        const Turn turn{task, stride, progress, flushed};
         if (j0 < s.k_len && s.q_len > 0) {
           [[maybe_unused]] const typename M::Session session;
           Scratch scratch(arena, p, longest);
-          run(s, task % p.kv_heads, j0, Turn{task, stride, task - stride, progress, flushed}, rests, scratch);
+          run(s, task % p.kv_heads, j0, turn, rests, scratch);
         } else {
           // Done stands for all before it too: a later sequence may share a dense gradient with an earlier one.
-          progress.wait(task % stride == 0 ? -1 : task - 1, Progress::DONE);
+          progress.wait(turn.before(), Progress::DONE);
           flushed.wait(task - 1, Progress::DONE);
         }
         progress.publish(task, Progress::DONE);

@@ -80,9 +80,6 @@ inline void dot_keys(float* x, const float* q, const float* k, int64_t k_row, in
 // into the pairs that the dot product takes. weights has a zero after the last of an odd number.
 template <int BLOCKS>
 inline void add_pairs(float* out, const float* weights, const uint16_t* v, int64_t v_row, int64_t n) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_or_si512(low, _mm512_set1_epi16(16));
   vf acc[BLOCKS][2];
 #  pragma GCC unroll 8
   for (int b = 0; b < BLOCKS; ++b) acc[b][0] = load(out + 32 * b), acc[b][1] = load(out + 32 * b + 16);
@@ -92,9 +89,10 @@ inline void add_pairs(float* out, const float* weights, const uint16_t* v, int64
     const vf w = set1(bits_to_float(pair));
 #  pragma GCC unroll 8
     for (int b = 0; b < BLOCKS; ++b) {
-      const __m512i x = _mm512_loadu_si512(even + 32 * b), y = _mm512_loadu_si512(odd + 32 * b);
-      acc[b][0] = BF16::dot(acc[b][0], w, (vf)_mm512_permutex2var_epi16(x, low, y));
-      acc[b][1] = BF16::dot(acc[b][1], w, (vf)_mm512_permutex2var_epi16(x, high, y));
+      vf low, high;
+      interleave(even + 32 * b, odd + 32 * b, low, high);
+      acc[b][0] = BF16::dot(acc[b][0], w, low);
+      acc[b][1] = BF16::dot(acc[b][1], w, high);
     }
   }
 #  pragma GCC unroll 8

@@ -57,7 +57,10 @@ void* allocate(size_t bytes) {
 void release(void* memory) {
   char* block = static_cast<char*>(memory) - HEADER;
   const size_t size = capacity(block);
-  size >= KEEP_FROM&& size <= KEEP_TO ? keep(block) : std::free(block);
+  if (size >= KEEP_FROM && size <= KEEP_TO)
+    keep(block);
+  else
+    std::free(block);
 }
 
 void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {

@@ -20,69 +20,15 @@
 #include <type_traits>
 #include <vector>
 
-#include "kernels.h"
 #include "memory.h"
 #include "problem_text.h"
-#include "processor.h"
+#include "supported.h"
 #include "threads.h"
 
 namespace py = pybind11;
 
-#define POSATTN_DECLARE(isa)    \
-  namespace posattn::isa {      \
-  extern const Kernels kernels; \
-  }
-#if defined(POSATTN_HAVE_baseline)
-POSATTN_DECLARE(baseline)
-#endif
-#if defined(POSATTN_HAVE_neon)
-POSATTN_DECLARE(neon)
-#endif
-#if defined(POSATTN_HAVE_avx2)
-POSATTN_DECLARE(avx2)
-#endif
-#if defined(POSATTN_HAVE_avx512)
-POSATTN_DECLARE(avx512)
-#endif
-#if defined(POSATTN_HAVE_avx512bf16)
-POSATTN_DECLARE(avx512bf16)
-#endif
-#if defined(POSATTN_HAVE_amx_emulated)
-POSATTN_DECLARE(amx_emulated)
-#endif
-#if defined(POSATTN_HAVE_amx)
-POSATTN_DECLARE(amx)
-#endif
-
 namespace posattn {
 namespace {
-
-// What this build holds and this processor runs, fastest last.
-std::vector<const Kernels*> supported() {
-  std::vector<const Kernels*> found;
-#if defined(POSATTN_HAVE_baseline)
-  found.push_back(&baseline::kernels);
-#endif
-#if defined(POSATTN_HAVE_neon)
-  found.push_back(&neon::kernels);
-#endif
-#if defined(POSATTN_HAVE_avx2)
-  if (has_avx2()) found.push_back(&avx2::kernels);
-#endif
-#if defined(POSATTN_HAVE_avx512)
-  if (has_avx512()) found.push_back(&avx512::kernels);
-#endif
-#if defined(POSATTN_HAVE_avx512bf16)
-  if (has_avx512bf16()) found.push_back(&avx512bf16::kernels);
-#endif
-#if defined(POSATTN_HAVE_amx_emulated)
-  if (has_avx512bf16()) found.push_back(&amx_emulated::kernels);
-#endif
-#if defined(POSATTN_HAVE_amx)
-  if (has_amx()) found.push_back(&amx::kernels);
-#endif
-  return found;
-}
 
 const Kernels* find(const std::string& name) {
   std::string known;

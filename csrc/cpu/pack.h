@@ -164,16 +164,22 @@ inline void pack_rows(float* dst, int64_t stride, const Source& src, int64_t fir
 }
 
 #if defined(__AVX512BF16__)
-// Two rows of bfloat16 numbers as they lie become pairs; the width is a multiple of 32.
+// 32 bfloat16 numbers of each of two rows, as they lie, become pairs: of the first 16 columns, and of the others.
+POSATTN_INLINE void interleave(const void* even, const void* odd, vf& low, vf& high) {
+  const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i x = _mm512_loadu_si512(even), y = _mm512_loadu_si512(odd);
+  low = (vf)_mm512_permutex2var_epi16(x, first, y);
+  high = (vf)_mm512_permutex2var_epi16(x, _mm512_or_si512(first, _mm512_set1_epi16(16)), y);
+}
+
+// Two rows of bfloat16 numbers as pairs; the width is a multiple of 32.
 inline void pair_rows(float* dst, const void* even, const void* odd, int64_t width) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_or_si512(low, _mm512_set1_epi16(16));
   for (int64_t c = 0; c < width; c += 2 * VL) {
-    const __m512i x = _mm512_loadu_si512(static_cast<const uint16_t*>(even) + c),
-                  y = _mm512_loadu_si512(static_cast<const uint16_t*>(odd) + c);
-    store(dst + c, (vf)_mm512_permutex2var_epi16(x, low, y));
-    store(dst + c + VL, (vf)_mm512_permutex2var_epi16(x, high, y));
+    vf low, high;
+    interleave(static_cast<const uint16_t*>(even) + c, static_cast<const uint16_t*>(odd) + c, low, high);
+    store(dst + c, low);
+    store(dst + c + VL, high);
   }
 }
 #endif

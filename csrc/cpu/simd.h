@@ -145,7 +145,7 @@ POSATTN_INLINE float reduce_max(vf x) {
 
 // 2^x with 2^0 = 1 exactly and 2^-inf = 0 exactly; below -126 the result is 0 on the narrow instruction sets.
 // Polynomials are minimax in relative error over [0, 1) with the constant held at 1: DEGREE 5 errs by 8.3e-8, which a
-// float32 result needs, DEGREE 4 by 2.9e-6, a thousandth of bfloat16's rounding, and DEGREE 3 by 8.6e-5, a fortieth.
+// float32 result needs, and DEGREE 4 by 2.9e-6, a thousandth of bfloat16's rounding.
 template <int DEGREE>
 POSATTN_INLINE vf exp2(vf x) {
 #if defined(__AVX512F__)
@@ -165,9 +165,6 @@ POSATTN_INLINE vf exp2(vf x) {
     p = fma(p, f, set1(5.579991411e-02F));
     p = fma(p, f, set1(2.401644499e-01F));
     p = fma(p, f, set1(6.931513118e-01F));
-  } else if constexpr (DEGREE == 3) {
-    p = fma(set1(7.706705263e-02F), f, set1(2.276449849e-01F));
-    p = fma(p, f, set1(6.951167834e-01F));
   } else {
     p = fma(set1(1.342668976e-02F), f, set1(5.224246520e-02F));
     p = fma(p, f, set1(2.412802091e-01F));

@@ -9,65 +9,12 @@
 #include <cstring>
 #include <map>
 
-#include "../../csrc/cpu/kernels.h"
-#include "../../csrc/cpu/processor.h"
+#include "../../csrc/cpu/supported.h"
 #include "../../csrc/cpu/threads.h"
 #include "cases.h"
 
-#define DECLARE(isa)            \
-  namespace posattn::isa {      \
-  extern const Kernels kernels; \
-  }
-#if defined(POSATTN_HAVE_baseline)
-DECLARE(baseline)
-#endif
-#if defined(POSATTN_HAVE_neon)
-DECLARE(neon)
-#endif
-#if defined(POSATTN_HAVE_avx2)
-DECLARE(avx2)
-#endif
-#if defined(POSATTN_HAVE_avx512)
-DECLARE(avx512)
-#endif
-#if defined(POSATTN_HAVE_avx512bf16)
-DECLARE(avx512bf16)
-#endif
-#if defined(POSATTN_HAVE_amx)
-DECLARE(amx)
-#endif
-#if defined(POSATTN_HAVE_amx_emulated)
-DECLARE(amx_emulated)
-#endif
-
 namespace posattn::test {
 namespace {
-
-std::vector<const Kernels*> supported() {
-  std::vector<const Kernels*> found;
-#if defined(POSATTN_HAVE_baseline)
-  found.push_back(&baseline::kernels);
-#endif
-#if defined(POSATTN_HAVE_neon)
-  found.push_back(&neon::kernels);
-#endif
-#if defined(POSATTN_HAVE_avx2)
-  if (has_avx2()) found.push_back(&avx2::kernels);
-#endif
-#if defined(POSATTN_HAVE_avx512)
-  if (has_avx512()) found.push_back(&avx512::kernels);
-#endif
-#if defined(POSATTN_HAVE_avx512bf16)
-  if (has_avx512bf16()) found.push_back(&avx512bf16::kernels);
-#endif
-#if defined(POSATTN_HAVE_amx)
-  if (has_amx()) found.push_back(&amx::kernels);
-#endif
-#if defined(POSATTN_HAVE_amx_emulated)
-  if (has_avx512bf16()) found.push_back(&amx_emulated::kernels);
-#endif
-  return found;
-}
 
 // How far two instruction sets may differ, of the largest value: their sums have different orders, and bfloat16's dot
 // products round their inputs. A fault in a tail is far above it; accuracy is the Python suite's concern.
@@ -142,7 +89,7 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 // The results of the last instruction set.
 std::vector<Result> check(const Case& c, const std::vector<const Kernels*>& every) {
   std::vector<Result> first, last;
-  bool tiles = false;  // whether `last` comes from the processor's own
+  bool emulated = false;  // whether `last` comes from emulated tiles
   for (const Kernels* kernels : every) {
     const std::vector<Result> one = run(c, *kernels, 1), three = run(c, *kernels, 3);
     for (size_t n = 0; n < one.size(); ++n) {
@@ -154,12 +101,12 @@ std::vector<Result> check(const Case& c, const std::vector<const Kernels*>& ever
       if (!same_bits(one[n].values, three[n].values))
         fail(c, *kernels, one[n].name + " depends on the number of threads");
       if (!first.empty()) compare(c, *kernels, one[n], first[n]);
-      if (tiles && std::strcmp(kernels->name, "amx_emulated") == 0 && !same_bits(one[n].values, last[n].values))
-        fail(c, *kernels, one[n].name + " has other bits than the processor's own tiles give");
+      if (emulated && std::strcmp(kernels->name, "amx") == 0 && !same_bits(one[n].values, last[n].values))
+        fail(c, *kernels, one[n].name + " has other bits than emulated tiles give");
     }
     if (first.empty()) first = one;
     interrupt(c, *kernels);
-    tiles = std::strcmp(kernels->name, "amx") == 0;
+    emulated = std::strcmp(kernels->name, "amx_emulated") == 0;
     last = one;
   }
   return last;

@@ -129,11 +129,8 @@ struct TileBackward {
   // Rows i .. i + count of head h over one panel.
   void panel(int64_t h, int64_t i, int64_t count, int64_t block, int64_t n, bool simple) {
     const int64_t j = j0 + n * NR;
-    if (shown(p, s, h, i, i + count, j) == Shown::none) {
-      clear(block, n);
-      for (int64_t half = 0; half < 2; ++half) fill(output(block, n).ds_rows + half * ROWS * TILE, 0.0F, ROWS * TILE);
-      return;
-    }
+    const Shown seen = shown(p, s, h, i, i + count, j);
+    if (seen == Shown::none) return clear(block, n);
     const int64_t first = (s.b * p.heads + h) * p.q_len + s.q0 + i;
     auto columns = [&](const float* panels, int64_t width) {
       return TileOperand{panels + n * panel_rows<AMX>(width) * NR, NR * 4, TILE * NR * 4, 64};
@@ -143,23 +140,20 @@ struct TileBackward {
     const float *lses = p.lse + first, *deltas = p.delta + first;
     for (int64_t r = 0; r < count; ++r) simple = simple && !large(lses[r]);
     if (simple)
-      soft(lses, deltas, i, count, j, output(block, n));
+      soft(lses, deltas, i, count, j, seen, output(block, n));
     else
       general(lses, deltas, rests + first, i, count, j, output(block, n));
   }
 
-  void soft(const float* lses, const float* deltas, int64_t i, int64_t count, int64_t j, const PanelOutput& out) {
+  void soft(const float* lses, const float* deltas, int64_t i, int64_t count, int64_t j, Shown seen,
+            const PanelOutput& out) {
     float lse[ROWS], delta[ROWS];
     for (int64_t r = 0; r < ROWS; ++r) {
       lse[r] = r < count ? row_lse(lses[r]) * LOG2E : 0.0F;
       delta[r] = r < count ? deltas[r] : 0.0F;
     }
-    const Interval top = allowed(p, s, i), bottom = allowed(p, s, i + count - 1);
-    const bool boolean = p.boolean && shown(p, s, t.bias.head, i, i + count, j) != Shown::all;
-    const bool masked = boolean || count < ROWS || j < bottom.lo || j + NR > top.hi, floats = t.bias_grad.any();
     uint64_t bits[ROWS];
-    for (int64_t r = 0; masked && r < ROWS; ++r)
-      bits[r] = r < count ? visible_bits(p, s, t.bias.head, i + r, j, boolean) : 0;
+    const bool masked = panel_mask(p, s, t.bias.head, i, count, j, seen, bits), floats = t.bias_grad.any();
     with_diagonal_bias(t.bias, t.slopes, t.intercepts, p.scale, i, j, [&](const auto& finish) {
       if (masked)
         soft_panel<true>(t.scores, t.products, out, lse, delta, bits, floats, finish);
@@ -236,11 +230,12 @@ struct TileBackward {
       if (first[b] < last[b]) add_to_grad_q(h, i0 + b * ROWS, imin(ROWS, rows - b * ROWS), b, first[b], last[b]);
   }
 
-  // A block without keys in a panel between blocks that have some.
+  // A block that meets no key of a panel.
   void clear(int64_t block, int64_t n) const {
     const PanelOutput out = output(block, n);
     fill(out.p_pairs, 0.0F, NR / TILE * TILE_FLOATS);
     fill(out.ds_pairs, 0.0F, NR / TILE * TILE_FLOATS);
+    fill(out.ds_rows, 0.0F, NR / TILE_DEPTH * ROWS * TILE);
   }
 
   // C [width][TASK_KEYS], its keys in the order of `column_of`, becomes rows [keys][width], in place by way of `rows`.
@@ -269,9 +264,11 @@ inline void tile_backward_task(const Problem& p, const Sequence& s, int64_t kv_h
   for (int64_t member = 0; member < group; ++member) {
     const int64_t h = kv_head * group + member;
     t.plain.prepare(p, p.bias, s, h, {0, s.q_len, j0, j0 + keys});
-    t.bias.prepare(p, p.bias, s, h, {0, s.q_len, j0, j0 + keys});
-    const bool simple = is_simple(p, t.bias, p.scale) && !(p.dropout_p > 0.0);
-    if (simple) change_base(t.bias, t.slopes, t.intercepts);
+    const bool simple = is_simple(p, t.plain, p.scale) && !(p.dropout_p > 0.0);
+    if (simple) {
+      t.bias.prepare(p, p.bias, s, h, {0, s.q_len, j0, j0 + keys});
+      change_base(t.bias, t.slopes, t.intercepts);
+    }
     t.bias_grad.clear(t.plain, member == 0);
 
     for (int64_t step = 0; step < steps && !interrupted(); ++step) {
@@ -279,7 +276,7 @@ inline void tile_backward_task(const Problem& p, const Sequence& s, int64_t kv_h
       const Interval any = needed_by_any(p, s, h, i0, i0 + rows);
       if (shared_dense) turn.progress.wait(turn.before(), (group - 1) * steps + step + 1);
       if (any.lo < j0 + keys && any.hi > j0) {
-        turn.progress.wait(turn.earlier, number);
+        turn.progress.wait(turn.earlier(), number);
         task.step(h, i0, rows, simple);
       }
       turn.progress.publish(turn.task, number);

@@ -95,6 +95,16 @@ inline uint64_t visible_bits(const Problem& p, const Sequence& s, int64_t h, int
   return visible;
 }
 
+// Whether anything of a panel of keys is hidden from rows i .. i + count - 1, or rows are missing from the block; then
+// `bits` [ROWS] say what each may see. `seen` is what the boolean mask shows.
+inline bool panel_mask(const Problem& p, const Sequence& s, int64_t h, int64_t i, int64_t count, int64_t j, Shown seen,
+                       uint64_t* bits) {
+  const Interval first = allowed(p, s, i), last = allowed(p, s, i + count - 1);
+  if (seen == Shown::all && count == ROWS && j >= last.lo && j + NR <= first.hi) return false;
+  for (int64_t r = 0; r < ROWS; ++r) bits[r] = r < count ? visible_bits(p, s, h, i + r, j, seen != Shown::all) : 0;
+  return true;
+}
+
 POSATTN_INLINE vf keep(vf x, uint64_t bits) {
   return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)x);
 }
@@ -195,13 +205,14 @@ struct TileGroup {
         const float* keys_at = k + c / NR * panel;
         for (int64_t b = 0; b < n; ++b) {
           RowBlock& block = blocks[b];
-          if (shown(p, s, t.bias.head, block.i, block.i + block.count, j + c) == Shown::none) {
+          const Shown seen = shown(p, s, t.bias.head, block.i, block.i + block.count, j + c);
+          if (seen == Shown::none) {
             clear(block, c - from);
             continue;
           }
           const char* ahead = reinterpret_cast<const char*>(b == n - 1 && c > begin ? keys_at - panel : keys_at);
           tile_rows(block.q, {keys_at, NR * 4, TILE * NR * 4, 64}, NR / VL, t.scores, NR, steps);
-          const auto use = [&](const auto& finish) { return weigh(block, j, c, from, v, ahead, finish); };
+          const auto use = [&](const auto& finish) { return weigh(block, j, c, from, seen, v, ahead, finish); };
           if (!with_diagonal_bias(t.bias, t.slopes, t.intercepts, p.scale, block.i, j + c, use)) return false;
         }
       }
@@ -211,13 +222,10 @@ struct TileGroup {
   }
 
   template <class Finish>
-  bool weigh(RowBlock& b, int64_t j, int64_t c, int64_t from, const float* v, const char* ahead, const Finish& finish) {
-    const Interval first = allowed(p, s, b.i), last = allowed(p, s, b.i + b.count - 1);
-    const bool boolean = p.boolean && shown(p, s, t.bias.head, b.i, b.i + b.count, j + c) != Shown::all;
-    const bool masked = boolean || b.count < ROWS || j + c < last.lo || j + c + NR > first.hi;
+  bool weigh(RowBlock& b, int64_t j, int64_t c, int64_t from, Shown seen, const float* v, const char* ahead,
+             const Finish& finish) {
     uint64_t bits[ROWS];
-    for (int64_t r = 0; masked && r < ROWS; ++r)
-      bits[r] = r < b.count ? visible_bits(p, s, t.bias.head, b.i + r, j + c, boolean) : 0;
+    const bool masked = panel_mask(p, s, t.bias.head, b.i, b.count, j + c, seen, bits);
     float* to = b.pairs + (c - from) / TILE_DEPTH * GROUP_ROWS * TILE;
     auto run = [&] {
       return masked ? weigh_panel<true>(t.scores, to, b.references, b.sums, b.spare, bits, ahead, steps * 128, finish)

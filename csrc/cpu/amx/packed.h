@@ -29,7 +29,6 @@ public:
   PackedBlocks& operator=(const PackedBlocks&) = delete;
 
   int64_t each() const { return each_; }
-  bool empty(const Problem& p) const { return first_[p.n_sequences] == 0; }
   // The block that token t of sequence s is in; those that follow are the same head's.
   float* block(const Sequence& s, int64_t head, int64_t t) const {
     const int64_t n = &s - sequences_, blocks = (first_[n + 1] - first_[n]) / heads_;
@@ -93,9 +92,9 @@ public:
           const Source q = query_source(p, s, h, 1.0F), o{p.grad_out, s.b, h, s.q0, p.value_dim};
           for (int64_t i = first; i < imin(first + TASK, s.q_len); i += ROWS) {
             const int64_t count = imin(ROWS, s.q_len - i);
-            pack(const_cast<float*>(q_columns(s, h, i)), rows(s, h, i), q_width_, q_stride_, q, i, count);
-            pack(const_cast<float*>(o_columns(s, h, i)), rows(s, h, i) + q_stride_ * ROWS, v_width_, o_stride_, o, i,
-                 count);
+            float *columns = blocks_.block(s, h, i), *of_rows = rows(s, h, i);
+            pack(columns, of_rows, q_width_, q_stride_, q, i, count);
+            pack(columns + q_width_ * TILE, of_rows + q_stride_ * ROWS, v_width_, o_stride_, o, i, count);
           }
         });
   }
@@ -116,9 +115,11 @@ private:
   static void pack(float* columns, float* rows, int64_t width, int64_t stride, const Source& src, int64_t i,
                    int64_t count) {
     alignas(64) float pairs[TILE * MAX_WIDTH];
+    const int64_t padded = 2 * stride;  // the rows are zero beyond the width
     pack_rows<AMX>(rows, stride, src, i, count, ROWS);
-    pack_depth<AMX>(pairs, width, src, i, count, ROWS);
-    for (int64_t d = 0; d < width; d += TILE) transpose(columns + d * TILE, TILE, pairs + d, width);
+    for (int64_t r = 0; r < ROWS; r += 2)
+      pair_rows(pairs + r / 2 * padded, rows + r * stride, rows + (r + 1) * stride, padded);
+    for (int64_t d = 0; d < width; d += TILE) transpose(columns + d * TILE, TILE, pairs + d, padded);
   }
 
   int64_t q_width_, v_width_, q_stride_, o_stride_;

@@ -325,7 +325,7 @@ FAULTS: list[Fault] = [
         ("«fill(x, 0.0F, from);»", "", (MASKS, LONG)),
         ("«fill(x + end[g], 0.0F, KEYS_PER_TASK - end[g]);»", "", (MASKS, LONG, SHAPES)),
         ("t.bias_grad.flush(«member == group - 1»);", "true", (ENCODINGS,)),
-        ("«progress.wait(earlier, member * steps + step + 1);»", "", (THREADS,)),
+        ("«progress.wait(turn.earlier(), member * steps + step + 1);»", "", (THREADS,)),
         ("«flushed.wait(task - 1, member + 1);»", "", (THREADS,)),
         ("key_source(p, s, «h / (p.heads / p.kv_heads)»); const int64_t q_stride", "h % p.kv_heads", (EXTREMES,)),
         ("sum += ::exp(static_cast<double>(«p.sinks[h]»)", "p.sinks[0]", (EXTREMES,)),
