@@ -33,7 +33,9 @@ class Options(TypedDict, total=False):
     sinks: Tensor | None
     bias: Tensor | None
     mask: Tensor | None
+    offset: int | Tensor | None
     k_lengths: Tensor | None
+    k_starts: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     q_positions: Tensor | None
@@ -101,7 +103,9 @@ def attention(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    offset: int | Tensor | None = None,
     k_lengths: Tensor | None = None,
+    k_starts: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     q_positions: Tensor | None = None,
@@ -114,23 +118,30 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(logits) v, with logits = scale * q k^T as the encoding `position` changes them, in O(N) memory.
 
-    Query i of Tq sits at key position i + (Tk - Tq), so that with a cache the last query meets the last key
-    ("bottom-right" alignment, FlashAttention's). A row that may see no key gives zeros and zero gradients.
+    Query i of Tq sits at key position i + offset. The default, Tk - Tq, lets the last query meet the last key, as a
+    cache wants it ("bottom-right" alignment, FlashAttention's). A row that may see no key gives zeros and zero
+    gradients.
 
     Args:
         q: [B, Hq, Tq, D], float32, bfloat16 or float16; float64 runs on the reference, in O(N^2) memory. Any strides.
         k: [B, Hkv, Tk, D]; Hkv divides Hq, and query head h reads key head h // (Hq / Hkv).
         v: [B, Hkv, Tk, Dv].
         position: an encoding, a sum of encodings, or None.
-        causal: key j is seen by query i if j <= i + Tk - Tq.
-        window: (left, right) or an int for both: keys from i + Tk - Tq - left to i + Tk - Tq + right; None: no limit.
+        causal: key j is seen by query i if j <= i + offset.
+        window: (left, right) or an int for both: keys from i + offset - left to i + offset + right; None: no limit.
         scale: multiplies q k^T; 1 / sqrt(D) by default. A tensor of one element takes a gradient, and lets one compiled
             graph serve every value.
         softcap: x becomes softcap * tanh(x / softcap) right after the scale; None or 0 for none.
         sinks: [Hq], adds exp(sinks[h]) to the softmax's denominator (Xiao 2023, as GPT-OSS has it).
         bias: added to the logits, broadcasts to [B, Hq, Tq, Tk]; differentiable; -inf forbids a key.
         mask: bool, True where a key is seen, broadcasts to [B, Hq, Tq, Tk].
-        k_lengths: [B] integers from 0 to Tk; keys from k_lengths[b] on are hidden, and stand for Tk in alignment.
+        offset: where query 0 sits on the keys' axis, for masks and implicit positions: an int, or integers [B] (with
+            cu_seqlens, one a document) from -Tq to Tk. None for Tk - Tq, or k_lengths[b] - Tq; 0 is torch's "top-left"
+            alignment; others are a chunk's of a prefill, a preallocated cache's, or a shard's.
+        k_lengths: [B] integers from 0 to Tk; keys from k_lengths[b] on are hidden, and stand for Tk in the default
+            offset.
+        k_starts: [B] integers from 0 to Tk, at most k_lengths[b]; keys before k_starts[b] are hidden (left padding),
+            and implicit positions count from it. Hidden keys and values may hold anything.
         cu_seqlens_q, cu_seqlens_k: [documents + 1] integers, bounds of documents packed into B = 1. A document's
             queries see its own keys alone, and alignment and positions count inside the document.
         q_positions, k_positions: [T], [1, T] or [B, T] integers, where tokens sit for `position`; the masks keep
@@ -157,9 +168,8 @@ def attention(
     causal, return_lse = validation.check_flag("causal", causal), validation.check_flag("return_lse", return_lse)
     left, right = validation.check_window(window)
     cu_q, cu_k, max_q, max_k = validation.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q, k)
-    lengths = validation.check_k_lengths(k_lengths, q, k)
-    if lengths is not None and cu_q is not None:
-        raise ValueError("k_lengths, cu_seqlens_k: expected one or the other, got both")
+    lengths, starts = validation.check_key_bounds(k_lengths, k_starts, cu_q, q, k)
+    offset, offset_range = validation.check_offset(offset, cu_q, q, k, max_q, max_k)
     out, lse = _attend(
         q,
         k,
@@ -170,11 +180,14 @@ def attention(
             left=left,
             right=None if causal else right,  # causal is the closer limit
             boolean=validation.check_mask(mask, q, k),
+            offset=offset,
             k_lengths=lengths,
+            k_starts=starts,
             cu_seqlens_q=cu_q,
             cu_seqlens_k=cu_k,
             max_q=max_q,
             max_k=max_k,
+            offset_range=offset_range,
         ),
         scale=scale,
         softcap=validation.check_softcap(softcap),
@@ -204,8 +217,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention, with a positional encoding.
 
-    Shapes, broadcasting, masks and defaults are torch's. is_causal aligns top-left: key j is seen by query i if j <= i;
-    `position` still places query i at key position i + (S - L).
+    Shapes, broadcasting, masks and defaults are torch's. is_causal aligns top-left: query i sits at key position i, for
+    the mask (key j is seen if j <= i) and for `position`. Without it, `position` places query i at i + (S - L).
 
     Args:
         query: [..., Hq, L, E]; the leading dimensions broadcast, and the one before L is the heads. All three may be
@@ -227,10 +240,11 @@ def scaled_dot_product_attention(
         TypeError: an argument of the wrong type or dtype.
         ValueError: an argument with the wrong shape, device or value, or no backend that can run the call.
     """
-    top_left = True
+    top_left = is_causal
     if isinstance(attn_mask, CausalBias):
         validation.check_causal_bias(attn_mask, is_causal, query, key)
-        is_causal, top_left, attn_mask = True, attn_mask.variant == CausalVariant.UPPER_LEFT, None
+        top_left = attn_mask.variant == CausalVariant.UPPER_LEFT
+        is_causal, attn_mask = True, None
     if _autocasts(query):
         query, key, value = (_autocast(tensor) for tensor in (query, key, value))
         attn_mask = None if attn_mask is None else _autocast(attn_mask)
@@ -238,7 +252,7 @@ def scaled_dot_product_attention(
     enable_gqa = validation.check_flag("enable_gqa", enable_gqa)
     if jagged.is_jagged(query):
         documents = jagged.packed(query, key, value, attn_mask)
-        mask = replace(documents.mask, causal=is_causal, top_left=True)
+        mask = replace(documents.mask, causal=is_causal, offset=0 if is_causal else None)
         q, k, v, _, _ = sdpa_shapes.fold(*documents.tensors, None, enable_gqa)
         return documents.unpacked(_attend(q, k, v, position, mask, scale=scale, bias=None, dropout_p=dropout_p)[0])
     validation.check_qkv(query, key, value, ("query", "key", "value"), None)
@@ -248,7 +262,8 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         attn_mask = validation.check_logit_shaped("attn_mask", attn_mask, q, k)
         boolean, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    mask = Mask(causal=is_causal, top_left=top_left, boolean=boolean, max_q=q.shape[2], max_k=k.shape[2])
+    offset = 0 if top_left else None
+    mask = Mask(causal=is_causal, offset=offset, boolean=boolean, max_q=q.shape[2], max_k=k.shape[2])
     out, _ = _attend(q, k, v, position, mask, scale=scale, bias=bias, dropout_p=dropout_p)
     return out if out.shape == shape else out.reshape(shape)
 

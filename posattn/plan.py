@@ -4,9 +4,9 @@ An encoding lowers to a `Plan`; a `Call` is a plan together with the tensors and
 Kernels see nothing else, so a new encoding never touches a kernel. Everything here is data: no computation, no checks.
 
 Distances. Query i of a sequence with Tq queries and Tk keys sits at key position i + (Tk - Tq), so the distance
-d = q_position - k_position runs over -(Tq - 1) .. Tk - 1 for implicit positions. With explicit positions,
-d = q_positions[i] - k_positions[j]. Operands indexed by a distance (or a position) carry `first`, the distance (or
-position) of their entry 0; an index outside the stored range is clamped to it.
+d = q_position - k_position runs over -(Tq - 1) .. Tk - 1 for implicit positions; a mask's `offset` replaces Tk - Tq.
+With explicit positions, d = q_positions[i] - k_positions[j]. Operands indexed by a distance (or a position) carry
+`first`, the distance (or position) of their entry 0; an index outside the stored range is clamped to it.
 """
 
 from __future__ import annotations
@@ -118,25 +118,31 @@ class Plan:
 class Mask:
     """Which keys a query may see; all conditions hold together.
 
-    causal: j <= i + offset, with offset = Tk - Tq ("bottom-right", FlashAttention's) or 0 (top_left, torch's SDPA).
-    window: i + offset - left <= j <= i + offset + right, either None for unlimited; the offset is causal's.
+    offset: where query 0 sits on the keys' axis: Tk - Tq ("bottom-right", FlashAttention's) where it is None, 0 is
+    torch's "top-left"; an int, or int32 [B] (or [documents]). Masks and implicit positions follow it.
+    causal: j <= i + offset.
+    window: i + offset - left <= j <= i + offset + right, either None for unlimited.
     boolean: [B or 1, H or 1, Tq, Tk] bool, True where allowed.
-    k_lengths: [B] int32; keys from k_lengths[b] on are hidden and Tk in every offset is k_lengths[b].
+    k_lengths: [B] int32; keys from k_lengths[b] on are hidden and Tk in the default offset is k_lengths[b].
+    k_starts: [B] int32; keys before k_starts[b] are hidden and implicit positions count from it. Not with cu_seqlens.
     cu_seqlens_q, cu_seqlens_k: [documents + 1] int32 from 0 to the token count (B = 1); document n's queries see its
     own keys alone, and indices, offsets and implicit positions count inside the document.
     max_q, max_k: the longest document (or Tq and Tk), so that lowering and launching need no look at the device.
+    offset_range: least and greatest offset where it is a tensor, as far as they are known without a look at the device.
     """
 
     causal: bool = False
-    top_left: bool = False
+    offset: int | Tensor | None = None
     left: int | None = None
     right: int | None = None
     boolean: Tensor | None = None
     k_lengths: Tensor | None = None
+    k_starts: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     max_q: int = 0
     max_k: int = 0
+    offset_range: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

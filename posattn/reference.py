@@ -103,7 +103,14 @@ def _positions(call: Call) -> tuple[Tensor, Tensor]:
 def _indices(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     mask = call.mask
     return token_indices(
-        call.q.shape[2], call.k.shape[2], call.q.device, mask.k_lengths, mask.cu_seqlens_q, mask.cu_seqlens_k
+        call.q.shape[2],
+        call.k.shape[2],
+        call.q.device,
+        mask.k_lengths,
+        mask.cu_seqlens_q,
+        mask.cu_seqlens_k,
+        mask.k_starts,
+        mask.offset,
     )
 
 
@@ -158,8 +165,7 @@ def _allowed(call: Call) -> Tensor | None:
     """True where a query may see a key, [B or 1, H or 1, Tq, Tk]; None if it always may."""
     mask = call.mask
     q_index, k_index, offset = _indices(call)
-    row = q_index if mask.top_left else q_index + offset
-    i, j = row[:, :, None], k_index[:, None, :]
+    i, j = (q_index + offset)[:, :, None], k_index[:, None, :]
     conditions = []
     if mask.causal:
         conditions.append(j <= i)
@@ -167,8 +173,9 @@ def _allowed(call: Call) -> Tensor | None:
         conditions.append(j >= i - mask.left)
     if mask.right is not None:
         conditions.append(j <= i + mask.right)
-    if mask.k_lengths is not None:
-        conditions.append(j < mask.k_lengths[:, None, None])
+    hidden = _hidden(call)
+    if hidden is not None:
+        conditions.append(~hidden[:, None, :])
     if mask.cu_seqlens_q is not None and mask.cu_seqlens_k is not None:
         q_document = document_index(mask.cu_seqlens_q, call.q.shape[2])
         k_document = document_index(mask.cu_seqlens_k, call.k.shape[2])
@@ -182,12 +189,19 @@ def _allowed(call: Call) -> Tensor | None:
     return result
 
 
+def _hidden(call: Call) -> Tensor | None:
+    """True for keys before k_starts and from k_lengths on, [B, Tk]; None if there are none."""
+    mask = call.mask
+    index = torch.arange(call.k.shape[2], device=call.k.device)
+    before = None if mask.k_starts is None else index < mask.k_starts[:, None]
+    past = None if mask.k_lengths is None else index >= mask.k_lengths[:, None]
+    return past if before is None else before if past is None else before | past
+
+
 def _hide_padding(call: Call, x: Tensor) -> Tensor:
-    """Zero the keys past k_lengths: a cache may hold anything there, and 0 * NaN would be NaN."""
-    if call.mask.k_lengths is None:
-        return x
-    index = torch.arange(x.shape[2], device=x.device)
-    return x.masked_fill((index >= call.mask.k_lengths[:, None])[:, None, :, None], 0.0)
+    """Zero the hidden keys: a cache may hold anything there, and 0 * NaN would be NaN."""
+    hidden = _hidden(call)
+    return x if hidden is None else x.masked_fill(hidden[:, None, :, None], 0.0)
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:

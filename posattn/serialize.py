@@ -13,6 +13,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from posattn.plan import Bias, Call, Dense, HeadMix, Mask, Plan, Profile, Rotary, Slope, Table
+from posattn.positions import offset_bounds
 
 _BIAS_GRADS = ("slope", "table", "psi", "row_scale", "segment_slope", "segment_intercept", "dense")
 
@@ -50,11 +51,12 @@ def parse(spec: str) -> Layout:
 
 
 def flatten(call: Call, backend: str) -> Flat:
-    """ints: window left, window right, max_q, max_k, then the firsts of each bias that is there, outer before inner:
-    of its table, of its profile's distances, of its profile's rows."""
+    """ints: window left, window right, max_q, max_k; the least and greatest offset, where one is given; then the firsts
+    of each bias that is there, outer before inner: of its table, of its profile's distances, of its profile's rows."""
     mask, plan = call.mask, call.plan
     ints = [_NO_LIMIT if mask.left is None else mask.left, _NO_LIMIT if mask.right is None else mask.right]
     ints += [mask.max_q, mask.max_k]
+    ints += offset_bounds(mask.offset, mask.offset_range) or ()
     names: list[str] = []
     operands: list[Tensor] = []
     flags: list[str] = []
@@ -101,12 +103,14 @@ def flatten(call: Call, backend: str) -> Flat:
         put_bias(plan.mix.inner, "inner.")
     if mask.causal:
         flags.append("causal")
-    if mask.top_left:
-        flags.append("top_left")
+    if mask.offset is not None:
+        flags.append("offset")
     if call.deterministic:
         flags.append("deterministic")
     put("boolean", mask.boolean)
+    put("offset", mask.offset if isinstance(mask.offset, Tensor) else None)
     put("k_lengths", mask.k_lengths)
+    put("k_starts", mask.k_starts)
     put("cu_seqlens_q", mask.cu_seqlens_q)
     put("cu_seqlens_k", mask.cu_seqlens_k)
     put("sinks", call.sinks)
@@ -131,8 +135,10 @@ def unflatten(
     layout = parse(spec)
     named = dict(zip(layout.names, operands))
     flags = layout.flags
-    left, right, max_q, max_k, *firsts = ints
-    rest = iter(firsts)
+    left, right, max_q, max_k, *others = ints
+    rest = iter(others)
+    offset_range = (next(rest), next(rest)) if "offset" in flags else None
+    offset = named.get("offset") if offset_range is None or "offset" in named else offset_range[0]
 
     def take_bias(prefix: str) -> Bias:
         slope = named.get(prefix + "slope")
@@ -165,15 +171,17 @@ def unflatten(
         mix = HeadMix(named["w1"], named["b1"], named["w2"], named["b2"], layout.form, take_bias("inner."))
     mask = Mask(
         causal="causal" in flags,
-        top_left="top_left" in flags,
+        offset=offset,
         left=None if left == _NO_LIMIT else left,
         right=None if right == _NO_LIMIT else right,
         boolean=named.get("boolean"),
         k_lengths=named.get("k_lengths"),
+        k_starts=named.get("k_starts"),
         cu_seqlens_q=named.get("cu_seqlens_q"),
         cu_seqlens_k=named.get("cu_seqlens_k"),
         max_q=max_q,
         max_k=max_k,
+        offset_range=offset_range if isinstance(offset, Tensor) else None,
     )
     scale_tensor = named.get("scale")
     return Call(

@@ -21,6 +21,7 @@ from posattn.errors import ArgumentTypeError, ArgumentValueError
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
 _POSITION_LIMIT = 2**31
+_OFFSET_LIMIT = 2**28  # sums with lengths and a window's sides stay within int32
 
 
 def _shape(tensor: Tensor) -> str:
@@ -259,20 +260,63 @@ def check_causal_bias(attn_mask: CausalBias, is_causal: bool, query: Tensor, key
             )
 
 
-def check_k_lengths(k_lengths: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Contiguous int32 [B], each within 0 .. Tk."""
-    if k_lengths is None:
-        return None
-    _check_integers("k_lengths", k_lengths, q)
-    if k_lengths.dim() != 1 or k_lengths.shape[0] != q.shape[0]:
+def check_key_bounds(
+    k_lengths: Tensor | None, k_starts: Tensor | None, cu_seqlens: Tensor | None, q: Tensor, k: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both as contiguous int32 [B], within 0 .. Tk, no start past its length."""
+    for name, bounds in (("k_lengths", k_lengths), ("k_starts", k_starts)):
+        if bounds is not None and cu_seqlens is not None:
+            raise ArgumentValueError(f"{name}, cu_seqlens_k: expected one or the other, got both")
+    lengths = None if k_lengths is None else _check_key_bounds("k_lengths", "lengths", k_lengths, q, k)
+    starts = None if k_starts is None else _check_key_bounds("k_starts", "starts", k_starts, q, k)
+    if lengths is not None and starts is not None:
+        if not (_readable(lengths) and _readable(starts)):
+            starts = torch.minimum(starts, lengths)
+        elif (starts > lengths).any():
+            b = int((starts > lengths).int().argmax())
+            raise ArgumentValueError(
+                f"k_starts: expected starts up to k_lengths, got {int(starts[b])} for a sequence of {int(lengths[b])}"
+            )
+    return lengths, starts
+
+
+def _check_key_bounds(name: str, what: str, bounds: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    _check_integers(name, bounds, q)
+    if bounds.dim() != 1 or bounds.shape[0] != q.shape[0]:
         raise ArgumentValueError(
-            f"k_lengths: expected shape [{q.shape[0]}], one length per sequence, got {_shape(k_lengths)}"
+            f"{name}: expected shape [{q.shape[0]}], one {what[:-1]} per sequence, got {_shape(bounds)}"
         )
-    if _readable(k_lengths) and k_lengths.numel():
-        low, high = (int(bound) for bound in k_lengths.aminmax())
+    if _readable(bounds) and bounds.numel():
+        low, high = (int(bound) for bound in bounds.aminmax())
         if low < 0 or high > k.shape[2]:
-            raise ArgumentValueError(f"k_lengths: expected lengths from 0 to {k.shape[2]}, got {low} to {high}")
-    return _narrowed(k_lengths, k.shape[2])
+            raise ArgumentValueError(f"{name}: expected {what} from 0 to {k.shape[2]}, got {low} to {high}")
+    return _narrowed(bounds, 0, k.shape[2])
+
+
+def check_offset(
+    offset: int | Tensor | None, cu_seqlens: Tensor | None, q: Tensor, k: Tensor, max_q: int, max_k: int
+) -> tuple[int | Tensor | None, tuple[int, int] | None]:
+    """An int, or contiguous int32 [sequences] and the range of its values, which may be wider where a look would
+    wait."""
+    if offset is None:
+        return None, None
+    if not isinstance(offset, Tensor):
+        if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
+            raise ArgumentTypeError(f"offset: expected an int, a torch.Tensor or None, got {offset!r}")
+        if isinstance(offset, int) and abs(offset) > _OFFSET_LIMIT:
+            raise ArgumentValueError(f"offset: expected an int within +-2^28, got {offset}")
+        return offset, None
+    _check_integers("offset", offset, q)
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if offset.dim() != 1 or offset.shape[0] != count:
+        raise ArgumentValueError(f"offset: expected shape [{count}], one number per sequence, got {_shape(offset)}")
+    found = -max_q, max_k
+    if _readable(offset) and offset.numel():
+        low, high = (int(bound) for bound in offset.aminmax())
+        if low < -max_q or high > max_k:
+            raise ArgumentValueError(f"offset: expected numbers from {-max_q} to {max_k}, got {low} to {high}")
+        found = low, high
+    return _narrowed(offset, -max_q, max_k), found
 
 
 def check_cu_seqlens(
@@ -294,7 +338,7 @@ def check_cu_seqlens(
             f"cu_seqlens_k: expected as many documents as cu_seqlens_q, {cu_seqlens_q.shape[0] - 1}, "
             f"got {cu_seqlens_k.shape[0] - 1}"
         )
-    return _narrowed(cu_seqlens_q, q.shape[2]), _narrowed(cu_seqlens_k, k.shape[2]), max_q, max_k
+    return _narrowed(cu_seqlens_q, 0, q.shape[2]), _narrowed(cu_seqlens_k, 0, k.shape[2]), max_q, max_k
 
 
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor, tokens: int) -> int:
@@ -372,11 +416,12 @@ def _check_integers(name: str, tensor: Tensor, q: Tensor) -> None:
     check_same(name, tensor, q, "q")
 
 
-def _narrowed(tensor: Tensor, tokens: int) -> Tensor:
+def _narrowed(tensor: Tensor, least: int, most: int) -> Tensor:
     """Contiguous int32. A number that nobody could look at must not wrap into another one: the CPU kernels still refuse
     it, those of other devices, which look at nothing, take the nearest that is in bounds."""
     if not _readable(tensor):
-        tensor = tensor.clamp(-1, 2**31 - 1) if tensor.device.type == "cpu" else tensor.clamp(0, tokens)
+        on_cpu = tensor.device.type == "cpu"
+        tensor = tensor.clamp(-(2**31), 2**31 - 1) if on_cpu else tensor.clamp(least, most)
     return tensor.to(torch.int32).contiguous()
 
 

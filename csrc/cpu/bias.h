@@ -93,7 +93,7 @@ struct BiasTile {
 
   void prepare(const Problem& problem, const Bias& b, const Sequence& sequence, int64_t h, const Rectangle& rectangle) {
     p = &problem, bias = &b, s = &sequence, head = h, area = rectangle;
-    offset = s->k_len - s->q_len;
+    offset = s->offset;
     base = area.j0 - (area.i1 - 1);
     length = area.j1 - area.j0 + area.i1 - area.i0 - 1;
     reaches.block = -1;

@@ -11,7 +11,7 @@ struct Interval {
 
 // Causal, window and length masks leave every row one run of keys.
 inline Interval allowed(const Problem& p, const Sequence& s, int64_t i) {
-  int64_t at = i + (p.top_left ? 0 : s.k_len - s.q_len), lo = 0, hi = s.k_len;
+  int64_t at = i + s.offset, lo = 0, hi = s.k_len;
   if (p.left >= 0) lo = imax(lo, at - p.left);
   if (p.right >= 0) hi = imin(hi, at + p.right + 1);
   if (p.causal) hi = imin(hi, at + 1);

@@ -11,6 +11,7 @@
 #  include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -56,20 +57,42 @@ void check_offsets(const char* name, const int32_t* offsets, int64_t documents, 
                                 std::to_string(tokens) + " tokens");
 }
 
+void check_bound(const char* name, const char* of, int64_t n, int64_t value, int64_t least, int64_t most) {
+  if (value < least || value > most)
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(least) + " to " +
+                                std::to_string(most) + ", got " + std::to_string(value) + " for " + of + " " +
+                                std::to_string(n));
+}
+
+// Sequence n's offset as it was given, and no keys that no query sees by it: a cache may have many slots to fill yet.
+void place(const Problem& p, int64_t n, int64_t skipped, Sequence& s) {
+  const Lengths& given = p.lengths;
+  s.offset = s.k_len - s.q_len;
+  if (!given.has_offset && !given.offsets) return;
+  if (given.offsets) check_bound("offset", "sequence", n, given.offsets[n], -p.q_len, p.k_len);
+  s.offset = (given.offsets ? given.offsets[n] : given.offset) - skipped;
+  const bool limited = p.causal || p.right >= 0;
+  if (limited) s.k_len = std::clamp(s.offset + s.q_len + (p.causal ? 0 : p.right), int64_t{0}, s.k_len);
+}
+
 std::vector<Sequence> sequences(const Problem& p) {
   std::vector<Sequence> list;
-  const auto [lengths, q, k, documents] = p.lengths;
+  const auto& [ends, starts, q, k, documents, offsets, has_offset, offset] = p.lengths;
   if (q) {
     check_offsets("cu_seqlens_q", q, documents, p.q_len);
     check_offsets("cu_seqlens_k", k, documents, p.k_len);
-    for (int64_t n = 0; n < documents; ++n) list.push_back({0, q[n], q[n + 1] - q[n], k[n], k[n + 1] - k[n]});
+    for (int64_t n = 0; n < documents; ++n) {
+      list.push_back({0, q[n], q[n + 1] - q[n], k[n], k[n + 1] - k[n], 0});
+      place(p, n, 0, list.back());
+    }
     return list;
   }
   for (int64_t b = 0; b < p.batch; ++b) {
-    list.push_back({b, 0, p.q_len, 0, lengths ? lengths[b] : p.k_len});
-    if (list.back().k_len < 0 || list.back().k_len > p.k_len)
-      throw std::invalid_argument("k_lengths: expected 0 to " + std::to_string(p.k_len) + " keys, got " +
-                                  std::to_string(list.back().k_len) + " for batch entry " + std::to_string(b));
+    const int64_t end = ends ? ends[b] : p.k_len, start = starts ? starts[b] : 0;
+    check_bound("k_lengths", "batch entry", b, end, 0, p.k_len);
+    check_bound("k_starts", "batch entry", b, start, 0, end);
+    list.push_back({b, 0, p.q_len, start, end - start, 0});
+    place(p, b, start, list.back());
   }
   return list;
 }

@@ -23,22 +23,29 @@ struct View {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// One sequence: rows q0 .. q0 + q_len of batch b against keys k0 .. k0 + k_len.
+// One sequence: rows q0 .. q0 + q_len of batch b against keys k0 .. k0 + k_len. Its row i sits at its key i + offset.
 struct Sequence {
   int64_t b;
   int64_t q0;
   int64_t q_len;
   int64_t k0;
   int64_t k_len;
+  int64_t offset;
 };
 
 // Where sequences lie: `documents` packed along the tokens of batch entry 0, from the offsets [documents + 1] on; else
-// one a batch entry, of k_lengths [B] keys or of all.
+// one a batch entry, of keys k_starts [B] (or 0) up to k_lengths [B] (or all). Query 0 sits at key `offset`, or offsets
+// [B or documents], counted from the batch entry's key 0 or the document's first; with neither, the last query meets
+// the last key.
 struct Lengths {
   const int32_t* k_lengths = nullptr;
+  const int32_t* k_starts = nullptr;
   const int32_t* cu_seqlens_q = nullptr;
   const int32_t* cu_seqlens_k = nullptr;
   int64_t documents = 0;
+  const int32_t* offsets = nullptr;
+  bool has_offset = false;
+  int64_t offset = 0;
 };
 
 // cos and sin [B or 1, T, half] for queries and keys.
@@ -136,7 +143,6 @@ struct Problem {
   int64_t n_sequences = 0;
   int64_t max_k_len = 0;
   bool causal = false;
-  bool top_left = false;
   int64_t left = -1;  // -1: unlimited
   int64_t right = -1;
   View boolean;             // bytes

@@ -175,7 +175,8 @@ private:
     if (!(highest - lowest > least)) return;
     for (int64_t x = n - 2; x >= 0; --x) t.behind[x] = fmax2(t.behind[x + 1], values[x]);
 
-    const float k_norm = largest_norm(key_source(p, s, h / (p.heads / p.kv_heads)), 0, s.k_len);
+    const Interval all = allowed_by_any(p, s, 0, s.q_len);
+    const float k_norm = largest_norm(key_source(p, s, h / (p.heads / p.kv_heads)), all.lo, all.hi - all.lo);
     const Source queries = query_source(p, s, h, 1.0F);
     const float scale = p.scale < 0.0F ? -p.scale : p.scale;
     for (int64_t b = 0; b < blocks; ++b) {

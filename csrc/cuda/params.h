@@ -34,10 +34,13 @@ struct ShapeParams {
 
 struct MaskParams {
   const int32_t* k_lengths;
+  const int32_t* k_starts;
   const int32_t* cu_q;
   const int32_t* cu_k;
+  const int32_t* offsets;
   const uint8_t* boolean;
   PairStrides boolean_strides;
+  int32_t offset;
   int32_t left;
   int32_t right;
 };

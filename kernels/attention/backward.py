@@ -164,21 +164,22 @@ def _row_statistics(
 def _weights(
     q, lse2, line: Line, high, t: TileCoord, keys: KeyBlock, seq: SeqlenInfo, o: Operands, mask: Mask, dropout: Dropout,
     slope, row_scale, scale, softcap, factor, heads, dtype: tl.constexpr,
-    BORDER: tl.constexpr, PACKED: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
+    BORDER: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """(weights, the same as they meet the values, in `dtype`, which of them dropout keeps, softcap's derivative)."""
     BLOCK_N: tl.constexpr = t.j.shape[0]
     BLOCK_M: tl.constexpr = t.i.shape[1]
+    UNALIGNED: tl.constexpr = mask.cu_q is not None or mask.k_starts is not None
     s = start_logits(t, o, BLOCK_N, BLOCK_M, CONFIG, NVIDIA)
     s = tl.dot(keys.k, tl.trans(q), s, input_precision=CONFIG.precision)  # [BLOCK_N, BLOCK_M]
     s, slack = logits_tile(
-        s, line, high, t, seq, o, mask, slope, t.i0 + t.shift, row_scale, scale, softcap, BORDER, CONFIG, NVIDIA
+        s, line, high, t, seq, o, mask, slope, t.i0 + t.offset, row_scale, scale, softcap, BORDER, CONFIG, NVIDIA
     )
     p = tl.exp2(s * factor - lse2[None, :])
     kept = p
     keep = p  # every element of a returned tuple is a tensor
     if dropout.threshold is not None:
-        keep = tl.trans(keep_tile(dropout, t, heads, BLOCK_M, BLOCK_N, not PACKED))
+        keep = tl.trans(keep_tile(dropout, t, heads, BLOCK_M, BLOCK_N, not UNALIGNED))
         kept = tl.where(keep, p * dropout.keep_scale, 0.0)
     return p, kept.to(dtype), keep, slack
 
@@ -316,7 +317,7 @@ def _walk(
     do_stride = upstream.strides.token
     b64 = seq.b.to(tl.int64)
     j0 = keys.j0
-    shift = seq.k_len - seq.q_len
+    offset = seq.offset
     factor = LOG2E if CONFIG.scale_before_bias else scale * LOG2E
     q_positions = None
     if CONFIG.explicit:
@@ -378,7 +379,7 @@ def _walk(
             bent = begin
             of_run = line.segment
             if at < spans.hi:
-                straight, bent, of_run = runs(begin, spans.full_hi, j0, shift, o, BLOCK_M, BLOCK_N, CONFIG, NVIDIA)
+                straight, bent, of_run = runs(begin, spans.full_hi, j0, offset, o, BLOCK_M, BLOCK_N, CONFIG, NVIDIA)
         for span in tl.static_range(0, 4):
             if (span != 0 or CONFIG.has_right) and (span != 2 or PROFILE):
                 span_lo, span_hi = _span(span, spans, at, begin, straight, bent, PROFILE)
@@ -401,16 +402,16 @@ def _walk(
                     if CONFIG.explicit:
                         pi = tl.load(q_positions + row0 + rows)[None, :]
                     t = TileCoord(
-                        seq.b, h, seq.q_start, seq.k_start, i0, j0, shift, i, keys.j, i_in, keys.j_in, pi, keys.pj, 0
+                        seq.b, h, seq.q_start, seq.k_start, i0, j0, offset, i, keys.j, i_in, keys.j_in, pi, keys.pj, 0
                     )  # fmt: skip
                     if OF_LINES and span != 1:
                         of_dsy = add_parts(
-                            sums, i0 // BLOCK_M - 1, told, i0 > span_lo, line.slope, of_dsy, seq.q_len, shift,
+                            sums, i0 // BLOCK_M - 1, told, i0 > span_lo, line.slope, of_dsy, seq.q_len, offset,
                             q_positions, o, PARTS, BLOCK_M, NVIDIA,
                         )  # fmt: skip
                     row_scale = None
                     if PROFILE:
-                        row_scale = tl.load(row_scales(pi, shift, o, CONFIG.explicit))
+                        row_scale = tl.load(row_scales(pi, offset, o, CONFIG.explicit))
                     if PROFILE and span != 1:
                         segment = line.segment
                         line, high = next_line(line, t, row_scale, o, BLOCK_N, CONFIG, NVIDIA)
@@ -423,7 +424,7 @@ def _walk(
                     p, kept, keep, slack = _weights(
                         q, lse2, common, None if span == 1 else high, t, keys, seq, o, mask, dropout,
                         slope, row_scale, scale, softcap, factor, shape.heads, do.dtype,
-                        span % 3 == 0, PACKED, CONFIG, NVIDIA,
+                        span % 3 == 0, CONFIG, NVIDIA,
                     )  # fmt: skip
                     if not SPREAD:
                         dv = tl.dot(kept, do, dv, input_precision=PRECISION)
@@ -467,17 +468,17 @@ def _walk(
                     after = wait_for(queue.awaited, target, NVIDIA)
                     if OF_TABLE:
                         add_bands(
-                            dtable, table_units, table_bands, i0, after, j0, shift,
+                            dtable, table_units, table_bands, i0, after, j0, offset,
                             o.table_first, o.table_last, GROUPS, BLOCK_M, CLAMP, NVIDIA,
                         )  # fmt: skip
                     if OF_PSI:
                         add_bands(
-                            of_psi.Sums, psi_units, psi_bands, i0, after, j0, shift,
+                            of_psi.Sums, psi_units, psi_bands, i0, after, j0, offset,
                             o.psi_first, o.psi_last, GROUPS, BLOCK_M, CLAMP, NVIDIA,
                         )  # fmt: skip
                     if OF_LINES and span == 1:
                         of_dsy = add_parts(
-                            sums, i0 // BLOCK_M - 1, after, i0 > span_lo, line.slope, of_dsy, seq.q_len, shift,
+                            sums, i0 // BLOCK_M - 1, after, i0 > span_lo, line.slope, of_dsy, seq.q_len, offset,
                             q_positions, o, PARTS, BLOCK_M, NVIDIA,
                         )  # fmt: skip
                     dq_tile = dq_base + row0 * BLOCK_D
@@ -498,7 +499,7 @@ def _walk(
                 if OF_LINES:
                     of_dsy = add_parts(
                         sums, tl.cdiv(span_hi, BLOCK_M) - 1, told, span_hi > span_lo, line.slope, of_dsy, seq.q_len,
-                        shift, q_positions, o, PARTS, BLOCK_M, NVIDIA,
+                        offset, q_positions, o, PARTS, BLOCK_M, NVIDIA,
                     )  # fmt: skip
         if PROFILE:
             at = tl.where(bent >= spans.full_hi, tl.maximum(spans.hi, spans.full_hi), bent)
@@ -506,19 +507,19 @@ def _walk(
         end = tl.cdiv(spans.hi, BLOCK_M) * BLOCK_M
         if OF_TABLE:
             finish_bands(
-                dtable, table_units, table_bands, end, table_carried, queue.progress, queue.done + end, j0, shift,
+                dtable, table_units, table_bands, end, table_carried, queue.progress, queue.done + end, j0, offset,
                 o.table_first, o.table_last, GROUPS, BLOCK_M, BACKWARD.whole, CLAMP, NVIDIA,
             )  # fmt: skip
         if OF_PSI:
             finish_bands(
-                of_psi.Sums, psi_units, psi_bands, end, psi_carried, queue.progress, queue.done + end, j0, shift,
+                of_psi.Sums, psi_units, psi_bands, end, psi_carried, queue.progress, queue.done + end, j0, offset,
                 o.psi_first, o.psi_last, GROUPS, BLOCK_M, BACKWARD.whole, CLAMP, NVIDIA,
             )  # fmt: skip
     if OF_LINES:
         of_ds, of_dsy = leave_segment(sums, line.segment, -1, o.num_knots, of_ds, of_dsy)
     if MOMENTS:
         total, first = tl.split(-moments.reshape([BLOCK_N, COLUMNS // 2, 2]))
-        at_last = spans.full_hi - BLOCK_M + shift - keys.j
+        at_last = spans.full_hi - BLOCK_M + offset - keys.j
         dslope += tl.sum(tl.where(tl.arange(0, COLUMNS // 2)[None, :] == 0, first + total * at_last, 0.0), 1)
     if to.Slope is not None:
         own = tl.arange(0, BLOCK_N) < seq.k_len - j0
@@ -548,7 +549,7 @@ def attention_backward(
     index = pid % walks // kv_heads
     program = pid
     progress = order.Progress + (pid % walks) * blocks + n
-    seq = open_sequence(index, mask, shape, CONFIG.top_left)
+    seq = open_sequence(index, mask, shape)
     if j0 >= seq.k_len:
         return
     if BACKWARD.spread and PACKED:

@@ -75,18 +75,22 @@ def gradient_by_tile(
     head = pid // blocks_m // blocks_n % of_dense.heads
     first = pid // blocks_m // blocks_n // of_dense.heads
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    seq = open_sequence(first, mask, shape, CONFIG.top_left)
+    seq = open_sequence(first, mask, shape)
     for n in range(of_dense.batches_each * of_dense.heads_each):
         index = first + n // of_dense.heads_each
         h = head + n % of_dense.heads_each
-        seq = open_sequence(index, mask, shape, CONFIG.top_left)
+        seq = open_sequence(index, mask, shape)
+        first_key = j0
         seen = (i0 < seq.q_len) & (j0 < seq.k_len)
+        if mask.k_starts is not None:
+            first_key = j0 - seq.k_start
+            seen = (i0 < seq.q_len) & (first_key < seq.k_len) & (first_key + BLOCK_N > 0)
         if CONFIG.has_right:
-            seen = seen & (j0 <= i0 + (BLOCK_M - 1) + seq.offset + mask.right)
+            seen = seen & (first_key <= i0 + (BLOCK_M - 1) + seq.offset + mask.right)
         if CONFIG.has_left:
-            seen = seen & (j0 + (BLOCK_N - 1) >= i0 + seq.offset - mask.left)
+            seen = seen & (first_key + (BLOCK_N - 1) >= i0 + seq.offset - mask.left)
         if seen:
-            t = open_tile(seq, h, i0, j0, positions, BLOCK_M, BLOCK_N, CONFIG)
+            t = open_tile(seq, h, i0, first_key, positions, BLOCK_M, BLOCK_N, CONFIG)
             ds, row_scale, line, high = logit_gradient(
                 inputs, upstream, t, seq, operands, mask, dropout, scale, softcap, shape, CONFIG, NVIDIA
             )
@@ -105,16 +109,17 @@ def gradient_by_tile(
     b_out = first * 0 if PACKED else first
     i = i0 + tl.arange(0, BLOCK_M)
     j = j0 + tl.arange(0, BLOCK_N)
+    j_out = seq.k_start + j if PACKED else j
     row_in = i < (seq.q_len if PACKED else shape.q_tokens)
     column_in = j < (seq.k_len if PACKED else shape.k_tokens)
     shared = b_out.to(tl.int64) * of_dense.stride_batch + head.to(tl.int64) * of_dense.stride_head
     if of_dense.Dense is not None:
-        at = (seq.q_start + i).to(tl.int64)[:, None] * shape.k_tokens + (seq.k_start + j)[None, :]
+        at = (seq.q_start + i).to(tl.int64)[:, None] * shape.k_tokens + j_out[None, :]
         tl.store(of_dense.Dense + shared + at, acc, mask=row_in[:, None] & column_in[None, :])
     if of_dense.Sums is not None:
         if OVER_QUERIES:
             sums = (tl.sum(acc, 0) * tl.load(of_dense.units)).to(tl.int64)
-            tl.atomic_add(of_dense.Sums + shared + seq.k_start + j, sums, mask=column_in, sem="relaxed")
+            tl.atomic_add(of_dense.Sums + shared + j_out, sums, mask=column_in, sem="relaxed")
         else:
             sums = (tl.sum(acc, 1) * tl.load(of_dense.units)).to(tl.int64)
             tl.atomic_add(of_dense.Sums + shared + seq.q_start + i, sums, mask=row_in, sem="relaxed")

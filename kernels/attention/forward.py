@@ -40,7 +40,7 @@ def attention_forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     PRECISION: tl.constexpr = CONFIG.precision
-    PACKED: tl.constexpr = mask.cu_q is not None
+    UNALIGNED: tl.constexpr = mask.cu_q is not None or mask.k_starts is not None
     D: tl.constexpr = CONFIG.dim
     BLOCK_D: tl.constexpr = CONFIG.block_dim
     DV: tl.constexpr = CONFIG.value_dim
@@ -53,13 +53,13 @@ def attention_forward(
     i0 = (blocks - 1 - pid % blocks) * BLOCK_M  # the longest rows of a causal head first
     bh = pid // blocks
     h = bh % shape.heads
-    seq = open_sequence(bh // shape.heads, mask, shape, CONFIG.top_left)
+    seq = open_sequence(bh // shape.heads, mask, shape)
     if i0 >= seq.q_len:
         return
     b64 = seq.b.to(tl.int64)
     h64 = h.to(tl.int64)
     kv64 = (h // shape.group).to(tl.int64)
-    shift = seq.k_len - seq.q_len
+    offset = seq.offset
     drawn = seed
     if threshold is not None:
         drawn = tl.load(seed)
@@ -75,7 +75,7 @@ def attention_forward(
     q = _load(q_base, q_angles, rows, q_stride, q_angle, HALF, D, BLOCK_D, INTERLEAVED)  # [BLOCK_M, BLOCK_D]
     k_base = inputs.k + b64 * inputs.k_strides.batch + kv64 * inputs.k_strides.head
     v_base = inputs.v + b64 * inputs.v_strides.batch + kv64 * inputs.v_strides.head
-    if PACKED:
+    if UNALIGNED:
         k_base += seq.k_start.to(tl.int64) * k_stride
         v_base += seq.k_start.to(tl.int64) * v_stride
 
@@ -87,7 +87,7 @@ def attention_forward(
         pi = tl.load(positions.q + b64 * positions.q_batch + row0 + rows)[:, None]
     row_scale = None
     if operands.psi is not None:
-        row_scale = tl.load(row_scales(pi, shift, operands, CONFIG.explicit))
+        row_scale = tl.load(row_scales(pi, offset, operands, CONFIG.explicit))
 
     line = no_line()
     high = line.segment
@@ -128,7 +128,7 @@ def attention_forward(
                 pj = j_in
                 if CONFIG.explicit:
                     pj = tl.load(positions.k + b64 * positions.k_batch + seq.k_start + col0 + cols)[None, :]
-                t = TileCoord(seq.b, h, seq.q_start, seq.k_start, i0, j0, shift, i, j, i_in, j_in, pi, pj, 0)
+                t = TileCoord(seq.b, h, seq.q_start, seq.k_start, i0, j0, offset, i, j, i_in, j_in, pi, pj, 0)
                 if operands.psi is not None:
                     line, high = next_line(line, t, row_scale, operands, BLOCK_N, CONFIG, NVIDIA)
                     common = common_line(line, high)
@@ -155,7 +155,7 @@ def attention_forward(
                 # and a slope's bias of the tile's first key.
                 level = 0.0
                 if CONFIG.linear:
-                    level = slope * LOG2E * (j0 - i0 - shift).to(tl.float32)
+                    level = slope * LOG2E * (j0 - i0 - offset).to(tl.float32)
                 if operands.psi is not None:
                     level += common.intercept * LOG2E
                 m_new = tl.maximum(m_i, tl.max(s, 1) * factor + level)
@@ -164,7 +164,7 @@ def attention_forward(
                 l_i = l_i * alpha + tl.sum(p, 1)
                 acc = acc * alpha[:, None]
                 if threshold is not None:
-                    keep = keep_tile(dropout, t, shape.heads, BLOCK_M, BLOCK_N, not PACKED)
+                    keep = keep_tile(dropout, t, shape.heads, BLOCK_M, BLOCK_N, not UNALIGNED)
                     p = tl.where(keep, p, 0.0)
                 v = load_rows(v_base + col0 * v_stride, cols, v_stride, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)

@@ -35,19 +35,19 @@ def open_tile(
     seq: SeqlenInfo, h, i0, j0, positions: Positions,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """The tile of queries by keys at (i0, j0), which may reach past the sequence."""
+    """The tile of queries by keys at (i0, j0), which may reach past the sequence, and begin before its keys."""
     i = (i0 + tl.arange(0, BLOCK_M))[:, None]
     j = (j0 + tl.arange(0, BLOCK_N))[None, :]
     i_in = tl.minimum(i, seq.q_len - 1)
-    j_in = tl.minimum(j, seq.k_len - 1)
+    j_in = tl.maximum(tl.minimum(j, seq.k_len - 1), 0)
     pi = i_in
     pj = j_in
     if CONFIG.explicit:
         b64 = tl.cast(seq.b, tl.int64)
         pi = tl.load(positions.q + b64 * positions.q_batch + seq.q_start + i_in)
         pj = tl.load(positions.k + b64 * positions.k_batch + seq.k_start + j_in)
-    shift = seq.k_len - seq.q_len
-    return TileCoord(seq.b, h, seq.q_start, seq.k_start, i0, j0, shift, i, j, i_in, j_in, pi, pj, i0 * 0)
+    offset = seq.offset
+    return TileCoord(seq.b, h, seq.q_start, seq.k_start, i0, j0, offset, i, j, i_in, j_in, pi, pj, i0 * 0)
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def logit_gradient(
     h64 = tl.cast(t.h, tl.int64)
     kv64 = (t.h // shape.group).to(tl.int64)
     rows = tl.minimum(tl.arange(0, BLOCK_M), seq.q_len - 1 - t.i0)
-    cols = tl.minimum(tl.arange(0, BLOCK_N), seq.k_len - 1 - t.j0)
+    cols = tl.maximum(tl.minimum(tl.arange(0, BLOCK_N), seq.k_len - 1 - t.j0), -t.j0)
     row0 = (t.q_start + t.i0).to(tl.int64)
     col0 = (t.k_start + t.j0).to(tl.int64)
     q = _rows_at(x.q, x.q_strides, b64, h64, row0, rows, D, BLOCK_D)
@@ -92,12 +92,12 @@ def logit_gradient(
     high = line.segment
     common = line
     if o.psi is not None:
-        row_scale = gather(row_scales(t.pi, t.shift, o, CONFIG.explicit), 0, NVIDIA)
+        row_scale = gather(row_scales(t.pi, t.offset, o, CONFIG.explicit), 0, NVIDIA)
         line, high = next_line(line, t, row_scale, o, BLOCK_N, CONFIG, NVIDIA)
         common = common_line(line, high)
     s = tl.dot(q, tl.trans(k), input_precision=CONFIG.precision)
     s, _ = logits_tile(
-        s, common, high, t, seq, o, mask, slope, t.i0 + t.shift, row_scale, scale, softcap, True, CONFIG, NVIDIA
+        s, common, high, t, seq, o, mask, slope, t.i0 + t.offset, row_scale, scale, softcap, True, CONFIG, NVIDIA
     )
     if o.psi is not None:
         lse2 -= common.intercept * LOG2E

@@ -65,7 +65,7 @@ def store_parts(Parts, step, ds, psi, weight, PARTS: tl.constexpr, WHOLE: tl.con
 
 @triton.jit
 def add_parts(
-    sums: LineSums, step, after, stored, slope, moment, q_len, shift, QPositions, o: Operands,
+    sums: LineSums, step, after, stored, slope, moment, q_len, offset, QPositions, o: Operands,
     PARTS: tl.constexpr, QUERIES: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Adds what step `step` stored, if it was `stored`, to DRowScale, and returns `moment` [SPLIT, QUERIES] with its
@@ -77,7 +77,7 @@ def add_parts(
     if QPositions is not None:
         position = tl.load(QPositions + query, mask=inside, other=0)
     else:
-        position = query + shift
+        position = query + offset
     entry = tl.minimum(tl.maximum(position, o.row_first), o.row_last) - o.row_first
     own = QUERIES * tl.arange(0, SPLIT)[:, None] + tl.arange(0, QUERIES)[None, :]
     at = opaque(_slot(sums.Parts, step, PARTS, QUERIES) + own, after, NVIDIA)

@@ -71,11 +71,15 @@ class Positions(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """What hides keys: lengths, bounds of packed documents, the window around i + offset, and booleans."""
+    """What hides keys: bounds of sequences and of packed documents, the window around i + offset, and booleans. An
+    offset is given by sequence, for all, or by neither: then the last query meets the last key."""
 
     k_lengths: Any
+    k_starts: Any
     cu_q: Any
     cu_k: Any
+    offsets: Any
+    offset: Any
     left: Any
     right: Any
     boolean: Any

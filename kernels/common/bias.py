@@ -1,6 +1,7 @@
 """The additive operands of a plan on one tile of logits, one function each.
 
-The distance of implicit positions is d = i + shift - j; kernels for explicit ones take positions instead, and EXPLICIT.
+The distance of implicit positions is d = i + offset - j; kernels for explicit ones take positions instead, and
+EXPLICIT.
 """
 
 import triton
@@ -22,13 +23,13 @@ def distance_tile(t: TileCoord, EXPLICIT: tl.constexpr):
     if EXPLICIT:
         return (t.pi - t.pj).to(tl.float32)
     else:
-        return ((t.i0 - t.j0 + t.shift).to(tl.float32) + plus_256(t.pi - t.i0)) - plus_256(t.pj - t.j0)
+        return ((t.i0 - t.j0 + t.offset).to(tl.float32) + plus_256(t.pi - t.i0)) - plus_256(t.pj - t.j0)
 
 
 @triton.jit
 def slope_tile(slope, t: TileCoord, reference, LINEAR: tl.constexpr, SIGNED: tl.constexpr, EXPLICIT: tl.constexpr):
     """-slope * |d| (or * d). LINEAR, for d >= 0 throughout: -slope * (reference - j), a vector, which leaves
-    -slope * (i + shift - reference) for the caller to add to the row's log-sum-exp: one FMA an element and no load.
+    -slope * (i + offset - reference) for the caller to add to the row's log-sum-exp: one FMA an element and no load.
 
     Converting int to float is the MUFU pipe's work, like exp2, so only scalars are converted: i - i0 and j - j0 are
     under 256 and become floats by their bits."""
@@ -40,7 +41,7 @@ def slope_tile(slope, t: TileCoord, reference, LINEAR: tl.constexpr, SIGNED: tl.
         if LINEAR:
             return slope * column
         else:
-            d = (t.i0 + t.shift - reference - 256).to(tl.float32) + plus_256(t.pi - t.i0) - column
+            d = (t.i0 + t.offset - reference - 256).to(tl.float32) + plus_256(t.pi - t.i0) - column
             return -slope * (d if SIGNED else tl.abs(d))
 
 
@@ -85,7 +86,7 @@ def by_distance(
         BLOCKS: tl.constexpr = COLUMNS // 8
         row = 16 * tl.arange(0, ROWS // 16)[:, None, None, None] + tl.arange(0, 8)[None, :, None, None]
         d = SIGN * (row - 2 * tl.arange(0, 4)[None, None, :, None])  # at the first of two columns side by side
-        corner = t.i0 - t.j0 + t.shift - first
+        corner = t.i0 - t.j0 + t.offset - first
         if not CLAMP:
             # Pointers that the compiler does not see through: all loads then share them, and steps fit the instruction.
             d = opaque((Values + d) + corner, again, NVIDIA)
@@ -120,9 +121,9 @@ def lookup(Values, first, last, t: TileCoord, again, CLAMP: tl.constexpr, EXPLIC
     if EXPLICIT:
         pointers = Values + entry_of(t, first, last)
     elif CLAMP:
-        pointers = Values + (tl.minimum(tl.maximum(t.pi - t.pj + t.shift, first), last) - first)
+        pointers = Values + (tl.minimum(tl.maximum(t.pi - t.pj + t.offset, first), last) - first)
     else:
         # A scalar pointer, one per row, then constants along the row, which fold into the load's immediate offset.
-        corner = Values + (t.shift - first + t.i0 - t.j0).to(tl.int64)
+        corner = Values + (t.offset - first + t.i0 - t.j0).to(tl.int64)
         pointers = (corner + (t.pi - t.i0)) - (t.pj - t.j0)
     return gather(pointers, again, NVIDIA)

@@ -31,7 +31,6 @@ class AttentionConfig:
     explicit: bool
     has_left: bool
     has_right: bool
-    top_left: bool
     bounds_block: int
     precision: str
 
@@ -83,7 +82,6 @@ class HeadMixConfig:
     explicit: bool
     has_left: bool
     has_right: bool
-    top_left: bool
     inner: BiasConfig
     outer: BiasConfig
     bounds_block: int

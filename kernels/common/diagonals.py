@@ -140,7 +140,7 @@ def _load(pointers, after, NVIDIA: tl.constexpr):
 
 @triton.jit
 def add_bands(
-    DValues, units, Bands, i0, after, j0, shift, first, last,
+    DValues, units, Bands, i0, after, j0, offset, first, last,
     GROUPS: tl.constexpr, QUERIES: tl.constexpr, CLAMP: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Adds the bands of the step before query i0 times `units` to DValues, int64, of distances first to last.
@@ -156,7 +156,7 @@ def add_bands(
     bands = _slot(bands, i0 - QUERIES, GROUPS, QUERIES, NVIDIA) + part * (8 * PITCH)
     rows = bands[None, :, :, :] + tl.arange(0, 8)[:, None, None, None] * (PITCH + 1)
     sums = tl.sum(_load(rows, after, NVIDIA), 0)  # [GROUPS // PART, PART, QUERIES]
-    corner = i0 - j0 + shift - first
+    corner = i0 - j0 + offset - first
     distance = (n - QUERIES - 16 - 16 * group)[None, :, :]
     if CLAMP:
         entry = tl.minimum(tl.maximum(corner + distance - 16 * part, 0), last - first)
@@ -168,13 +168,13 @@ def add_bands(
 
 @triton.jit
 def finish_bands(
-    DValues, units, Bands, end, carried, progress, done, j0, shift, first, last,
+    DValues, units, Bands, end, carried, progress, done, j0, offset, first, last,
     GROUPS: tl.constexpr, QUERIES: tl.constexpr, WHOLE: tl.constexpr, CLAMP: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Adds what a walk left whose last step was before query `end`: its bands, and those that wait for another tile."""
     after = wait_for(progress, 0, NVIDIA)
-    add_bands(DValues, units, Bands, end, after, j0, shift, first, last, GROUPS, QUERIES, CLAMP, NVIDIA)
+    add_bands(DValues, units, Bands, end, after, j0, offset, first, last, GROUPS, QUERIES, CLAMP, NVIDIA)
     store_bands(Bands, end, tl.zeros([GROUPS * 16, QUERIES], carried.dtype), carried, WHOLE, NVIDIA)
     publish(progress, done, NVIDIA)
     after = wait_for(progress, 0, NVIDIA)
-    add_bands(DValues, units, Bands, end + QUERIES, after, j0, shift, first, last, GROUPS, QUERIES, CLAMP, NVIDIA)
+    add_bands(DValues, units, Bands, end + QUERIES, after, j0, offset, first, last, GROUPS, QUERIES, CLAMP, NVIDIA)

@@ -1,7 +1,7 @@
 """Which keys a block of queries sees: ranges of whole tiles, and the element mask of a tile on their border.
 
 Everything here counts inside one sequence. Key j is allowed for query i where
-i + offset - left <= j <= i + offset + right and j < k_len; causal attention is right = 0.
+i + offset - left <= j <= i + offset + right and 0 <= j < k_len; causal attention is right = 0.
 Only the border tiles of a block's range need the element mask, so a kernel walks three spans: left border, full, right
 border.
 """
@@ -52,6 +52,8 @@ def query_spans(first, last, seq: SeqlenInfo, mask: Mask, BLOCK_M: tl.constexpr,
 def allowed(t: TileCoord, seq: SeqlenInfo, mask: Mask, CONFIG: tl.constexpr):
     """The element mask of a tile."""
     ok = t.j < seq.k_len
+    if mask.k_starts is not None:
+        ok = ok & (t.j >= 0)  # gradient_by_tile's tiles begin where the tensors' do
     if CONFIG.has_right:
         ok = ok & (t.j <= t.i + (seq.offset + mask.right))
     if CONFIG.has_left:

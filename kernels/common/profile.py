@@ -79,13 +79,13 @@ def _bounds(Bounds, lo, last, BLOCK: tl.constexpr, NVIDIA: tl.constexpr):
 
 
 @triton.jit
-def _implicit_range(i0, j0, shift, o: Operands, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr):
+def _implicit_range(i0, j0, offset, o: Operands, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr):
     """Bounds of y on the tile at (i0, j0) of implicit positions."""
-    corner = i0 - j0 - (BLOCK_N - 1) + shift
+    corner = i0 - j0 - (BLOCK_N - 1) + offset
     psi_low, psi_high = _bounds(
         o.psi_bounds, corner - o.psi_first, o.psi_last - o.psi_first, CONFIG.bounds_block, NVIDIA
     )
-    row = i0 + shift - o.row_first
+    row = i0 + offset - o.row_first
     row_low, row_high = _bounds(o.row_bounds, row, o.row_last - o.row_first, CONFIG.bounds_block, NVIDIA)
     a, b, c, d = psi_low * row_low, psi_low * row_high, psi_high * row_low, psi_high * row_high
     return tl.minimum(tl.minimum(a, b), tl.minimum(c, d)), tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
@@ -106,7 +106,7 @@ def _range(
         y = row_scale * lookup(o.psi, o.psi_first, o.psi_last, t, 0, BIAS.clamp, CONFIG.explicit, NVIDIA)
         return tl.min(y), tl.max(y)
     else:
-        return _implicit_range(t.i0, t.j0, t.shift, o, BLOCK_N, CONFIG, NVIDIA)
+        return _implicit_range(t.i0, t.j0, t.offset, o, BLOCK_N, CONFIG, NVIDIA)
 
 
 @triton.jit
@@ -150,7 +150,7 @@ AHEAD: tl.constexpr = tl.constexpr(64)
 
 @triton.jit
 def runs(
-    i0, end, j0, shift, o: Operands,
+    i0, end, j0, offset, o: Operands,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """(straight, bent, segment): the tiles of queries i0 to `straight` lie in `segment` alone, and those from there to
@@ -160,7 +160,7 @@ def runs(
         return i0, end, i0 * 0
     else:
         n = tl.arange(0, AHEAD)
-        y_low, y_high = _implicit_range(i0 + BLOCK_M * n, j0, shift, o, BLOCK_N, CONFIG, NVIDIA)
+        y_low, y_high = _implicit_range(i0 + BLOCK_M * n, j0, offset, o, BLOCK_N, CONFIG, NVIDIA)
         low = _knots_below(o.knots, y_low, CONFIG.bias.knots, NVIDIA)
         high = _knots_below(o.knots, y_high, CONFIG.bias.knots, NVIDIA)
         segment = tl.sum(tl.where(n == 0, low, 0))
@@ -170,9 +170,9 @@ def runs(
 
 
 @triton.jit
-def row_scales(pi, shift, o: Operands, EXPLICIT: tl.constexpr):
+def row_scales(pi, offset, o: Operands, EXPLICIT: tl.constexpr):
     """Pointers to the row scales of the queries at positions pi."""
-    position = pi if EXPLICIT else pi + shift
+    position = pi if EXPLICIT else pi + offset
     return o.row_scale + (tl.minimum(tl.maximum(position, o.row_first), o.row_last) - o.row_first)
 
 

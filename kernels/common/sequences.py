@@ -9,8 +9,8 @@ from .arguments import Mask, Shape
 
 
 class SeqlenInfo(NamedTuple):
-    """A sequence: its batch entry in the tensors, where it begins in their token axes, its lengths, and the offset
-    that aligns its mask (masks.py)."""
+    """A sequence: its batch entry in the tensors, where it begins in their token axes, its lengths, and its offset:
+    query i sits at its key i + offset."""
 
     b: Any
     q_start: Any
@@ -22,7 +22,7 @@ class SeqlenInfo(NamedTuple):
 
 class TileCoord(NamedTuple):
     """Where a tile lies: batch entry b and head h, the tokens in the tensors at which its sequence begins, its first
-    query i0 and key j0 inside the sequence, and shift, by which the sequence has more keys than queries.
+    query i0 and key j0 inside the sequence, and the sequence's offset.
 
     i and j are the int32 indices of its queries and keys, shaped to broadcast ([BLOCK_M, 1] and [1, BLOCK_N], or
     transposed, or for groups of heads [1, BLOCK_M, 1] and [1, 1, BLOCK_N]); i_in and j_in are clamped to the sequence,
@@ -35,7 +35,7 @@ class TileCoord(NamedTuple):
     k_start: Any
     i0: Any
     j0: Any
-    shift: Any
+    offset: Any
     i: Any
     j: Any
     i_in: Any
@@ -46,7 +46,7 @@ class TileCoord(NamedTuple):
 
 
 @triton.jit
-def open_sequence(index, mask: Mask, shape: Shape, TOP_LEFT: tl.constexpr):
+def open_sequence(index, mask: Mask, shape: Shape):
     """Sequence `index` of the batch or of the packed documents."""
     q_start = index * 0
     k_start = index * 0
@@ -61,5 +61,14 @@ def open_sequence(index, mask: Mask, shape: Shape, TOP_LEFT: tl.constexpr):
         b = index * 0
     if mask.k_lengths is not None:
         k_len = tl.load(mask.k_lengths + index)
-    offset = index * 0 if TOP_LEFT else k_len - q_len
+    if mask.k_starts is not None:
+        k_start = tl.load(mask.k_starts + index)
+        k_len -= k_start
+    offset = k_len - q_len
+    if mask.offsets is not None:
+        offset = tl.load(mask.offsets + index)
+    if mask.offset is not None:
+        offset = index * 0 + mask.offset
+    if mask.k_starts is not None and (mask.offsets is not None or mask.offset is not None):
+        offset -= k_start
     return SeqlenInfo(b, q_start, k_start, q_len, k_len, offset)

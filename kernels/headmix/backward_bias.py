@@ -80,17 +80,21 @@ def headmix_gradient_by_tile(
     first = 0 if ALONG_DIAGONAL else pid // blocks_m // blocks_n
     count = num_sequences if ALONG_DIAGONAL else batches_each
     for index in range(first, first + count):
-        seq = open_sequence(index, mask, shape, CONFIG.top_left)
+        seq = open_sequence(index, mask, shape)
         x = open_tensors(seq, inputs, upstream, shape, CONFIG)
-        shift = seq.k_len - seq.q_len
+        offset = seq.offset
         if ALONG_DIAGONAL:
-            lo = tl.maximum(corner - shift - (BLOCK_N - 1), 0) // BLOCK_M * BLOCK_M
-            hi = tl.where(seq.k_len > 0, tl.minimum(corner - shift + seq.k_len, seq.q_len), 0)
-            low_j0 = lo + shift - corner
+            lo = tl.maximum(corner - offset - (BLOCK_N - 1), 0) // BLOCK_M * BLOCK_M
+            hi = tl.where(seq.k_len > 0, tl.minimum(corner - offset + seq.k_len, seq.q_len), 0)
+            low_j0 = lo + offset - corner
         else:
             lo = tile_i0
-            hi = tl.where((tile_i0 < seq.q_len) & (tile_j0 < seq.k_len), tile_i0 + BLOCK_M, tile_i0)
             low_j0 = tile_j0
+            seen = (tile_i0 < seq.q_len) & (tile_j0 < seq.k_len)
+            if mask.k_starts is not None:
+                low_j0 = tile_j0 - seq.k_start
+                seen = (tile_i0 < seq.q_len) & (low_j0 < seq.k_len) & (low_j0 + BLOCK_N > 0)
+            hi = tl.where(seen, tile_i0 + BLOCK_M, tile_i0)
         if CONFIG.has_right:
             hi = tl.where(low_j0 <= lo + (BLOCK_M - 1) + seq.offset + mask.right, hi, lo)
         if CONFIG.has_left:
@@ -148,14 +152,15 @@ def headmix_gradient_by_tile(
                 tl.store(to.Table + head_out, tl.sum(tl.where(below, sheared, 0.0), 1), mask=real)
                 tl.store(to.Table + head_out + BLOCK_N, tl.sum(tl.where(below, 0.0, sheared), 1), mask=real)
     elif to.Dense is not None:
-        seq = open_sequence(first, mask, shape, CONFIG.top_left)
+        seq = open_sequence(first, mask, shape)
         i_end = seq.q_len if mask.cu_q is not None else shape.q_tokens
         j_end = seq.k_len if mask.cu_q is not None else shape.k_tokens
         i = tile_i0 + tl.arange(0, BLOCK_M)
         j = tile_j0 + c
+        j_out = seq.k_start + j if mask.cu_q is not None else j
         base = to.Dense + seq.b.to(tl.int64) * to.dense_batch
         i_in, j_in = i < i_end, j < j_end
-        at = (seq.q_start + i).to(tl.int64)[:, None] * shape.k_tokens + (seq.k_start + j)[None, :]
+        at = (seq.q_start + i).to(tl.int64)[:, None] * shape.k_tokens + j_out[None, :]
         inside = i_in[:, None] & j_in[None, :]
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for g in tl.static_range(GROUPS):
@@ -164,7 +169,7 @@ def headmix_gradient_by_tile(
             if SHARED_HEADS:
                 total += tl.sum(tl.where(real[:, None, None], by_head[g], 0.0), 0)
             elif SUMMED == 2:
-                heads_at = (head * to.dense_head)[:, None] + (seq.k_start + j)[None, :]
+                heads_at = (head * to.dense_head)[:, None] + j_out[None, :]
                 _add_units(base + heads_at, tl.sum(by_head[g], 1), to.dense_units, real[:, None] & j_in[None, :])
             elif SUMMED == 3:
                 heads_at = (head * to.dense_head)[:, None] + (seq.q_start + i)[None, :]
@@ -174,7 +179,7 @@ def headmix_gradient_by_tile(
                 tl.store(base + heads_at, by_head[g], mask=real[:, None, None] & inside[None, :, :])
         if SHARED_HEADS:
             if SUMMED == 2:
-                _add_units(base + seq.k_start + j, tl.sum(total, 0), to.dense_units, j_in)
+                _add_units(base + j_out, tl.sum(total, 0), to.dense_units, j_in)
             elif SUMMED == 3:
                 _add_units(base + seq.q_start + i, tl.sum(total, 1), to.dense_units, i_in)
             else:

@@ -43,7 +43,7 @@ def headmix_backward_kv(
     GROUPS: tl.constexpr = CONFIG.groups
     GROUP: tl.constexpr = CONFIG.group
     j0 = (pid % blocks) * BLOCK_N
-    seq = open_sequence(pid // blocks, mask, shape, CONFIG.top_left)
+    seq = open_sequence(pid // blocks, mask, shape)
     if j0 >= seq.k_len:
         return
     drawn = seed

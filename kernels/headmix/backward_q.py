@@ -60,7 +60,7 @@ def headmix_backward_q(
     BLOCK_D: tl.constexpr = CONFIG.block_dim
     HEADS: tl.constexpr = CONFIG.heads
     i0 = (blocks - 1 - pid % blocks) * BLOCK_M
-    seq = open_sequence(pid // blocks, mask, shape, CONFIG.top_left)
+    seq = open_sequence(pid // blocks, mask, shape)
     if i0 >= seq.q_len:
         return
     drawn = seed

@@ -32,8 +32,8 @@ def open_tile(
         pi = tl.load(positions.q + b64 * positions.q_batch + seq.q_start + i_in)
         pj = tl.load(positions.k + b64 * positions.k_batch + seq.k_start + j_in)
     none = i0 * 0
-    shift = seq.k_len - seq.q_len
-    return TileCoord(seq.b, none, seq.q_start, seq.k_start, i0, j0, shift, i, j, i_in, j_in, pi, pj, none)
+    offset = seq.offset
+    return TileCoord(seq.b, none, seq.q_start, seq.k_start, i0, j0, offset, i, j, i_in, j_in, pi, pj, none)
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def halved(
     pj = j_in
     if EXPLICIT:
         pj = tl.load(positions.k + seq.b.to(tl.int64) * positions.k_batch + seq.k_start + j_in)
-    return TileCoord(t.b, t.h, t.q_start, t.k_start, t.i0, t.j0, t.shift, t.i, j, t.i_in, j_in, t.pi, pj, first)
+    return TileCoord(t.b, t.h, t.q_start, t.k_start, t.i0, t.j0, t.offset, t.i, j, t.i_in, j_in, t.pi, pj, first)
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def profile_tile(t: TileCoord, o: Operands, BIAS: tl.constexpr, CONFIG: tl.const
     """(psi, row scale, lowest and highest segment) of a profile on the tile."""
     # A tile of halves has half of the keys for each warp.
     BLOCK_N: tl.constexpr = t.j.shape[2] if t.j.shape[0] == 1 else 2 * t.j.shape[2]
-    row_scale = tl.load(row_scales(t.pi, t.shift, o, CONFIG.explicit))
+    row_scale = tl.load(row_scales(t.pi, t.offset, o, CONFIG.explicit))
     low, high = segments(t, row_scale, o, BLOCK_N, BIAS, CONFIG, NVIDIA)
     psi = lookup(o.psi, o.psi_first, o.psi_last, t, 0, BIAS.clamp, CONFIG.explicit, NVIDIA)
     return psi, row_scale, low, high
@@ -127,13 +127,13 @@ def heads_bias(t: TileCoord, heads, o: Operands, BIAS: tl.constexpr, CONFIG: tl.
     bias = None
     if o.slope is not None:
         slope = tl.load(o.slope + t.b * o.slope_batch + h)
-        bias = slope_tile(slope, t, t.i0 + t.shift, False, BIAS.signed, CONFIG.explicit)
+        bias = slope_tile(slope, t, t.i0 + t.offset, False, BIAS.signed, CONFIG.explicit)
     if o.table is not None:
         table = o.table + h * o.table_head
         if BIAS.clamp or CONFIG.explicit or not NVIDIA:
             found = lookup(table, o.table_first, o.table_last, t, 0, BIAS.clamp, CONFIG.explicit, NVIDIA)
         else:
-            corner = table + (t.i0 - t.j0 + t.shift - o.table_first).to(tl.int64) - t.first
+            corner = table + (t.i0 - t.j0 + t.offset - o.table_first).to(tl.int64) - t.first
             found = _by_distance(corner[:, :, :, None], t.i.shape[1], t.j.shape[2], NVIDIA)
         bias = found if bias is None else bias + found
     if o.psi is not None:

@@ -55,7 +55,7 @@ def headmix_forward(
     GROUP: tl.constexpr = CONFIG.group
     BLOCK_DV: tl.constexpr = CONFIG.block_value_dim
     i0 = (blocks - 1 - pid % blocks) * BLOCK_M
-    seq = open_sequence(pid // blocks, mask, shape, CONFIG.top_left)
+    seq = open_sequence(pid // blocks, mask, shape)
     if i0 >= seq.q_len:
         return
     drawn = seed

@@ -157,7 +157,7 @@ def mixed_logits(
         x_rows = rows_of_heads(mlp_rows, CONFIG.heads)
         half_rows = x_rows
     if CONFIG.concat and m.rows is not None:
-        corner = t.i0 - t.j0 + t.shift - m.rows_first
+        corner = t.i0 - t.j0 + t.offset - m.rows_first
         inner_rows = rows_by_distance(m.rows, corner, M, N, CONFIG.heads, NVIDIA)
     elif CONFIG.concat:
         inner_rows = tl.permute(rows_of_heads(inner_tiles, CONFIG.heads), (1, 0))

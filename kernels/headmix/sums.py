@@ -25,7 +25,7 @@ def add_outer(acc, left, right, PRECISION: tl.constexpr):
 @triton.jit
 def slope_sums(sums, gradients, t: TileCoord, SIGNED: tl.constexpr, EXPLICIT: tl.constexpr):
     """sums less the sum of each head's gradients times the distance."""
-    distance = (t.pi - t.pj).to(tl.float32) if EXPLICIT else (t.pi + t.shift - t.pj).to(tl.float32)
+    distance = (t.pi - t.pj).to(tl.float32) if EXPLICIT else (t.pi + t.offset - t.pj).to(tl.float32)
     if not SIGNED:
         distance = tl.abs(distance)
     found = ()

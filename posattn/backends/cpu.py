@@ -97,7 +97,7 @@ class _Binding:
         p.threads = torch.get_num_threads()
         if call.sinks is not None:
             p.sinks = self.address(call.sinks)
-        p.causal, p.top_left = mask.causal, mask.top_left
+        p.causal = mask.causal
         p.left = -1 if mask.left is None else mask.left
         p.right = -1 if mask.right is None else mask.right
         if mask.boolean is not None:
@@ -106,8 +106,13 @@ class _Binding:
             p.lengths.cu_seqlens_q = self.address(mask.cu_seqlens_q, torch.int32)
             p.lengths.cu_seqlens_k = self.address(mask.cu_seqlens_k, torch.int32)
             p.lengths.documents = mask.cu_seqlens_q.shape[0] - 1
-        elif mask.k_lengths is not None:
+        else:
             p.lengths.k_lengths = self.address(mask.k_lengths, torch.int32)
+            p.lengths.k_starts = self.address(mask.k_starts, torch.int32)
+        if isinstance(mask.offset, Tensor):
+            p.lengths.offsets = self.address(mask.offset, torch.int32)
+        elif mask.offset is not None:
+            p.lengths.has_offset, p.lengths.offset = True, mask.offset
         if call.q_positions is not None and call.k_positions is not None:
             p.q_positions, p.q_positions_batch = self._batched(call.q_positions, torch.int64)
             p.k_positions, p.k_positions_batch = self._batched(call.k_positions, torch.int64)
@@ -200,8 +205,10 @@ def backward(
         total = grads["q"].zero_() if call.q.dtype == torch.float32 else _zeros(call.q.shape)
         binding.keep.append(total)
         p.grad_q, p.grad_q_sum = binding.view(grads["q"]), total.data_ptr()
-    # Keys past a sequence's length, and those of a document without queries, are in no task.
-    covered = call.mask.k_lengths is None and call.mask.cu_seqlens_q is None and q_len > 0
+    # Keys outside a sequence's bounds, those that its offset hides from all its queries, and those of a document
+    # without queries are in no task.
+    mask = call.mask
+    covered = q_len > 0 and all(x is None for x in (mask.k_lengths, mask.k_starts, mask.cu_seqlens_q, mask.offset))
     for name, tensor in (("k", call.k), ("v", call.v)):
         if name in needs:
             grads[name] = empty(tensor.shape, tensor.dtype) if covered else _zeros(tensor.shape, tensor.dtype)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posattn.plan import Mask
-from posattn.positions import document_index, token_indices
+from posattn.positions import document_index, offset_bounds, token_indices
 
 MAX_TABLE_ENTRIES = 2**27
 
@@ -21,7 +21,8 @@ class Context:
 
     q_len and k_len are the longest sequence's; q_tokens and k_tokens the length of the q and k tensors, which differ
     from them for packed documents alone. Positions are None (implicit) or int64 [B or 1, tokens]. head_dim None means
-    that it does not matter. position_range, where given, holds all explicit positions.
+    that it does not matter. position_range, where given, holds all explicit positions, and offset_range every offset
+    of a tensor; the rest is Mask's.
     """
 
     q_len: int
@@ -39,6 +40,10 @@ class Context:
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     position_range: tuple[int, int] | None = None
+    causal: bool = False
+    offset: int | Tensor | None = None
+    offset_range: tuple[int, int] | None = None
+    k_starts: Tensor | None = None
 
     @staticmethod
     def of(
@@ -66,6 +71,10 @@ class Context:
             cu_seqlens_q=mask.cu_seqlens_q,
             cu_seqlens_k=mask.cu_seqlens_k,
             position_range=position_range,
+            causal=mask.causal,
+            offset=mask.offset,
+            offset_range=mask.offset_range,
+            k_starts=mask.k_starts,
         )
 
     @property
@@ -85,23 +94,32 @@ class Context:
             return self.q_positions, self.k_positions
         q_tokens, k_tokens = self._tokens
         q_index, k_index, offset = token_indices(
-            q_tokens, k_tokens, self.device, self.k_lengths, self.cu_seqlens_q, self.cu_seqlens_k
+            q_tokens,
+            k_tokens,
+            self.device,
+            self.k_lengths,
+            self.cu_seqlens_q,
+            self.cu_seqlens_k,
+            self.k_starts,
+            self.offset,
         )
-        plain = self.k_lengths is None and self.cu_seqlens_q is None
+        given = (self.k_lengths, self.cu_seqlens_q, self.k_starts, self.offset)
+        plain = all(x is None for x in given)
         return (k_index if plain and q_tokens == k_tokens else q_index + offset), k_index
 
     def sequence_lengths(self) -> tuple[Tensor, Tensor]:
         """The length of the sequence that each query and each key belongs to, int64 [B or 1, tokens or 1] each.
 
-        It is the largest position in use and one: never the size of a buffer that k_lengths leaves partly empty, nor
-        that of a neighbour in the batch or in a pack. No look at the device.
+        It is the largest position in use and one: never the size of a buffer that k_lengths leaves partly empty (or a
+        causal mask whose offset ends before it), nor that of a neighbour in the batch or in a pack. No look at the
+        device.
         """
         longest: Tensor
         if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:
             q_tokens, k_tokens = self._tokens
             q_document = document_index(self.cu_seqlens_q, q_tokens)
             k_document = document_index(self.cu_seqlens_k, k_tokens)
-            longest = self.cu_seqlens_k.long().diff()
+            longest = self._longest(self.cu_seqlens_q.long().diff(), self.cu_seqlens_k.long().diff())
             if self.q_positions is not None and self.k_positions is not None:
                 longest = torch.zeros_like(longest)
                 for document, positions in ((q_document, self.q_positions), (k_document, self.k_positions)):
@@ -112,15 +130,26 @@ class Context:
             if self.k_lengths is not None:
                 slot = torch.arange(k_positions.shape[1], device=self.device)
                 k_positions = torch.where(slot < self.k_lengths[:, None], k_positions, -1)
+            if self.k_starts is not None:
+                slot = torch.arange(k_positions.shape[1], device=self.device)
+                k_positions = torch.where(slot >= self.k_starts[:, None], k_positions, -1)
             # The pad gives a row of no tokens the length 0.
             q_last, k_last = (F.pad(p, (0, 1), value=-1).amax(1) for p in (self.q_positions, k_positions))
             longest = torch.maximum(q_last, k_last) + 1
-        elif self.k_lengths is not None:
-            longest = self.k_lengths.long()
         else:
-            longest = torch.full((1,), self.k_len, dtype=torch.int64, device=self.device)
+            last = torch.full((1,), self.k_len, dtype=torch.int64, device=self.device)
+            longest = self._longest(self.q_len, last if self.k_lengths is None else self.k_lengths.long())
         lengths = longest[:, None]
         return lengths, lengths
+
+    def _longest(self, q_len: int | Tensor, k_end: Tensor) -> Tensor:
+        """One more than the largest implicit position in use, of sequences whose keys end at k_end."""
+        start = 0 if self.k_starts is None else self.k_starts.long()
+        if self.offset is None:
+            return k_end - start
+        after = self.offset + q_len
+        after = after.long() if isinstance(after, Tensor) else torch.full_like(k_end, after)
+        return (after if self.causal else torch.maximum(after, k_end)) - start
 
     @property
     def position_bounds(self) -> tuple[int, int, int, int]:
@@ -133,7 +162,14 @@ class Context:
             return first, last, first, last
         if self.explicit:
             return self._explicit_bounds
+        if (offsets := self._offsets) is not None:
+            least = offsets[0] if self.k_starts is None else offsets[0] - self.k_len
+            return least, offsets[1] + self.q_len - 1, 0, self.k_len - 1
         return 1 - self.q_len, self.k_len - 1, 0, self.k_len - 1
+
+    @property
+    def _offsets(self) -> tuple[int, int] | None:
+        return offset_bounds(self.offset, self.offset_range)
 
     @cached_property
     def _explicit_bounds(self) -> tuple[int, int, int, int]:
@@ -149,14 +185,18 @@ class Context:
     def distance_range(self) -> tuple[int, int]:
         """First distance and number of distances that a table has to cover."""
         if not self.explicit:
-            return 1 - self.q_len, max(self.q_len + self.k_len - 1, 1)
+            pairs = max(self.q_len + self.k_len - 1, 1)
+            if (offsets := self._offsets) is None:
+                return 1 - self.q_len, pairs
+            least, greatest = offsets
+            return least - max(self.k_len - 1, 0), _check_range("distances", greatest - least + pairs, self.num_heads)
         q_first, q_last, k_first, k_last = self.position_bounds
         return q_first - k_last, _check_range("distances", (q_last - q_first) + (k_last - k_first) + 1, self.num_heads)
 
     @property
     def query_range(self) -> tuple[int, int]:
         """First query position and number of query positions that a row scale has to cover."""
-        if not self.explicit:
+        if not self.explicit and self._offsets is None:
             return self.distance_range
         q_first, q_last, _, _ = self.position_bounds
         return q_first, _check_range("query positions", q_last - q_first + 1, 1)
@@ -181,7 +221,7 @@ def _unbatched(x: Tensor) -> Tensor:
 def _check_range(what: str, count: int, heads: int) -> int:
     if count * heads > MAX_TABLE_ENTRIES:
         raise ValueError(
-            f"q_positions, k_positions: expected at most {MAX_TABLE_ENTRIES} table entries (heads x {what}), "
-            f"got {heads} x {count}; are the positions what you meant?"
+            f"q_positions, k_positions, offset: expected at most {MAX_TABLE_ENTRIES} table entries (heads x {what}), "
+            f"got {heads} x {count}; are they what you meant?"
         )
     return count

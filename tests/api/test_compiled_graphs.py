@@ -131,6 +131,37 @@ def test_int64_that_wraps_in_a_traced_call() -> None:
         compiled(torch.tensor([2**32 + 3, 8]))
 
 
+@pytest.mark.parametrize("bounds", [{"offset": [9, 2]}, {"offset": [0, -9]}, {"k_starts": [3, 9]}], ids=str)
+def test_bounds_that_nobody_could_look_at(bounds: dict[str, list[int]]) -> None:
+    q, k, v = qkv(8)
+    name, values = next(iter(bounds.items()))
+    position = posattn.Kerple(2)
+
+    def call(x: Tensor) -> Tensor:
+        return posattn.attention(q, k, v, position, **{name: x})  # type: ignore[call-overload, no-any-return]
+
+    with pytest.raises(ValueError, match=name):
+        torch.compile(call, backend="aot_eager", fullgraph=True)(torch.tensor(values))
+
+
+@pytest.mark.parametrize("name", ["RoPE", "Kerple", "FIRE", "DAPE-Kerple"])
+@pytest.mark.parametrize("each", [False, True], ids=["an int", "a tensor"])
+def test_steps_in_a_preallocated_cache_are_one_graph(name: str, each: bool) -> None:
+    position: Encoding = EXAMPLES[name]
+    k, v = qkv(24)[1:]
+
+    def call(q: Tensor, offset: int | Tensor) -> Tensor:
+        return posattn.attention(q, k, v, position, causal=True, offset=offset)
+
+    steps = [torch.tensor([n, n - 3]) if each else n for n in (5, 9, 17)]
+    calls = [(qkv(1)[0], step) for step in steps]
+    # The first length is compiled as a constant, the second for all.
+    assert graphs(call, calls) <= (1 if each else 2)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for q, offset in calls:
+        torch.testing.assert_close(compiled(q, offset), call(q, offset), rtol=1e-5, atol=1e-5)
+
+
 def test_a_range_that_does_not_hold_the_positions() -> None:
     q, k, v = qkv(4)
     at = torch.arange(4)

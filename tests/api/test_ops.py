@@ -32,6 +32,9 @@ def full_call():
         left=9,
         boolean=torch.rand(2, 1, TOKENS, TOKENS) < 0.8,
         k_lengths=torch.tensor([20, 13], dtype=torch.int32),
+        k_starts=torch.tensor([0, 4], dtype=torch.int32),
+        offset=torch.tensor([-3, 2], dtype=torch.int32),
+        offset_range=(-3, 2),
         max_q=TOKENS,
         max_k=TOKENS,
     )
@@ -81,14 +84,15 @@ def bias_of_its_own(signed, first):
 def call_of_its_own(flag, form):
     """No two fields are equal; no kernel could run it."""
     q, k, v, *turns, w1, b1, w2, b2 = (torch.randn(1, 1) for _ in range(11))
-    boolean, lengths, cu_q, cu_k, sinks, q_at, k_at, seed = (torch.randn(1, 1) for _ in range(8))
+    boolean, lengths, starts, cu_q, cu_k, sinks, q_at, k_at, seed = (torch.randn(1, 1) for _ in range(9))
+    offset, known = (torch.randn(1, 1), (-6, 8)) if flag else (-4, None)
     mix = HeadMix(w1, b1, w2, b2, form, bias_of_its_own(not flag, -7))
     return Call(
         q=q,
         k=k,
         v=v,
         plan=Plan(Rotary(*turns, flag), mix, bias_of_its_own(flag, -12)),
-        mask=Mask(flag, not flag, 3, 5, boolean, lengths, cu_q, cu_k, 17, 19),
+        mask=Mask(flag, offset, 3, 5, boolean, lengths, starts, cu_q, cu_k, 17, 19, known),
         scale=0.25,
         softcap=2.0,
         sinks=sinks,

@@ -85,25 +85,33 @@ def loop_forward(call):
 
 
 def loop_place(call, b, i):
-    """Query i's index in its sequence, that sequence's number of keys less queries, and its first key."""
+    """Query i's index in its sequence, where query 0 sits on the sequence's keys, and its first key."""
     mask = call.mask
+    offset = mask.offset
     if mask.cu_seqlens_q is not None:
         cu_q, cu_k = mask.cu_seqlens_q.tolist(), mask.cu_seqlens_k.tolist()
         n = next(n for n in range(len(cu_q) - 1) if cu_q[n] <= i < cu_q[n + 1])
-        return i - cu_q[n], (cu_k[n + 1] - cu_k[n]) - (cu_q[n + 1] - cu_q[n]), cu_k[n]
-    keys = call.k.shape[2] if mask.k_lengths is None else int(mask.k_lengths[b])
-    return i, keys - call.q.shape[2], 0
+        if offset is None:
+            offset = (cu_k[n + 1] - cu_k[n]) - (cu_q[n + 1] - cu_q[n])
+        return i - cu_q[n], int(offset[n]) if torch.is_tensor(offset) else offset, cu_k[n]
+    end = call.k.shape[2] if mask.k_lengths is None else int(mask.k_lengths[b])
+    start = 0 if mask.k_starts is None else int(mask.k_starts[b])
+    if offset is None:
+        offset = end - call.q.shape[2]
+    return i, (int(offset[b]) if torch.is_tensor(offset) else offset) - start, start
 
 
 def loop_allowed(call, b, h, i, j):
     mask = call.mask
     index, offset, first_key = loop_place(call, b, i)
-    row = index if mask.top_left else index + offset
+    row = index + offset
     if mask.cu_seqlens_q is not None:
         cu_q, cu_k = mask.cu_seqlens_q.tolist(), mask.cu_seqlens_k.tolist()
         if not any(q0 <= i < q1 and k0 <= j < k1 for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:])):
             return False
     if mask.k_lengths is not None and j >= mask.k_lengths[b]:
+        return False
+    if mask.k_starts is not None and j < mask.k_starts[b]:
         return False
     j -= first_key
     if mask.causal and j > row:
@@ -208,15 +216,17 @@ def cases():
         plan = Plan(rotary(5, 7, 3, False), mix(4, 5, form, additive), Bias(slope=additive.slope))
         yield f"mix {form}", plain(plan=plan, softcap=2.0, sinks=torch.randn(4), mask=Mask(causal=True))
     yield "causal", plain(mask=Mask(causal=True))
-    yield "causal top left", plain(mask=Mask(causal=True, top_left=True))
+    yield "causal top left", plain(mask=Mask(causal=True, offset=0))
     yield "causal, more queries than keys", plain(sizes={"q_len": 7, "k_len": 4}, mask=Mask(causal=True))
     yield "window", plain(mask=Mask(left=1, right=2))
-    yield "window top left, one side", plain(mask=Mask(left=2, top_left=True))
+    yield "window top left, one side", plain(mask=Mask(left=2, offset=0))
     yield "boolean", plain(mask=Mask(boolean=boolean, causal=True), plan=Plan(bias=additive))
-    lengths = torch.tensor([4, 0], dtype=torch.int32)
-    for top_left in (False, True):
-        mask = Mask(causal=True, left=2, top_left=top_left, k_lengths=lengths)
-        yield f"k_lengths top_left={top_left}", plain(mask=mask, plan=Plan(bias=additive))
+    lengths, starts = torch.tensor([4, 2], dtype=torch.int32), torch.tensor([0, 2])
+    for offset in (None, 0, 2, torch.tensor([1, 3])):
+        for k_starts in (None, starts):
+            mask = Mask(causal=True, left=2, offset=offset, k_lengths=lengths, k_starts=k_starts)
+            name = f"k_lengths offset={offset} k_starts={k_starts}"
+            yield name, plain(mask=mask, plan=Plan(bias=additive))
     cu_q, cu_k = torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 4, 7])
     documents = Mask(causal=True, right=0, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
     yield "documents", plain(sizes={"batch": 1}, mask=documents, plan=Plan(bias=additive))

@@ -168,6 +168,25 @@ PLAIN: dict[str, Case] = {
     "key lengths": Case(
         BF16, {"q_len": 20, "batch": 3}, kerple, lambda: {"causal": True, "k_lengths": torch.tensor([0, 130, 299])},
     ),
+    "key starts, offsets, table, dropout, sinks": Case(
+        BF16, {"batch": 2, "k_len": 230}, kerple,
+        lambda: {
+            "causal": True, "dropout_p": 0.3, "sinks": torch.randn(2), "offset": torch.tensor([70, 99]),
+            "k_starts": torch.tensor([37, 130]), "k_lengths": torch.tensor([230, 201]),
+        },
+        quick=EVERYWHERE,
+    ),
+    "key starts, profile, shared bias": Case(
+        BF16, {"batch": 2, "k_len": 230}, fire,
+        lambda: {"causal": True, "k_starts": torch.tensor([37, 130]), "bias": torch.randn(1, 1, 150, 230)},
+    ),
+    "key starts, rotary, few queries": Case(
+        BF16, {"batch": 2, "q_len": 3, "k_len": 700}, lambda: posattn.RoPE(64) + alibi(),
+        lambda: {"causal": True, "k_starts": torch.tensor([41, 0]), "offset": torch.tensor([600, 212])},
+    ),
+    "offset, top left, slope": Case(HALF, {}, alibi, causal(offset=0)),
+    "offset of a shard, table, window": Case(BF16, {}, kerple, causal(offset=290, window=(200, 0)), quick=SM_90),
+    "offset of a shard, profile": Case(BF16, {}, fire, causal(offset=310)),
     "packed documents, slope, softcap": Case(
         HALF, {**DOCUMENTS, "kv_heads": 1}, alibi, documents(softcap=30.0), on=CUDA,
     ),
@@ -472,6 +491,14 @@ HEADMIX: dict[str, Case] = {
     "mix, key lengths": Case(
         BF16, {**_THREE, "q_len": 5, "batch": 3}, lambda: mixed(kerple(3)),
         lambda: {"causal": True, "k_lengths": torch.tensor([0, 3, 49])}, on=SM_80,
+    ),
+    "mix, key starts, offset, shared bias": Case(
+        BF16, {**_THREE, "batch": 2}, lambda: mixed(kerple(3)),
+        lambda: {
+            "causal": True, "k_starts": torch.tensor([17, 0]), "offset": torch.tensor([20, 3]), "dropout_p": 0.2,
+            "bias": torch.randn(1, 1, 37, 53),
+        },
+        on=(*CUDA, ("triton", 80)), quick=(("cuda", 90), ("triton", 80)),
     ),
     # 9 to 12 heads in Triton: two warps share each of the last ones. Keys for a tile inside the mask and for one on its
     # border.

@@ -99,7 +99,7 @@ def test_every_backend_and_architecture_has_quick_cases() -> None:
             quick = [case.inputs() for case in CASES.values() if (backend, arch) in case.quick]
             options = {name for _, _, given in quick for name in given}
             asked = {"causal", "window", "softcap", "sinks", "dropout_p", "bias", "mask", "cu_seqlens_q"}
-            asked |= {"q_positions", "k_lengths", "deterministic"}
+            asked |= {"q_positions", "k_lengths", "k_starts", "offset", "deterministic"}
             assert asked <= options, (backend, arch, asked - options)
             kinds = {type(part).__name__ for _, position, _ in quick for part in _parts(position)}
             assert {"RoPE", "ALiBi", "Kerple", "FIRE"} <= kinds, (backend, arch, kinds)

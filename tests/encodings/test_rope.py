@@ -317,6 +317,22 @@ def test_positions_in_the_empty_part_of_a_cache_do_not_count(rule):
 
 
 @dynamic
+def test_the_length_is_that_of_what_is_in_use(rule):
+    """A preallocated cache filled up to the causal offset, and rows that are padded on the left."""
+    rope = RoPE(4, scaling=rule)
+    plan = rope.lower(context(2, 64, 4, causal=True, offset=9)).rotary
+    torch.testing.assert_close(plan.k_cos[0, :11], alone(rule, 11))
+    torch.testing.assert_close(plan.q_cos[0], alone(rule, 11)[9:])
+    plan = rope.lower(context(2, 64, 4, offset=9)).rotary  # every key is seen
+    torch.testing.assert_close(plan.k_cos[0], alone(rule, 64))
+    padded = {"k_starts": torch.tensor([0, 7]), "batch": 2, "q_tokens": 2, "k_tokens": 16}
+    for given in ({}, {"causal": True, "offset": torch.tensor([14, 14]), "offset_range": (14, 14)}):
+        plan = rope.lower(context(2, 16, 4, **padded, **given)).rotary
+        torch.testing.assert_close(plan.k_cos[1, 7:], alone(rule, 9))
+        torch.testing.assert_close(plan.q_cos[1], alone(rule, 9)[7:])
+
+
+@dynamic
 @pytest.mark.parametrize(("q_len", "k_len"), [(0, 0), (0, 5), (5, 0)])
 def test_dynamic_rules_on_no_tokens(rule, q_len, k_len):
     rope = RoPE(4, scaling=rule)

@@ -26,11 +26,11 @@ std::vector<Shape> shapes() {
 }
 
 std::vector<const char*> options() {
-  return {"plain",       "causal",       "top-left",  "window",       "boolean",    "boolean-keys",
-          "softcap",     "sinks",        "dropout",   "lengths",      "packed",     "rotary",
-          "interleaved", "partial",      "slope",     "signed-slope", "table",      "profile",
-          "dense",       "dense-shared", "positions", "mix-add",      "mix-concat", "mix-residual",
-          "mix-no-bias", "mix-causal",   "far-rows",  "far-products", "everything"};
+  return {"plain",        "causal",      "top-left",     "starts",    "window",       "boolean",
+          "boolean-keys", "softcap",     "sinks",        "dropout",   "lengths",      "packed",
+          "rotary",       "interleaved", "partial",      "slope",     "signed-slope", "table",
+          "profile",      "dense",       "dense-shared", "positions", "mix-add",      "mix-concat",
+          "mix-residual", "mix-no-bias", "mix-causal",   "far-rows",  "far-products", "everything"};
 }
 
 bool applies(const char* option, const Shape& s) {
@@ -52,8 +52,10 @@ Bound::Bound(const Case& c, int threads) : memory_(7) {
   p.q = memory_.tensor(c.dtype, s.batch, s.heads, s.q_len, s.head_dim, 3);
   p.k = memory_.tensor(c.dtype, s.batch, s.kv_heads, s.k_len, s.head_dim, 0);
   p.v = memory_.tensor(c.dtype, s.batch, s.kv_heads, s.k_len, s.value_dim, 1);
-  for (int64_t b = 0; b < s.batch; ++b) sequences_.push_back({b, 0, s.q_len, 0, s.k_len});
+  for (int64_t b = 0; b < s.batch; ++b) sequences_.push_back({b, 0, s.q_len, 0, s.k_len, 0});
   add_option(c.option);
+  if (c.option != "top-left" && c.option != "starts")
+    for (Sequence& sequence : sequences_) sequence.offset = sequence.k_len - sequence.q_len;
   p.sequences = sequences_.data();
   p.n_sequences = static_cast<int64_t>(sequences_.size());
   for (const Sequence& sequence : sequences_) p.max_k_len = std::max(p.max_k_len, sequence.k_len);
@@ -65,7 +67,7 @@ void Bound::add_option(const std::string& option) {
   if (option == "causal") {
     p.causal = true;
   } else if (option == "top-left") {
-    p.causal = p.top_left = true;
+    p.causal = true;
   } else if (option == "window") {
     p.left = 5, p.right = 2;
   } else if (starts_with(option, "boolean")) {
@@ -86,9 +88,16 @@ void Bound::add_option(const std::string& option) {
     for (Sequence& sequence : sequences_) sequence.k_len = memory_.integer(static_cast<int>(p.k_len) + 1);
     p.causal = true;
     covered_ = false;
+  } else if (option == "starts") {  // and offsets of their own
+    for (Sequence& sequence : sequences_) {
+      sequence.k0 = memory_.integer(static_cast<int>(p.k_len) + 1), sequence.k_len -= sequence.k0;
+      sequence.offset = memory_.integer(static_cast<int>(p.k_len) + 1) - sequence.k0;
+    }
+    p.causal = true;
+    covered_ = false;
   } else if (option == "packed") {  // three documents: one without queries, one without keys, the rest
     const int64_t q = p.q_len / 2, k = p.k_len / 2;
-    sequences_ = {{0, 0, 0, 0, k / 2}, {0, 0, q, k / 2, 0}, {0, q, p.q_len - q, k / 2, p.k_len - k / 2}};
+    sequences_ = {{0, 0, 0, 0, k / 2, 0}, {0, 0, q, k / 2, 0, 0}, {0, q, p.q_len - q, k / 2, p.k_len - k / 2, 0}};
     covered_ = false;
   } else if (option == "rotary") {
     add_rotary(p.head_dim / 2, false);

@@ -44,6 +44,8 @@ def test_every_option_at_once(isa, dtype):
         "k_lengths": torch.tensor([61, 40]),
     }
     assert_parity(q, k, v, posattn.FIRE(4), options, "cpu")
+    options |= {"k_starts": torch.tensor([3, 10]), "offset": torch.tensor([20, 5])}
+    assert_parity(q, k, v, posattn.FIRE(4), options, "cpu")
 
 
 @pytest.mark.parametrize("dim", [1, 7, 16, 31, 64, 100, 256])

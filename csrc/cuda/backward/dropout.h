@@ -1,8 +1,8 @@
 // Dropout on a warp's logits, keys by queries.
 //
 // A counter gives words to four neighbouring keys of one query, which here are the keys of four lanes (g mod 4). Each
-// of them computes a quarter of their counters, and they exchange words by a transposition. Keys of packed documents
-// may begin anywhere, so there each element computes its own counter.
+// of them computes a quarter of their counters, and they exchange words by a transposition. Where keys
+// may begin anywhere, each element computes its own counter.
 #pragma once
 #include "backward/bands.h"
 #include "common/dropout.h"
@@ -33,7 +33,7 @@ __device__ __forceinline__ void drop(Fragments<Logits>& weights, Fragments<Logit
     weights[group][n][e] *= factor;
     grads[group][n][e] *= factor;
   };
-  if constexpr (PACKED) {
+  if constexpr (UNALIGNED_KEYS) {
     for_logits([&](int group, int n, int e) {
       const uint32_t j = sequence.k_start + at.key(group, e);
       uint32_t word[4];

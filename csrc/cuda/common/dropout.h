@@ -3,7 +3,7 @@
 // Element (b, h, i, j) is kept where lane j & 3 of the counter (j >> 2, i, b * Hq + h, 0) is at least the threshold. i
 // and j count in the tensors' token axes.
 #pragma once
-#include "params.h"
+#include "common/mask.h"
 
 namespace posattn {
 
@@ -30,13 +30,14 @@ struct Dropout {
     }
   }
 
-  // Whether elements (i, j) and (i, j + 1) are kept. An odd j (only packed documents have one) may need two counters.
+  // Whether elements (i, j) and (i, j + 1) are kept. An odd j may need two counters; only where keys are not aligned is
+  // there one.
   __device__ __forceinline__ void pair(bool (&keep)[2], uint32_t i, uint32_t j) const {
     uint32_t word[4];
     words(word, i, j >> 2);
     const uint32_t at = j & 3;
     keep[0] = (at == 0 ? word[0] : at == 1 ? word[1] : at == 2 ? word[2] : word[3]) >= threshold;
-    if (PACKED && at == 3) words(word, i, (j >> 2) + 1);
+    if (UNALIGNED_KEYS && at == 3) words(word, i, (j >> 2) + 1);
     keep[1] = (at == 3 ? word[0] : at == 0 ? word[1] : at == 1 ? word[2] : word[3]) >= threshold;
   }
 };

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from posattn.backends.common.strides import steps
 from posattn.plan import Bias, Call, Slope
+from posattn.positions import offset_bounds
 
 PairStrides = tuple[int, int, int, int]  # batch, head, query, key
 _NO_STRIDES: PairStrides = (0, 0, 0, 0)
@@ -44,6 +45,14 @@ def k_max(call: Call) -> int:
     return call.mask.max_k or call.k.shape[2]
 
 
+def distances(call: Call) -> tuple[int, int]:
+    """The least and the greatest implicit distance of a query and a key."""
+    offsets = offset_bounds(call.mask.offset, call.mask.offset_range)
+    if offsets is None:
+        return 1 - q_max(call), k_max(call) - 1
+    return offsets[0] - (k_max(call) - 1), offsets[1] + q_max(call) - 1
+
+
 def pair_strides(x: Tensor) -> PairStrides:
     """Of a [B, H, Tq, Tk] tensor whose dimensions of size 1 serve every index."""
     batch, head, query, key = steps(x)
@@ -55,15 +64,18 @@ class MaskOperands:
     """MaskParams, and which of its bounds there are."""
 
     k_lengths: Tensor | None
+    k_starts: Tensor | None
     cu_q: Tensor | None
     cu_k: Tensor | None
+    offsets: Tensor | None
+    offset: int
     left: int
     right: int
     boolean: Tensor | None
     boolean_strides: PairStrides
     has_left: bool
     has_right: bool
-    top_left: bool
+    has_offset: bool
 
 
 def mask_operands(call: Call) -> MaskOperands:
@@ -71,18 +83,23 @@ def mask_operands(call: Call) -> MaskOperands:
     left, right = mask.left, mask.right
     if mask.causal:
         right = 0 if right is None else min(right, 0)
-    far = q_max(call) + k_max(call)  # as good as unlimited, and no sum of it and an index overflows
+    # As good as unlimited, and no sum of it and an index overflows.
+    far = q_max(call) + k_max(call) + max(map(abs, distances(call)))
+    offset = mask.offset
     return MaskOperands(
         k_lengths=mask.k_lengths,
+        k_starts=mask.k_starts,
         cu_q=mask.cu_seqlens_q,
         cu_k=mask.cu_seqlens_k,
+        offsets=offset if isinstance(offset, Tensor) else None,
+        offset=0 if offset is None or isinstance(offset, Tensor) else offset,
         left=0 if left is None else min(left, far),
         right=0 if right is None else min(right, far),
         boolean=mask.boolean,
         boolean_strides=_NO_STRIDES if mask.boolean is None else pair_strides(mask.boolean),
         has_left=left is not None,
         has_right=right is not None,
-        top_left=mask.top_left,
+        has_offset=offset is not None and not isinstance(offset, Tensor),
     )
 
 
@@ -214,7 +231,8 @@ def slopes(slope: Slope | None) -> tuple[Tensor | None, int]:
 
 def covers(call: Call, first: int, length: int) -> bool:
     """True if a table from `first` on holds every implicit distance, so that no index needs clamping."""
-    return call.q_positions is None and first <= -(q_max(call) - 1) and first + length - 1 >= k_max(call) - 1
+    least, greatest = distances(call)
+    return call.q_positions is None and first <= least and first + length - 1 >= greatest
 
 
 def linear(call: Call, bias: Bias) -> bool:
@@ -225,7 +243,7 @@ def linear(call: Call, bias: Bias) -> bool:
         return False
     mask = call.mask
     right = 0 if mask.causal else mask.right
-    return bias.slope.signed or (right is not None and right <= 0 and not mask.top_left)
+    return bias.slope.signed or (right is not None and right <= 0)
 
 
 def _extended(x: Tensor, by: int) -> Tensor:

@@ -52,10 +52,17 @@ def row_scale_gradient(call: Call, profile: Profile, rows: Tensor) -> Tensor:
     if call.q_positions is not None:
         position = call.q_positions
     else:
-        index, _, shift = token_indices(
-            call.q.shape[2], call.k.shape[2], rows.device, mask.k_lengths, mask.cu_seqlens_q, mask.cu_seqlens_k
+        index, _, offset = token_indices(
+            call.q.shape[2],
+            call.k.shape[2],
+            rows.device,
+            mask.k_lengths,
+            mask.cu_seqlens_q,
+            mask.cu_seqlens_k,
+            mask.k_starts,
+            mask.offset,
         )
-        position = index + shift
+        position = index + offset
     entry = (position - profile.row_first).clamp(0, profile.row_scale.shape[0] - 1)
     if entry.shape[0] == 1:
         rows = rows.sum(0, keepdim=True)

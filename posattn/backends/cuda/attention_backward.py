@@ -111,7 +111,8 @@ def _main(of: Pass, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor],
     count, device = sequences(call), of.q.device
     accumulated = of.zeros(heads, of.rows * of.padded_dim)
     # Keys of no sequence are written by nobody.
-    partial = call.mask.cu_seqlens_k is not None or call.mask.k_lengths is not None
+    mask = call.mask
+    partial = any(x is not None for x in (mask.cu_seqlens_k, mask.k_lengths, mask.k_starts))
     create = torch.zeros if partial else torch.empty
     dk, dv = (create(x.shape, dtype=x.dtype, device=device) for x in (of.k, of.v))
     sums, units = summed.sums(of), None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posattn.backends.common.operands import k_max, q_max, sequences
+from posattn.backends.common.operands import distances, k_max, q_max, sequences
 from posattn.backends.common.reductions import LINES
 from posattn.backends.cuda import launch, operands
 from posattn.backends.cuda.configs.backward import BackwardConfig, Staging, backward_config, shared_bytes
@@ -54,12 +54,12 @@ class Pass:
     @property
     def first_distance(self) -> int:
         """Of the first diagonal that a tile can meet; strips begin up to three earlier."""
-        return -(q_max(self.call) + self.config.block_n + 4)
+        return distances(self.call)[0] - 1 - self.config.block_n - 4
 
     @property
     def diagonals(self) -> int:
         """Distances from the first on; a multiple of 4, for copies of 16 bytes."""
-        return -(-(k_max(self.call) + self.config.block_m + 8 - self.first_distance) // 4) * 4
+        return -(-(distances(self.call)[1] + 1 + self.config.block_m + 8 - self.first_distance) // 4) * 4
 
     @property
     def padded_dim(self) -> int:

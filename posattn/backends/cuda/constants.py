@@ -37,8 +37,10 @@ class SequenceConstants(NamedTuple):
 
     has_left: bool
     has_right: bool
-    top_left: bool
+    has_offset: bool
+    has_offsets: bool
     has_k_lengths: bool
+    has_k_starts: bool
     packed: bool
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from posattn.backends.common.fixed_point import bias_units, in_ones, most_into_inner
-from posattn.backends.common.operands import all_blocks, k_max, q_max, sequences
+from posattn.backends.common.operands import all_blocks, distances, k_max, sequences
 from posattn.backends.common.reductions import LINES, by_entry, by_sequence, sink_gradient, slope_gradient
 from posattn.backends.cuda import headmix_forward, headmix_rows, launch, operands
 from posattn.backends.cuda import rows as gradients
@@ -27,8 +27,9 @@ def _has_table_alone(call: Call, mix: HeadMix) -> bool:
 
 def _by_distance(call: Call, mix: HeadMix) -> Members:
     """The inner table, if it is alone, at every distance that a tile can meet."""
-    first = -(q_max(call) + backward_config(call).block_m)
-    count = k_max(call) + _QUERIES + 8 - first
+    least, greatest = distances(call)
+    first = least - 1 - backward_config(call).block_m
+    count = greatest + 1 + _QUERIES + 8 - first
     members: Members = {"diagonals": count, "first_distance": first}
     table = mix.inner.table
     if table is not None and _has_table_alone(call, mix):

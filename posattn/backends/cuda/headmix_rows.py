@@ -57,7 +57,9 @@ def key_tiles(call: Call, k: Tensor, v: Tensor) -> tuple[Tensor, int]:
     count = (-(-tokens // ROWS) * batch if cu is None else tokens // ROWS + sequences(call)) * ROWS
     token = torch.arange(tokens, device=k.device)[None]
     if cu is None:
-        to = torch.arange(batch, device=k.device)[:, None] * (count // max(batch, 1)) + token
+        start = 0 if call.mask.k_starts is None else call.mask.k_starts[:, None]
+        to = torch.arange(batch, device=k.device)[:, None] * (count // max(batch, 1)) + token - start
+        to = torch.where(token < start, count, to)
     else:
         document = torch.searchsorted(cu.long()[1:], token, right=True).clamp(max=sequences(call) - 1)
         start = cu.long()[document]

@@ -90,8 +90,10 @@ def mask(call: Call) -> tuple[Members, MaskConstants]:
     sequence = SequenceConstants(
         has_left=found.has_left,
         has_right=found.has_right,
-        top_left=found.top_left,
+        has_offset=found.has_offset,
+        has_offsets=found.offsets is not None,
         has_k_lengths=found.k_lengths is not None,
+        has_k_starts=found.k_starts is not None,
         packed=found.cu_q is not None,
     )
     return members(found, "MaskParams"), MaskConstants(sequence, has_boolean=found.boolean is not None)

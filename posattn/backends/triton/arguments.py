@@ -178,7 +178,6 @@ def attention_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
         explicit=call.q_positions is not None,
         has_left=mask.has_left,
         has_right=mask.has_right,
-        top_left=mask.top_left,
         bounds_block=bias.bounds_block,
         precision="tf32" if tf32 or q.dtype != torch.float32 else "ieee",
     )
@@ -189,8 +188,11 @@ def attention_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
         operands=given,
         mask=Mask(
             mask.k_lengths,
+            mask.k_starts,
             mask.cu_q,
             mask.cu_k,
+            mask.offsets,
+            mask.offset if mask.has_offset else None,
             mask.left,
             mask.right,
             mask.boolean,

@@ -112,7 +112,8 @@ def grad_like(call: Call, x: Tensor) -> Tensor:
     """Where a gradient of q or k goes; float32 if it is still to be rotated back, so that it is rounded once.
 
     Zeroed where tokens may belong to no sequence, which no program writes."""
-    partial = call.mask.cu_seqlens_q is not None or call.mask.k_lengths is not None
+    mask = call.mask
+    partial = any(x is not None for x in (mask.cu_seqlens_q, mask.k_lengths, mask.k_starts))
     create = torch.zeros if partial else torch.empty
     dtype = x.dtype if call.plan.rotary is None else torch.float32
     return create(x.shape, dtype=dtype, device=x.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posattn.backends.common.fixed_point import in_ones, most_into_inner, units
-from posattn.backends.common.operands import all_blocks, k_max, power_of_two, q_max, sequences
+from posattn.backends.common.operands import all_blocks, distances, k_max, power_of_two, q_max, sequences
 from posattn.backends.common.reductions import (
     by_entry,
     by_sequence,
@@ -175,8 +175,9 @@ def _key_gradients(
 
 def _band_range(call: Call, block: int) -> tuple[int, int]:
     """(distance at the corner of the first band, number of bands) so that the bands hold every implicit distance."""
-    first_corner = -(q_max(call) - 1) - (block - 1)
-    return first_corner, -(-(k_max(call) + block - 1 - first_corner) // block)
+    least, greatest = distances(call)
+    first_corner = least - (block - 1)
+    return first_corner, -(-(greatest + block - first_corner) // block)
 
 
 def _fold_bands(bands: Tensor, block: int) -> Tensor:

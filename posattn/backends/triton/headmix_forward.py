@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posattn.backends.common.operands import bias_operands, k_max, power_of_two, q_max, sequences
+from posattn.backends.common.operands import bias_operands, distances, power_of_two, q_max, sequences
 from posattn.backends.triton.arguments import (
     Arguments,
     Launch,
@@ -41,21 +41,22 @@ def concat(mix: HeadMix) -> bool:
 
 
 def _rows_by_distance(call: Call, mix: HeadMix, heads_padded: int, beyond: int) -> Tensor | None:
-    """The inner bias [distances, heads] from distance 1 - q_max - beyond on, where it depends on the distance alone:
-    a tile on the border reads distances beyond those of the sequence."""
+    """The inner bias [distances, heads] from `beyond` before the least distance on, where it depends on the distance
+    alone: a tile on the border reads distances beyond those of the sequence."""
     inner = mix.inner
     if not concat(mix) or inner.profile is not None or inner.dense is not None or call.q_positions is not None:
         return None
     if inner.slope is not None and inner.slope.slope.dim() == 2:
         return None
     heads = call.q.shape[1]
-    distances = torch.arange(1 - q_max(call) - beyond, k_max(call) + beyond, device=call.q.device)
-    rows = torch.zeros((distances.shape[0], heads_padded), dtype=torch.float32, device=call.q.device)
+    least, greatest = distances(call)
+    distance = torch.arange(least - beyond, greatest + 1 + beyond, device=call.q.device)
+    rows = torch.zeros((distance.shape[0], heads_padded), dtype=torch.float32, device=call.q.device)
     if inner.table is not None:
-        entries = (distances - inner.table.first).clamp(0, inner.table.values.shape[1] - 1)
+        entries = (distance - inner.table.first).clamp(0, inner.table.values.shape[1] - 1)
         rows[:, :heads] += inner.table.values.float()[:, entries].T
     if inner.slope is not None:
-        reach = distances if inner.slope.signed else distances.abs()
+        reach = distance if inner.slope.signed else distance.abs()
         rows[:, :heads] -= reach[:, None] * inner.slope.slope.float()
     return rows.to(call.q.dtype)
 
@@ -107,7 +108,7 @@ def mix_arguments(
         w2=_padded(mix.w2, heads_padded, width_padded, dtype),
         b2=mix.b2.float().contiguous(),
         rows=rows,
-        rows_first=1 - q_max(call) - beyond,
+        rows_first=distances(call)[0] - beyond,
     )
     plain = arguments.config
     tensors = [given.q, given.k, given.v, *([] if grad_out is None else [grad_out])]
@@ -136,7 +137,6 @@ def mix_arguments(
         explicit=plain.explicit,
         has_left=plain.has_left,
         has_right=plain.has_right,
-        top_left=plain.top_left,
         inner=bias_config(inner),
         outer=plain.bias,
         bounds_block=plain.bounds_block,

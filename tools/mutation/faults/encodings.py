@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..fault import Fault
 
 ADDITIVE = "tests/encodings/test_additive.py"
+PLACES = "tests/backends/test_parity_places.py"
 DAPE = "tests/encodings/test_dape.py"
 FIRE = "tests/encodings/test_fire.py"
 ROPE = "tests/encodings/test_rope.py"
@@ -165,7 +166,11 @@ FAULTS: list[Fault] = [
     *of(
         "context.py",
         ("return «1 - self.q_len», self.k_len - 1, 0", "-self.q_len", (ADDITIVE, EVERY)),
-        ("return «1 - self.q_len», max(self.q_len + self.k_len - 1, 1)", "2 - self.q_len", (ADDITIVE, EVERY)),
+        ("return «1 - self.q_len», pairs", "2 - self.q_len", (ADDITIVE, EVERY)),
+        ("return least - «max(self.k_len - 1, 0)»", "0", (PLACES,)),
+        ("«greatest - least + »pairs", "", (PLACES,)),
+        ("else offsets[0] «- self.k_len» return", "", (PLACES,)),
+        ("(after if «self.causal» else torch.maximum(after, k_end))", "False", (ROPE,)),
         ("max(self.q_len + self.k_len «- 1», 1)", "- 2", (ADDITIVE, EVERY)),
         ("return «q_first - k_last», _check_range", "q_first - k_last + 1", (EVERY,)),
         ("(q_last - q_first) + (k_last - k_first) «+ 1», self.num_heads", "", (EVERY,)),
@@ -175,9 +180,9 @@ FAULTS: list[Fault] = [
         ("longest = torch.maximum(«q_last», k_last) + 1", "k_last", (ROPE,)),
         ("longest = torch.maximum(q_last, k_last) «+ 1»", "", (ROPE,)),
         ("torch.where(slot «<» self.k_lengths", "<=", (ROPE,)),
-        ("longest = torch.full((1,), «self.k_len», dtype", "self.q_len", (ROPE,)),
+        ("last = torch.full((1,), «self.k_len», dtype", "self.q_len", (ROPE,)),
         ("return longest[q_document][None], «longest[k_document][None]»", "longest[q_document][None]", (ROPE,)),
-        ("longest = «self.cu_seqlens_k».long().diff()", "self.cu_seqlens_q", (ROPE,)),
+        ("«self.cu_seqlens_k».long().diff()) if", "self.cu_seqlens_q", (ROPE,)),
         ("return torch.«float64» if wide else", "float32", (EVERY,)),
         ("if count * heads «>» MAX_TABLE_ENTRIES:", ">=", (EVERY, MODULES)),
     ),

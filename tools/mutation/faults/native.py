@@ -23,6 +23,7 @@ EDGES = "tests/api/test_edges.py -k masked_by_a_finite_bias"
 LENGTHS = "tests/api/test_edges.py -k traced"
 THREADS = "tests/api/test_edges.py -k 'one_gradient or same_for_every or broadcasts or number_of_threads'"
 SDPA = "tests/api/test_attention.py -k sdpa"
+PLACES = "tests/backends/test_parity_places.py"
 
 
 def of(file: str, *rows: tuple[str, str, tuple[str, ...]]) -> list[Fault]:
@@ -36,8 +37,7 @@ def equal(file: str, before: str, after: str, tests: tuple[str, ...], why: str) 
 FAULTS: list[Fault] = [
     *of(
         "logits.h",
-        ("int64_t at = i + (p.top_left ? «0» : s.k_len", "1", (SDPA,)),
-        ("int64_t at = i + (p.top_left ? 0 : «s.k_len - s.q_len»)", "p.k_len - s.q_len", (MASKS,)),
+        ("int64_t at = i «+ s.offset», lo", "+ s.k_len - s.q_len", (SDPA, PLACES)),
         ("lo = imax(lo, «at - p.left»)", "at - p.left + 1", (MASKS,)),
         ("hi = imin(hi, «at + p.right + 1»)", "at + p.right", (MASKS,)),
         ("if (p.causal) hi = imin(hi, «at + 1»)", "at + 2", (MASKS,)),
@@ -247,7 +247,7 @@ FAULTS: list[Fault] = [
         ("values[iclamp(at - x, 0, «bias->table_len - 1»)]", "bias->table_len", (EXTREMES,)),
         ("static_cast<float>(«bias->slope_signed || d >= 0 ? d : -d»)", "d", (ENCODINGS, LONG)),
         ("relative[x] -= m * («bias->slope_signed || d >= 0.0F ? d : -d»)", "d", (MASKS, FULL)),
-        ("offset = «s->k_len - s->q_len»;", "p->k_len - p->q_len", (DOCUMENTS,)),
+        ("offset = «s->offset»;", "s->k_len - s->q_len", (DOCUMENTS,)),
         ("fill_relative(«offset - base»);", "offset - base + 1", (ENCODINGS,)),
         ("psi[x] = b.psi[psi_index(«offset - base - x»)];", "offset - base - x - 1", (ENCODINGS,)),
         (
@@ -417,8 +417,11 @@ FAULTS: list[Fault] = [
         ("bool valid = «offsets[0] == 0» &&", "true", (LENGTHS,)),
         ("&& «offsets[documents] == tokens»;", "true", (LENGTHS,)),
         ("valid = «offsets[n] <= offsets[n + 1]»;", "true", (LENGTHS,)),
-        ("if («list.back().k_len < 0» ||", "false", (LENGTHS,)),
-        ("|| «list.back().k_len > p.k_len») throw", "false", (LENGTHS,)),
-        ("lengths ? «lengths[b]» : p.k_len}", "lengths[0]", (MASKS,)),
+        ("if («value < least» || value", "false", (LENGTHS,)),
+        ("|| «value > most») throw", "false", (LENGTHS,)),
+        ("end = ends ? «ends[b]» : p.k_len", "ends[0]", (MASKS,)),
+        ("start = starts ? «starts[b]» : 0", "starts[0]", (PLACES,)),
+        ("(given.offsets ? given.offsets[n] : given.offset) «- skipped»", "", (PLACES,)),
+        ("(p.causal ? 0 : «p.right»), int64_t{0}", "0", (PLACES,)),
     ),
 ]

@@ -20,6 +20,7 @@ BENCH = "tests/api/test_bench.py -k 'not quick_run and not plots and not extra_p
 CLI = "tests/api/test_cli.py -k 'plotted or check'"
 EVERY = "tests/encodings/test_every_encoding.py"
 MASKS = "tests/backends/test_parity_masks.py"
+PLACES = "tests/backends/test_parity_places.py"
 SHAPES = "tests/backends/test_parity_shapes.py -k 'views or strides or without_logits'"
 
 
@@ -65,13 +66,14 @@ FAULTS: list[Fault] = [
         ),
         ("operand.row_scale[(q_positions «- operand.row_first»).clamp", "", (REFERENCE,)),
         ("torch.searchsorted(operand.knots, «y.detach()»)", "psi.detach().expand_as(y)", (REFERENCE,)),
-        ("row = «q_index if mask.top_left else q_index + offset»", "q_index + offset", (REFERENCE,)),
+        ("i, j = («q_index + offset»)[:, :, None]", "q_index", (REFERENCE,)),
         ("conditions.append(«j <= i»)", "j < i", (REFERENCE,)),
         ("conditions.append(«j >= i - mask.left»)", "j > i - mask.left", (REFERENCE,)),
         ("conditions.append(«j <= i + mask.right»)", "j < i + mask.right", (REFERENCE,)),
-        ("conditions.append(«j < mask.k_lengths[:, None, None]»)", "j <= mask.k_lengths[:, None, None]", (REFERENCE,)),
+        ("conditions.append(«~hidden[:, None, :]»)", "hidden[:, None, :] >= 0", (REFERENCE,)),
         ("conditions.append((q_document[:, None] «==» k_document[None, :])[None])", ">=", (REFERENCE,)),
-        ("x.masked_fill((index «>=» call.mask.k_lengths", ">", (REFERENCE,)),
+        ("mask.k_lengths is None else index «>=» mask", ">", (REFERENCE,)),
+        ("mask.k_starts is None else index «<» mask", "<=", (REFERENCE,)),
         ("«x.repeat_interleave(heads // x.shape[1], dim=1)»", "x.repeat(1, heads // x.shape[1], 1, 1)", (REFERENCE,)),
         ("(group, row, «head», torch.zeros_like(group))", "head % heads", (REFERENCE,)),
         ("(seed & 0xFFFFFFFF, «seed >> 32 & 0xFFFFFFFF»)", "seed & 0xFFFFFFFF", (REFERENCE,)),
@@ -80,10 +82,11 @@ FAULTS: list[Fault] = [
     *of(
         "posattn/positions.py",
         ("torch.searchsorted(cu_seqlens.long(), token, «right=True»)", "right=False", (REFERENCE, EVERY)),
-        ("offsets = «cu_k.diff() - cu_q.diff()»", "cu_k.diff() - cu_k.diff()", (REFERENCE, EVERY)),
-        ("k_index - «cu_k[k_document]», offsets", "cu_q[k_document]", (REFERENCE, EVERY)),
-        ("(«k_lengths.long()[:, None] - q_tokens»).expand", "k_lengths.long()[:, None] - k_tokens", (REFERENCE, EVERY)),
-        ("torch.full_like(q_index, «k_tokens - q_tokens»)", "0", (REFERENCE, EVERY)),
+        ("offset = «cu_k.diff() - cu_q.diff()»", "cu_k.diff() - cu_k.diff()", (REFERENCE, EVERY)),
+        ("k_index - «cu_k[k_document]», of_query", "cu_q[k_document]", (REFERENCE, EVERY)),
+        ("if k_lengths is None else «k_lengths - q_tokens»", "k_lengths - k_tokens", (REFERENCE, EVERY)),
+        ("offset = «k_tokens - q_tokens» if k_lengths is None", "0", (REFERENCE, EVERY)),
+        ("k_index - starts, «offsets - starts»", "offsets", (REFERENCE, PLACES)),
     ),
     *of(
         "posattn/serialize.py",
@@ -97,7 +100,7 @@ FAULTS: list[Fault] = [
         ('put("k_cos", «plan.rotary.k_cos»)', "plan.rotary.q_cos", (FLATTENED,)),
         ('Slope(slope, «prefix + "signed" in flags»)', '"signed" in flags', (FLATTENED,)),
         ('named["w2"], «named["b2"]», layout.form', 'named["b1"]', (FLATTENED,)),
-        ('top_left=«"top_left" in flags»,', "False", (FLATTENED, SDPA)),
+        ("«offset_range if isinstance(offset, Tensor) else None»,", "None", (FLATTENED, PLACES)),
         ('deterministic=«"deterministic" in flags»,', "False", (FLATTENED,)),
         ("ints += [«mask.max_q, mask.max_k»]", "mask.max_k, mask.max_q", (FLATTENED,)),
         ("scale=«scale if scale_tensor is None else float(scale_tensor)»,", "scale", (FLATTENED,)),
@@ -156,7 +159,7 @@ FAULTS: list[Fault] = [
         ("if «number < 0 or» 0 < number < smallest:", "", (BAD,)),
         ("return «1.0 / math.sqrt(max(int(head_dim), 1))», None", "1.0 / math.sqrt(head_dim)", (NUMBERS,)),
         (
-            "tensor = tensor.clamp(«-1», 2**31 - 1)",
+            "tensor = tensor.clamp(«-(2**31)», 2**31 - 1)",
             "0",
             ("tests/api/test_edges.py -k traced", "tests/api/test_compiled_graphs.py -k wraps"),
         ),
@@ -169,7 +172,7 @@ FAULTS: list[Fault] = [
             "bias",
             ("tests/encodings/test_additive.py -k dense",),
         ),
-        ("mask = replace(documents.mask, causal=is_causal, top_left=«True»)", "False", (JAGGED,)),
+        ("mask = replace(documents.mask, causal=is_causal, offset=«0 if is_causal else None»)", "None", (JAGGED,)),
         (
             "attn_mask.variant == CausalVariant.«UPPER_LEFT»",
             "LOWER_RIGHT",
@@ -197,8 +200,10 @@ FAULTS: list[Fault] = [
     *of(
         "posattn/backends/cpu.py",
         ("if tensor.stride(-1) != 1 «and tensor.shape[-1] > 1»:", "and tensor.shape[-1] > 16", (SHAPES,)),
-        ("covered = call.mask.k_lengths is None «and call.mask.cu_seqlens_q is None» and q_len > 0", "", (MASKS,)),
-        ("covered = «call.mask.k_lengths is None and» call.mask", "", (MASKS,)),
+        ("(mask.k_lengths, mask.k_starts, «mask.cu_seqlens_q, »mask.offset)", "", (MASKS,)),
+        ("(«mask.k_lengths, »mask.k_starts, mask.cu_seqlens_q, mask.offset)", "", (MASKS,)),
+        ("(mask.k_lengths, «mask.k_starts, »mask.cu_seqlens_q, mask.offset)", "", (PLACES,)),
+        ("mask.k_starts, mask.cu_seqlens_q«, mask.offset»)", "", (PLACES,)),
         ("«and operand.slope.dim() == 1»: grads", "", ("tests/backends/test_parity_extremes.py -k slopes",)),
         (
             '"concat-residual": 0, "concat": «1», "add": 2',
