@@ -318,6 +318,7 @@ def _attend(
         # On q's device: a captured graph advances its generator with each replay.
         seed=torch.randint(2**62, (1,), dtype=torch.int64, device=q.device) if 0.0 < dropout_p < 1.0 else None,
         deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
+        tokens_first=bool(q.stride(1) < q.stride(2)),
     )
     out, lse = ops.attend(call, backend)
     if dropout_p == 1.0:

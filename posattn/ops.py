@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from posattn import backends, reference
+from posattn.backends.common.strides import rows, rows_like
 from posattn.plan import Call
 from posattn.serialize import DIFFERENTIABLE, flatten, parse, unflatten
 
@@ -89,7 +90,7 @@ def _run_forward(call: Call, backend: str) -> tuple[Tensor, Tensor]:
         lse.fill_(-torch.inf)
     else:
         lse.copy_(call.sinks[:, None])
-    return q.new_zeros(*q.shape[:3], v.shape[3]), lse
+    return rows_like(call, v.shape[3], q.new_zeros), lse
 
 
 def _run_backward(
@@ -255,13 +256,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     call = unflatten(q, k, v, operands, ints, *numbers)
     out, lse = _run_forward(call, parse(numbers[3]).backend)
-    return out.contiguous(), lse.contiguous()
+    return out, lse
 
 
 @torch.library.register_fake("posattn::attention_forward")  # type: ignore[untyped-decorator]
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    rows = q.shape[:3]
-    return q.new_empty(*rows, v.shape[3]), q.new_empty(rows, dtype=_lse_dtype(q))
+    out = rows(q, v.shape[3], "tokens_first" in parse(rest[-1]).flags, q.new_empty)
+    return out, q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
 @torch.library.impl("posattn::attention_backward", "default")

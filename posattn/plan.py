@@ -154,7 +154,8 @@ class Call:
     number. softcap 0 means none: else x = softcap * tanh(x / softcap) right after the scale. sinks [Hq] float32 adds
     exp(sink) to each row's denominator, and to the log-sum-exp. Dropout keeps element (b, h, i, j) where lane j & 3 of
     Philox4x32-10(key = seed's two halves, counter = (j >> 2, i, b * Hq + h, 0)) is at least dropout_p * 2^32, and
-    divides kept weights by 1 - dropout_p; seed is an int64 [1] tensor on q's device.
+    divides kept weights by 1 - dropout_p; seed is an int64 [1] tensor on q's device. tokens_first: the output lies in
+    memory as [B, Tq, Hq, Dv], as q does, so that whoever merges the heads gets a view.
     """
 
     q: Tensor
@@ -171,3 +172,4 @@ class Call:
     seed: Tensor | None = None
     deterministic: bool = False
     scale_tensor: Tensor | None = None
+    tokens_first: bool = False

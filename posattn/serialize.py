@@ -107,6 +107,8 @@ def flatten(call: Call, backend: str) -> Flat:
         flags.append("offset")
     if call.deterministic:
         flags.append("deterministic")
+    if call.tokens_first:
+        flags.append("tokens_first")
     put("boolean", mask.boolean)
     put("offset", mask.offset if isinstance(mask.offset, Tensor) else None)
     put("k_lengths", mask.k_lengths)
@@ -198,5 +200,6 @@ def unflatten(
         dropout_p=dropout_p,
         seed=named.get("seed"),
         deterministic="deterministic" in flags,
+        tokens_first="tokens_first" in flags,
         scale_tensor=scale_tensor,
     )

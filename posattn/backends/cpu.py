@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from posattn.backends.common.reductions import sink_gradient
-from posattn.backends.common.strides import steps
+from posattn.backends.common.strides import rows_like, steps
 from posattn.backends.common.structs import Header
 from posattn.plan import Bias, Call, HeadMix, Rotary
 
@@ -180,7 +180,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in the query's dtype and lse [B, Hq, Tq] float32."""
     binding = _Binding(call)
     batch, heads, q_len, _ = call.q.shape
-    out = empty((batch, heads, q_len, call.v.shape[-1]), call.q.dtype)
+    out = rows_like(call, call.v.shape[-1], lambda shape: empty(shape, call.q.dtype))
     lse = empty((batch, heads, q_len), torch.float32)
     binding.problem.out, binding.problem.lse = binding.view(out), lse.data_ptr()
     native.forward(binding.problem)

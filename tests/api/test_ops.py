@@ -102,6 +102,7 @@ def call_of_its_own(flag, form):
         seed=seed,
         deterministic=flag,
         scale_tensor=torch.tensor(0.25),
+        tokens_first=not flag,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import posattn
+from posattn.parity import examples
 
 sdpa = posattn.scaled_dot_product_attention
 
@@ -170,3 +171,18 @@ def test_what_nested_tensors_cannot_have() -> None:
         sdpa(q, q, cut.transpose(1, 2))
     with pytest.raises(TypeError, match="q: expected a dense tensor"):
         posattn.attention(q, q, q)
+
+
+@pytest.mark.parametrize("name", ["none", "Kerple", "DAPE-Kerple"])
+@pytest.mark.parametrize(("q_len", "dim_v"), [(1, 16), (7, 16), (7, 5)])
+def test_results_lie_as_the_queries_do(name: str, q_len: int, dim_v: int) -> None:
+    """The layer that merges heads gets a view, as from torch's own function; so do compiled graphs."""
+    position = None if name == "none" else examples(4, 16, 9)[name]
+    q, k, v = (torch.randn(2, n, 4, d).transpose(1, 2) for n, d in ((q_len, 16), (9, 16), (9, dim_v)))
+    out = posattn.attention(q, k, v, position, causal=True)
+    assert out.transpose(1, 2).is_contiguous()
+    assert torch.equal(out, posattn.attention(q.contiguous(), k, v, position, causal=True))
+    assert posattn.attention(q.contiguous(), k, v, position, causal=True).is_contiguous()
+    compiled = torch.compile(lambda q: posattn.attention(q, k, v, position, causal=True), backend="aot_eager")
+    assert torch.equal(compiled(q), out)
+    assert compiled(q).stride() == out.stride()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from posattn.backends.common.arch import MAX_SPLITS, key_splits
 from posattn.backends.common.operands import k_max, q_max, sequences
+from posattn.backends.common.strides import narrowed_rows, rows_like
 from posattn.backends.cuda import launch, operands
 from posattn.backends.cuda.configs.forward import DecodeConfig, decode_config, forward_config
 from posattn.backends.cuda.constants import CombineConstants, DecodeConstants, ForwardConstants, PrefillConstants
@@ -31,7 +32,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     blocks = shape["q_blocks"] * sequences(call) * (heads // shape["group"] if decoding else heads)
     splits = key_splits(blocks, k_max(call), launch.processors(device))
 
-    out = operands.written_by_queries(call, (batch, heads, q_tokens, v.shape[3]), q.dtype)
+    out = rows_like(call, v.shape[3], lambda shape: operands.written_by_queries(call, shape, q.dtype))
     lse = operands.written_by_queries(call, (batch, heads, q_tokens), torch.float32)
     partial, partial_lse = out[None], lse[None]
     if splits > 1:
@@ -107,7 +108,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     )
     if splits > 1:
         _combine(call, partial, partial_lse, out, lse)
-    return out[..., : call.v.shape[3]].contiguous(), lse
+    return narrowed_rows(call, out, call.v.shape[3]), lse
 
 
 def _combine(call: Call, partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from posattn.backends.common.operands import q_max, sequences
+from posattn.backends.common.strides import narrowed_rows, rows_like
 from posattn.backends.cuda import headmix_rows, launch, operands
 from posattn.backends.cuda.configs.headmix import (
     HeadMixConfig,
@@ -89,7 +90,7 @@ def forward(call: Call, mix: HeadMix) -> tuple[Tensor, Tensor]:
     q, k = (rows(x) for x in rotated_pair(call, call.q, call.k))
     v = rows(call.v)
     batch, heads, q_tokens, _ = q.shape
-    out = operands.written_by_queries(call, (batch, heads, q_tokens, v.shape[3]), q.dtype)
+    out = rows_like(call, v.shape[3], lambda shape: operands.written_by_queries(call, shape, q.dtype))
     lse = operands.written_by_queries(call, (batch, heads, q_tokens), torch.float32)
 
     shared = forward_shared_bytes(call, mix, config)
@@ -103,4 +104,4 @@ def forward(call: Call, mix: HeadMix) -> tuple[Tensor, Tensor]:
         "headmix/forward.cu", "headmix_forward", "HeadMixForwardParams", constants, values, grid, 32 * config.warps,
         shared, device,
     )  # fmt: skip
-    return out[..., : call.v.shape[3]].contiguous(), lse
+    return narrowed_rows(call, out, call.v.shape[3]), lse

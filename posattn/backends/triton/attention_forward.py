@@ -7,6 +7,7 @@ from torch import Tensor
 
 from posattn.backends.common.arch import key_splits
 from posattn.backends.common.operands import k_max, power_of_two, q_max, sequences
+from posattn.backends.common.strides import rows_like
 from posattn.backends.triton import autotune
 from posattn.backends.triton.arguments import Launch, angles, attention_arguments, inputs, output, strides, unit_stride
 from posattn.backends.triton.configs.forward import FEW_ROWS, FORWARD, forward_config
@@ -70,7 +71,7 @@ def _forward(call: Call, launch: Launch, config: LaunchConfig, processors: int) 
 
     # Packed documents may leave tokens outside every document, which no program would write.
     create = torch.empty if call.mask.cu_seqlens_q is None else torch.zeros
-    out = create((batch, heads, q_tokens, dim_v), dtype=q.dtype, device=q.device)
+    out = rows_like(call, dim_v, lambda shape: create(shape, dtype=q.dtype, device=q.device))
     lse = create((batch, heads, q_tokens), dtype=torch.float32, device=q.device)
     partial, partial_lse = out[None], lse[None]
     if splits > 1:

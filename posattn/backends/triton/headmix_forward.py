@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from posattn.backends.common.operands import bias_operands, distances, power_of_two, q_max, sequences
+from posattn.backends.common.strides import rows_like
 from posattn.backends.triton.arguments import (
     Arguments,
     Launch,
@@ -161,7 +162,7 @@ def forward(call: Call, mix: HeadMix, launch: Launch, arch: str) -> tuple[Tensor
     q, v = call.q, call.v
     config = forward_config(arch, call)
     create = torch.empty if call.mask.cu_seqlens_q is None else torch.zeros
-    out = create((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    out = rows_like(call, v.shape[3], lambda shape: create(shape, dtype=q.dtype, device=q.device))
     lse = create(q.shape[:3], dtype=torch.float32, device=q.device)
     programs = -(-q_max(call) // config.block_m) * sequences(call)
     mix_arguments(call, mix, config, rotated_inputs(call, launch)).launch(
