@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     offset: int | Tensor | None
     k_lengths: Tensor | None
     k_starts: Tensor | None
+    segments: Tensor | tuple[Tensor, Tensor] | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     q_positions: Tensor | None
@@ -106,6 +107,7 @@ def attention(
     offset: int | Tensor | None = None,
     k_lengths: Tensor | None = None,
     k_starts: Tensor | None = None,
+    segments: Tensor | tuple[Tensor, Tensor] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     q_positions: Tensor | None = None,
@@ -142,6 +144,10 @@ def attention(
             offset.
         k_starts: [B] integers from 0 to Tk, at most k_lengths[b]; keys before k_starts[b] are hidden (left padding),
             and implicit positions count from it. Hidden keys and values may hold anything.
+        segments: [B, T] integers, the document of each token (or a pair of them, for queries and for keys): a token
+            sees its own document alone, and alignment and positions count inside it. Each document is one run of its
+            row; a negative number belongs to none. The same documents have one shape however they are cut, so that one
+            compiled graph serves them.
         cu_seqlens_q, cu_seqlens_k: [documents + 1] integers, bounds of documents packed into B = 1. A document's
             queries see its own keys alone, and alignment and positions count inside the document.
         q_positions, k_positions: [T], [1, T] or [B, T] integers, where tokens sit for `position`; the masks keep
@@ -170,6 +176,8 @@ def attention(
     cu_q, cu_k, max_q, max_k = validation.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q, k)
     lengths, starts = validation.check_key_bounds(k_lengths, k_starts, cu_q, q, k)
     offset, offset_range = validation.check_offset(offset, cu_q, q, k, max_q, max_k)
+    others = {"offset": offset, "k_lengths": lengths, "k_starts": starts, "cu_seqlens_q": cu_q}
+    q_segments, k_segments = validation.check_segments(segments, others, q, k)
     out, lse = _attend(
         q,
         k,
@@ -188,6 +196,8 @@ def attention(
             max_q=max_q,
             max_k=max_k,
             offset_range=offset_range,
+            q_segments=q_segments,
+            k_segments=k_segments,
         ),
         scale=scale,
         softcap=validation.check_softcap(softcap),

@@ -125,6 +125,8 @@ class Mask:
     boolean: [B or 1, H or 1, Tq, Tk] bool, True where allowed.
     k_lengths: [B] int32; keys from k_lengths[b] on are hidden and Tk in the default offset is k_lengths[b].
     k_starts: [B] int32; keys before k_starts[b] are hidden and implicit positions count from it. Not with cu_seqlens.
+    q_segments, k_segments: [B, Tq] and [B, Tk] int32, the document of each token, in one run per row; negative for
+    none. Documents are as with cu_seqlens, which they replace; not with k_lengths, k_starts or an offset.
     cu_seqlens_q, cu_seqlens_k: [documents + 1] int32 from 0 to the token count (B = 1); document n's queries see its
     own keys alone, and indices, offsets and implicit positions count inside the document.
     max_q, max_k: the longest document (or Tq and Tk), so that lowering and launching need no look at the device.
@@ -143,6 +145,8 @@ class Mask:
     max_q: int = 0
     max_k: int = 0
     offset_range: tuple[int, int] | None = None
+    q_segments: Tensor | None = None
+    k_segments: Tensor | None = None
 
 
 @dataclass(frozen=True)

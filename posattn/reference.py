@@ -101,17 +101,7 @@ def _positions(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _indices(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    mask = call.mask
-    return token_indices(
-        call.q.shape[2],
-        call.k.shape[2],
-        call.q.device,
-        mask.k_lengths,
-        mask.cu_seqlens_q,
-        mask.cu_seqlens_k,
-        mask.k_starts,
-        mask.offset,
-    )
+    return token_indices(call.q.shape[2], call.k.shape[2], call.q.device, call.mask)
 
 
 def _logits(call: Call) -> Tensor:
@@ -180,6 +170,9 @@ def _allowed(call: Call) -> Tensor | None:
         q_document = document_index(mask.cu_seqlens_q, call.q.shape[2])
         k_document = document_index(mask.cu_seqlens_k, call.k.shape[2])
         conditions.append((q_document[:, None] == k_document[None, :])[None])
+    if mask.q_segments is not None and mask.k_segments is not None:
+        q_segment, k_segment = mask.q_segments[:, :, None], mask.k_segments[:, None, :]
+        conditions.append((q_segment == k_segment) & (q_segment >= 0))
     allowed = [c[:, None] for c in conditions]
     if mask.boolean is not None:
         allowed.append(mask.boolean)

@@ -113,6 +113,8 @@ def flatten(call: Call, backend: str) -> Flat:
     put("offset", mask.offset if isinstance(mask.offset, Tensor) else None)
     put("k_lengths", mask.k_lengths)
     put("k_starts", mask.k_starts)
+    put("q_segments", mask.q_segments)
+    put("k_segments", mask.k_segments)
     put("cu_seqlens_q", mask.cu_seqlens_q)
     put("cu_seqlens_k", mask.cu_seqlens_k)
     put("sinks", call.sinks)
@@ -179,6 +181,8 @@ def unflatten(
         boolean=named.get("boolean"),
         k_lengths=named.get("k_lengths"),
         k_starts=named.get("k_starts"),
+        q_segments=named.get("q_segments"),
+        k_segments=named.get("k_segments"),
         cu_seqlens_q=named.get("cu_seqlens_q"),
         cu_seqlens_k=named.get("cu_seqlens_k"),
         max_q=max_q,

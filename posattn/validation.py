@@ -7,7 +7,7 @@ torch.compile traces. They are the bounds that kernels on the CPU rely on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -317,6 +317,48 @@ def check_offset(
             raise ArgumentValueError(f"offset: expected numbers from {-max_q} to {max_k}, got {low} to {high}")
         found = low, high
     return _narrowed(offset, -max_q, max_k), found
+
+
+def check_segments(
+    segments: Tensor | tuple[Tensor, Tensor] | None, others: Mapping[str, object], q: Tensor, k: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of queries and of keys, contiguous int32 [B, T] each."""
+    if segments is None:
+        return None, None
+    for name, other in others.items():
+        if other is not None:
+            raise ArgumentValueError(f"segments, {name}: expected one or the other, got both")
+    if not isinstance(segments, Tensor) and not (isinstance(segments, (tuple, list)) and len(segments) == 2):
+        raise ArgumentTypeError(
+            f"segments: expected a torch.Tensor, or one for queries and one for keys, got {type(segments).__name__}"
+        )
+    if isinstance(segments, Tensor) and q.shape[2] != k.shape[2]:
+        raise ArgumentValueError(
+            f"segments: expected a pair, for {q.shape[2]} queries and {k.shape[2]} keys, got one tensor"
+        )
+    of_queries, of_keys = (segments, segments) if isinstance(segments, Tensor) else segments
+    checked = _check_segments(of_queries, q, q.shape[2])
+    return checked, checked if of_keys is of_queries else _check_segments(of_keys, q, k.shape[2])
+
+
+def _check_segments(segments: Tensor, q: Tensor, tokens: int) -> Tensor:
+    _check_integers("segments", segments, q)
+    batch = q.shape[0]
+    if segments.dim() not in (1, 2) or segments.shape[-1] != tokens or segments.shape[:-1] not in ((), (1,), (batch,)):
+        raise ArgumentValueError(
+            f"segments: expected shape [{tokens}], [1, {tokens}] or [{batch}, {tokens}], got {_shape(segments)}"
+        )
+    if _readable(segments) and segments.numel():
+        low, high = (int(bound) for bound in segments.aminmax())
+        if low < -(2**31) or high >= 2**31:
+            raise ArgumentValueError(f"segments: expected numbers that fit in 32 bits, got {low} to {high}")
+        for row in segments if segments.dim() == 2 else segments[None]:
+            documents = torch.unique_consecutive(row)
+            documents, runs = documents[documents >= 0].unique(return_counts=True)
+            if (runs > 1).any():
+                twice = int(documents[runs > 1][0])
+                raise ArgumentValueError(f"segments: expected each document in one run of a row, got two of {twice}")
+    return _narrowed(segments, -(2**31), 2**31 - 1).expand(batch, tokens).contiguous()
 
 
 def check_cu_seqlens(

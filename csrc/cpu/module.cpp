@@ -19,6 +19,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #include "memory.h"
@@ -75,9 +76,46 @@ void place(const Problem& p, int64_t n, int64_t skipped, Sequence& s) {
   if (limited) s.k_len = std::clamp(s.offset + s.q_len + (p.causal ? 0 : p.right), int64_t{0}, s.k_len);
 }
 
+struct Run {
+  int64_t start, length;
+};
+
+// The runs of equal numbers in a row of `tokens`, by number.
+std::unordered_map<int32_t, Run> runs(const char* name, const int32_t* row, int64_t tokens) {
+  std::unordered_map<int32_t, Run> found;
+  for (int64_t t = 0; t < tokens;) {
+    int64_t end = t + 1;
+    while (end < tokens && row[end] == row[t]) ++end;
+    if (row[t] >= 0 && !found.insert({row[t], {t, end - t}}).second)
+      throw std::invalid_argument(std::string(name) + ": expected each document in one run of a row, got two of " +
+                                  std::to_string(row[t]));
+    t = end;
+  }
+  return found;
+}
+
+// The documents of one row; queries that belong to none are one without keys.
+void add_segments(const Problem& p, int64_t b, std::vector<Sequence>& list) {
+  const int32_t *q = p.lengths.q_segments + b * p.q_len, *k = p.lengths.k_segments + b * p.k_len;
+  runs("segments", q, p.q_len);
+  const auto keys = runs("segments", k, p.k_len);
+  for (int64_t i = 0; i < p.q_len;) {
+    int64_t end = i + 1;
+    while (end < p.q_len && q[end] == q[i]) ++end;
+    const auto own = keys.find(q[i]);
+    const Run of = q[i] < 0 || own == keys.end() ? Run{0, 0} : own->second;
+    list.push_back({b, i, end - i, of.start, of.length, of.length - (end - i)});
+    i = end;
+  }
+}
+
 std::vector<Sequence> sequences(const Problem& p) {
   std::vector<Sequence> list;
-  const auto& [ends, starts, q, k, documents, offsets, has_offset, offset] = p.lengths;
+  const auto& [ends, starts, q, k, documents, q_segments, k_segments, offsets, has_offset, offset] = p.lengths;
+  if (q_segments) {
+    for (int64_t b = 0; b < p.batch; ++b) add_segments(p, b, list);
+    return list;
+  }
   if (q) {
     check_offsets("cu_seqlens_q", q, documents, p.q_len);
     check_offsets("cu_seqlens_k", k, documents, p.k_len);

@@ -33,16 +33,19 @@ struct Sequence {
   int64_t offset;
 };
 
-// Where sequences lie: `documents` packed along the tokens of batch entry 0, from the offsets [documents + 1] on; else
-// one a batch entry, of keys k_starts [B] (or 0) up to k_lengths [B] (or all). Query 0 sits at key `offset`, or offsets
-// [B or documents], counted from the batch entry's key 0 or the document's first; with neither, the last query meets
-// the last key.
+// Where sequences lie: `documents` packed along the tokens of batch entry 0, from the offsets [documents + 1] on; or
+// one for every run of equal numbers in q_segments [B, Tq] and k_segments [B, Tk], where a negative one stands for
+// none; else one a batch entry, of keys k_starts [B] (or 0) up to k_lengths [B] (or all). Query 0 sits at key `offset`,
+// or offsets [B or documents], counted from the batch entry's key 0 or the document's first; with neither, the last
+// query meets the last key.
 struct Lengths {
   const int32_t* k_lengths = nullptr;
   const int32_t* k_starts = nullptr;
   const int32_t* cu_seqlens_q = nullptr;
   const int32_t* cu_seqlens_k = nullptr;
   int64_t documents = 0;
+  const int32_t* q_segments = nullptr;
+  const int32_t* k_segments = nullptr;
   const int32_t* offsets = nullptr;
   bool has_offset = false;
   int64_t offset = 0;

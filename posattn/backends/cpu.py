@@ -106,6 +106,9 @@ class _Binding:
             p.lengths.cu_seqlens_q = self.address(mask.cu_seqlens_q, torch.int32)
             p.lengths.cu_seqlens_k = self.address(mask.cu_seqlens_k, torch.int32)
             p.lengths.documents = mask.cu_seqlens_q.shape[0] - 1
+        elif mask.q_segments is not None:
+            p.lengths.q_segments = self.address(mask.q_segments, torch.int32)
+            p.lengths.k_segments = self.address(mask.k_segments, torch.int32)
         else:
             p.lengths.k_lengths = self.address(mask.k_lengths, torch.int32)
             p.lengths.k_starts = self.address(mask.k_starts, torch.int32)
@@ -208,7 +211,8 @@ def backward(
     # Keys outside a sequence's bounds, those that its offset hides from all its queries, and those of a document
     # without queries are in no task.
     mask = call.mask
-    covered = q_len > 0 and all(x is None for x in (mask.k_lengths, mask.k_starts, mask.cu_seqlens_q, mask.offset))
+    bounds = (mask.k_lengths, mask.k_starts, mask.cu_seqlens_q, mask.offset, mask.q_segments)
+    covered = q_len > 0 and all(x is None for x in bounds)
     for name, tensor in (("k", call.k), ("v", call.v)):
         if name in needs:
             grads[name] = empty(tensor.shape, tensor.dtype) if covered else _zeros(tensor.shape, tensor.dtype)

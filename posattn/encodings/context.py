@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posattn.plan import Mask
-from posattn.positions import document_index, offset_bounds, token_indices
+from posattn.positions import document_index, offset_bounds, segment_greatest, segment_runs, token_indices
 
 MAX_TABLE_ENTRIES = 2**27
 
@@ -44,6 +44,8 @@ class Context:
     offset: int | Tensor | None = None
     offset_range: tuple[int, int] | None = None
     k_starts: Tensor | None = None
+    q_segments: Tensor | None = None
+    k_segments: Tensor | None = None
 
     @staticmethod
     def of(
@@ -75,6 +77,8 @@ class Context:
             offset=mask.offset,
             offset_range=mask.offset_range,
             k_starts=mask.k_starts,
+            q_segments=mask.q_segments,
+            k_segments=mask.k_segments,
         )
 
     @property
@@ -97,13 +101,9 @@ class Context:
             q_tokens,
             k_tokens,
             self.device,
-            self.k_lengths,
-            self.cu_seqlens_q,
-            self.cu_seqlens_k,
-            self.k_starts,
-            self.offset,
+            self,
         )
-        given = (self.k_lengths, self.cu_seqlens_q, self.k_starts, self.offset)
+        given = (self.k_lengths, self.cu_seqlens_q, self.k_starts, self.offset, self.q_segments)
         plain = all(x is None for x in given)
         return (k_index if plain and q_tokens == k_tokens else q_index + offset), k_index
 
@@ -125,6 +125,16 @@ class Context:
                 for document, positions in ((q_document, self.q_positions), (k_document, self.k_positions)):
                     longest = longest.scatter_reduce(0, document, positions[0] + 1, "amax")
             return longest[q_document][None], longest[k_document][None]
+        if self.q_segments is not None and self.k_segments is not None:
+            if self.q_positions is None or self.k_positions is None:
+                return (
+                    segment_runs(self.k_segments, self.q_segments)[1],
+                    segment_runs(self.k_segments, self.k_segments)[1],
+                )
+            batch, split = self.q_segments.shape
+            both = [x.expand(batch, -1) for x in (self.q_positions, self.k_positions)]
+            longest = segment_greatest(torch.cat([self.q_segments, self.k_segments], 1), torch.cat(both, 1)) + 1
+            return longest[:, :split], longest[:, split:]
         if self.q_positions is not None and self.k_positions is not None:
             k_positions = self.k_positions
             if self.k_lengths is not None:

@@ -184,6 +184,25 @@ PLAIN: dict[str, Case] = {
         BF16, {"batch": 2, "q_len": 3, "k_len": 700}, lambda: posattn.RoPE(64) + alibi(),
         lambda: {"causal": True, "k_starts": torch.tensor([41, 0]), "offset": torch.tensor([600, 212])},
     ),
+    "segments, table, shared bias": Case(
+        BF16, {"batch": 2, "q_len": 150, "k_len": 150}, kerple,
+        lambda: {
+            "causal": True, "segments": torch.tensor([[2] * 70 + [0] * 75 + [-1] * 5, [3] * 150]),
+            "bias": torch.randn(1, 1, 150, 150),
+        },
+        on=SM_80, quick=(("triton", 80),),
+    ),
+    "segments of both sides, rotary, slope, mask": Case(
+        BF16, {"batch": 2, "q_len": 40, "k_len": 90}, lambda: posattn.RoPE(64) + alibi(),
+        lambda: {
+            "segments": (
+                torch.tensor([[1] * 10 + [2] * 10 + [7] * 20, [5] * 40]),
+                torch.tensor([[1] * 40 + [4] * 5 + [7] * 45, [5] * 33 + [-1] * 57]),
+            ),
+            "mask": torch.rand(2, 1, 40, 90) < 0.7,
+        },
+        on=SM_80, quick=(("cuda", 80),),
+    ),
     "offset, top left, slope": Case(HALF, {}, alibi, causal(offset=0)),
     "offset of a shard, table, window": Case(BF16, {}, kerple, causal(offset=290, window=(200, 0)), quick=SM_90),
     "offset of a shard, profile": Case(BF16, {}, fire, causal(offset=310)),

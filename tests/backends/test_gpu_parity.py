@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from posattn.encodings.base import Encoding
 from posattn.parity import available
@@ -32,7 +33,7 @@ def check(case: Case, backend: str, device: str = "cpu") -> None:
     qkv, position, options = case.inputs()
     qkv = [x.to(device) for x in qkv]
     position = None if position is None else copy.deepcopy(position).to(device)
-    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    options = tree_map_only(torch.Tensor, lambda x: x.to(device), options)
     (assert_parity if case.backward else assert_forward_parity)(*qkv, position, options, backend)
 
 

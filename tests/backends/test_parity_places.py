@@ -123,6 +123,49 @@ def test_decoding_in_a_cache_that_is_partly_filled(place, position, k_len):
     assert_parity(*tensors(place, 3, k_len), position, options, place[1])
 
 
+def numbers(place, *rows):
+    """Rows of (document, tokens) pairs as the document of each token."""
+    return torch.stack([torch.tensor([n for n, count in row for _ in range(count)]) for row in rows]).to(place[0])
+
+
+SELF = [[(4, 20), (0, 1), (7, 26), (-1, 6)], [(0, 53)]]
+CROSS = ([[(3, 9), (5, 20), (9, 8)], [(1, 30), (-2, 7)]], [[(3, 30), (8, 3), (5, 20)], [(-1, 13), (1, 40)]])
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_segments(place, position, mask):
+    assert_parity(*tensors(place, K_LEN), position, {**mask, "segments": numbers(place, *SELF)}, place[1])
+    pair = tuple(numbers(place, *rows) for rows in CROSS)
+    assert_parity(*tensors(place), position, {**mask, "segments": pair}, place[1])
+
+
+def test_segments_with_every_option(place, position):
+    options = {
+        "causal": True,
+        "window": (30, 0),
+        "softcap": 6.0,
+        "dropout_p": 0.2,
+        "sinks": torch.randn(HEADS).to(place[0]),
+        "bias": torch.randn(HEADS, Q_LEN, K_LEN).to(place[0]),
+        "mask": (torch.rand(2, 1, Q_LEN, K_LEN) < 0.7).to(place[0]),
+        "segments": tuple(numbers(place, *rows) for rows in CROSS),
+    }
+    assert_parity(*tensors(place), position, options, place[1])
+
+
+def test_segments_are_documents(place, position):
+    """The numbers say what cu_seqlens say of one row, and rows are by themselves."""
+    q, k, v = tensors(place, K_LEN, K_LEN)
+    out = posattn.attention(q, k, v, position, causal=True, segments=numbers(place, *SELF), backend=place[1])
+    bounds = torch.tensor([0, 20, 21, 47, 53], dtype=torch.int32, device=place[0])
+    options = {"causal": True, "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "backend": place[1]}
+    first = posattn.attention(q[:1], k[:1], v[:1], position, **options)
+    torch.testing.assert_close(out[:1, :, :47], first[:, :, :47], rtol=1e-5, atol=1e-5)
+    assert not out[0, :, 47:].any()
+    second = posattn.attention(q[1:], k[1:], v[1:], position, causal=True, backend=place[1])
+    torch.testing.assert_close(out[1:], second, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_hidden_is_never_read(place, position):
     q, k, v = tensors(place)
     for tensor in (k, v):

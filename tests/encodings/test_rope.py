@@ -333,6 +333,19 @@ def test_the_length_is_that_of_what_is_in_use(rule):
 
 
 @dynamic
+def test_dynamic_rules_follow_each_segment(rule):
+    rope = RoPE(4, scaling=rule)
+    rows = torch.tensor([[1] * 10 + [0] * 6, [5] * 16])
+    given = {"q_segments": rows, "k_segments": rows, "batch": 2, "q_tokens": 16, "k_tokens": 16}
+    plan = rope.lower(context(16, 16, 4, **given)).rotary
+    torch.testing.assert_close(plan.k_cos[0], torch.cat([alone(rule, 10), alone(rule, 6)]))
+    torch.testing.assert_close(plan.k_cos[1], alone(rule, 16))
+    at = torch.cat([torch.arange(10), torch.arange(6)])[None]
+    same = rope.lower(context(16, 16, 4, q_positions=at, k_positions=at, **given)).rotary
+    torch.testing.assert_close(same.q_cos[0], plan.q_cos[0])
+
+
+@dynamic
 @pytest.mark.parametrize(("q_len", "k_len"), [(0, 0), (0, 5), (5, 0)])
 def test_dynamic_rules_on_no_tokens(rule, q_len, k_len):
     rope = RoPE(4, scaling=rule)

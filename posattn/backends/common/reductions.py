@@ -48,20 +48,10 @@ def slope_gradient(call: Call, operand: Slope, sums: Tensor) -> Tensor:
 
 def row_scale_gradient(call: Call, profile: Profile, rows: Tensor) -> Tensor:
     """Sums [B, Tq] by query, in the row scale's entries."""
-    mask = call.mask
     if call.q_positions is not None:
         position = call.q_positions
     else:
-        index, _, offset = token_indices(
-            call.q.shape[2],
-            call.k.shape[2],
-            rows.device,
-            mask.k_lengths,
-            mask.cu_seqlens_q,
-            mask.cu_seqlens_k,
-            mask.k_starts,
-            mask.offset,
-        )
+        index, _, offset = token_indices(call.q.shape[2], call.k.shape[2], rows.device, call.mask)
         position = index + offset
     entry = (position - profile.row_first).clamp(0, profile.row_scale.shape[0] - 1)
     if entry.shape[0] == 1:

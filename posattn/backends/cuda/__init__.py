@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from posattn.backends.common import segments
 from posattn.backends.cuda import (
     attention_backward,
     attention_forward,
@@ -26,6 +27,8 @@ def unsupported(call: Call) -> str | None:
         return f"it computes float16 and bfloat16, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > HEAD_DIMS[-1]:
         return f"it takes head dimensions up to {HEAD_DIMS[-1]}, got {max(q.shape[3], v.shape[3])}"
+    if (reason := segments.unsupported(call)) is not None:
+        return reason
     missing = compiler.missing() or compiler.unsupported(launch.architecture(q.device))
     if missing is not None:
         return missing
@@ -43,15 +46,25 @@ def unsupported_backward(call: Call) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
-    if call.plan.mix is not None:
-        return headmix_forward.forward(call, call.plan.mix)
-    return attention_forward.forward(call)
+    return segments.forward(call, _forward)
 
 
 def backward(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     """The gradients named in `needs`, parameters' in float32."""
+    return segments.backward(call, out, lse, grad_out, grad_lse, needs, _backward)
+
+
+def _forward(call: Call) -> tuple[Tensor, Tensor]:
+    if call.plan.mix is not None:
+        return headmix_forward.forward(call, call.plan.mix)
+    return attention_forward.forward(call)
+
+
+def _backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
     if call.plan.mix is not None:
         return headmix_backward.backward(call, call.plan.mix, out, lse, grad_out, grad_lse, needs)
     return attention_backward.backward(call, out, lse, grad_out, grad_lse, needs)

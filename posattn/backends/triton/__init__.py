@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from posattn.backends.common import segments
 from posattn.backends.triton import attention_backward, attention_forward, headmix_backward, headmix_forward
 from posattn.backends.triton import launch as seam
 from posattn.backends.triton.configs import headmix
@@ -37,12 +38,22 @@ def unsupported(call: Call) -> str | None:
         return f"it computes float16, bfloat16 and float32, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return f"it takes head dimensions up to {MAX_HEAD_DIM}, got {max(q.shape[3], v.shape[3])}"
-    reason: str | None = headmix.unsupported(call)
-    return reason
+    return segments.unsupported(call) or headmix.unsupported(call)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] in q.dtype and the log-sum-exp [B, Hq, Tq] float32."""
+    return segments.forward(call, _forward)
+
+
+def backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    """The gradients named in `needs`, parameters' in float32."""
+    return segments.backward(call, out, lse, grad_out, grad_lse, needs, _backward)
+
+
+def _forward(call: Call) -> tuple[Tensor, Tensor]:
     device = call.q.device
     arch = seam.architecture(device)
     result: tuple[Tensor, Tensor]
@@ -53,7 +64,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return result
 
 
-def backward(
+def _backward(
     call: Call,
     out: Tensor,
     lse: Tensor,
@@ -61,7 +72,6 @@ def backward(
     grad_lse: Tensor | None,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
-    """The gradients named in `needs`, parameters' in float32."""
     arch = seam.architecture(call.q.device)
     grads: dict[str, Tensor]
     if call.plan.mix is not None:

@@ -84,8 +84,8 @@ FAULTS: list[Fault] = [
         ("torch.searchsorted(cu_seqlens.long(), token, «right=True»)", "right=False", (REFERENCE, EVERY)),
         ("offset = «cu_k.diff() - cu_q.diff()»", "cu_k.diff() - cu_k.diff()", (REFERENCE, EVERY)),
         ("k_index - «cu_k[k_document]», of_query", "cu_q[k_document]", (REFERENCE, EVERY)),
-        ("if k_lengths is None else «k_lengths - q_tokens»", "k_lengths - k_tokens", (REFERENCE, EVERY)),
-        ("offset = «k_tokens - q_tokens» if k_lengths is None", "0", (REFERENCE, EVERY)),
+        ("if of.k_lengths is None else «of.k_lengths - q_tokens»", "of.k_lengths - k_tokens", (REFERENCE, EVERY)),
+        ("offset = «k_tokens - q_tokens» if of.k_lengths is None", "0", (REFERENCE, EVERY)),
         ("k_index - starts, «offsets - starts»", "offsets", (REFERENCE, PLACES)),
     ),
     *of(
@@ -200,10 +200,10 @@ FAULTS: list[Fault] = [
     *of(
         "posattn/backends/cpu.py",
         ("if tensor.stride(-1) != 1 «and tensor.shape[-1] > 1»:", "and tensor.shape[-1] > 16", (SHAPES,)),
-        ("(mask.k_lengths, mask.k_starts, «mask.cu_seqlens_q, »mask.offset)", "", (MASKS,)),
-        ("(«mask.k_lengths, »mask.k_starts, mask.cu_seqlens_q, mask.offset)", "", (MASKS,)),
-        ("(mask.k_lengths, «mask.k_starts, »mask.cu_seqlens_q, mask.offset)", "", (PLACES,)),
-        ("mask.k_starts, mask.cu_seqlens_q«, mask.offset»)", "", (PLACES,)),
+        ("(mask.k_lengths, mask.k_starts, «mask.cu_seqlens_q, »mask.offset, mask.q_segments)", "", (MASKS,)),
+        ("(«mask.k_lengths, »mask.k_starts, mask.cu_seqlens_q, mask.offset, mask.q_segments)", "", (MASKS,)),
+        ("(mask.k_lengths, «mask.k_starts, »mask.cu_seqlens_q, mask.offset, mask.q_segments)", "", (PLACES,)),
+        ("mask.k_starts, mask.cu_seqlens_q«, mask.offset», mask.q_segments)", "", (PLACES,)),
         ("«and operand.slope.dim() == 1»: grads", "", ("tests/backends/test_parity_extremes.py -k slopes",)),
         (
             '"concat-residual": 0, "concat": «1», "add": 2',
