@@ -18,6 +18,7 @@ from posattn import jagged, ops, plan_checks, sdpa_shapes, validation
 from posattn.encodings._plans import check_values
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Call, Dense, Mask, Plan
+from posattn.positions import offset_bounds
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -174,10 +175,20 @@ def attention(
     causal, return_lse = validation.check_flag("causal", causal), validation.check_flag("return_lse", return_lse)
     left, right = validation.check_window(window)
     cu_q, cu_k, max_q, max_k = validation.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q, k)
-    lengths, starts = validation.check_key_bounds(k_lengths, k_starts, cu_q, q, k)
+    lengths, starts, end = validation.check_key_bounds(k_lengths, k_starts, cu_q, q, k)
     offset, offset_range = validation.check_offset(offset, cu_q, q, k, max_q, max_k)
     others = {"offset": offset, "k_lengths": lengths, "k_starts": starts, "cu_seqlens_q": cu_q}
     q_segments, k_segments = validation.check_segments(segments, others, q, k)
+    mask, bias = validation.check_mask(mask, q, k), validation.check_bias(bias, q, k)
+    positions = validation.check_positions(q_positions, k_positions, q, k, position_range)
+    offsets = offset_bounds(offset, offset_range)
+    if causal and offsets is not None and cu_q is None and not torch.compiler.is_compiling():
+        end = min(end, max(offsets[1] + q.shape[2], 0))
+    if end < k.shape[2]:  # slots of a cache that nobody sees: nothing is made for them
+        max_k = end
+        k, v, mask, bias = k[:, :, :end], v[:, :, :end], _of_keys(mask, end), _of_keys(bias, end)
+        positions = positions[0], _of_keys(positions[1], end)
+        lengths, starts = (None if bound is None else bound.clamp(max=end) for bound in (lengths, starts))
     out, lse = _attend(
         q,
         k,
@@ -187,7 +198,7 @@ def attention(
             causal=causal,
             left=left,
             right=None if causal else right,  # causal is the closer limit
-            boolean=validation.check_mask(mask, q, k),
+            boolean=mask,
             offset=offset,
             k_lengths=lengths,
             k_starts=starts,
@@ -202,8 +213,8 @@ def attention(
         scale=scale,
         softcap=validation.check_softcap(softcap),
         sinks=validation.check_sinks(sinks, q),
-        bias=validation.check_bias(bias, q, k),
-        positions=validation.check_positions(q_positions, k_positions, q, k, position_range),
+        bias=bias,
+        positions=positions,
         position_range=position_range,
         dropout_p=dropout_p,
         deterministic=validation.check_flag("deterministic", deterministic),
@@ -276,6 +287,11 @@ def scaled_dot_product_attention(
     mask = Mask(causal=is_causal, offset=offset, boolean=boolean, max_q=q.shape[2], max_k=k.shape[2])
     out, _ = _attend(q, k, v, position, mask, scale=scale, bias=bias, dropout_p=dropout_p)
     return out if out.shape == shape else out.reshape(shape)
+
+
+def _of_keys(x: Tensor | None, end: int) -> Tensor | None:
+    """The first `end` of x's last dimension, the keys', or all of one that serves every key."""
+    return x if x is None or x.shape[-1] == 1 else x[..., :end]
 
 
 def _attend(

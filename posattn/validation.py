@@ -262,8 +262,9 @@ def check_causal_bias(attn_mask: CausalBias, is_causal: bool, query: Tensor, key
 
 def check_key_bounds(
     k_lengths: Tensor | None, k_starts: Tensor | None, cu_seqlens: Tensor | None, q: Tensor, k: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both as contiguous int32 [B], within 0 .. Tk, no start past its length."""
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Both as contiguous int32 [B], within 0 .. Tk, no start past its length; and where the longest sequence ends, as
+    far as a look may tell."""
     for name, bounds in (("k_lengths", k_lengths), ("k_starts", k_starts)):
         if bounds is not None and cu_seqlens is not None:
             raise ArgumentValueError(f"{name}, cu_seqlens_k: expected one or the other, got both")
@@ -277,7 +278,8 @@ def check_key_bounds(
             raise ArgumentValueError(
                 f"k_starts: expected starts up to k_lengths, got {int(starts[b])} for a sequence of {int(lengths[b])}"
             )
-    return lengths, starts
+    known = lengths is not None and lengths.numel() > 0 and _readable(lengths)
+    return lengths, starts, int(lengths.max()) if lengths is not None and known else k.shape[2]
 
 
 def _check_key_bounds(name: str, what: str, bounds: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -103,9 +103,11 @@ class Context:
             self.device,
             self,
         )
-        given = (self.k_lengths, self.cu_seqlens_q, self.k_starts, self.offset, self.q_segments)
-        plain = all(x is None for x in given)
-        return (k_index if plain and q_tokens == k_tokens else q_index + offset), k_index
+        # The same number of each, and nothing that moves the ones against the others: then they sit in the same places.
+        plain = self.k_lengths is None and self.offset is None and q_tokens == k_tokens
+        if self.cu_seqlens_q is None and self.q_segments is self.k_segments and plain:
+            return k_index, k_index
+        return q_index + offset, k_index
 
     def sequence_lengths(self) -> tuple[Tensor, Tensor]:
         """The length of the sequence that each query and each key belongs to, int64 [B or 1, tokens or 1] each.

@@ -175,7 +175,7 @@ FAULTS: list[Fault] = [
         ("return «q_first - k_last», _check_range", "q_first - k_last + 1", (EVERY,)),
         ("(q_last - q_first) + (k_last - k_first) «+ 1», self.num_heads", "", (EVERY,)),
         ("q_last - q_first «+ 1», 1)", "", (EVERY, FIRE)),
-        ("return (k_index if plain «and q_tokens == k_tokens» else", "", (EVERY,)),
+        ("self.offset is None «and q_tokens == k_tokens»", "", (EVERY,)),
         ('document, positions[0] «+ 1», "amax")', "", (ROPE,)),
         ("longest = torch.maximum(«q_last», k_last) + 1", "k_last", (ROPE,)),
         ("longest = torch.maximum(q_last, k_last) «+ 1»", "", (ROPE,)),
