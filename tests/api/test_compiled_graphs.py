@@ -144,7 +144,7 @@ def test_bounds_that_nobody_could_look_at(bounds: dict[str, list[int]]) -> None:
         torch.compile(call, backend="aot_eager", fullgraph=True)(torch.tensor(values))
 
 
-@pytest.mark.parametrize("name", ["RoPE", "Kerple", "FIRE", "DAPE-Kerple"])
+@pytest.mark.parametrize("name", ["RoPE", "DAPE-Kerple"])
 @pytest.mark.parametrize("each", [False, True], ids=["an int", "a tensor"])
 def test_steps_in_a_preallocated_cache_are_one_graph(name: str, each: bool) -> None:
     position: Encoding = EXAMPLES[name]

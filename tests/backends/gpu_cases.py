@@ -174,7 +174,6 @@ PLAIN: dict[str, Case] = {
             "causal": True, "dropout_p": 0.3, "sinks": torch.randn(2), "offset": torch.tensor([70, 99]),
             "k_starts": torch.tensor([37, 130]), "k_lengths": torch.tensor([230, 201]),
         },
-        quick=EVERYWHERE,
     ),
     "key starts, profile, shared bias": Case(
         BF16, {"batch": 2, "k_len": 230}, fire,
@@ -190,7 +189,7 @@ PLAIN: dict[str, Case] = {
             "causal": True, "segments": torch.tensor([[2] * 70 + [0] * 75 + [-1] * 5, [3] * 150]),
             "bias": torch.randn(1, 1, 150, 150),
         },
-        on=SM_80, quick=(("triton", 80),),
+        on=SM_80,
     ),
     "segments of both sides, rotary, slope, mask": Case(
         BF16, {"batch": 2, "q_len": 40, "k_len": 90}, lambda: posattn.RoPE(64) + alibi(),
@@ -201,10 +200,10 @@ PLAIN: dict[str, Case] = {
             ),
             "mask": torch.rand(2, 1, 40, 90) < 0.7,
         },
-        on=SM_80, quick=(("cuda", 80),),
+        on=SM_80,
     ),
     "offset, top left, slope": Case(HALF, {}, alibi, causal(offset=0)),
-    "offset of a shard, table, window": Case(BF16, {}, kerple, causal(offset=290, window=(200, 0)), quick=SM_90),
+    "offset of a shard, table, window": Case(BF16, {}, kerple, causal(offset=290, window=(200, 0))),
     "offset of a shard, profile": Case(BF16, {}, fire, causal(offset=310)),
     "packed documents, slope, softcap": Case(
         HALF, {**DOCUMENTS, "kv_heads": 1}, alibi, documents(softcap=30.0), on=CUDA,
@@ -285,11 +284,12 @@ PLAIN: dict[str, Case] = {
     ),
     "all by distance, window": Case(BF16, {}, by_distance, causal(window=(140, 0)), on=CUDA),
     "dense": Case(BF16, {}, None, lambda: {"bias": holed(1, 2, 150, 301)}),
-    "dense, mask, key lengths, in order": Case(
+    "dense, mask, key bounds, offsets, in order": Case(
         BF16, {"q_len": 20, "batch": 3}, None,
         lambda: {
             "bias": holed(1, 2, 20, 301), "mask": torch.rand(3, 1, 20, 301) < 0.6, "deterministic": True,
-            "k_lengths": torch.tensor([0, 130, 299]),
+            "k_lengths": torch.tensor([0, 130, 299]), "k_starts": torch.tensor([0, 37, 1]),
+            "causal": True, "offset": torch.tensor([3, 105, 281]),
         },
         quick=EVERYWHERE,
     ),
@@ -517,7 +517,7 @@ HEADMIX: dict[str, Case] = {
             "causal": True, "k_starts": torch.tensor([17, 0]), "offset": torch.tensor([20, 3]), "dropout_p": 0.2,
             "bias": torch.randn(1, 1, 37, 53),
         },
-        on=(*CUDA, ("triton", 80)), quick=(("cuda", 90), ("triton", 80)),
+        on=(*CUDA, ("triton", 80)),
     ),
     # 9 to 12 heads in Triton: two warps share each of the last ones. Keys for a tile inside the mask and for one on its
     # border.
