@@ -5,6 +5,7 @@ out = scaled_dot_product_attention(q, k, v, position=FIRE(12))          # torch'
 """
 
 from posattn import encodings
+from posattn import nn as nn  # not in __all__: `import *` would hide torch's
 from posattn.attention import attention, scaled_dot_product_attention
 from posattn.encodings import *  # noqa: F403 - posattn.encodings.__all__ is the list that tests and benches go by
 from posattn.encodings import (
@@ -17,6 +18,9 @@ from posattn.encodings import (
     YaRN,
     segment_positions,
 )
+from posattn.paged_cache import OutOfPages, PagedCache
+from posattn.patch import patch_sdpa
+from posattn.weights import weights
 
 __all__ = [
     "DynamicNTK",
@@ -24,10 +28,14 @@ __all__ = [
     "Linear",
     "Llama3",
     "LongRoPE",
+    "OutOfPages",
+    "PagedCache",
     "SinusoidalEmbedding",
     "YaRN",
     "attention",
+    "patch_sdpa",
     "scaled_dot_product_attention",
     "segment_positions",
+    "weights",
     *encodings.__all__,
 ]

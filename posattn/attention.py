@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
-from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import dropout, pad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from posattn import jagged, ops, plan_checks, sdpa_shapes, validation
+from posattn import jagged, ops, paging, plan_checks, sdpa_shapes, validation
 from posattn.encodings._plans import check_values
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Call, Dense, Mask, Plan
@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     k_lengths: Tensor | None
     k_starts: Tensor | None
     segments: Tensor | tuple[Tensor, Tensor] | None
+    block_table: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     q_positions: Tensor | None
@@ -48,6 +49,7 @@ class Options(TypedDict, total=False):
     backend: str
 
 
+Run: TypeAlias = Callable[[Call, str], tuple[Tensor, Tensor]]
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
@@ -109,6 +111,7 @@ def attention(
     k_lengths: Tensor | None = None,
     k_starts: Tensor | None = None,
     segments: Tensor | tuple[Tensor, Tensor] | None = None,
+    block_table: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     q_positions: Tensor | None = None,
@@ -149,6 +152,10 @@ def attention(
             sees its own document alone, and alignment and positions count inside it. Each document is one run of its
             row; a negative number belongs to none. The same documents have one shape however they are cut, so that one
             compiled graph serves them.
+        block_table: [B, n] integers, where k and v are the pages of a cache, [pages, page, Hkv, D or Dv]: key j of
+            sequence b is row j % page of page block_table[b, j // page], and Tk is n * page. k_lengths must be given;
+            entries past it may hold anything. The pages named are copied, O(Tk) memory a call, until kernels read
+            through the table. `posattn.PagedCache` keeps such a cache.
         cu_seqlens_q, cu_seqlens_k: [documents + 1] integers, bounds of documents packed into B = 1. A document's
             queries see its own keys alone, and alignment and positions count inside the document.
         q_positions, k_positions: [T], [1, T] or [B, T] integers, where tokens sit for `position`; the masks keep
@@ -168,19 +175,57 @@ def attention(
         TypeError: an argument of the wrong type or dtype.
         ValueError: an argument with the wrong shape, device or value, or no backend that can run the call.
     """
+    return_lse = validation.check_flag("return_lse", return_lse)
+    # A literal, for torch.compile traces no call of a TypedDict with optional keys.
+    options: Options = {
+        "causal": causal,
+        "window": window,
+        "scale": scale,
+        "softcap": softcap,
+        "sinks": sinks,
+        "bias": bias,
+        "mask": mask,
+        "offset": offset,
+        "k_lengths": k_lengths,
+        "k_starts": k_starts,
+        "segments": segments,
+        "block_table": block_table,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "q_positions": q_positions,
+        "k_positions": k_positions,
+        "position_range": position_range,
+        "dropout_p": dropout_p,
+        "deterministic": deterministic,
+        "backend": backend,
+    }
+    out, lse = checked_attention(q, k, v, position, options, ops.attend)
+    return (out, lse) if return_lse else out
+
+
+def checked_attention(
+    q: Tensor, k: Tensor, v: Tensor, position: Encoding | None, options: Options, run: Run
+) -> tuple[Tensor, Tensor]:
+    """attention() of all its options, with `run` in the place of a backend: what it returns for the checked call."""
+    block_table, k_lengths = options["block_table"], options["k_lengths"]
+    if block_table is not None:
+        block_table, k_lengths = validation.check_pages(q, k, v, block_table, k_lengths, options["cu_seqlens_k"])
+        k, v = (paging.gathered(pages, block_table, k_lengths) for pages in (k, v))
     if _autocasts(q):
         q, k, v = (_autocast(tensor) for tensor in (q, k, v))
     validation.check_qkv(q, k, v, ("q", "k", "v"), 4)
     validation.check_heads(q, k, v)
-    causal, return_lse = validation.check_flag("causal", causal), validation.check_flag("return_lse", return_lse)
-    left, right = validation.check_window(window)
-    cu_q, cu_k, max_q, max_k = validation.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q, k)
-    lengths, starts, end = validation.check_key_bounds(k_lengths, k_starts, cu_q, q, k)
-    offset, offset_range = validation.check_offset(offset, cu_q, q, k, max_q, max_k)
+    causal = validation.check_flag("causal", options["causal"])
+    left, right = validation.check_window(options["window"])
+    cu_q, cu_k, max_q, max_k = validation.check_cu_seqlens(options["cu_seqlens_q"], options["cu_seqlens_k"], q, k)
+    lengths, starts, end = validation.check_key_bounds(k_lengths, options["k_starts"], cu_q, q, k)
+    offset, offset_range = validation.check_offset(options["offset"], cu_q, q, k, max_q, max_k)
     others = {"offset": offset, "k_lengths": lengths, "k_starts": starts, "cu_seqlens_q": cu_q}
-    q_segments, k_segments = validation.check_segments(segments, others, q, k)
-    mask, bias = validation.check_mask(mask, q, k), validation.check_bias(bias, q, k)
-    positions = validation.check_positions(q_positions, k_positions, q, k, position_range)
+    q_segments, k_segments = validation.check_segments(options["segments"], others, q, k)
+    mask, bias = validation.check_mask(options["mask"], q, k), validation.check_bias(options["bias"], q, k)
+    positions = validation.check_positions(
+        options["q_positions"], options["k_positions"], q, k, options["position_range"]
+    )
     offsets = offset_bounds(offset, offset_range)
     if causal and offsets is not None and cu_q is None and not torch.compiler.is_compiling():
         end = min(end, max(offsets[1] + q.shape[2], 0))
@@ -189,7 +234,7 @@ def attention(
         k, v, mask, bias = k[:, :, :end], v[:, :, :end], _of_keys(mask, end), _of_keys(bias, end)
         positions = positions[0], _of_keys(positions[1], end)
         lengths, starts = (None if bound is None else bound.clamp(max=end) for bound in (lengths, starts))
-    out, lse = _attend(
+    return _attend(
         q,
         k,
         v,
@@ -210,17 +255,17 @@ def attention(
             q_segments=q_segments,
             k_segments=k_segments,
         ),
-        scale=scale,
-        softcap=validation.check_softcap(softcap),
-        sinks=validation.check_sinks(sinks, q),
+        scale=options["scale"],
+        softcap=validation.check_softcap(options["softcap"]),
+        sinks=validation.check_sinks(options["sinks"], q),
         bias=bias,
         positions=positions,
-        position_range=position_range,
-        dropout_p=dropout_p,
-        deterministic=validation.check_flag("deterministic", deterministic),
-        backend=validation.check_backend(backend),
+        position_range=options["position_range"],
+        dropout_p=options["dropout_p"],
+        deterministic=validation.check_flag("deterministic", options["deterministic"]),
+        backend=validation.check_backend(options["backend"]),
+        run=run,
     )
-    return (out, lse) if return_lse else out
 
 
 @_overridable
@@ -310,6 +355,7 @@ def _attend(
     position_range: tuple[int, int] | None = None,
     deterministic: bool = False,
     backend: str = "auto",
+    run: Run = ops.attend,
 ) -> tuple[Tensor, Tensor]:
     """Lower `position`, put the dense bias into its plan, draw a seed if anything is dropped, and run the call."""
     number, scale_tensor = validation.check_scale(scale, q.shape[3])
@@ -346,7 +392,7 @@ def _attend(
         deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
         tokens_first=bool(q.stride(1) < q.stride(2)),
     )
-    out, lse = ops.attend(call, backend)
+    out, lse = run(call, backend)
     if dropout_p == 1.0:
         out = dropout(out, 1.0)
     return (out if value_dim else out[..., :0]), lse

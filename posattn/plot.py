@@ -1,4 +1,4 @@
-"""`posattn plot`: a heat map per head of what an encoding adds to the logits."""
+"""`posattn plot`: a heat map per head of what an encoding adds to the logits; and pictures of attention weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from posattn.attention import attention
 from posattn.encodings.base import Encoding
+from posattn.errors import ArgumentValueError
 from posattn.parity import examples_of, positions_for
 
 
@@ -60,6 +61,70 @@ def draw(bias: Tensor, title: str, path: Path) -> None:
     figure.supxlabel("key position")
     figure.supylabel("query position")
     figure.colorbar(image, ax=grid, label="added to the logit")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_weights(
+    weights: Tensor, path: Path | str, *, rows: Sequence[int] | None = None, heads: Sequence[int] | None = None
+) -> None:
+    """Write attention weights, `posattn.weights`'s [1, heads, rows, Tk] or [heads, rows, Tk], as a picture.
+
+    One panel a head, on one colour scale from 0: a line for each row where there are up to three, else a map.
+
+    Args:
+        weights: of one sequence.
+        path: the picture.
+        rows, heads: what the rows and heads are called, where they are not 0, 1, ...
+
+    Raises:
+        ValueError: weights of several sequences, or another number of names than of rows or heads.
+        ImportError: without matplotlib.
+    """
+    if weights.dim() == 4 and weights.shape[0] == 1:
+        weights = weights[0]
+    if weights.dim() != 3 or not weights.numel():
+        raise ArgumentValueError(
+            f"weights: expected [heads, rows, keys] of one sequence, none of them 0, got {list(weights.shape)}"
+        )
+    names = {"heads": heads, "rows": rows}
+    for (name, given), count in zip(names.items(), weights.shape):
+        if given is not None and len(given) != count:
+            raise ArgumentValueError(f"{name}: expected {count} names, got {len(given)}")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = weights.detach().float().cpu().numpy()
+    count, queries, keys = shown.shape
+    columns = min(count, 4)
+    size = (3.2 * columns, 2.6 * math.ceil(count / columns))
+    figure, grid = pyplot.subplots(
+        math.ceil(count / columns), columns, figsize=size, squeeze=False, layout="constrained", sharex=True, sharey=True
+    )
+    row_names = [str(row) for row in (range(queries) if rows is None else rows)]
+    top = max(float(shown.max()), 1e-12)
+    for head, axes in enumerate(grid.flat):
+        if head >= count:
+            axes.axis("off")
+            continue
+        axes.set_title(f"head {head if heads is None else heads[head]}", fontsize=9)
+        if queries <= 3:
+            for row, line in zip(row_names, shown[head]):
+                axes.plot(range(keys), line, linewidth=1, label=f"query {row}")
+            axes.set_ylim(0, 1.05 * top)
+        else:
+            image = axes.imshow(shown[head], vmin=0, vmax=top, cmap="viridis", aspect="auto", interpolation="nearest")
+            ticks = range(0, queries, max(queries // 6, 1))
+            axes.set_yticks(list(ticks), [row_names[row] for row in ticks])
+    figure.supxlabel("key")
+    if queries <= 3:
+        figure.supylabel("weight")
+        grid[0, 0].legend(fontsize=8, frameon=False)
+    else:
+        figure.supylabel("query")
+        figure.colorbar(image, ax=grid, label="weight")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

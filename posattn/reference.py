@@ -7,12 +7,13 @@ that naive PyTorch makes there. Autograd differentiates it. No backend imports i
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posattn.plan import Bias, Call, HeadMix, Profile, Slope, Table
+from posattn.plan import Bias, Call, Dense, HeadMix, Profile, Slope, Table
 from posattn.positions import document_index, token_indices
 
 NEG_INF = float("-inf")
@@ -23,8 +24,23 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
     A query that sees no key gets zeros, zero gradients and a log-sum-exp of -inf (its sink, where there are sinks).
     """
-    logits = _logits(call)
-    allowed = _allowed(call)
+    weights, lse = _softmax(call, None)
+    if call.dropout_p > 0.0:
+        weights = weights * _dropout_keep(call) / (1.0 - call.dropout_p)
+    value = _repeat_heads(_hide_padding(call, call.v), call.q.shape[1])
+    return weights @ value, lse.to(torch.promote_types(lse.dtype, torch.float32))
+
+
+def weights(call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax weights [B, Hq, rows, Tk] of these queries, int64 [rows], before any dropout, and their log-sum-exp
+    [B, Hq, rows]: O(rows * Tk) memory."""
+    return _softmax(call, rows)
+
+
+def _softmax(call: Call, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The softmax weights and the log-sum-exp of those queries; of all for None."""
+    logits = _logits(call, rows)
+    allowed = _allowed(call, rows)
     if allowed is not None:
         logits = logits.masked_fill(~allowed, NEG_INF)
     if call.sinks is not None:
@@ -38,11 +54,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     lse = torch.logsumexp(finite, dim=-1).masked_fill(empty, NEG_INF)
     if call.sinks is not None:
         weights = weights[..., :-1]
-    if call.dropout_p > 0.0:
-        weights = weights * _dropout_keep(call) / (1.0 - call.dropout_p)
-
-    value = _repeat_heads(_hide_padding(call, call.v), call.q.shape[1])
-    return weights @ value, lse.to(torch.promote_types(lse.dtype, torch.float32))
+    return weights, lse
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -93,34 +105,47 @@ def philox_4x32_10(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[in
     return c0, c1, c2, c3
 
 
-def _positions(call: Call) -> tuple[Tensor, Tensor]:
+def _positions(call: Call, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     if call.q_positions is not None and call.k_positions is not None:
-        return call.q_positions, call.k_positions
-    q_index, k_index, offset = _indices(call)
+        return _of(rows, call.q_positions, 1), call.k_positions
+    q_index, k_index, offset = _indices(call, rows)
     return q_index + offset, k_index
 
 
-def _indices(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    return token_indices(call.q.shape[2], call.k.shape[2], call.q.device, call.mask)
+def _indices(call: Call, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    q_index, k_index, offset = token_indices(call.q.shape[2], call.k.shape[2], call.q.device, call.mask)
+    return _of(rows, q_index, 1), k_index, _of(rows, offset, 1)
 
 
-def _logits(call: Call) -> Tensor:
+def _of(rows: Tensor | None, x: Tensor, dim: int) -> Tensor:
+    """x of those queries alone; what all queries share stays."""
+    return x if rows is None or x.shape[dim] == 1 else x.index_select(dim, rows)
+
+
+def _bias_of(rows: Tensor | None, bias: Bias) -> Bias:
+    return bias if rows is None or bias.dense is None else replace(bias, dense=Dense(_of(rows, bias.dense.bias, 2)))
+
+
+def _logits(call: Call, rows: Tensor | None) -> Tensor:
     plan = call.plan
     q, k = call.q, _hide_padding(call, call.k)
     if plan.rotary is not None:
         turn = plan.rotary
         q = rotate(q, turn.q_cos, turn.q_sin, turn.interleaved)
         k = rotate(k, turn.k_cos, turn.k_sin, turn.interleaved)
+    q = q if rows is None else q.index_select(2, rows)
     scale = call.scale if call.scale_tensor is None else call.scale_tensor.to(q.device, q.dtype)
     logits = q @ _repeat_heads(k, q.shape[1]).transpose(-1, -2) * scale
     if call.softcap:
         logits = call.softcap * torch.tanh(logits / call.softcap)
-    q_positions, k_positions = _positions(call)
+    q_positions, k_positions = _positions(call, rows)
     if plan.mix is not None:
-        inner = dense_bias(plan.mix.inner, q_positions, k_positions).to(logits.dtype) if plan.mix.inner else None
+        inner = None
+        if plan.mix.inner:
+            inner = dense_bias(_bias_of(rows, plan.mix.inner), q_positions, k_positions).to(logits.dtype)
         logits = _mix_heads(plan.mix, logits, inner)
     if plan.bias:
-        logits = logits + dense_bias(plan.bias, q_positions, k_positions).to(logits.dtype)
+        logits = logits + dense_bias(_bias_of(rows, plan.bias), q_positions, k_positions).to(logits.dtype)
     return logits
 
 
@@ -151,10 +176,10 @@ def _profile_bias(operand: Profile, distance: Tensor, q_positions: Tensor) -> Te
     return (operand.segment_slope[:, segment] * y + operand.segment_intercept[:, segment]).movedim(0, 1)
 
 
-def _allowed(call: Call) -> Tensor | None:
+def _allowed(call: Call, rows: Tensor | None) -> Tensor | None:
     """True where a query may see a key, [B or 1, H or 1, Tq, Tk]; None if it always may."""
     mask = call.mask
-    q_index, k_index, offset = _indices(call)
+    q_index, k_index, offset = _indices(call, rows)
     i, j = (q_index + offset)[:, :, None], k_index[:, None, :]
     conditions = []
     if mask.causal:
@@ -167,15 +192,15 @@ def _allowed(call: Call) -> Tensor | None:
     if hidden is not None:
         conditions.append(~hidden[:, None, :])
     if mask.cu_seqlens_q is not None and mask.cu_seqlens_k is not None:
-        q_document = document_index(mask.cu_seqlens_q, call.q.shape[2])
+        q_document = _of(rows, document_index(mask.cu_seqlens_q, call.q.shape[2]), 0)
         k_document = document_index(mask.cu_seqlens_k, call.k.shape[2])
         conditions.append((q_document[:, None] == k_document[None, :])[None])
     if mask.q_segments is not None and mask.k_segments is not None:
-        q_segment, k_segment = mask.q_segments[:, :, None], mask.k_segments[:, None, :]
+        q_segment, k_segment = _of(rows, mask.q_segments, 1)[:, :, None], mask.k_segments[:, None, :]
         conditions.append((q_segment == k_segment) & (q_segment >= 0))
     allowed = [c[:, None] for c in conditions]
     if mask.boolean is not None:
-        allowed.append(mask.boolean)
+        allowed.append(_of(rows, mask.boolean, 2))
     result = None
     for condition in allowed:
         result = condition if result is None else result & condition

@@ -363,6 +363,58 @@ def _check_segments(segments: Tensor, q: Tensor, tokens: int) -> Tensor:
     return _narrowed(segments, -(2**31), 2**31 - 1).expand(batch, tokens).contiguous()
 
 
+def check_pages(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, k_lengths: Tensor | None, cu_seqlens: object
+) -> tuple[Tensor, Tensor]:
+    """block_table and k_lengths of keys in pages, k and v [pages, page, Hkv, D]: what can be read is in bounds.
+
+    What pages and other keys have in common is checked after they were gathered.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor)
+        if tensor.dim() != 4:
+            shape = "[batch, heads, tokens, head_dim]" if name == "q" else "[pages, page, kv_heads, head_dim]"
+            raise ArgumentValueError(f"{name}: expected 4 dimensions {shape} with block_table, got {_shape(tensor)}")
+        check_same(name, tensor, q, "q")
+    if v.shape[:3] != k.shape[:3]:
+        raise ArgumentValueError(
+            f"v: expected pages {list(k.shape[:3])} [pages, page, kv_heads] like k, got {list(v.shape[:3])}"
+        )
+    if k.shape[0] == 0:
+        raise ArgumentValueError("k: expected at least one page with block_table, got none")
+    if cu_seqlens is not None:
+        raise ArgumentValueError("block_table, cu_seqlens_k: expected one or the other, got both")
+    _check_integers("block_table", block_table, q)
+    batch, pages, page = q.shape[0], k.shape[0], k.shape[1]
+    if block_table.dim() != 2 or block_table.shape[0] != batch:
+        raise ArgumentValueError(
+            f"block_table: expected shape [{batch}, n], the pages of each sequence, got {_shape(block_table)}"
+        )
+    if k_lengths is None:
+        raise ArgumentValueError("block_table: expected k_lengths with it, the keys of each sequence, got None")
+    _check_integers("k_lengths", k_lengths, q)
+    if k_lengths.dim() != 1 or k_lengths.shape[0] != batch:
+        raise ArgumentValueError(
+            f"k_lengths: expected shape [{batch}], one length per sequence, got {_shape(k_lengths)}"
+        )
+    if _readable(block_table) and _readable(k_lengths):
+        longest = int(k_lengths.max()) if batch else 0
+        if longest > block_table.shape[1] * page:
+            raise ArgumentValueError(
+                f"k_lengths: expected lengths from 0 to {block_table.shape[1] * page}, what {block_table.shape[1]} "
+                f"pages of {page} hold, got {longest}"
+            )
+        used = block_table[torch.arange(block_table.shape[1]) * page < k_lengths[:, None]]
+        if used.numel():
+            low, high = (int(bound) for bound in used.aminmax())
+            if low < 0 or high >= pages:
+                raise ArgumentValueError(
+                    f"block_table: expected pages from 0 to {pages - 1} in the entries that k_lengths uses, "
+                    f"got {low if low < 0 else high}"
+                )
+    return block_table, k_lengths
+
+
 def check_cu_seqlens(
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, q: Tensor, k: Tensor
 ) -> tuple[Tensor | None, Tensor | None, int, int]:

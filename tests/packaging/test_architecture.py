@@ -20,6 +20,7 @@ LAYERS = (
         "posattn.kernels.attention",
         "posattn.kernels.headmix",
         "posattn.jagged",
+        "posattn.paging",
         "posattn.plan_checks",
         "posattn.positions",
     ),
@@ -29,6 +30,9 @@ LAYERS = (
     ("posattn.backends",),
     ("posattn.ops", "posattn.validation"),
     ("posattn.attention",),
+    ("posattn.kv_cache", "posattn.patch", "posattn.weights"),
+    ("posattn.paged_cache",),
+    ("posattn.nn",),
     ("posattn",),
     ("posattn.parity",),
     ("posattn.bench", "posattn.plot"),
@@ -50,6 +54,10 @@ APART = (
     ("posattn.backends.cuda", "posattn._cpu"),
     ("posattn.backends.triton", "posattn._cpu"),
     ("posattn.encodings", "posattn.kernels"),
+    ("posattn.nn", "posattn.backends"),
+    ("posattn.nn", "posattn.ops"),
+    ("posattn.nn", "posattn.plan"),
+    ("posattn.nn", "posattn.reference"),
 )
 # The same of csrc/cuda, whose `common` and `ptx` and `bias` are one layer below the families. A .cu file stands on top.
 DEVICE_LAYERS = (("params.h", "common", "ptx", "bias"), ("forward", "backward", "headmix"))
