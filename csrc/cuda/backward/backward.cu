@@ -137,7 +137,7 @@ __device__ __forceinline__ void Backward::run() {
       if constexpr (HAS_PROFILE && EXPLICIT) range = operands.segments(p.bias);
       if constexpr (HAS_PROFILE && !EXPLICIT) {
         const int ahead = (at.block - spans.lo) * QUERY_PARTS % WARP;
-        if (ahead == 0 && part == 0) ranges.find(p.bias, place, sequence.offset, lane);
+        if (ahead == 0 && part == 0) ranges.find(p.bias, place, sequence.offset(), lane);
         range = ranges.of(ahead + part);
       }
 
@@ -176,7 +176,7 @@ __device__ __forceinline__ void Backward::run() {
       if constexpr (!WEIGHTS_IN_REGISTERS) store_pairs(own_pairs(P_AT, part), weights);
       for_logits([&](int group, int n, int e) { ds[group][n][e] *= s[group][n][e]; });
       if constexpr (SLOPE_BY_PRODUCT) {
-        if (border) sums.add_slope_on_border(ds, place, sequence.offset);
+        if (border) sums.add_slope_on_border(ds, place, sequence.offset());
       }
       sums.add(ds, sequence, place, operands, head, range,
                strip.again(reinterpret_cast<float*>(shared + STRIP_AT), warp, lane), at.head,
@@ -195,7 +195,7 @@ __device__ __forceinline__ void Backward::run() {
       if constexpr (INTERCEPT_BY_PRODUCT) sums.add_intercept(rounded, range);
       if constexpr (SLOPE_BY_PRODUCT) {
         // On the border of nothing, so that the loop has no branch around it.
-        sums.add_slope(rounded, border ? uint4{} : columns[lane], place, sequence.offset);
+        sums.add_slope(rounded, border ? uint4{} : columns[lane], place, sequence.offset());
       }
     }
     ptx::bar_sync();  // dS^T is there as a whole, and P^T where it goes by shared memory

@@ -54,7 +54,7 @@ struct KeyBlock {
 
   // Of the first block of queries with the last of this block's keys; blocks of queries are a multiple of 4 apart.
   __device__ __forceinline__ int first_diagonal() const {
-    return sequence.offset - (key_block * BLOCK_N + BLOCK_N - 1) - p.first_distance;
+    return sequence.offset() - (key_block * BLOCK_N + BLOCK_N - 1) - p.first_distance;
   }
 
   // Adds to the dQ of a block of queries, after the blocks of earlier keys if ORDERED.

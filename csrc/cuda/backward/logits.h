@@ -64,7 +64,7 @@ struct Operands {
     } else {
       if constexpr (HAS_SLOPE && (!SLOPE_IS_LINEAR || (WANT_SLOPE && !SLOPE_BY_PRODUCT))) {
         // One conversion for all: the other distances are small whole numbers away, exact in float32 as far as 2^24.
-        const float first = static_cast<float>(at.first_distance(s.offset));
+        const float first = static_cast<float>(at.first_distance(s.offset()));
         for_bands([&](int k, int c) { distance[k][c] = first + static_cast<float>(8 * k + c); });
       }
       if constexpr (HAS_TABLE) {
@@ -199,7 +199,7 @@ __device__ __forceinline__ void add_terms(Fragments<Logits>& s, Fragments<Logits
       }
     }
     const int query = at.i0 + (LSE_HAS_SLOPE ? 0 : 2 * at.t);
-    const float first = static_cast<float>(query + sequence.offset - at.j0 - at.g);
+    const float first = static_cast<float>(query + sequence.offset() - at.j0 - at.g);
 #pragma unroll
     for (int x = 0; x < 2 * Logits::GROUPS; ++x) keys[x / 2][x % 2] = slope * (first - static_cast<float>(8 * x));
   }
@@ -237,7 +237,7 @@ __device__ __forceinline__ void add_terms(Fragments<Logits>& s, Fragments<Logits
 __device__ __forceinline__ void mask_logits(Fragments<Logits>& s, const BackwardParams& p, const Sequence& sequence,
                                             const LogitPlace& at, int head, bool border) {
   if (border) {
-    const int offset = sequence.offset;
+    const int offset = sequence.offset();
 #pragma unroll
     for (int group = 0; group < Logits::GROUPS; ++group) {
 #pragma unroll

@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_rows(const __grid
     if (head == 0) {
       const int i = min(row, sequence.q_len - 1);
       const int64_t position =
-          EXPLICIT ? p.positions.q[sequence.batch * p.positions.q_batch + sequence.q_start + i] : i + sequence.offset;
+          EXPLICIT ? p.positions.q[sequence.batch * p.positions.q_batch + sequence.q_start + i] : i + sequence.offset();
       const int64_t entry = min(max(position, int64_t{p.bias.row_first}), int64_t{p.bias.row_last}) - p.bias.row_first;
       p.row_scale[to] = p.bias.row_scale[entry];
     }

@@ -15,12 +15,12 @@ struct QuerySpans {
   __device__ __forceinline__ QuerySpans(const Sequence& s, const MaskParams& mask, int first, int last) {
     hi = full_hi = ceil_div(s.q_len, BLOCK_M);
     if constexpr (HAS_RIGHT) {
-      lo = max(first - s.offset - mask.right, 0) / BLOCK_M;
-      full_lo = ceil_div(max(last - s.offset - mask.right, 0), BLOCK_M);
+      lo = max(first - s.offset() - mask.right, 0) / BLOCK_M;
+      full_lo = ceil_div(max(last - s.offset() - mask.right, 0), BLOCK_M);
     }
     if constexpr (HAS_LEFT) {
-      hi = min(hi, ceil_div(max(last - s.offset + mask.left + 1, 0), BLOCK_M));
-      full_hi = min(full_hi, max(first - s.offset + mask.left + 1, 0) / BLOCK_M);
+      hi = min(hi, ceil_div(max(last - s.offset() + mask.left + 1, 0), BLOCK_M));
+      full_hi = min(full_hi, max(first - s.offset() + mask.left + 1, 0) / BLOCK_M);
     }
     if (last >= s.k_len) full_lo = hi;
   }

@@ -119,7 +119,7 @@ struct Sums {
         for_bands([&](int k, int c) {
           sums[k][c] = sum_of_band(k, c, [&](int group, int n, int e) { return ds[group][n][e]; });
         });
-        strip.add(sums, global(p.dtable), distances(at, sequence.offset, head_index));
+        strip.add(sums, global(p.dtable), distances(at, sequence.offset(), head_index));
       }
     }
     if constexpr (WANT_LINES || WANT_PSI) add_profile(ds, sequence, at, of, head, range, strip, head_index, row);
@@ -261,7 +261,7 @@ struct Sums {
           global(p.dpsi).add(first + entry, ds[group][n][e] * steep * of.scale[n][e & 1]);
         });
       } else {
-        strip.add(sums, global(p.dpsi), distances(at, sequence.offset, head_index));
+        strip.add(sums, global(p.dpsi), distances(at, sequence.offset(), head_index));
       }
     }
   }

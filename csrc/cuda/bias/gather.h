@@ -20,7 +20,7 @@ struct RowBias {
   // i counts inside the sequence and is inside it.
   __device__ __forceinline__ void start(const BiasParams& p, const PositionParams& positions, const Sequence& s, int b,
                                         int h, int i) {
-    position = EXPLICIT ? positions.q[b * positions.q_batch + s.q_start + i] : i + s.offset;
+    position = EXPLICIT ? positions.q[b * positions.q_batch + s.q_start + i] : i + s.offset();
     if constexpr (HAS_SLOPE) slope = p.slope[b * p.slope_batch + h];
     if constexpr (HAS_TABLE) table = p.table + h * p.table_head;
     if constexpr (HAS_PROFILE) {

@@ -36,10 +36,10 @@ struct Profile {
     if constexpr (HAS_PROFILE && !EXPLICIT) {
 #pragma unroll
       for (int a = 0; a < ROWS; ++a) {
-        const int position = min(row + 8 * a, s.q_len - 1) + s.offset;
+        const int position = min(row + 8 * a, s.q_len - 1) + s.offset();
         row_scale[a] = p.row_scale[min(max(position, p.row_first), p.row_last) - p.row_first];
       }
-      bounds(row_low, row_high, p.row_bounds, row - lane / 4 + s.offset - p.row_first, p.row_last - p.row_first);
+      bounds(row_low, row_high, p.row_bounds, row - lane / 4 + s.offset() - p.row_first, p.row_last - p.row_first);
       knots = p.knots;
       slopes = p.segment_slope + static_cast<int64_t>(h) * (KNOTS + 1);
       intercepts = p.segment_intercept + static_cast<int64_t>(h) * (KNOTS + 1);

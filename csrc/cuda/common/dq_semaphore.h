@@ -26,7 +26,7 @@ __device__ __forceinline__ int block_number(int32_t* dq_semaphore, unsigned char
 // How many blocks of KEYS keys add before this one to the queries from i0 on: earlier ones that they see.
 template <int KEYS>
 __device__ __forceinline__ int blocks_before(int key_block, const Sequence& s, const MaskParams& mask, int i0) {
-  const int first = HAS_LEFT ? max(i0 + s.offset - mask.left, 0) / KEYS : 0;
+  const int first = HAS_LEFT ? max(i0 + s.offset() - mask.left, 0) / KEYS : 0;
   return key_block - first;
 }
 

@@ -11,15 +11,14 @@ namespace posattn {
 // Keys of a sequence may begin at any token, so what goes by groups of tokens cannot go by groups of its keys.
 constexpr bool UNALIGNED_KEYS = PACKED || HAS_K_STARTS;
 
-// One sequence's tokens: where they begin in the tensors' token axes, how many there are, and its offset: query i sits
-// at key i + offset.
+// One sequence's tokens: where they begin in the tensors' token axes, and how many there are.
 struct Sequence {
   int batch;  // in the tensors: 0 for packed documents
   int q_start = 0;
   int k_start = 0;
   int q_len;
   int k_len;
-  int offset;
+  int given_offset = 0;
 
   __device__ __forceinline__ Sequence(const ShapeParams& shape, const MaskParams& mask, int index)
       : batch(index), q_len(shape.q_tokens), k_len(shape.k_tokens) {
@@ -35,10 +34,12 @@ struct Sequence {
       k_start = mask.k_starts[index];
       k_len -= k_start;
     }
-    offset = k_len - q_len;
-    if constexpr (HAS_OFFSET) offset = mask.offset - (HAS_K_STARTS ? k_start : 0);
-    if constexpr (HAS_OFFSETS) offset = mask.offsets[index] - (HAS_K_STARTS ? k_start : 0);
+    if constexpr (HAS_OFFSET) given_offset = mask.offset - (HAS_K_STARTS ? k_start : 0);
+    if constexpr (HAS_OFFSETS) given_offset = mask.offsets[index] - (HAS_K_STARTS ? k_start : 0);
   }
+
+  // Query i sits at key i + offset. The default is computed anew, for a register is dearer.
+  __device__ __forceinline__ int offset() const { return HAS_OFFSET || HAS_OFFSETS ? given_offset : k_len - q_len; }
 };
 
 // The number of a sequence's block of KEYS keys among the blocks of all sequences. Packed documents count by tokens,
@@ -65,12 +66,12 @@ struct KeySpans {
   __device__ __forceinline__ KeySpans(const Sequence& s, const MaskParams& mask, int first, int last) {
     hi = full_hi = s.k_len;
     if constexpr (HAS_LEFT) {
-      lo = max(first + s.offset - mask.left, 0) / BLOCK_N * BLOCK_N;
-      full_lo = ceil_div(max(last + s.offset - mask.left, 0), BLOCK_N) * BLOCK_N;
+      lo = max(first + s.offset() - mask.left, 0) / BLOCK_N * BLOCK_N;
+      full_lo = ceil_div(max(last + s.offset() - mask.left, 0), BLOCK_N) * BLOCK_N;
     }
     if constexpr (HAS_RIGHT) {
-      hi = min(max(last + s.offset + mask.right + 1, 0), s.k_len);
-      full_hi = min(max(first + s.offset + mask.right + 1, 0), s.k_len);
+      hi = min(max(last + s.offset() + mask.right + 1, 0), s.k_len);
+      full_hi = min(max(first + s.offset() + mask.right + 1, 0), s.k_len);
     }
     full_lo = min(full_lo, ceil_div(hi, BLOCK_N) * BLOCK_N);
     full_hi = max(full_lo, full_hi / BLOCK_N * BLOCK_N);
@@ -91,9 +92,9 @@ struct Allowed {
   int most;
 
   __device__ __forceinline__ Allowed(const Sequence& s, const MaskParams& mask, int i, int j0) {
-    least = HAS_LEFT ? i + s.offset - mask.left - j0 : 0;
+    least = HAS_LEFT ? i + s.offset() - mask.left - j0 : 0;
     most = s.k_len - 1 - j0;
-    if constexpr (HAS_RIGHT) most = min(most, i + s.offset + mask.right - j0);
+    if constexpr (HAS_RIGHT) most = min(most, i + s.offset() + mask.right - j0);
   }
 
   __device__ __forceinline__ bool operator()(int column) const {

@@ -79,7 +79,7 @@ struct Forward {
   __device__ __forceinline__ void load_v(int j0, uint32_t stage) {
     v_loader.next(stage, sequence.k_len - j0);
     if constexpr (STAGED_VALUES) {
-      const int least = i0 + sequence.offset - (j0 + BLOCK_N - 1);
+      const int least = i0 + sequence.offset() - (j0 + BLOCK_N - 1);
       bias.stage(p.bias, memory + Q_BYTES + K_BYTES + V_BYTES + stage, least, thread);
     }
   }
@@ -114,7 +114,7 @@ struct Forward {
     if constexpr (BY_DISTANCE && !EXPLICIT) {
       const int at = (place.row - i0) - place.column + BLOCK_N - 1;
       const float* staged = reinterpret_cast<const float*>(shared + Q_BYTES + K_BYTES + V_BYTES + stage) + at;
-      bias.exponents(s, scale, softmax.m, staged, here.row + sequence.offset - here.column, segments);
+      bias.exponents(s, scale, softmax.m, staged, here.row + sequence.offset() - here.column, segments);
     } else {
 #pragma unroll
       for (int x = 0; x < GROUPS * N8 * 4; ++x) {
@@ -128,7 +128,7 @@ struct Forward {
 
   __device__ __forceinline__ Segments segments(int j0) const {
     if constexpr (HAS_PROFILE && !EXPLICIT) {
-      return bias.profile.segments(p.bias, place.row - lane / 4 + sequence.offset - (j0 + BLOCK_N - 1));
+      return bias.profile.segments(p.bias, place.row - lane / 4 + sequence.offset() - (j0 + BLOCK_N - 1));
     }
     return Segments{};
   }

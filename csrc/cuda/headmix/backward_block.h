@@ -43,12 +43,12 @@ struct QuerySpan {
     const int last = min(j0 + BLOCK_M, s.k_len) - 1;
     hi = full_hi = s.q_len;
     if constexpr (HAS_RIGHT) {
-      lo = max(j0 - s.offset - mask.right, 0) / BLOCK_N * BLOCK_N;
-      full_lo = j0 + BLOCK_M - 1 - s.offset - mask.right;
+      lo = max(j0 - s.offset() - mask.right, 0) / BLOCK_N * BLOCK_N;
+      full_lo = j0 + BLOCK_M - 1 - s.offset() - mask.right;
     }
     if constexpr (HAS_LEFT) {
-      hi = min(hi, max(last - s.offset + mask.left + 1, 0));
-      full_hi = j0 - s.offset + mask.left + 1 - (BLOCK_N - 1);
+      hi = min(hi, max(last - s.offset() + mask.left + 1, 0));
+      full_hi = j0 - s.offset() + mask.left + 1 - (BLOCK_N - 1);
     }
     if (j0 + BLOCK_M > s.k_len) full_lo = full_hi = hi;
   }
@@ -78,7 +78,7 @@ struct Block {
   }
 
   __device__ __forceinline__ bool allowed(int h, int i, int j) const {
-    const int place = i + sequence.offset;
+    const int place = i + sequence.offset();
     bool visible = j < sequence.k_len;
     if constexpr (HAS_RIGHT) visible &= j <= place + p.mask.right;
     if constexpr (HAS_LEFT) visible &= j >= place - p.mask.left;

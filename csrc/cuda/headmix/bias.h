@@ -49,7 +49,7 @@ struct Pair {
 
   __device__ __forceinline__ Pair(const PositionParams& positions, const Sequence& s, int i, int j)
       : i(s.q_start + min(i, s.q_len - 1)), j(s.k_start + min(j, s.k_len - 1)) {
-    query = EXPLICIT ? positions.q[s.batch * positions.q_batch + this->i] : this->i - s.q_start + s.offset;
+    query = EXPLICIT ? positions.q[s.batch * positions.q_batch + this->i] : this->i - s.q_start + s.offset();
     key = EXPLICIT ? positions.k[s.batch * positions.k_batch + this->j] : this->j - s.k_start;
   }
   __device__ __forceinline__ int64_t distance() const { return query - key; }

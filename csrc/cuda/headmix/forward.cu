@@ -79,7 +79,7 @@ struct Forward {
   }
 
   // The least distance of the tile at j0, whose values come first in a staged buffer.
-  __device__ __forceinline__ int least_distance(int j0) const { return i0 + sequence.offset - (j0 + BLOCK_N - 1); }
+  __device__ __forceinline__ int least_distance(int j0) const { return i0 + sequence.offset() - (j0 + BLOCK_N - 1); }
 
   __device__ __forceinline__ int stage_at(int h, int buffer) const { return STAGE_AT + (2 * h + buffer) * STAGE_BYTES; }
 
@@ -98,7 +98,7 @@ struct Forward {
     for (int at = 0; at < BLOCK_M * PAIRS; at += THREADS) {
       const int x = at + static_cast<int>(threadIdx.x), row = x / PAIRS, pair = x % PAIRS;
       if (BLOCK_M * PAIRS % THREADS != 0 && x >= BLOCK_M * PAIRS) break;
-      const float d = static_cast<float>(i0 + row + sequence.offset - j0 - 2 * pair);
+      const float d = static_cast<float>(i0 + row + sequence.offset() - j0 - 2 * pair);
       const float first = SIGNED ? d : fabsf(d), second = SIGNED ? d - 1.0f : fabsf(d - 1.0f);
       const uint32_t high = pack(first, second), to = memory + X_AT + HEADS * X_HEAD + row * X_ROW + pair * 4;
       ptx::st_shared(to, high);

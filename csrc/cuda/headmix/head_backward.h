@@ -40,7 +40,7 @@ struct HeadWarp {
     tile = row / BLOCK_N * (TILE_BYTES / 16) + lane.lane;
     dq = row * HEAD_DIM + lane.lane * (VECTOR_ADDS ? 4 : 1);
     if constexpr (HAS_INNER && BY_DISTANCE_ALONE && HAS_TABLE) {
-      diagonal = h * p.diagonals + query(i0, 0, 0) + sequence.offset - key(0) - p.first_distance;
+      diagonal = h * p.diagonals + query(i0, 0, 0) + sequence.offset() - key(0) - p.first_distance;
     }
     if constexpr (HAS_SLOPE) slope = p.inner.slope[sequence.batch * p.inner.slope_batch + h];
 #pragma unroll
@@ -82,7 +82,7 @@ struct HeadWarp {
   }
 
   __device__ __forceinline__ float first_distance(int i0) const {
-    return static_cast<float>(query(i0, 0, 0) + sequence.offset - key(0));
+    return static_cast<float>(query(i0, 0, 0) + sequence.offset() - key(0));
   }
 
   // The gradient of the inner bias to its operands, summed by distance first where it can be. Past the ends it is zero.

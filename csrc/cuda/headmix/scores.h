@@ -45,10 +45,10 @@ struct HeadScores {
     if constexpr (HAS_PROFILE || DENSE != NO_DENSE || EXPLICIT) {
 #pragma unroll
       for (int x = 0; x < GROUPS * N8 * 4; ++x) b[x / 4 / N8][x / 4 % N8][x % 4] = 0.0f;
-      if constexpr (BY_DISTANCE && !EXPLICIT) inner.add(b, p, staged, place.row + s.offset - place.column, segments);
+      if constexpr (BY_DISTANCE && !EXPLICIT) inner.add(b, p, staged, place.row + s.offset() - place.column, segments);
       add_gathered(b, p, positions, s, h, place);
     } else {
-      by_distance(b, staged, static_cast<float>(place.row + s.offset - place.column));
+      by_distance(b, staged, static_cast<float>(place.row + s.offset() - place.column));
     }
   }
 

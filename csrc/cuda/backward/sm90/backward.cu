@@ -139,7 +139,7 @@ __device__ __forceinline__ void Backward::run() {
 
     for_logits([&](int group, int n, int e) { ds[group][n][e] *= s[group][n][e]; });
     if constexpr (SLOPE_BY_PRODUCT) {
-      if (border) sums.add_slope_on_border(ds, place, sequence.offset);
+      if (border) sums.add_slope_on_border(ds, place, sequence.offset());
     }
     sums.add(ds, sequence, place, operands, head, range, strip, at.head, at.row);
     if constexpr (HAS_SOFTCAP) {
@@ -149,7 +149,7 @@ __device__ __forceinline__ void Backward::run() {
     round_fragments(rounded, ds);
     if constexpr (SLOPE_BY_PRODUCT) {
       // On the border too, where it is not used, so that the loop has no branch around it.
-      const float sum = columns.sum(rounded[0], place, sequence.offset);
+      const float sum = columns.sum(rounded[0], place, sequence.offset());
       sums.slope += border ? 0.0f : sum;
     }
     store_pairs_matrix(memory + DS_AT + pairs, rounded[0], warp, lane);
@@ -168,7 +168,7 @@ __device__ __forceinline__ void Backward::run() {
     // Where the step's strip belongs, and which it is.
     const int64_t of_head = int64_t{sums.first_sum + at.head} * p.diagonals;
     const int first =
-        at.block * BLOCK_M + sequence.offset - key_block * BLOCK_N - p.first_distance - TileDiagonals::BEHIND;
+        at.block * BLOCK_M + sequence.offset() - key_block * BLOCK_N - p.first_distance - TileDiagonals::BEHIND;
     float* strip_here = strips + pairs / DS_BYTES * TileDiagonals::STRIP;
     float* strip_other = strips + (1 - pairs / DS_BYTES) * TileDiagonals::STRIP;
     if constexpr (TABLE_BY_PRODUCT) {
