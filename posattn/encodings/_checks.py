@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 
 import torch
@@ -21,6 +22,18 @@ def check_positive(name: str, value: float) -> float:
     if not 0.0 < value < float("inf"):
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
     return float(value)
+
+
+def check_factor(value: float) -> float:
+    """How many times longer a scaled RoPE is to reach. Less than 1 shrinks instead: computed, as Hugging Face does with
+    a warning, since it is nearly always 1 / factor that was meant."""
+    if check_positive("factor", value) < 1.0:
+        warnings.warn(
+            f"factor: expected at least 1, the new length over the original one, got {value}; did you mean "
+            f"{1.0 / value:g}?",
+            stacklevel=4,  # past __post_init__ and the dataclass's __init__
+        )
+    return value
 
 
 def check_positive_float32(name: str, value: float) -> float:

@@ -24,11 +24,14 @@ class RotaryEncoding(Encoding):
         base: the base of the frequencies.
         layout: pairs are (c, c + rotary_dim / 2) for "half" (GPT-NeoX, Llama), (2c, 2c + 1) for "interleaved" (GPT-J).
         rotary_dim: how many leading dimensions turn; all by default.
+        scaling: a rule of `posattn.encodings.scaling` for lengths past the training length, or None.
     """
 
     has_bias = False
 
-    def __init__(self, head_dim: int, base: float, layout: str, rotary_dim: int | None) -> None:
+    def __init__(
+        self, head_dim: int, base: float, layout: str, rotary_dim: int | None, scaling: Scaling | None = None
+    ) -> None:
         super().__init__()
         self.head_dim = check_positive_int("head_dim", head_dim)
         self.base = check_positive("base", base)
@@ -36,14 +39,33 @@ class RotaryEncoding(Encoding):
         self.rotary_dim = check_positive_int("rotary_dim", head_dim if rotary_dim is None else rotary_dim)
         if self.rotary_dim > head_dim or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim: expected an even number up to head_dim={head_dim}, got {self.rotary_dim}")
+        if scaling is not None and not isinstance(scaling, Scaling):
+            raise TypeError(f"scaling: expected a Scaling or None, got {type(scaling).__name__}")
+        self.scaling = scaling
+        if scaling is not None:
+            _check_frequencies(scaling, self.rotary_dim, self.base)
 
     def frequencies(self, context: Context) -> tuple[Tensor, Tensor, float]:
         """theta of the queries and of the keys, and the attention factor; one tensor for both where they agree.
 
         theta is float64, radians per position, [rotary_dim / 2] or [B or 1, T or 1, rotary_dim / 2].
         """
-        theta = rotary_frequencies(self.rotary_dim, self.base, context.device)
-        return theta, theta, 1.0
+        if self.scaling is None:
+            theta = rotary_frequencies(self.rotary_dim, self.base, context.device)
+            return theta, theta, 1.0
+        if not self.scaling.dynamic:
+            theta, factor = self.scaling.frequencies(self.rotary_dim, self.base, context.k_len, context.device)
+            return theta, theta, factor
+        q_lengths, k_lengths = self.sequence_lengths(context)
+        k_theta, factor = self.scaling.frequencies(self.rotary_dim, self.base, k_lengths, context.device)
+        if q_lengths is k_lengths:
+            return k_theta, k_theta, factor
+        q_theta, _ = self.scaling.frequencies(self.rotary_dim, self.base, q_lengths, context.device)
+        return q_theta, k_theta, factor
+
+    def sequence_lengths(self, context: Context) -> tuple[Tensor, Tensor]:
+        """What dynamic rules go by, for each query and each key; as `Context.sequence_lengths`."""
+        return context.sequence_lengths()
 
     def angles(self, positions: Tensor, theta: Tensor) -> Tensor:
         """The angle in radians, float64 [B or 1, T, rotary_dim / 2], of each pair at integer positions [B or 1, T]."""
@@ -91,8 +113,7 @@ class RoPE(RotaryEncoding):
     """Rotary embedding: the logit of q at position i and k at position j depends on i - j alone.
 
     Args:
-        head_dim, base, layout, rotary_dim: as in `RotaryEncoding`.
-        scaling: a rule of `posattn.encodings.scaling` for lengths past the training length, or None.
+        head_dim, base, layout, rotary_dim, scaling: as in `RotaryEncoding`.
     """
 
     def __init__(
@@ -103,25 +124,7 @@ class RoPE(RotaryEncoding):
         rotary_dim: int | None = None,
         scaling: Scaling | None = None,
     ) -> None:
-        super().__init__(head_dim, base, layout, rotary_dim)
-        if scaling is not None and not isinstance(scaling, Scaling):
-            raise TypeError(f"scaling: expected a Scaling or None, got {type(scaling).__name__}")
-        self.scaling = scaling
-        if scaling is not None:
-            _check_frequencies(scaling, self.rotary_dim, self.base)
-
-    def frequencies(self, context: Context) -> tuple[Tensor, Tensor, float]:
-        if self.scaling is None:
-            return super().frequencies(context)
-        if not self.scaling.dynamic:
-            theta, factor = self.scaling.frequencies(self.rotary_dim, self.base, context.k_len, context.device)
-            return theta, theta, factor
-        q_lengths, k_lengths = context.sequence_lengths()
-        k_theta, factor = self.scaling.frequencies(self.rotary_dim, self.base, k_lengths, context.device)
-        if q_lengths is k_lengths:
-            return k_theta, k_theta, factor
-        q_theta, _ = self.scaling.frequencies(self.rotary_dim, self.base, q_lengths, context.device)
-        return q_theta, k_theta, factor
+        super().__init__(head_dim, base, layout, rotary_dim, scaling)
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:

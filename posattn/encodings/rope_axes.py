@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from posattn.encodings._checks import check_choice, check_positive_int
 from posattn.encodings.base import Context, Encoding
 from posattn.encodings.rope import RotaryEncoding
-from posattn.encodings.scaling import rotary_frequencies
+from posattn.encodings.scaling import Scaling, rotary_frequencies
 
 ARRANGEMENTS = ("blocks", "interleaved")
 
@@ -68,7 +69,8 @@ class MRoPE(RotaryEncoding):
     Without `at`, all axes share the token's own position, which is plain RoPE: right for text alone.
 
     Args:
-        head_dim, base, layout, rotary_dim: as in `RotaryEncoding`.
+        head_dim, base, layout, rotary_dim, scaling: as in `RotaryEncoding`. A dynamic rule goes by the largest
+            position of any axis.
         sections: pairs per axis, rotary_dim / 2 in all.
         arrangement: "blocks" gives each axis a run of pairs (Qwen2-VL); "interleaved" gives pair c to axis c mod axes
             until that axis has all its pairs, and the rest to axis 0 (Qwen3-VL).
@@ -82,8 +84,9 @@ class MRoPE(RotaryEncoding):
         layout: str = "half",
         rotary_dim: int | None = None,
         arrangement: str = "blocks",
+        scaling: Scaling | None = None,
     ) -> None:
-        super().__init__(head_dim, base, layout, rotary_dim)
+        super().__init__(head_dim, base, layout, rotary_dim, scaling)
         self.sections = tuple(check_positive_int(f"sections[{i}]", n) for i, n in enumerate(sections))
         if sum(self.sections) != self.rotary_dim // 2:
             raise ValueError(
@@ -112,6 +115,12 @@ class MRoPE(RotaryEncoding):
                     f"got {list(ids.shape)}"
                 )
         return self._q_ids, self._k_ids
+
+    def sequence_lengths(self, context: Context) -> tuple[Tensor, Tensor]:
+        if self._q_ids is None or self._k_ids is None:
+            return super().sequence_lengths(context)
+        q_last, k_last = (ids.amax(0) for ids in self.token_positions(context))
+        return super().sequence_lengths(replace(context, q_positions=q_last, k_positions=k_last))
 
     def angles(self, positions: Tensor, theta: Tensor) -> Tensor:
         if positions.dim() == 2:
@@ -147,4 +156,7 @@ class MRoPE(RotaryEncoding):
         return {"MRoPE": cls(head_dim, sections, rotary_dim=2 * pairs)}
 
     def extra_repr(self) -> str:
-        return f"{self.head_dim}, sections={self.sections}, base={self.base}, arrangement={self.arrangement!r}"
+        return (
+            f"{self.head_dim}, sections={self.sections}, base={self.base}, arrangement={self.arrangement!r}, "
+            f"scaling={self.scaling}"
+        )

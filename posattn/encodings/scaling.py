@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posattn.encodings._checks import check_float32, check_positive, check_positive_int
+from posattn.encodings._checks import check_factor, check_float32, check_positive, check_positive_int
 
 
 def rotary_frequencies(rotary_dim: int, base: float, device: torch.device | str) -> Tensor:
@@ -26,10 +26,13 @@ class Scaling(ABC):
     """A rule for the frequencies. `dynamic` says that they depend on the length of the sequence at hand.
 
     That length is the largest position in use and one, as in Hugging Face's rules, but of each sequence: a member of a
-    batch or a packed document turns as it would alone. (Hugging Face takes the longest of a batch or pack for all.)
+    batch or a packed document turns as it would alone. (Hugging Face takes the longest of a batch or pack for all:
+    `length` of the rules that have it says so, and then they are not dynamic.)
     """
 
-    dynamic: bool = False
+    @property
+    def dynamic(self) -> bool:
+        return False
 
     @abstractmethod
     def frequencies(
@@ -49,7 +52,7 @@ class Linear(Scaling):
     factor: float
 
     def __post_init__(self) -> None:
-        check_positive("factor", self.factor)
+        check_factor(self.factor)
 
     def frequencies(
         self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
@@ -59,25 +62,39 @@ class Linear(Scaling):
 
 @dataclass(frozen=True)
 class DynamicNTK(Scaling):
-    """Dynamic NTK: base * (f * L / L0 - (f - 1))^(rot / (rot - 2)) past the length L0 (YaRN, section 3.3)."""
+    """Dynamic NTK: base * (f * L / L0 - (f - 1))^(rot / (rot - 2)) past the length L0 (YaRN, section 3.3).
+
+    `length`, an int, is taken for L instead of each sequence's own.
+    """
 
     factor: float
     original_length: int
-    dynamic = True
+    length: int | None = None
 
     def __post_init__(self) -> None:
-        check_positive("factor", self.factor)
+        check_factor(self.factor)
         check_positive_int("original_length", self.original_length)
+        if self.length is not None:
+            check_positive_int("length", self.length)
+
+    @property
+    def dynamic(self) -> bool:
+        return self.length is None
 
     def frequencies(
         self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
     ) -> tuple[Tensor, float]:
         if rotary_dim < 4:
             raise ValueError(f"rotary_dim: DynamicNTK expects at least 4, got {rotary_dim}")
-        times = torch.as_tensor(length, device=device).clamp(min=self.original_length).double() / self.original_length
-        stretch = self.factor * times - (self.factor - 1.0)
         exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
-        return torch.exp(exponent * -(math.log(base) + stretch.log() * (rotary_dim / (rotary_dim - 2)))[..., None]), 1.0
+        power = rotary_dim / (rotary_dim - 2)
+        length = length if self.length is None else self.length
+        if not isinstance(length, Tensor):  # no tensor of it: that would be a copy to the device in every call
+            stretch = self.factor * max(length / self.original_length, 1.0) - (self.factor - 1.0)
+            return torch.exp(exponent * -(math.log(base) + math.log(stretch) * power)), 1.0
+        times = length.to(device).clamp(min=self.original_length).double() / self.original_length
+        log_base = math.log(base) + (self.factor * times - (self.factor - 1.0)).log() * power
+        return torch.exp(exponent * -log_base[..., None]), 1.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +117,7 @@ class YaRN(Scaling):
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        check_positive("factor", self.factor)
+        check_factor(self.factor)
         check_positive_int("original_length", self.original_length)
         check_positive("beta_fast", self.beta_fast)
         check_positive("beta_slow", self.beta_slow)
@@ -156,7 +173,7 @@ class Llama3(Scaling):
     high_freq_factor: float = 4.0
 
     def __post_init__(self) -> None:
-        check_positive("factor", self.factor)
+        check_factor(self.factor)
         check_positive_int("original_length", self.original_length)
         check_positive("low_freq_factor", self.low_freq_factor)
         check_positive("high_freq_factor", self.high_freq_factor)
@@ -184,7 +201,8 @@ class LongRoPE(Scaling):
     """LongRoPE (Ding 2024, arXiv 2402.13753): theta_c / factor_c, from the long factors past original_length.
 
     short_factor and long_factor hold rotary_dim / 2 numbers. factor is maximal length / original_length; the attention
-    factor is sqrt(1 + ln(factor) / ln(original_length)) unless given.
+    factor is sqrt(1 + ln(factor) / ln(original_length)) unless given. `length`, an int, chooses between short and long
+    instead of each sequence's own.
     """
 
     short_factor: Sequence[float]
@@ -192,17 +210,23 @@ class LongRoPE(Scaling):
     original_length: int
     factor: float
     attention_factor: float | None = None
-    dynamic = True
+    length: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("short_factor", "long_factor"):
             values = tuple(check_positive(f"{name}[{i}]", x) for i, x in enumerate(getattr(self, name)))
             object.__setattr__(self, name, values)
-        check_positive("factor", self.factor)
+        check_factor(self.factor)
         if self.attention_factor is not None:
             check_positive("attention_factor", self.attention_factor)
         if check_positive_int("original_length", self.original_length) < 2:
             raise ValueError(f"original_length: expected at least 2, got {self.original_length}")
+        if self.length is not None:
+            check_positive_int("length", self.length)
+
+    @property
+    def dynamic(self) -> bool:
+        return self.length is None
 
     def frequencies(
         self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
@@ -215,8 +239,12 @@ class LongRoPE(Scaling):
         if attention is None:
             attention = math.sqrt(1.0 + max(math.log(self.factor), 0.0) / math.log(self.original_length))
         short, long = _numbers((self.short_factor, self.long_factor), device)
-        is_long = torch.as_tensor(length, device=device) > self.original_length
-        return rotary_frequencies(rotary_dim, base, device) / torch.where(is_long[..., None], long, short), attention
+        theta = rotary_frequencies(rotary_dim, base, device)
+        length = length if self.length is None else self.length
+        if not isinstance(length, Tensor):
+            return theta / (long if length > self.original_length else short), attention
+        is_long = length.to(device) > self.original_length
+        return theta / torch.where(is_long[..., None], long, short), attention
 
 
 _NUMBERS: dict[tuple[object, str], Tensor] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import cmath
+import dataclasses
+import functools
 import math
 
 import pytest
@@ -212,9 +214,57 @@ def test_yarn_with_more_slow_turns_than_fast_ones():
 
 def test_yarn_with_a_factor_below_one():
     """Hugging Face warns and computes; nothing is added to the attention factor."""
-    theta, factor = YaRN(0.5, 64).frequencies(8, 10000.0, 10, CPU)
+    with pytest.warns(UserWarning, match=r"factor: expected at least 1, .*got 0.5; did you mean 2\?") as caught:
+        theta, factor = YaRN(0.5, 64).frequencies(8, 10000.0, 10, CPU)
+    assert caught[0].filename == __file__
     assert factor == 1.0
     assert theta[-1].item() == pytest.approx(2 * plain_theta(8, 10000.0)[-1])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Linear(0.25),
+        lambda: DynamicNTK(0.25, 64),
+        lambda: Llama3(0.25, 64),
+        lambda: LongRoPE([1.0], [1.0], 64, 0.25),
+    ],
+)
+def test_every_rule_warns_of_a_factor_below_one(make):
+    with pytest.warns(UserWarning, match="got 0.25; did you mean 4"):
+        make()
+
+
+@pytest.mark.parametrize("length", [3, 5, 9])
+def test_a_length_of_ones_own_replaces_that_of_each_sequence(length):
+    """Hugging Face's rule: the longest of a batch for all of it."""
+    positions = torch.tensor([[0, 1], [1, 8]])
+    case = context(2, 2, 4, q_positions=positions, k_positions=positions, batch=2)
+    for rule in DYNAMIC:
+        fixed = dataclasses.replace(rule, length=length)
+        assert rule.dynamic
+        assert not fixed.dynamic
+        theta, factor = rule.frequencies(4, 10000.0, length, CPU)
+        rotary = RoPE(4, scaling=fixed).lower(case).rotary
+        torch.testing.assert_close(rotary.q_cos, (positions[..., None] * theta).cos() * factor)
+        by_tensor, _ = rule.frequencies(4, 10000.0, torch.tensor([length]), CPU)
+        torch.testing.assert_close(theta, by_tensor[0])
+
+
+def test_a_length_of_ones_own_serves_every_size_with_one_graph():
+    torch._dynamo.reset()
+    for rule in DYNAMIC:
+        rope = RoPE(4, scaling=dataclasses.replace(rule, length=100))
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(functools.partial(lowered_k_cos, rope), fullgraph=True, dynamic=True, backend=counter)
+        for tokens in (3, 4, 5, 9):
+            q, k = torch.randn(1, 1, 2, 4, dtype=WIDE), torch.randn(1, 1, tokens, 4, dtype=WIDE)
+            torch.testing.assert_close(compiled(q, k), lowered_k_cos(rope, q, k))
+        assert counter.frame_count <= 2
+
+
+def lowered_k_cos(rope, q, k):
+    return rope.lower(Context.of(q, k, Mask(causal=True))).rotary.k_cos
 
 
 def test_longrope():
@@ -451,6 +501,40 @@ def test_mrope_at_leaves_the_original_alone():
     torch.testing.assert_close(rope.lower(context(5, 5, 16)).rotary.q_cos, before)
 
 
+@pytest.mark.parametrize(
+    "scaling", [YaRN(4.0, 16), Llama3(8.0, 64), Linear(2.0), LongRoPE([1.0] * 8, [2.0] * 8, 64, 2.0, length=100)]
+)
+def test_mrope_takes_every_scaling(scaling):
+    ids = torch.randint(0, 50, (3, 2, 5))
+    theta, factor = scaling.frequencies(16, 5000.0, 5, CPU)
+    rotary = MRoPE(16, (4, 2, 2), base=5000.0, scaling=scaling).at(ids).lower(context(5, 5, 16, batch=2)).rotary
+    expected = ids[[0, 0, 0, 0, 1, 1, 2, 2]].movedim(0, -1) * theta
+    torch.testing.assert_close(rotary.q_cos, expected.cos() * factor)
+    torch.testing.assert_close(rotary.k_sin, expected.sin() * factor)
+
+
+def test_mrope_goes_by_the_largest_position_of_any_axis():
+    rule = DynamicNTK(2.0, 4)
+    rope = MRoPE(16, (4, 2, 2), scaling=rule)
+    ids = torch.zeros(3, 2, 5, dtype=torch.int64)
+    ids[2, 0, 3], ids[1, 1, 1] = 40, 2  # the lengths 41 and 3
+    rotary = rope.at(ids).lower(context(5, 5, 16, batch=2)).rotary
+    for b, length in enumerate((41, 3)):
+        theta, _ = rule.frequencies(16, 10000.0, length, CPU)
+        expected = ids[[0, 0, 0, 0, 1, 1, 2, 2], b].movedim(0, -1) * theta
+        torch.testing.assert_close(rotary.k_cos[b], expected.cos())
+    # A cache whose room beyond k_lengths holds stale ids, and text without ids.
+    late = ids.clone()
+    late[0, :, 4] = 1000
+    cached = rope.at(ids[:, :, :1], late).lower(
+        context(1, 5, 16, batch=2, q_tokens=1, k_tokens=5, k_lengths=torch.tensor([4, 4]))
+    )
+    torch.testing.assert_close(cached.rotary.k_cos[:, :4], rotary.k_cos[:, :4])
+    text, plain = rope.lower(context(3, 9, 16)).rotary, RoPE(16, scaling=rule).lower(context(3, 9, 16)).rotary
+    assert torch.equal(text.q_cos, plain.q_cos)
+    assert torch.equal(text.k_cos, plain.k_cos)
+
+
 def rotate_with_wrong_size():
     RoPE(8).rotate(torch.randn(1, 1, 3, 6))
 
@@ -470,6 +554,9 @@ IDS = torch.zeros(3, 1, 5, dtype=torch.int64)
         (rotate_with_wrong_size, r"x: expected \[B, H, T, 8\], got \[1, 1, 3, 6\]"),
         (lambda: Linear(0.0), "factor: expected a positive finite number"),
         (lambda: DynamicNTK(2.0, 0), "original_length: expected a positive int"),
+        (lambda: DynamicNTK(2.0, 4, length=0), "length: expected a positive int, got 0"),
+        (lambda: LongRoPE([1.0], [1.0], 64, 2.0, length=-1), "length: expected a positive int, got -1"),
+        (lambda: MRoPE(16, (4, 2, 2), base=1.0, scaling=YaRN(2.0, 64)), "base: YaRN .* expects a base other than 1"),
         (lambda: RoPE(2, scaling=DynamicNTK(2.0, 4)), "DynamicNTK expects at least 4"),
         (lambda: RoPE(8, base=1.0, scaling=YaRN(2.0, 64)), "base: YaRN .* expects a base other than 1"),
         (lambda: YaRN(math.nan, 64), "factor: expected a positive finite number, got nan"),
@@ -484,7 +571,7 @@ IDS = torch.zeros(3, 1, 5, dtype=torch.int64)
             lambda: RoPE(8, scaling=YaRN(math.e, 64, mscale=-20.0, mscale_all_dim=1.0)),
             "scaling: expected finite frequencies and a positive attention factor",
         ),
-        (lambda: RoPE(8, scaling=Linear(1e-320)), "scaling: expected finite frequencies"),
+        (lambda: RoPE(256, base=5e-324, scaling=Linear(1.0)), "scaling: expected finite frequencies"),
         (lambda: DynamicNTK(math.inf, 4), "factor: expected a positive finite number, got inf"),
         (lambda: Llama3(2.0, 64, 4.0, 3.0), "high_freq_factor: expected at least low_freq_factor=4.0, got 3.0"),
         (lambda: Llama3(2.0, 64, 4.0, math.nan), "high_freq_factor: expected a positive finite number, got nan"),
@@ -523,6 +610,8 @@ def test_bad_values(make, message):
     ("make", "message"),
     [
         (lambda: RoPE(8, base="10"), "base: expected a number, got str"),
+        (lambda: DynamicNTK(2.0, 4, length=torch.tensor(9)), "length: expected an int, got Tensor"),
+        (lambda: MRoPE(16, (4, 2, 2), scaling=4.0), "scaling: expected a Scaling or None, got float"),
         (lambda: RoPE(8, scaling=2.0), "scaling: expected a Scaling or None, got float"),
         (lambda: MRoPE(16, (4, 2, 2)).at(IDS.float()), "q_ids: expected a tensor of integers"),
     ],
