@@ -18,6 +18,7 @@ from posattn.encodings import (
     YaRN,
     segment_positions,
 )
+from posattn.encodings.relative_function import relative
 from posattn.paged_cache import OutOfPages, PagedCache
 from posattn.patch import patch_sdpa
 from posattn.weights import weights
@@ -34,6 +35,7 @@ __all__ = [
     "YaRN",
     "attention",
     "patch_sdpa",
+    "relative",
     "scaled_dot_product_attention",
     "segment_positions",
     "weights",

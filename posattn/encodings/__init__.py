@@ -4,6 +4,7 @@ from posattn.encodings.alibi import ALiBi
 from posattn.encodings.base import Context as Context
 from posattn.encodings.base import Encoding as Encoding
 from posattn.encodings.base import Sum as Sum
+from posattn.encodings.bias import Bias
 from posattn.encodings.bipe import BiPE
 from posattn.encodings.bipe import segment_positions as segment_positions
 from posattn.encodings.dape import DAPE
@@ -13,7 +14,9 @@ from posattn.encodings.fire import FIRE
 from posattn.encodings.kerple import Kerple
 from posattn.encodings.relative import RelativeTable
 from posattn.encodings.relative_2d import RelativeTable2D
+from posattn.encodings.relative_function import Relative
 from posattn.encodings.rope import RoPE
+from posattn.encodings.rope import RotaryEncoding as RotaryEncoding
 from posattn.encodings.rope_axes import AxialRoPE, MRoPE
 from posattn.encodings.sandwich import Sandwich
 from posattn.encodings.scaling import DynamicNTK as DynamicNTK
@@ -30,8 +33,10 @@ __all__ = [
     "ALiBi",
     "AxialRoPE",
     "BiPE",
+    "Bias",
     "Kerple",
     "MRoPE",
+    "Relative",
     "RelativeTable",
     "RelativeTable2D",
     "RoPE",
