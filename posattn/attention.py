@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
+from inspect import signature
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import dropout, pad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from posattn import jagged, ops, paging, plan_checks, sdpa_shapes, validation
+from posattn import jagged, keywords, ops, paging, plan_checks, sdpa_shapes, validation
 from posattn.encodings._plans import check_values
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Call, Dense, Mask, Plan
@@ -55,9 +56,13 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 def _overridable(function: Function) -> Function:
     """The function as torch's own are: tensor-like arguments and modes take it over by __torch_function__."""
+    names = tuple(signature(function).parameters)
 
     @wraps(function)
     def call(*args: object, **kwargs: object) -> object:
+        for name in kwargs:
+            if name not in names:
+                keywords.refuse(function.__name__, name, names)
         given = (*args, *kwargs.values())
         if has_torch_function(given):
             # A CausalBias is understood here; its own way would give results of its class.
@@ -366,6 +371,7 @@ def _attend(
     if value_dim == 0:
         v = pad(v, (0, 1))
     if position is None:
+        validation.check_no_positions(positions)
         plan, positions = Plan(bias=Bias()), (None, None)
     else:
         validation.check_position(position)

@@ -16,6 +16,33 @@ from posattn.plan import FORMS, Bias, Dense, HeadMix, Plan, Profile, Rotary, Slo
 
 _Operand = TypeVar("_Operand")
 
+# Where each part of a plan belongs, for who put it elsewhere.
+_PLACES: dict[type, str] = {
+    Rotary: "Plan(rotary=...)",
+    HeadMix: "Plan(mix=...)",
+    Bias: "Plan(bias=...)",
+    Slope: "Plan(bias=Bias(slope=...))",
+    Table: "Plan(bias=Bias(table=...))",
+    Profile: "Plan(bias=Bias(profile=...))",
+    Dense: "Plan(bias=Bias(dense=...))",
+}
+
+
+def misplaced(value: object, wanted: type) -> str:
+    """The end of a message: what came where a Plan or a part of one, `wanted`, was expected, and where that belongs."""
+    kind = type(value)
+    if kind in _PLACES:
+        return f"{kind.__name__}; a {kind.__name__} goes in {_PLACES[kind]}"
+    if kind.__module__.startswith("posattn.encodings"):
+        return f"the encoding posattn.{kind.__name__}; its plan is position(context)"
+    if isinstance(value, (Tensor, tuple)):
+        if wanted is Dense:
+            return f"{kind.__name__}; a matrix [B or 1, H or 1, Tq, Tk] goes in Dense(bias)"
+        table = "Table(values, first)"
+        place = table if wanted is Table else f"Plan(bias=Bias(table={table}))"
+        return f"{kind.__name__}; values [H, L] over distances go in {place}"
+    return kind.__name__
+
 
 def checked(plan: Plan, source: str, q: Tensor, k: Tensor) -> Plan:
     """The plan that an encoding (`source`) built for q [B, Hq, Tq, D] and k [B, Hkv, Tk, D], fit for every kernel."""
@@ -37,7 +64,7 @@ class _Checks:
 
     def kind(self, name: str, operand: object, expected: type[_Operand]) -> _Operand:
         if not isinstance(operand, expected):
-            raise ArgumentTypeError(f"{self._what(name)} a {expected.__name__}, got {type(operand).__name__}")
+            raise ArgumentTypeError(f"{self._what(name)} a {expected.__name__}, got {misplaced(operand, expected)}")
         return operand
 
     def tensor(self, name: str, tensor: object) -> Tensor:
@@ -68,6 +95,8 @@ class _Checks:
         tensor = self.tensor(name, tensor)
         if tensor.dim() == 2 and tensor.shape[0] == 1 and self.heads != 1:
             tensor = tensor.expand(self.heads, -1)
+        if tensor.dim() == 1:
+            raise self._wrong_shape(name, tensor, self.heads, length, hint="; [None] makes one row for all heads of it")
         return self.shaped(name, tensor, self.heads, length)
 
     def first(self, name: str, first: object) -> None:
@@ -144,7 +173,8 @@ class _Checks:
         target = (self.batch, self.heads, self.q_tokens, self.k_tokens)
         # Comparisons spelled out: `in` cannot tell traced lengths apart.
         if tensor.dim() != 4 or any(size != 1 and size != want for size, want in zip(tensor.shape, target)):
-            raise self._wrong_shape(name, tensor, *(f"{n} or 1" for n in target))
+            hint = {2: "; [None, None] makes one for all heads of it", 3: "; [None] makes one for every sequence of it"}
+            raise self._wrong_shape(name, tensor, *(f"{n} or 1" for n in target), hint=hint.get(tensor.dim(), ""))
 
     def head_mix(self, mix: HeadMix) -> HeadMix:
         inner = self.bias("mix.inner", mix.inner)
@@ -160,7 +190,7 @@ class _Checks:
     def _what(self, name: str) -> str:
         return f"position: expected {name} of the plan of {self.source} to be"
 
-    def _wrong_shape(self, name: str, tensor: Tensor, *expected: int | str) -> ArgumentValueError:
+    def _wrong_shape(self, name: str, tensor: Tensor, *expected: int | str, hint: str = "") -> ArgumentValueError:
         return ArgumentValueError(
-            f"{self._what(name)} of shape [{', '.join(map(str, expected))}], got {list(tensor.shape)}"
+            f"{self._what(name)} of shape [{', '.join(map(str, expected))}], got {list(tensor.shape)}{hint}"
         )

@@ -16,7 +16,7 @@ from torch.nn.attention.bias import CausalBias
 
 from posattn.backends import NAMES
 from posattn.encodings.base import Encoding
-from posattn.errors import ArgumentTypeError, ArgumentValueError
+from posattn.errors import SWAPPED, ArgumentTypeError, ArgumentValueError, described
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
@@ -90,12 +90,25 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ArgumentValueError(f"v: expected {k.shape[1]} heads like k, got {v.shape[1]}")
     heads, kv_heads = q.shape[1], k.shape[1]
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ArgumentValueError(f"k, v: expected a head count that divides q's {heads}, got {kv_heads}")
+        tokens, kv_tokens = q.shape[2], k.shape[2]
+        swapped = kv_heads > 0 and kv_tokens > 0 and (tokens == kv_tokens or tokens % kv_tokens == 0)
+        raise ArgumentValueError(
+            f"k, v: expected a head count that divides q's {heads}, got {kv_heads}{SWAPPED if swapped else ''}"
+        )
 
 
 def check_position(position: object) -> None:
     if not isinstance(position, Encoding):
-        raise ArgumentTypeError(f"position: expected an encoding of posattn or None, got {type(position).__name__}")
+        hint = "; a boolean mask goes in mask, a float one in bias" if isinstance(position, Tensor) else ""
+        raise ArgumentTypeError(f"position: expected an encoding of posattn or None, got {described(position)}{hint}")
+
+
+def check_no_positions(positions: tuple[Tensor | None, Tensor | None]) -> None:
+    """Without an encoding nothing would read them, and masks count tokens."""
+    if positions[0] is not None:
+        raise ArgumentValueError(
+            "q_positions, k_positions: expected None without a position to read them, got tensors; masks count tokens"
+        )
 
 
 def check_backend(backend: str) -> str:
@@ -212,10 +225,27 @@ def check_logit_shaped(name: str, tensor: Tensor, q: Tensor, k: Tensor) -> Tenso
         have == 1 or have == want for have, want in zip(reversed(tensor.shape), reversed(target))
     )
     if not fits:
-        raise ArgumentValueError(f"{name}: expected a shape that broadcasts to {list(target)}, got {_shape(tensor)}")
+        hint = _reshaped(name, tensor, target)
+        raise ArgumentValueError(
+            f"{name}: expected a shape that broadcasts to {list(target)}, got {_shape(tensor)}{hint}"
+        )
     while tensor.dim() < 4:
         tensor = tensor[None]
     return tensor
+
+
+def _reshaped(name: str, tensor: Tensor, target: tuple[int, int, int, int]) -> str:
+    """The end of a message, where a dimension that is missing would make the tensor fit."""
+    batch, heads, q_tokens, k_tokens = target
+    missing = {
+        (batch, k_tokens): "[:, None, None] hides keys of each sequence",
+        (batch, q_tokens, k_tokens): "[:, None] is one for all heads",
+        (batch, heads, k_tokens): "[:, :, None] is one for all queries",
+    }
+    shape = tuple(tensor.shape)
+    if shape in missing:
+        return f"; {name}{missing[shape]}"
+    return SWAPPED if len(shape) >= 2 and shape[-2:] == (heads, heads) and q_tokens < heads else ""
 
 
 def check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

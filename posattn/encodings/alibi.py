@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -33,26 +33,30 @@ class ALiBi(Encoding):
         num_heads: number of query heads H.
         learnable: make `slopes` [H] a parameter; otherwise it is a buffer.
         signed: -m * d instead of -m * |d|: a key after its query gains what one before it loses.
-        slopes: H numbers to use (or to start from) instead of the paper's.
+        slopes: [H] numbers to use (or to start from) instead of the paper's, or [B, H] for the B sequences of a batch
+            (flash-attn's alibi_slopes); a sequence or a tensor, whose numbers are taken.
     """
 
     slopes: Tensor
 
     def __init__(
-        self, num_heads: int, learnable: bool = False, signed: bool = False, slopes: Sequence[float] | None = None
+        self,
+        num_heads: int,
+        learnable: bool = False,
+        signed: bool = False,
+        slopes: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = check_positive_int("num_heads", num_heads)
         self.learnable = learnable
         self.signed = signed
-        values = alibi_slopes(num_heads) if slopes is None else slopes
-        self.initial_slopes = tuple(check_float32(f"slopes[{h}]", m) for h, m in enumerate(values))
-        if len(self.initial_slopes) != num_heads:
-            raise ValueError(f"slopes: expected {num_heads} numbers, one per head, got {len(self.initial_slopes)}")
+        self.initial_slopes = _numbers(alibi_slopes(num_heads) if slopes is None else slopes, num_heads)
+        by_sequence = isinstance(self.initial_slopes[0], tuple)
+        shape = (len(self.initial_slopes), num_heads) if by_sequence else (num_heads,)
         if learnable:
-            self.slopes = nn.Parameter(torch.empty(num_heads))
+            self.slopes = nn.Parameter(torch.empty(shape))
         else:
-            self.register_buffer("slopes", torch.empty(num_heads, dtype=torch.float32), persistent=False)
+            self.register_buffer("slopes", torch.empty(shape, dtype=torch.float32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -101,7 +105,29 @@ class ALiBi(Encoding):
         return f"{self.num_heads}, learnable={self.learnable}, signed={self.signed}"
 
 
-def _same_to_rounding(saved: Tensor, slopes: Sequence[float]) -> bool:
+def _numbers(
+    slopes: Sequence[float] | Sequence[Sequence[float]] | Tensor, num_heads: int
+) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
+    """The slopes as plain numbers, [H] or [B, H]."""
+    if isinstance(slopes, Tensor) and slopes.requires_grad:
+        raise TypeError("slopes: expected numbers to copy, got a tensor that requires grad, which gets none")
+    given: object = slopes.tolist() if hasattr(slopes, "tolist") else slopes  # a tensor or an array
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise TypeError(f"slopes: expected {num_heads} numbers, one per head, got {type(slopes).__name__}")
+    rows = list(given)
+    if rows and all(isinstance(row, Iterable) for row in rows):
+        return tuple(_row(f"slopes[{b}]", row, num_heads) for b, row in enumerate(rows))
+    return _row("slopes", rows, num_heads)
+
+
+def _row(name: str, slopes: Iterable[float], num_heads: int) -> tuple[float, ...]:
+    row = tuple(check_float32(f"{name}[{h}]", m) for h, m in enumerate(slopes))
+    if len(row) != num_heads:
+        raise ValueError(f"{name}: expected {num_heads} numbers, one per head, got {len(row)}")
+    return row
+
+
+def _same_to_rounding(saved: Tensor, slopes: Sequence[float] | Sequence[Sequence[float]]) -> bool:
     if type(saved) not in (Tensor, nn.Parameter) or saved.is_meta:
         return True  # nothing to look at
     expected = torch.tensor(slopes, dtype=torch.float64, device="cpu")

@@ -6,17 +6,18 @@ operands with differentiable PyTorch. Name it in `posattn/encodings/__init__.py`
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from posattn import reference
+from posattn import plan_checks, reference
 from posattn.encodings._checks import check_positive_int
 from posattn.encodings._plans import check_values, copied, head_slice
 from posattn.encodings.context import Context as Context
-from posattn.errors import ArgumentTypeError
+from posattn.errors import SWAPPED, ArgumentTypeError, ArgumentValueError, described
 from posattn.plan import Bias, Dense, Plan, Slope, Table
 
 
@@ -33,6 +34,9 @@ class Encoding(nn.Module):
     """Whether the plan adds a bias to the logits; a rotary encoding's does not."""
     needs_positions: bool = False
     """Whether it makes sense only with explicit positions."""
+    sole_operands: frozenset[str] = frozenset()
+    """Those of "rotary", "mix" and "profile", of which a plan holds one each, that it is known to set: a sum with two
+    of one is refused when it is made, where this says so, and else when it is lowered."""
 
     if TYPE_CHECKING:
 
@@ -58,15 +62,15 @@ class Encoding(nn.Module):
     def forward(self, context: Context) -> Plan:
         """What `lower` gives, with no look at values."""
         if self.num_heads is not None and self.num_heads != context.num_heads:
+            swapped = context.q_len == self.num_heads
             raise ValueError(
                 f"position: {type(self).__name__} was made for num_heads={self.num_heads}, "
-                f"got queries with {context.num_heads} heads"
+                f"got queries with {context.num_heads} heads{SWAPPED if swapped else ''}"
             )
         plan: object = self.build(context)
         if not isinstance(plan, Plan):
-            hint = "; a Bias goes in Plan(bias=...)" if isinstance(plan, Bias) else ""
-            kind, got = type(self).__name__, type(plan).__name__
-            raise ArgumentTypeError(f"position: expected {kind}.build to return a Plan, got {got}{hint}")
+            got = plan_checks.misplaced(plan, Plan)
+            raise ArgumentTypeError(f"position: expected {type(self).__name__}.build to return a Plan, got {got}")
         # fully_shard frees the parameters right after this, and an operand may be one of them or a view of it.
         return copied(plan) if self._forward_hooks else plan
 
@@ -86,8 +90,9 @@ class Encoding(nn.Module):
     ) -> Tensor:
         """The dense additive bias [H, q_len, k_len], for looking at; query i sits at position i + k_len - q_len.
 
-        Explicit positions are integers [q_len] and [k_len]. TypeError for an encoding that is no additive bias:
-        a rotary one, or one that depends on the logits.
+        [B, H, q_len, k_len] if it differs between the B sequences of a batch, as with slopes [B, H]. Explicit positions
+        are integers [q_len] and [k_len]. TypeError for an encoding that is no additive bias: a rotary one, or one that
+        depends on the logits.
         """
         if (q_positions is None) != (k_positions is None):
             raise ValueError("q_positions, k_positions: expected both or neither, got one")
@@ -114,7 +119,14 @@ class Encoding(nn.Module):
                 f"{type(self).__name__} turns q and k and is not an additive bias; turn them with RoPE.rotate(x), "
                 "and take .bias of the additive part alone"
             )
-        return reference.dense_bias(plan.bias, *context.token_positions()).expand(1, context.num_heads, -1, -1)[0]
+        sizes = {operand.shape[0] for operand in _by_sequence(plan.bias)} - {1}
+        batch = sizes.pop() if sizes else 1
+        q, k = (torch.empty(1, device=device).expand(batch, context.num_heads, n, 1) for n in (q_len, k_len))
+        bias = plan_checks.checked(plan, type(self).__name__, q, k).bias
+        if not bias:
+            return torch.zeros(context.num_heads, q_len, k_len, dtype=context.dtype, device=device)
+        dense = reference.dense_bias(bias, *context.token_positions()).expand(batch, context.num_heads, q_len, k_len)
+        return dense if batch > 1 else dense[0]
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
@@ -122,9 +134,12 @@ class Encoding(nn.Module):
         raise NotImplementedError(f"{cls.__name__} must define examples(num_heads, head_dim, tokens)")
 
     def __add__(self, other: Encoding) -> Encoding:
-        if not isinstance(other, Encoding):
-            return NotImplemented
-        return Sum(self, other)
+        _check_addend(other)
+        return Sum(self, other) if isinstance(other, Encoding) else NotImplemented
+
+    def __radd__(self, other: object) -> Encoding:
+        _check_addend(other)
+        return NotImplemented
 
 
 class Sum(Encoding):
@@ -143,8 +158,13 @@ class Sum(Encoding):
         heads = {p.num_heads for p in flat} - {None}
         if len(heads) > 1:
             raise ValueError(f"+: expected encodings with equal num_heads, got {sorted(h for h in heads if h)}")
+        taken: set[str] = set()
+        for part in flat:
+            _check_sole(taken & part.sole_operands)
+            taken |= part.sole_operands
         self.parts = nn.ModuleList(flat)
         self.num_heads = heads.pop() if heads else None
+        self.sole_operands = frozenset(taken)
         self.has_bias = any(p.has_bias for p in flat)
         self.needs_positions = any(p.needs_positions for p in flat)
 
@@ -176,6 +196,7 @@ class Shard(Encoding):
         self.num_heads = count
         self.has_bias = whole.has_bias
         self.needs_positions = whole.needs_positions
+        self.sole_operands = whole.sole_operands
 
     def build(self, context: Context) -> Plan:
         plan = self.whole(replace(context, num_heads=self._whole_heads))
@@ -187,16 +208,12 @@ class Shard(Encoding):
 
 def add_plans(a: Plan, b: Plan, context: Context) -> Plan:
     """The plan of a sum of encodings. ValueError for two rotary or two head-mixing parts, or two profiles."""
-    if a.rotary is not None and b.rotary is not None:
-        raise ValueError("+: expected at most one rotary encoding, got two; q and k can be turned only once")
-    if a.mix is not None and b.mix is not None:
-        raise ValueError("+: expected at most one DAPE, got two; the heads can be mixed only once")
+    _check_sole({name for name in ("rotary", "mix") if getattr(a, name) is not None and getattr(b, name) is not None})
     return Plan(rotary=a.rotary or b.rotary, mix=a.mix or b.mix, bias=_add_biases(a.bias, b.bias, context))
 
 
 def _add_biases(a: Bias, b: Bias, context: Context) -> Bias:
-    if a.profile is not None and b.profile is not None:
-        raise ValueError("+: expected at most one FIRE, got two; a plan holds a single profile")
+    _check_sole({"profile"} if a.profile is not None and b.profile is not None else set())
     slope, table, dense = a.slope or b.slope, a.table or b.table, a.dense or b.dense
     if a.table is not None and b.table is not None:
         table = Table(a.table.values + b.table.values, a.table.first)
@@ -222,6 +239,32 @@ def _slope_table(slope: Slope, context: Context) -> Table:
     distance = context.distances()
     values = -slope.slope[:, None] * (distance if slope.signed else distance.abs())
     return Table(values, context.distance_range[0])
+
+
+_SOLE = {
+    "rotary": "one rotary encoding, got two; q and k can be turned only once",
+    "mix": "one DAPE, got two; the heads can be mixed only once",
+    "profile": "one FIRE, got two; a plan holds a single profile",
+}
+
+
+def _check_sole(twice: Set[str]) -> None:
+    for name in _SOLE:
+        if name in twice:
+            raise ArgumentValueError(f"+: expected at most {_SOLE[name]}")
+
+
+def _check_addend(other: object) -> None:
+    if isinstance(other, type) and issubclass(other, Encoding):
+        raise ArgumentTypeError(f"+: expected an encoding, got {described(other)}")
+
+
+def _by_sequence(bias: object) -> Iterator[Tensor]:
+    """The operands of a bias that may have a batch; whether they are fit for one is checked later."""
+    slope, dense = getattr(bias, "slope", None), getattr(bias, "dense", None)
+    for operand, dims in ((getattr(slope, "slope", None), 2), (getattr(dense, "bias", None), 4)):
+        if isinstance(operand, Tensor) and operand.dim() == dims:
+            yield operand
 
 
 def _one_row(name: str, positions: Tensor | None, tokens: int, device: torch.device) -> Tensor | None:

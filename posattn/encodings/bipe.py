@@ -13,6 +13,7 @@ from posattn.encodings.alibi import ALiBi, alibi_slopes
 from posattn.encodings.base import Context, Encoding
 from posattn.encodings.embeddings import LearnedEmbedding
 from posattn.encodings.rope import RoPE
+from posattn.errors import described
 from posattn.plan import Plan
 
 ALIBI_STRENGTH = 96.0
@@ -38,11 +39,12 @@ class BiPE(Encoding):
     def __init__(self, inter: Encoding, dim: int, max_segment_length: int) -> None:
         super().__init__()
         if not isinstance(inter, Encoding):
-            raise TypeError(f"inter: expected an Encoding, got {type(inter).__name__}")
+            raise TypeError(f"inter: expected an Encoding, got {described(inter)}")
         self.inter = inter
         self.intra = LearnedEmbedding(check_positive_int("max_segment_length", max_segment_length), dim)
         self.num_heads = inter.num_heads
         self.has_bias = inter.has_bias
+        self.sole_operands = inter.sole_operands
 
     @classmethod
     def with_rope(cls, head_dim: int, dim: int, max_segment_length: int) -> BiPE:

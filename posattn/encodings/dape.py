@@ -11,6 +11,7 @@ from posattn.encodings.base import Context, Encoding
 from posattn.encodings.fire import FIRE
 from posattn.encodings.kerple import Kerple
 from posattn.encodings.rope import RoPE
+from posattn.errors import described
 from posattn.plan import FORMS, Bias, HeadMix, Plan
 
 
@@ -30,7 +31,7 @@ class DAPE(Encoding):
     def __init__(self, inner: Encoding | None, num_heads: int, width: int = 32, form: str = "concat-residual") -> None:
         super().__init__()
         if inner is not None and not isinstance(inner, Encoding):
-            raise TypeError(f"inner: expected an Encoding or None, got {type(inner).__name__}")
+            raise TypeError(f"inner: expected an Encoding or None, got {described(inner)}")
         self.num_heads = check_positive_int("num_heads", num_heads)
         if inner is not None and inner.num_heads not in (None, num_heads):
             raise ValueError(f"inner: expected an encoding with num_heads={num_heads}, got {inner.num_heads}")
@@ -40,6 +41,8 @@ class DAPE(Encoding):
         self.width = check_positive_int("width", width)
         self.inner = inner
         self.needs_positions = inner is not None and inner.needs_positions
+        # A profile inside is the mix's own; one beside it has the plan's place.
+        self.sole_operands = frozenset({"mix"}) | (frozenset() if inner is None else inner.sole_operands - {"profile"})
         both = inner is not None and inner.has_bias and form != "add"
         self.mlp = nn.Sequential(
             nn.Linear(2 * num_heads if both else num_heads, width), nn.LeakyReLU(0.01), nn.Linear(width, num_heads)

@@ -28,6 +28,8 @@ class FIRE(Encoding):
         initial_c, initial_length, eps: as in the paper.
     """
 
+    sole_operands = frozenset({"profile"})
+
     def __init__(
         self,
         num_heads: int,

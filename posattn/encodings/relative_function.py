@@ -61,19 +61,24 @@ class Relative(Encoding):
         return Plan(bias=Bias(table=Table(values.to(dtype), context.distance_range[0])))
 
     def _check(self, values: object, distances: Tensor) -> None:
-        expected = f"fn: expected [{self.num_heads}, {distances.shape[0]}] (heads, distances) or [1, ...] from it"
+        """Messages are written where they are raised: to format a traced length would tie the graph to it."""
+        count = distances.shape[0]
+        if isinstance(values, Tensor) and values.is_floating_point() and self._fits(values, count):
+            return
+        expected = f"fn: expected [{self.num_heads}, {count}] (heads, distances) or [1, {count}] from it"
         if not isinstance(values, Tensor):
             raise ArgumentTypeError(f"{expected}, got {type(values).__name__}")
         if not values.is_floating_point():
             raise ArgumentTypeError(f"{expected}, of a floating dtype, got {values.dtype}")
-        if values.dim() == 2 and values.shape[1] == distances.shape[0] and values.shape[0] in (1, self.num_heads):
-            return
         hint = ""
-        if values.dim() == 2 and values.shape[0] == distances.shape[0]:
+        if values.dim() == 2 and values.shape[0] == count:
             hint = "; transpose it"
         elif values.dim() == 1:
             hint = "; a parameter of the heads is [:, None] there, or the result [None] for all heads alike"
         raise ArgumentValueError(f"{expected}, got {list(values.shape)}{hint}")
+
+    def _fits(self, values: Tensor, count: int) -> bool:
+        return values.dim() == 2 and values.shape[1] == count and values.shape[0] in (1, self.num_heads)
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:

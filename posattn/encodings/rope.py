@@ -28,6 +28,7 @@ class RotaryEncoding(Encoding):
     """
 
     has_bias = False
+    sole_operands = frozenset({"rotary"})
 
     def __init__(
         self, head_dim: int, base: float, layout: str, rotary_dim: int | None, scaling: Scaling | None = None

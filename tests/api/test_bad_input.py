@@ -48,11 +48,53 @@ ATTENTION = [
         "heads that do not divide",
         {"k": torch.zeros(2, 3, 7, 8), "v": torch.zeros(2, 3, 7, 8)},
         ValueError,
-        "divides q's 4, got 3",
+        "divides q's 4, got 3$",
     ),
     ("no kv heads", {"k": K[:, :0], "v": K[:, :0]}, ValueError, "divides q's 4, got 0"),
     ("position not an encoding", {"position": "alibi"}, TypeError, "position: expected an encoding .*, got str"),
-    ("position's class", {"position": posattn.ALiBi}, TypeError, "position: expected an encoding"),
+    (
+        "position's class",
+        {"position": posattn.ALiBi},
+        TypeError,
+        r"got the class ALiBi; make an instance of it, ALiBi\(",
+    ),
+    (
+        "a mask as position",
+        {"position": torch.ones(5, 7)},
+        TypeError,
+        "got Tensor; a boolean mask goes in mask, a float",
+    ),
+    ("slopes of three sequences", {"position": posattn.ALiBi(4, slopes=torch.ones(3, 4))}, ValueError, r"got \[3, 4\]"),
+    (
+        "positions without a position",
+        {"q_positions": ints(*range(5)), "k_positions": ints(*range(7))},
+        ValueError,
+        "q_positions, k_positions: expected None without a position to read them, got tensors",
+    ),
+    (
+        "[batch, tokens, heads, head_dim]",
+        {"q": torch.zeros(2, 5, 4, 8), "k": torch.zeros(2, 7, 4, 8), "v": torch.zeros(2, 7, 4, 8)},
+        ValueError,
+        r"divides q's 5, got 7; q, k and v are \[batch, heads, tokens, head_dim\]: .*, transpose\(1, 2\)",
+    ),
+    (
+        "the same, one query and shared heads",
+        {"q": torch.zeros(2, 1, 4, 8), "k": torch.zeros(2, 7, 2, 8), "v": torch.zeros(2, 7, 2, 8)},
+        ValueError,
+        r"divides q's 1, got 7; .*transpose\(1, 2\)",
+    ),
+    (
+        "the same, as the position finds it",
+        {**dict.fromkeys("qkv", torch.zeros(2, 7, 4, 8)), "position": posattn.ALiBi(4)},
+        ValueError,
+        r"num_heads=4, got queries with 7 heads; .*transpose\(1, 2\)",
+    ),
+    (
+        "the same, as a mask finds it",
+        {**dict.fromkeys("qkv", torch.zeros(2, 7, 4, 8)), "mask": torch.ones(7, 7).bool()},
+        ValueError,
+        r"mask: .* \[2, 7, 4, 4\], got \[7, 7\]; .*transpose\(1, 2\)",
+    ),
     ("position's heads", {"position": posattn.ALiBi(8)}, ValueError, "num_heads=8, got queries with 4 heads"),
     ("position's head_dim", {"position": posattn.RoPE(16)}, ValueError, "head_dim"),
     ("NaN slopes", {"position": with_nan_parameter(posattn.ALiBi(4, learnable=True))}, ValueError, "slopes: .* NaN"),
@@ -87,14 +129,27 @@ ATTENTION = [
         ValueError,
         "sinks: expected device cpu like q, got meta",
     ),
-    ("bias shape", {"bias": torch.zeros(5, 6)}, ValueError, r"bias: .*broadcasts to \[2, 4, 5, 7\], got \[5, 6\]"),
+    ("bias shape", {"bias": torch.zeros(5, 6)}, ValueError, r"bias: .*broadcasts to \[2, 4, 5, 7\], got \[5, 6\]$"),
     ("bias heads", {"bias": torch.zeros(3, 5, 7)}, ValueError, r"bias: .*, got \[3, 5, 7\]"),
     ("bias rank 1", {"bias": torch.zeros(5)}, ValueError, r"bias: .*, got \[5\]"),
     ("bias rank 5", {"bias": torch.zeros(1, 1, 1, 5, 7)}, ValueError, "bias: "),
     ("bias bool", {"bias": torch.ones(5, 7).bool()}, TypeError, r"bias: expected a floating dtype .*mask"),
     ("bias device", {"bias": torch.zeros(5, 7, device="meta")}, ValueError, "bias: expected device cpu"),
     ("mask float", {"mask": torch.zeros(5, 7)}, TypeError, "mask: expected torch.bool, .*bias.*, got torch.float32"),
-    ("mask shape", {"mask": torch.ones(2, 5, 7).bool()}, ValueError, r"mask: .*, got \[2, 5, 7\]"),
+    ("mask shape", {"mask": torch.ones(2, 5, 7).bool()}, ValueError, r"mask: .*, got \[2, 5, 7\]; mask\[:, None\]"),
+    (
+        "mask of keys",
+        {"mask": torch.ones(2, 7).bool()},
+        ValueError,
+        r"mask: .*, got \[2, 7\]; mask\[:, None, None\] hides",
+    ),
+    ("bias of keys", {"bias": torch.ones(2, 7)}, ValueError, r"bias: .*, got \[2, 7\]; bias\[:, None, None\] hides"),
+    (
+        "bias by head",
+        {"bias": torch.ones(2, 4, 7)},
+        ValueError,
+        r"bias: .*, got \[2, 4, 7\]; bias\[:, :, None\] is one",
+    ),
     ("mask not a tensor", {"mask": True}, TypeError, "mask: expected a torch.Tensor, got bool"),
     (
         "k_lengths negative",
@@ -339,6 +394,12 @@ SDPA = [
         ValueError,
         r"attn_mask: .*broadcasts to \[2, 4, 5, 5\], got \[5, 6\]",
     ),
+    (
+        "mask of keys",
+        {"attn_mask": torch.ones(2, 5)},
+        ValueError,
+        r"attn_mask: .*, got \[2, 5\]; attn_mask\[:, None, None\]",
+    ),
     ("mask batch", {"attn_mask": torch.ones(3, 1, 5, 5)}, ValueError, "attn_mask: "),
     ("mask rank 5", {"attn_mask": torch.ones(2, 2, 1, 5, 5)}, ValueError, "attn_mask: "),
     ("dropout", {"dropout_p": 1.5}, ValueError, "dropout_p: "),
@@ -352,6 +413,48 @@ def test_scaled_dot_product_attention(options, error, message):
     arguments = {"query": Q, "key": Q, "value": Q, **options}
     with pytest.raises(error, match=message):
         posattn.scaled_dot_product_attention(**arguments)
+
+
+ELSEWHERE = [
+    (posattn.attention, "is_causal", "take causal, which counts from the last key .* is_causal counts from the first"),
+    (posattn.attention, "attn_mask", "take mask for a boolean one .* and bias for a float one"),
+    (posattn.attention, "softmax_scale", "take scale$"),
+    (posattn.attention, "window_size", "take window, whose sides are None, not -1, for no limit"),
+    (posattn.attention, "alibi_slopes", r"take position=posattn.ALiBi\(heads, slopes=alibi_slopes\)"),
+    (posattn.attention, "enable_gqa", "take nothing: k and v may have any number of heads"),
+    (posattn.attention, "dropout", "take dropout_p$"),
+    (posattn.attention, "wnidow", "take window$"),
+    (posattn.attention, "xyz", "take one of q, k, v, position, causal"),
+    (posattn.scaled_dot_product_attention, "causal", "take is_causal, which counts from the first key"),
+    (posattn.scaled_dot_product_attention, "mask", "take attn_mask$"),
+    (posattn.scaled_dot_product_attention, "window", "take one of query, key, value, attn_mask"),
+]
+
+
+@pytest.mark.parametrize(("function", "name", "message"), ELSEWHERE, ids=[f"{f.__name__}-{n}" for f, n, _ in ELSEWHERE])
+def test_arguments_that_functions_elsewhere_have(function, name, message):
+    expected = rf"{name}: expected an argument of posattn.{function.__name__}, got one that it does not have; {message}"
+    with pytest.raises(TypeError, match=expected):
+        function(Q, Q, Q, **{name: True})
+
+
+@pytest.mark.parametrize(
+    ("slopes", "error", "message"),
+    [
+        (0.5, TypeError, "slopes: expected 4 numbers, one per head, got float"),
+        ("1234", TypeError, "slopes: expected 4 numbers, one per head, got str"),
+        (torch.tensor(0.5), TypeError, "slopes: expected 4 numbers, one per head, got Tensor"),
+        (torch.ones(2, 3), ValueError, r"slopes\[0\]: expected 4 numbers, one per head, got 3"),
+        ([[1.0] * 4, [1.0] * 3], ValueError, r"slopes\[1\]: expected 4 numbers, one per head, got 3"),
+        ([[1.0] * 4, 1.0], TypeError, r"slopes\[0\]: expected a number, got list"),
+        (torch.full((2, 4), NAN), ValueError, r"slopes\[0\]\[0\]: expected a finite number"),
+        (torch.ones(2, 3, 4), TypeError, r"slopes\[0\]\[0\]: expected a number, got list"),
+        (torch.ones(4, requires_grad=True), TypeError, "slopes: expected numbers to copy, got a tensor that requires"),
+    ],
+)
+def test_slopes(slopes, error, message):
+    with pytest.raises(error, match=message):
+        posattn.ALiBi(4, slopes=slopes)
 
 
 def test_mask_of_folded_batches():

@@ -50,16 +50,26 @@ def mix(**wrong: object) -> Plan:
 TABLE, META = torch.rand(HEADS, 9), torch.rand(HEADS, 9, device="meta")
 WRONG: dict[str, tuple[object, str]] = {
     "a Bias": (Bias(), r"Given.build to return a Plan, got Bias; a Bias goes in Plan\(bias"),
-    "a tuple": ((None, None), "Given.build to return a Plan, got tuple"),
+    "a tuple": ((TABLE, 0), r"Given.build to return a Plan, got tuple; values \[H, L\] .* in Plan\(bias=Bias\(table="),
+    "a Tensor": (TABLE, r"Given.build to return a Plan, got Tensor; values \[H, L\] .*Table\(values, first\)"),
+    "a Table": (Table(TABLE, 0), r"Given.build to return a Plan, got Table; a Table goes in Plan\(bias=Bias\(table="),
+    "an encoding": (
+        posattn.Bias(TABLE, 0),
+        r"Given.build to return a Plan, got the encoding posattn.Bias; its plan is position\(context\)",
+    ),
     "None": (None, "Given.build to return a Plan, got NoneType"),
-    "bias not a Bias": (Plan(bias=Table(TABLE, 0)), "bias .* a Bias, got Table"),  # type: ignore[arg-type]
+    "bias not a Bias": (Plan(bias=Table(TABLE, 0)), r"bias .* a Bias, got Table; a Table goes in Plan\(bias=Bias"),  # type: ignore[arg-type]
+    "bias the encoding": (Plan(bias=posattn.Bias(TABLE, 0)), "bias .* a Bias, got the encoding posattn.Bias"),  # type: ignore[arg-type]
+    "a Bias without its name": (Plan(Bias()), r"rotary .* a Rotary, got Bias; a Bias goes in Plan\(bias=...\)"),  # type: ignore[arg-type]
+    "a table that is a pair": (bias(table=(TABLE, 0)), r"bias.table .* a Table, got tuple; .* Table\(values, first\)"),
+    "a dense that is a tensor": (bias(dense=TABLE), r"bias.dense .* a Dense, got Tensor; a matrix .* Dense\(bias\)"),
     "rotary not one": (Plan(rotary=torch.rand(2), bias=Bias()), "rotary .* a Rotary, got Tensor"),  # type: ignore[arg-type]
     "slope's length": (bias(slope=Slope(torch.rand(3))), r"bias.slope.slope .* shape \[4\], got \[3\]"),
     "slope's batch": (bias(slope=Slope(torch.rand(3, HEADS))), r"shape \[2, 4\], got \[3, 4\]"),
     "slope a number": (bias(slope=Slope(1.0)), "bias.slope.slope .* torch.Tensor, got float"),  # type: ignore[arg-type]
     "slope a Tensor": (bias(slope=torch.rand(HEADS)), "bias.slope .* a Slope, got Tensor"),
     "table's heads": (bias(table=Table(torch.rand(3, 9), 0)), r"bias.table.values .* \[4, distances\], got \[3, 9\]"),
-    "table of one dimension": (bias(table=Table(torch.rand(9), 0)), r"\[4, distances\], got \[9\]"),
+    "table of one dimension": (bias(table=Table(torch.rand(9), 0)), r"\[4, distances\], got \[9\]; \[None\] makes"),
     "empty table": (bias(table=Table(torch.rand(HEADS, 0), 0)), r"\[4, distances\], got \[4, 0\]"),
     "table's first": (bias(table=Table(TABLE, 0.0)), "bias.table.first .* an int, got float"),  # type: ignore[arg-type]
     "table of integers": (bias(table=Table(TABLE.long(), 0)), "of a floating dtype, got torch.int64"),
@@ -69,8 +79,8 @@ WRONG: dict[str, tuple[object, str]] = {
     "knots' dimensions": (profile(knots=torch.rand(3, 1)), r"knots .* \[knots\], got \[3, 1\]"),
     "one line too few": (profile(segment_slope=torch.rand(HEADS, 3)), r"segment_slope .* \[4, 4\], got \[4, 3\]"),
     "lines of other heads": (profile(segment_intercept=torch.rand(2, 4)), r"segment_intercept .* got \[2, 4\]"),
-    "dense of two": (bias(dense=Dense(torch.rand(2, 2))), r"bias.dense.bias .* got \[2, 2\]"),
-    "dense of three": (bias(dense=Dense(torch.rand(HEADS, Q_LEN, K_LEN))), r"got \[4, 5, 7\]"),
+    "dense of two": (bias(dense=Dense(torch.rand(2, 2))), r"bias.dense.bias .* got \[2, 2\]; \[None, None\] makes"),
+    "dense of three": (bias(dense=Dense(torch.rand(HEADS, Q_LEN, K_LEN))), r"got \[4, 5, 7\]; \[None\] makes one"),
     "dense's keys": (bias(dense=Dense(torch.rand(1, 1, Q_LEN, 6))), r"got \[1, 1, 5, 6\]"),
     "short angles": (rotary(k_cos=torch.rand(1, 6, 4)), r"rotary.k_cos .* \[2 or 1, 7, 4\], got \[1, 6, 4\]"),
     "few sines": (rotary(q_sin=torch.rand(1, Q_LEN, 3)), r"rotary.q_sin .* \[2 or 1, 5, 4\], got \[1, 5, 3\]"),
@@ -96,6 +106,36 @@ def test_a_wrong_operand_is_named(plan: object, message: str, backend: str) -> N
         (ValueError, TypeError), match=f"position: expected {message}" if "Given" in message else message
     ):
         posattn.attention(Q, K, K, Given(plan), backend=backend)
+
+
+@pytest.mark.parametrize("name", ["a tuple", "bias not a Bias", "table of integers"])
+def test_a_wrong_plan_is_named_by_bias_too(name: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=WRONG[name][1]):
+        Given(WRONG[name][0]).bias(3, 3)
+
+
+def test_the_bias_of_operands_with_too_few_dimensions() -> None:
+    with pytest.raises(ValueError, match=r"bias.table.values .* \[1, distances\], got \[9\]; \[None\] makes"):
+        Given(bias(table=Table(torch.rand(9), 0))).bias(3, 3)
+    with pytest.raises(ValueError, match=r"bias.dense.bias .* got \[4, 3, 3\]; \[None\] makes one"):
+        Given(bias(dense=Dense(torch.rand(4, 3, 3)))).bias(3, 3)
+
+
+def test_the_bias_of_each_sequence() -> None:
+    slopes, dense = torch.rand(2, HEADS), torch.rand(2, 1, 3, 5)
+    distance = torch.arange(3)[:, None] + 2 - torch.arange(5)
+    expected = -slopes[:, :, None, None] * distance.abs()
+    both = Given(bias(slope=Slope(slopes), dense=Dense(dense)))
+    both.num_heads = HEADS
+    torch.testing.assert_close(both.bias(3, 5), expected + dense)
+    torch.testing.assert_close(posattn.ALiBi(HEADS, slopes=slopes).bias(3, 5), expected)
+    torch.testing.assert_close(posattn.ALiBi(HEADS, slopes=slopes[:1]).bias(3, 5), expected[0])
+    with pytest.raises(ValueError, match=r"bias.dense.bias .* \[[23] or 1, 4 or 1, .* got|slope .* \[[23], 4\]"):
+        Given(bias(slope=Slope(torch.rand(3, HEADS)), dense=Dense(dense))).bias(3, 5)
+
+
+def test_the_bias_of_an_encoding_that_adds_nothing() -> None:
+    assert torch.equal(Given(Plan(bias=Bias())).bias(3, 5), torch.zeros(1, 3, 5))
 
 
 def test_rotary_wider_than_a_head() -> None:

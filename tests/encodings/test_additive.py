@@ -53,6 +53,29 @@ def test_alibi_learns_only_if_asked():
     torch.testing.assert_close(learnable.slopes.grad, torch.full((4,), -5.0))
 
 
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize(
+    "given", [lambda x: x, lambda x: x.tolist(), lambda x: x.numpy()], ids=["tensor", "list", "array"]
+)
+def test_slopes_of_each_sequence(learnable, given):
+    """What flash-attn calls alibi_slopes [B, H]."""
+    slopes = torch.rand(2, 3)
+    q, k, v = (torch.randn(2, 3, 7, 8) for _ in range(3))
+    encoding = ALiBi(3, learnable, slopes=given(slopes))
+    out = posattn.attention(q, k, v, encoding, causal=True)
+    for b in range(2):
+        alone = posattn.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], ALiBi(3, slopes=slopes[b]), causal=True)
+        torch.testing.assert_close(out[b : b + 1], alone)
+    if learnable:
+        out.square().sum().backward()
+        assert encoding.slopes.grad.shape == (2, 3)
+        assert (encoding.slopes.grad != 0).all()
+    else:
+        assert not encoding.state_dict()
+        assert torch.equal(encoding.bfloat16().slopes, slopes)
+    torch.testing.assert_close(encoding.float().shard(1, 2).bias(3, 3), encoding.bias(3, 3)[:, 1:])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kerple_log(shape):
     encoding = Kerple(3).double()

@@ -16,6 +16,17 @@ HEADS, TOKENS, DIM = 3, 6, 8
 CONTEXT = Context(TOKENS, TOKENS, HEADS, DIM, CPU, WIDE)
 
 
+class Unknown(posattn.encodings.Encoding):
+    """Nothing is known of what it sets until it is lowered."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def build(self, context):
+        return self.inner(context)
+
+
 def qkv(seed=0):
     torch.manual_seed(seed)
     return (torch.randn(2, HEADS, TOKENS, DIM, dtype=WIDE) for _ in range(3))
@@ -145,21 +156,35 @@ def test_a_sum_of_slopes_is_one_slope_where_one_can_be_both():
     assert (plain + signed).lower(CONTEXT).bias.table is not None
 
 
+def test_a_profile_inside_a_dape_leaves_room_for_one_beside_it():
+    total = DAPE(FIRE(HEADS), HEADS) + FIRE(HEADS)
+    plan = total.lower(CONTEXT)
+    assert plan.bias.profile is not None
+    assert plan.mix.inner.profile is not None
+    assert total.sole_operands == {"mix", "profile"}
+
+
 def test_sums_are_flat_and_hold_their_parts_parameters():
     total = (ALiBi(HEADS, learnable=True) + Kerple(HEADS)) + RoPE(DIM)
     assert [type(part).__name__ for part in total.parts] == ["ALiBi", "Kerple", "RoPE"]
     assert set(total.state_dict()) == {"parts.0.slopes", "parts.1.p", "parts.1.a"}
     assert total.num_heads == HEADS
-    assert (RoPE(DIM) + RoPE(DIM)).num_heads is None
+    assert (RoPE(DIM) + posattn.Bias(torch.ones(1, 3), 0)).num_heads is None
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: (RoPE(DIM) + RoPE(DIM)).lower(CONTEXT), "at most one rotary encoding, got two"),
-        (lambda: (RoPE(DIM) + DAPE(RoPE(DIM), HEADS)).lower(CONTEXT), "at most one rotary encoding, got two"),
-        (lambda: (FIRE(HEADS) + FIRE(HEADS)).lower(CONTEXT), "at most one FIRE, got two"),
-        (lambda: (DAPE(None, HEADS) + DAPE(None, HEADS)).lower(CONTEXT), "at most one DAPE, got two"),
+        (lambda: RoPE(DIM) + RoPE(DIM), "at most one rotary encoding, got two"),
+        (lambda: RoPE(DIM) + DAPE(RoPE(DIM), HEADS), "at most one rotary encoding, got two"),
+        (lambda: FIRE(HEADS) + FIRE(HEADS), "at most one FIRE, got two"),
+        (lambda: DAPE(None, HEADS) + DAPE(None, HEADS), "at most one DAPE, got two"),
+        (lambda: FIRE(HEADS) + BiPE(FIRE(HEADS), DIM, 4), "at most one FIRE, got two"),
+        (lambda: FIRE(HEADS).shard(0, 2) + FIRE(2), "at most one FIRE, got two"),
+        (lambda: ALiBi(HEADS) + RoPE(DIM) + (Kerple(HEADS) + RoPE(DIM)), "at most one rotary encoding, got two"),
+        (lambda: (Unknown(RoPE(DIM)) + RoPE(DIM)).lower(CONTEXT), "at most one rotary encoding, got two"),
+        (lambda: (Unknown(FIRE(HEADS)) + FIRE(HEADS)).lower(CONTEXT), "at most one FIRE, got two"),
+        (lambda: (Unknown(DAPE(None, HEADS)) + DAPE(None, HEADS)).lower(CONTEXT), "at most one DAPE, got two"),
         (lambda: ALiBi(HEADS) + Kerple(4), r"\+: expected encodings with equal num_heads, got \[3, 4\]"),
         (lambda: DAPE(Kerple(4), HEADS), "inner: expected an encoding with num_heads=3, got 4"),
         (lambda: DAPE(DAPE(None, HEADS), HEADS), "inner: expected an encoding without a DAPE"),
@@ -177,6 +202,11 @@ def test_bad_combinations(make, message):
     ("make", "message"),
     [
         (lambda: DAPE(HEADS, HEADS), "inner: expected an Encoding or None, got int"),
+        (lambda: DAPE(Kerple, HEADS), r"inner: expected an Encoding or None, got the class Kerple; make an instance"),
+        (lambda: BiPE(RoPE, DIM, 4), r"inter: expected an Encoding, got the class RoPE; make an instance"),
+        (lambda: RoPE(DIM) + ALiBi, r"\+: expected an encoding, got the class ALiBi; make an instance"),
+        (lambda: ALiBi + RoPE(DIM), r"\+: expected an encoding, got the class ALiBi; make an instance"),
+        (lambda: 1.0 + RoPE(DIM), "unsupported operand"),
         (lambda: ALiBi(HEADS) + 1.0, "unsupported operand"),
         (lambda: DAPE(Kerple(HEADS), HEADS).bias(2, 2), "DAPE depends on the logits and has no fixed bias"),
         (lambda: (DAPE(None, HEADS) + ALiBi(HEADS)).bias(2, 2), "depends on the logits"),

@@ -343,7 +343,7 @@ def test_bad_arguments(make, kind, message):
         (
             lambda d: d.expand(3, -1),
             ValueError,
-            r"fn: expected \[4, 19\] \(heads, distances\) or \[1, ...\] .* got \[3, 19\]",
+            r"fn: expected \[4, 19\] \(heads, distances\) or \[1, 19\] .* got \[3, 19\]",
         ),
         (lambda d: d[None].long(), TypeError, "fn: expected .* of a floating dtype, got torch.int64"),
         (lambda d: 0.0, TypeError, "fn: expected .*, got float"),

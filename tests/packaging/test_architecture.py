@@ -20,6 +20,7 @@ LAYERS = (
         "posattn.kernels.attention",
         "posattn.kernels.headmix",
         "posattn.jagged",
+        "posattn.keywords",
         "posattn.paging",
         "posattn.plan_checks",
         "posattn.positions",
