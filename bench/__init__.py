@@ -16,22 +16,29 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from posattn.arguments import Parser, positive
+
 from . import cases, encodings
 from .cases import Case
 from .report import Row, Table, Verdict, environment, judge
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="posattn bench", description=__doc__)
+    parser = Parser(prog="posattn bench", description=__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="all encodings, dtypes, modes and lengths up to 32768; hours")
     size.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
     parser.add_argument("--cases", default="*", help="names or patterns, comma between (default: all)")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="on a CPU (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="folder of the results (%(default)s)")
-    return run(parser.parse_args(argv))
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: expected a GPU that torch finds, got none (posattn info says more)")
+    if not arguments.list:
+        parser.folder("--out", arguments.out)
+    return run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(", ".join(f"{key} {value}" for key, value in shared.items() if value))
     verdicts: list[Verdict] = []
     failures: list[str] = []
-    bar = tqdm(chosen, unit="case", leave=False)
+    bar = tqdm(chosen, unit="case", leave=False, disable=None)  # None: off a terminal, its lines would be a file's
     for case in bar:
         bar.set_description(case.name)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,17 @@ matplotlib.use("Agg")
 Record = dict[str, str]
 COLOURS = {"posattn": "tab:blue", "eager": "tab:red"}
 PEER_COLOUR = "0.65"
+# Names of variants are peer:encoding; what the peers are.
+PEERS = {
+    "posattn": "posattn's fused kernels",
+    "eager": "plain PyTorch, the [T, T] matrix in memory",
+    "sdpa": "torch's scaled_dot_product_attention, no bias",
+    "sdpa-mask": "sdpa with the bias as a mask made beforehand",
+    "sdpa-mask-build": "sdpa with the bias as a mask, built in the call",
+    "sdpa-mask-grad": "sdpa with a mask that takes a gradient",
+    "flex": "FlexAttention, compiled",
+    "flash-attn": "the flash-attn package",
+}
 
 
 def plot_all(results: Path, out: Path) -> list[Path]:
@@ -42,7 +54,13 @@ def _plot_speeds(by_case: dict[str, list[Record]], path: Path) -> Path:
     """Speed over SDPA without a bias: longer is faster, the line is SDPA."""
     columns = min(3, len(by_case))
     rows = -(-len(by_case) // columns)
-    figure = Figure(figsize=(4.6 * columns, 2.9 * rows), layout="constrained")
+    key = _key(record["peer"] for records in by_case.values() for record in records)
+    figure = Figure(figsize=(max(4.6 * columns, 7.0), 2.9 * rows + 0.2 * len(key) + 0.4), layout="constrained")
+    figure.suptitle(
+        "Speed of one call over that of sdpa (torch's scaled_dot_product_attention) with no bias: the line at 1\n"
+        "bars: median; whiskers: 20th to 80th percentile; names: peer:encoding\n" + "\n".join(key),
+        fontsize=8,
+    )
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (name, records) in zip(grid, by_case.items()):
         base = next(float(r["median"]) for r in records if r["variant"] == "sdpa")
@@ -60,7 +78,7 @@ def _plot_speeds(by_case: dict[str, list[Record]], path: Path) -> Path:
         axes.set_xlim(0, 1.15 * max(speed + above for speed, above in zip(speeds, high)))
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
-        axes.set_xlabel("speed over SDPA with no bias", fontsize=7)
+        axes.set_xlabel("times as fast as sdpa with no bias (the line)", fontsize=7)
     for axes in grid[len(by_case) :]:
         axes.set_visible(False)
     figure.savefig(path, dpi=110)
@@ -69,7 +87,8 @@ def _plot_speeds(by_case: dict[str, list[Record]], path: Path) -> Path:
 
 def _plot_shares(records: list[Record], path: Path) -> Path:
     """posattn's share of the peak that was measured in the same minutes."""
-    figure = Figure(figsize=(7.0, 1.0 + 0.2 * len(records)), layout="constrained")
+    figure = Figure(figsize=(7.0, 1.4 + 0.2 * len(records)), layout="constrained")
+    figure.suptitle("posattn's kernels; names: case, then posattn:encoding; the case's name has its dtype", fontsize=8)
     axes = figure.subplots()
     shown = records[::-1]
     places = range(len(shown))
@@ -90,6 +109,10 @@ def _plot_shares(records: list[Record], path: Path) -> Path:
 def _plot_lengths(cases: list[list[Record]], path: Path) -> Path:
     """Time over the square of the length, and megabytes over the length: both flat where the growth is as it should."""
     figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    figure.suptitle(
+        "Names: case, peer:encoding. Flat is as it should be: time grows with the square of the length, memory with it",
+        fontsize=8,
+    )
     time_axes, memory_axes = figure.subplots(1, 2)
     for records in cases:
         label = f"{records[0]['case']} {records[0]['peer']}:{records[0]['encoding']}"
@@ -107,10 +130,27 @@ def _plot_lengths(cases: list[list[Record]], path: Path) -> Path:
     return path
 
 
+def _key(peers: Iterable[str]) -> list[str]:
+    """A line for each peer that is shown: what it is."""
+    shown = set(peers)
+    return [f"{name}: {what}" for name, what in PEERS.items() if name in shown]
+
+
 def _line(axes: Axes, points: list[tuple[int, float]], label: str) -> None:
+    """A line with its name above its middle."""
     if points:
-        axes.plot([n for n, _ in points], [value for _, value in points], marker="o", label=label)
-        axes.legend(frameon=False, fontsize=7)
+        colour = f"C{len(axes.lines)}"
+        axes.plot([n for n, _ in points], [value for _, value in points], marker="o", color=colour)
+        n, value = points[len(points) // 2]
+        axes.annotate(
+            label,
+            (n, value),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            color=colour,
+        )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("length")

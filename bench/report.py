@@ -57,14 +57,39 @@ class Verdict:
     reached: bool
 
     def __str__(self) -> str:
-        sign = ">=" if Target(self.measure, "", 0.0).at_least else "<="  # type: ignore[arg-type]
-        scale, unit = _UNITS.get(self.measure, (1.0, ""))
-        versus = f" / {self.against}" if self.against else ""
-        figure = f"{scale * self.value:8.2f} {sign} {scale * self.bound:g}{unit}"
-        return f"{'reached' if self.reached else 'MISSED ':7s} {figure:24s} {self.measure:9s} {self.variant}{versus}"
+        beside = f" beside {self.against}" if self.against else ""
+        figure = f"{_figure(self.measure, self.value)}; wanted {_wanted(self.measure, self.bound)}"
+        return f"{'reached' if self.reached else 'MISSED':9s}{self.variant}{beside}: {figure}"
 
 
-_UNITS = {"overhead": (1e6, " us"), "share": (100.0, " %"), "memory": (1.0, " MB"), "growth": (100.0, " %")}
+def _figure(measure: str, value: float) -> str:
+    """What was measured, in words: a time saved is no negative time."""
+    if measure == "speed":
+        return f"{value:.2f} times as fast"
+    if measure == "cost":
+        return f"{value:.2f} times the time"
+    if measure == "share":
+        return f"{100.0 * value:.1f} % of the measured peak"
+    if measure == "overhead":
+        return f"{1e6 * abs(value):.1f} us {'more' if value >= 0.0 else 'less'} a call"
+    if measure == "growth":
+        return f"{100.0 * value:.1f} % off the law"
+    if measure == "bits":
+        return "the same bits" if value else "other bits"
+    return f"{value:.1f} MB"
+
+
+def _wanted(measure: str, bound: float) -> str:
+    if measure == "bits":
+        return "the same bits"
+    scale, unit = {
+        "overhead": (1e6, " us more"),
+        "share": (100.0, " %"),
+        "memory": (1.0, " MB"),
+        "growth": (100.0, " %"),
+    }.get(measure, (1.0, ""))
+    at_least = Target(measure, "", 0.0).at_least  # type: ignore[arg-type]
+    return f"{'at least' if at_least else 'at most'} {scale * bound:g}{unit}"
 
 
 def judge(case: Case, rows: Iterable[Row]) -> list[Verdict]:

@@ -4,9 +4,13 @@ out = attention(q, k, v, RoPE(64) + ALiBi(12), causal=True)             # q [B, 
 out = scaled_dot_product_attention(q, k, v, position=FIRE(12))          # torch's signature, with a position
 """
 
+from importlib.metadata import PackageNotFoundError as _NotFound
+from importlib.metadata import version as _version
+
 from posattn import encodings
 from posattn import nn as nn  # not in __all__: `import *` would hide torch's
 from posattn.attention import attention, scaled_dot_product_attention
+from posattn.checking import check
 from posattn.encodings import *  # noqa: F403 - posattn.encodings.__all__ is the list that tests and benches go by
 from posattn.encodings import (
     DynamicNTK,
@@ -23,6 +27,11 @@ from posattn.paged_cache import OutOfPages, PagedCache
 from posattn.patch import patch_sdpa
 from posattn.weights import weights
 
+try:
+    __version__ = _version("posattn")
+except _NotFound:  # the sources alone, which nobody installed
+    __version__ = "0+unknown"
+
 __all__ = [
     "DynamicNTK",
     "LearnedEmbedding",
@@ -33,7 +42,9 @@ __all__ = [
     "PagedCache",
     "SinusoidalEmbedding",
     "YaRN",
+    "__version__",
     "attention",
+    "check",
     "patch_sdpa",
     "relative",
     "scaled_dot_product_attention",

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from posattn.arguments import Parser
+
 # Imported only when asked for: the demo and the bench bring plotting and progress bars with them.
 COMMANDS = {
     "info": ("posattn.cli", "versions, backends and why one is unavailable, instruction sets, threads"),
-    "check": ("posattn.parity", "parity of every encoding on this machine's backends"),
-    "plot": ("posattn.plot", "a heat map of an encoding's bias"),
+    "check": ("posattn.check_command", "every encoding, or one of your own, on this machine's backends"),
+    "plot": ("posattn.plot", "a heat map of what an encoding, or one of your own, does to the logits"),
     "demo": ("posattn.demo", "train and compare five encodings on real text"),
     "bench": ("posattn.bench", "time and memory beside other ways to do the same"),
 }
@@ -21,12 +23,13 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="posattn",
         description="Attention with any positional encoding, exact and fused.",
         epilog="\n".join(f"{name:7}{about}" for name, (_, about) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"posattn {_version('posattn')}")
     parser.add_argument("command", choices=COMMANDS, help="what to do; `posattn COMMAND --help` says more")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "posattn":
             raise
-        print(f"posattn {chosen.command} needs {error.name}: pip install 'posattn[plot]'", file=sys.stderr)
+        print(f"posattn {chosen.command} needs {error.name}: pip install matplotlib tqdm", file=sys.stderr)
         return 1
     status: int = module.main(chosen.arguments)
     return status
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def info(argv: Sequence[str]) -> int:
     """Print what this machine has; always 0."""
-    argparse.ArgumentParser(prog="posattn info", description=COMMANDS["info"][1]).parse_args(argv)
+    Parser(prog="posattn info", description=COMMANDS["info"][1]).parse_args(argv)
     import torch
 
     print(f"posattn    {_version('posattn')}")

@@ -1,4 +1,4 @@
-"""`posattn check`, and the tolerance rule that it shares with the tests.
+"""The tolerance rule that `posattn check`, posattn.check and the tests share, and what they measure by it.
 
 The rule: a result's error against a float64 reference is at most twice that of naive PyTorch in the same dtype, plus a
 few roundings of its scale. It is never a bare tolerance.
@@ -6,9 +6,8 @@ few roundings of its scale. It is never a bare tolerance.
 
 from __future__ import annotations
 
-import argparse
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,6 @@ from posattn.plan import Bias, Call, Mask, Plan
 # Summing in another order moves a float32 result by a few ulp even where naive PyTorch happens to be exact. Narrower
 # results are sums in float32 too, rounded once.
 SUMMATION_ULPS = 4.0
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -198,14 +195,6 @@ def examples(num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
     return found
 
 
-def examples_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Encoding]:
-    """The examples for a command line's sizes; sizes that an encoding refuses end the program with a usage error."""
-    try:
-        return examples(options.heads, options.head_dim, options.tokens)
-    except ValueError as error:
-        parser.error(f"--heads {options.heads} --head-dim {options.head_dim} --tokens {options.tokens}: {error}")
-
-
 def positions_for(position: Encoding | None, q_len: int, k_len: int) -> dict[str, Any]:
     """Explicit positions for an encoding that needs them: segments of three tokens."""
     if position is None or not position.needs_positions:
@@ -225,48 +214,3 @@ def available(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> list[
     """The fused backends that run on `device`, in that dtype."""
     call = plain_call(device, dtype)
     return [name for name in backends.FUSED if backends.reason_against(name, call) is None]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table of errors beside naive PyTorch's; 0 if every encoding keeps the rule on every backend here."""
-    parser = argparse.ArgumentParser(prog="posattn check", description="Parity of every encoding on this machine.")
-    parser.add_argument("--tokens", type=int, default=75, help="tokens of the calls (default 75)")
-    parser.add_argument("--heads", type=int, default=4, help="query heads (default 4)")
-    parser.add_argument("--head-dim", type=int, default=32, help="head dimension (default 32)")
-    parser.add_argument("--dtype", choices=_DTYPES, action="append", help="repeat for several (default: all)")
-    options = parser.parse_args(argv)
-    torch.manual_seed(0)
-    catalogue = {"none": None, **examples_of(options, parser)}
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    places = [(device, backend) for device in devices for backend in available(device)]
-    if not places:
-        print("no fused backend is available; `posattn info` says why")
-        return 1
-    print("Errors against a float64 reference, worst of output, log-sum-exp and gradients; naive is plain PyTorch.\n")
-    print(f"{'encoding':24}{'backend':10}{'dtype':10}{'result':34}{'error':>10}{'naive':>10}{'allowed':>10}")
-    failed = 0
-    for row in _rows(places, catalogue, options):
-        print(row[1], flush=True)
-        failed += not row[0]
-    print(f"\n{failed} failed" if failed else "\nall within twice naive PyTorch's error plus rounding")
-    return 1 if failed else 0
-
-
-def _rows(
-    places: list[tuple[str, str]], catalogue: Mapping[str, Encoding | None], options: argparse.Namespace
-) -> Iterator[tuple[bool, str]]:
-    heads, tokens, dim = options.heads, options.tokens, options.head_dim
-    for device, backend in places:
-        for dtype_name in options.dtype or _DTYPES:
-            if backend not in available(device, _DTYPES[dtype_name]):
-                continue  # a dtype that the backend does not compute in
-            q, k, v = (torch.randn(1, heads, tokens, dim).to(device, _DTYPES[dtype_name]) for _ in range(3))
-            for name, position in catalogue.items():
-                placed = None if position is None else copy.deepcopy(position).to(device)
-                extra = {n: p.to(device) for n, p in positions_for(placed, tokens, tokens).items()}
-                found = measure(q, k, v, placed, {"causal": True, **extra}, backend)
-                worst = max(found, key=lambda c: c.error / max(c.allowed, 1e-30))
-                ok = all(c.ok for c in found)
-                numbers = f"{worst.error:10.1e}{worst.naive_error:10.1e}{worst.allowed:10.1e}"
-                verdict = "" if ok else f"  FAILED {worst.worst}"
-                yield ok, f"{name:24}{backend:10}{dtype_name:10}{worst.name:34}{numbers}{verdict}"

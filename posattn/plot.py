@@ -1,68 +1,101 @@
-"""`posattn plot`: a heat map per head of what an encoding adds to the logits; and pictures of attention weights."""
+"""`posattn plot`: what an encoding does to the logits, a map a head; and pictures of attention weights."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from posattn.attention import attention
-from posattn.encodings.base import Encoding
+from posattn import reference, targets
+from posattn.arguments import Parser, writable_file
+from posattn.encodings.base import Context, Encoding
 from posattn.errors import ArgumentValueError
-from posattn.parity import examples_of, positions_for
+from posattn.parity import positions_for
+from posattn.plan import Bias, Call, Mask, Plan
+
+
+@dataclass(frozen=True)
+class Maps:
+    """values [n, Tq, Tk], float64, a panel each with its name; `caption` says what the values are."""
+
+    values: Tensor
+    panels: tuple[str, ...]
+    caption: str
 
 
 @torch.no_grad()
-def effective_bias(position: Encoding, num_heads: int, head_dim: int, tokens: int) -> Tensor:
-    """What `position` adds to the logits of identical tokens (q = k = 1), float64 [H, T, T].
+def maps_of(position: Encoding, num_heads: int, head_dim: int, tokens: int, seed: int = 0) -> Maps:
+    """What `position` does to the logits of `tokens` queries and keys.
 
-    For an additive encoding that is its bias; for a rotary one what turning does to <1, 1>; for DAPE the bias with its
-    correction. The logits are read back from attention over one-hot values: log(softmax) + log-sum-exp.
+    A bias is shown as it is. What depends on the logits (DAPE) is shown for those of normal random q and k. A rotary
+    encoding adds nothing: for four of its pairs of dimensions, from the first to the last, the cosine of the angle
+    between an equal query and key once they are turned.
     """
-    ones = torch.ones(1, num_heads, tokens, head_dim, dtype=torch.float64)
-    values = torch.eye(tokens, dtype=torch.float64).expand(1, num_heads, -1, -1)
+    position = position.double()
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(1, num_heads, tokens, head_dim, dtype=torch.float64, generator=generator) for _ in range(2))
+    places = {name: value[None] for name, value in positions_for(position, tokens, tokens).items()}
+    plan = position.lower(Context.of(q, k, Mask(), **places))
+    where = "; segments of three tokens" if places else ""
+    if plan.rotary is not None and plan.mix is None and not plan.bias:
+        turns = (plan.rotary.q_cos, plan.rotary.q_sin, plan.rotary.k_cos, plan.rotary.k_sin)
+        count = turns[0].shape[2]
+        pairs = torch.linspace(0, count - 1, min(count, 4)).long()
+        q_cos, q_sin, k_cos, k_sin = (x[0].T[pairs] for x in turns)
+        cosines = q_cos[:, :, None] * k_cos[:, None] + q_sin[:, :, None] * k_sin[:, None]
+        caption = f"adds nothing; colour: cosine of the angle between equal q and k after their turns{where}"
+        return Maps(cosines, tuple(f"pair {pair} of {count}" for pair in pairs.tolist()), caption)
+    call = Call(q, k, k, plan, Mask(), head_dim**-0.5, **places)
+    before = replace(call, plan=Plan(rotary=plan.rotary, bias=Bias()))
+    added = reference.call_logits(call) - reference.call_logits(before)
+    caption = "colour: what is added to the logit"
+    if plan.mix is not None:
+        caption += ", which depends on the logits: here of random q and k"
+    if plan.rotary is not None:
+        caption += "; not shown: q and k are turned too"
+    return Maps(added[0], tuple(f"head {head}" for head in range(num_heads)), caption + where)
 
-    def logits(encoding: Encoding | None) -> Tensor:
-        weights, lse = attention(
-            ones, ones, values, encoding, return_lse=True, **positions_for(encoding, tokens, tokens)
-        )
-        return (weights.log() + lse[..., None])[0]
 
-    return logits(position) - logits(None)
-
-
-def draw(bias: Tensor, title: str, path: Path) -> None:
-    """Write [H, T, T] as a picture, one panel a head, all on one colour scale. ImportError without matplotlib."""
+def draw(maps: Maps, title: str, path: Path) -> None:
+    """Write the maps as a picture, a colour scale a panel. ImportError without matplotlib; ValueError for a file name
+    that ends in no format it knows."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    heads = bias.shape[0]
-    columns = min(heads, 4)
-    rows = math.ceil(heads / columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(3 * columns, 2.8 * rows), squeeze=False, layout="constrained"
-    )
-    finite = bias[bias.isfinite()]
-    low, high = finite.min().item(), finite.max().item()
-    for head, axes in enumerate(grid.flat):
-        if head >= heads:
+    count = maps.values.shape[0]
+    columns = min(count, 4)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(3.1 * columns, 2.9 * rows + 0.8), layout="constrained")
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in known:
+        raise ArgumentValueError(
+            f"--out: expected a file name that ends in one of {', '.join(known)}, got {path.name!r}"
+        )
+    grid = figure.subplots(rows, columns, squeeze=False)
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")
+    for panel, axes in enumerate(grid.flat):
+        if panel >= count:
             axes.axis("off")
             continue
-        image = axes.imshow(bias[head].numpy(), vmin=low, vmax=high, cmap="viridis")
-        axes.set_title(f"head {head}", fontsize=9)
-    figure.suptitle(title)
-    figure.supxlabel("key position")
-    figure.supylabel("query position")
-    figure.colorbar(image, ax=grid, label="added to the logit")
+        values = maps.values[panel]
+        image = axes.imshow(values.masked_fill(values.isinf(), math.nan).numpy(), cmap=colours, interpolation="nearest")
+        axes.set_title(maps.panels[panel], fontsize=9)
+        axes.tick_params(labelsize=7)
+        bar = figure.colorbar(image, ax=axes, shrink=0.75)
+        bar.ax.tick_params(labelsize=7)
+        bar.ax.ticklabel_format(useOffset=False)
+    forbidden = "; grey: forbidden" if maps.values.isinf().any() else ""
+    figure.suptitle(f"{title}\n{maps.caption}{forbidden}", fontsize=10)
+    figure.supxlabel("key position", fontsize=9)
+    figure.supylabel("query position", fontsize=9)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def plot_weights(
@@ -131,30 +164,43 @@ def plot_weights(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw one encoding; 0 when written, 1 without matplotlib."""
-    parser = argparse.ArgumentParser(prog="posattn plot", description=__doc__)
-    parser.add_argument("encoding", metavar="ENCODING", help="a name that --list shows", nargs="?")
+    parser = Parser(
+        prog="posattn plot",
+        description=__doc__,
+        epilog="posattn plot my_module:MyEncoding    draws an encoding of yours",
+    )
+    parser.add_argument(
+        "encoding",
+        metavar="ENCODING",
+        nargs="?",
+        help="a name that --list shows; or module:name or file.py:name, where name is an encoding, its class or a "
+        "function that makes it",
+    )
     parser.add_argument("--list", action="store_true", help="list the encodings")
-    parser.add_argument("--out", type=Path, help="the picture (default: ENCODING.png)")
+    parser.add_argument("--out", type=writable_file, help="the picture (default: ENCODING.png)")
     parser.add_argument("--heads", type=int, default=4, help="heads (%(default)s)")
     parser.add_argument("--head-dim", type=int, default=64, help="head dimension (%(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens on each side (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters that start at random (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what starts at random (%(default)s)")
     options = parser.parse_args(argv)
     torch.manual_seed(options.seed)
-    catalogue = examples_of(options, parser)
     if options.list:
-        print("\n".join(catalogue))
+        print("\n".join(targets.examples_of(options, parser)))
         return 0
-    found = {name.lower(): name for name in catalogue}
-    name = found.get((options.encoding or "").lower())
-    if name is None:
-        parser.error(f"ENCODING: expected one of {', '.join(catalogue)}, got {options.encoding!r}")
-    path = options.out or Path(f"{name.replace(' ', '-')}.png")
-    bias = effective_bias(catalogue[name], options.heads, options.head_dim, options.tokens)
-    try:
-        draw(bias, f"{name}, as it is initialised", path)
-    except ModuleNotFoundError as error:
-        print(f"posattn plot needs {error.name}: pip install 'posattn[plot]'", file=sys.stderr)
-        return 1
-    print(path)
+    if options.encoding is None:
+        parser.error("ENCODING: expected a name (--list shows them) or module:name, got none")
+    found = targets.chosen(options, parser)
+    if options.out is not None and len(found) > 1:
+        parser.error(f"--out: expected one encoding with it, got {', '.join(found)} of {options.encoding}")
+    for name, position in found.items():
+        path = options.out or Path(f"{name.replace(' ', '-')}.png")
+        maps = maps_of(position, position.num_heads or options.heads, options.head_dim, options.tokens, options.seed)
+        try:
+            draw(maps, f"{name}, as it is initialised", path)
+        except ModuleNotFoundError as error:
+            print(f"posattn plot needs {error.name}: pip install matplotlib tqdm", file=sys.stderr)
+            return 1
+        except ArgumentValueError as error:
+            parser.error(str(error))
+        print(path)
     return 0

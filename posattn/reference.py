@@ -126,6 +126,11 @@ def _bias_of(rows: Tensor | None, bias: Bias) -> Bias:
     return bias if rows is None or bias.dense is None else replace(bias, dense=Dense(_of(rows, bias.dense.bias, 2)))
 
 
+def call_logits(call: Call) -> Tensor:
+    """The logits [B, Hq, Tq, Tk] before the mask, O(N^2) memory: for looking at."""
+    return _logits(call, None)
+
+
 def _logits(call: Call, rows: Tensor | None) -> Tensor:
     plan = call.plan
     q, k = call.q, _hide_padding(call, call.k)

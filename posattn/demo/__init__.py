@@ -20,26 +20,44 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from posattn import backends
+from posattn.arguments import Parser, positive, readable_file
 from posattn.demo import corpus, train
 from posattn.demo.contestants import CONTESTANTS
 from posattn.demo.measure import Cost, Request, measure
 from posattn.demo.model import Decoder, Shape
 from posattn.demo.plots import plot_biases, plot_perplexity
+from posattn.parity import plain_call
 
 STEPS = 300
 WINDOWS = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="posattn demo", description=__doc__)
+    parser = Parser(prog="posattn demo", description=__doc__)
     parser.add_argument("--encodings", type=_names, default=list(CONTESTANTS), help=f"of {','.join(CONTESTANTS)}")
-    parser.add_argument("--text", type=Path, help="train on this file (default: the standard library's source)")
-    parser.add_argument("--steps", type=_positive, default=STEPS, help="training steps an encoding (%(default)s)")
-    parser.add_argument("--windows", type=_positive, default=WINDOWS, help="places to score (%(default)s)")
+    parser.add_argument(
+        "--text", type=readable_file, help="train on this file (default: the standard library's source)"
+    )
+    parser.add_argument("--steps", type=positive, default=STEPS, help="training steps an encoding (%(default)s)")
+    parser.add_argument("--windows", type=positive, default=WINDOWS, help="places to score (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
-    parser.add_argument("--backend", default="auto", help="posattn's backend (%(default)s)")
+    parser.add_argument(
+        "--backend", default="auto", choices=("auto", *backends.NAMES), help="posattn's backend (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the results (%(default)s)")
-    return run(parser.parse_args(argv))
+    arguments = parser.parse_args(argv)
+    parser.folder("--out", arguments.out)
+    if arguments.backend in backends.FUSED:
+        reason = backends.reason_against(arguments.backend, plain_call("cpu", torch.float32))
+        if reason is not None:
+            parser.error(
+                f"--backend {arguments.backend}: expected one that trains here, got one that does not: {reason}"
+            )
+    try:
+        return run(arguments)
+    except corpus.TooShort as error:
+        parser.error(f"--{error}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,7 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{name:12s} trained in {trained - began:.0f} s; perplexity at {shown}")
 
     threads = torch.get_num_threads()
-    for name in tqdm(arguments.encodings, desc="measuring fused and naive calls", unit="encoding", leave=False):
+    for name in tqdm(
+        arguments.encodings, desc="measuring fused and naive calls", unit="encoding", leave=False, disable=None
+    ):
         for side, backend in (("fused", arguments.backend), ("naive", "reference")):
             results[name][side] = asdict(measure(Request(name, longest, threads, backend)))
 
@@ -117,10 +137,3 @@ def _names(text: str) -> list[str]:
     if unknown:
         raise argparse.ArgumentTypeError(f"expected names of {','.join(CONTESTANTS)}, got {','.join(sorted(unknown))}")
     return names
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return value

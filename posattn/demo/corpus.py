@@ -12,6 +12,10 @@ from torch import Tensor
 HELD_OUT = 10  # one file in ten, or the last tenth of a single file, is kept from training
 
 
+class TooShort(ValueError):
+    """A text with too few bytes."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """`train` and `held_out` are uint8 [bytes]; `source` says where they came from."""
@@ -22,7 +26,7 @@ class Corpus:
 
 
 def load(path: Path | None, shortest: int) -> Corpus:
-    """The corpus in `path`, or the standard library's if None; ValueError if a part has under `shortest` bytes."""
+    """The corpus in `path`, or the standard library's if None; TooShort if a part has under `shortest` bytes."""
     if path is None:
         train, held_out, source = _standard_library()
     else:
@@ -30,7 +34,7 @@ def load(path: Path | None, shortest: int) -> Corpus:
         cut = len(data) - len(data) // HELD_OUT
         train, held_out, source = data[:cut], data[cut:], str(path)
     if min(len(train), len(held_out)) < shortest:
-        raise ValueError(
+        raise TooShort(
             f"text: expected at least {shortest} bytes to train on and {shortest} held out, "
             f"got {len(train)} and {len(held_out)} from {source}"
         )

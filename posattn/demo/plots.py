@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 from torch import Tensor
@@ -20,15 +22,19 @@ matplotlib.use("Agg")
 
 COLUMNS = 4
 MAP_LENGTH = 2 * TRAIN_LENGTH
+TICKS = range(0, MAP_LENGTH + 1, TRAIN_LENGTH)
 
 
 def plot_perplexity(perplexity: dict[str, dict[int, float]], path: Path) -> None:
     """`perplexity` by encoding and length; both axes logarithmic."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
+    ends: list[tuple[float, str, str]] = []
     for name, marker in zip(perplexity, "osD^vP*X"):
         points = perplexity[name]
-        axes.plot(list(points), list(points.values()), marker=marker, label=name)
+        colour = f"C{len(ends)}"
+        axes.plot(list(points), list(points.values()), marker=marker, color=colour)
+        ends.append((list(points.values())[-1], name, colour))
     axes.axvline(TRAIN_LENGTH, color="0.6", linestyle=":", zorder=0)
     axes.text(TRAIN_LENGTH, 0.98, " training length", transform=axes.get_xaxis_transform(), color="0.4", va="top")
     axes.set_xscale("log", base=2)
@@ -39,18 +45,27 @@ def plot_perplexity(perplexity: dict[str, dict[int, float]], path: Path) -> None
     axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.set_xlabel("input length, bytes")
     axes.set_ylabel("perplexity of the last 256 bytes")
-    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    label_ends(axes, ends, max(lengths))
     figure.savefig(path, dpi=120)
 
 
 @torch.no_grad()
 def plot_biases(models: dict[str, Decoder], text: Tensor, path: Path) -> None:
     """One row an encoding, as trained, in the first layer; DAPE's is computed on the first bytes of `text`."""
-    figure = Figure(figsize=(2.1 * COLUMNS, 2.0 * len(models)), layout="constrained")
+    figure = Figure(figsize=(2.5 * COLUMNS, 2.15 * len(models) + 0.7), layout="constrained")
+    figure.suptitle(
+        f"What each trained encoding does in the first layer, to the first {MAP_LENGTH} bytes held out\n"
+        f"colour: added to the logit (RoPE, which adds nothing: the cosine by which a pair turns); training saw "
+        f"distances below {TRAIN_LENGTH}\ncolour limits leave out the outer 2% on either side; white: keys after "
+        "their query, which are hidden",
+        fontsize=9,
+    )
     grid = figure.subplots(len(models), COLUMNS, squeeze=False)
     future = torch.ones(MAP_LENGTH, MAP_LENGTH, dtype=torch.bool).triu(1)
     for row, (name, model) in zip(grid, models.items()):
         what, maps = effective_bias(model, text[:MAP_LENGTH].long())
+        unit = "cosine" if what == "pair" else "added to the logit"
         for axes, index in zip(row, torch.linspace(0, len(maps) - 1, COLUMNS).long().tolist()):
             values = maps[index]
             seen = values[~future]
@@ -60,14 +75,37 @@ def plot_biases(models: dict[str, Decoder], text: Tensor, path: Path) -> None:
                 vmax=seen.quantile(0.98).item(),
                 interpolation="nearest",
             )
-            axes.set_title(f"{what} {index}", fontsize=8)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=6)
-        row[0].set_ylabel(f"{name}\nquery")
-    for axes in grid[-1]:
-        axes.set_xlabel("key")
+            axes.set_title(f"{name}, {what} {index}", fontsize=8)
+            axes.set_xticks(TICKS)
+            axes.set_yticks(TICKS)
+            axes.tick_params(labelsize=6)
+            bar = figure.colorbar(image, ax=axes, shrink=0.8)
+            bar.ax.tick_params(labelsize=6)
+            bar.ax.ticklabel_format(useOffset=False)
+            bar.set_label(unit, fontsize=6)
+    figure.supxlabel("key position, bytes", fontsize=9)
+    figure.supylabel("query position, bytes", fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def label_ends(axes: Axes, ends: list[tuple[float, str, str]], last: float) -> None:
+    """Each line's name at its end, in its colour; those of lines that end close together are moved apart. `axes` has a
+    logarithmic scale in y."""
+    low, high = (math.log(bound) for bound in axes.get_ylim())
+    step = 0.055 * (high - low)
+    place = -math.inf
+    for value, name, colour in sorted(ends):
+        place = max(place + step, math.log(value))
+        axes.annotate(
+            name,
+            (last, math.exp(place)),
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+        )
 
 
 def effective_bias(model: Decoder, tokens: Tensor) -> tuple[str, Tensor]:

@@ -26,7 +26,7 @@ def train(model: Decoder, text: Tensor, steps: int, seed: int, label: str) -> li
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     losses: list[float] = []
     model.train()
-    with tqdm(total=steps, desc=f"{label:12s} training", unit="step", leave=False) as bar:
+    with tqdm(total=steps, desc=f"{label:12s} training", unit="step", leave=False, disable=None) as bar:
         for _ in range(steps):
             starts = torch.randint(len(text) - TRAIN_LENGTH, (BATCH,), generator=generator)
             window = text[starts[:, None] + torch.arange(TRAIN_LENGTH + 1)].long()
@@ -51,7 +51,7 @@ def perplexities(model: Decoder, text: Tensor, windows: int, label: str) -> dict
     model.eval()
     ends = torch.linspace(max(EVAL_LENGTHS), len(text) - 1, windows).long().tolist()
     result = {}
-    for length in tqdm(EVAL_LENGTHS, desc=f"{label:12s} evaluation", unit="length", leave=False):
+    for length in tqdm(EVAL_LENGTHS, desc=f"{label:12s} evaluation", unit="length", leave=False, disable=None):
         scored = min(length, SCORED)
         total = 0.0
         for end in ends:

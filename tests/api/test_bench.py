@@ -270,6 +270,29 @@ def test_verdicts(
     assert str(verdict).startswith("reached" if reached else "MISSED")
 
 
+@pytest.mark.parametrize(
+    ("target", "value", "text"),
+    [
+        (Target("overhead", "a", 30e-6, "b"), -589e-6, "a beside b: 589.0 us less a call; wanted at most 30 us more"),
+        (Target("overhead", "a", 30e-6, "b"), 12e-6, "a beside b: 12.0 us more a call; wanted at most 30 us more"),
+        (Target("speed", "a", 1.7, "b"), 1.851, "a beside b: 1.85 times as fast; wanted at least 1.7"),
+        (Target("cost", "a", 1.05, "b"), 1.04, "a beside b: 1.04 times the time; wanted at most 1.05"),
+        (Target("share", "a", 0.8), 0.791, "a: 79.1 % of the measured peak; wanted at least 80 %"),
+        (Target("growth", "a", 0.15, "b"), 0.1, "a beside b: 10.0 % off the law; wanted at most 15 %"),
+        (Target("bits", "a", 1.0, "b"), 0.0, "a beside b: other bits; wanted the same bits"),
+        (Target("bits", "a", 1.0, "b"), 1.0, "a beside b: the same bits; wanted the same bits"),
+        (Target("memory", "a", 200.0), 130.0, "a: 130.0 MB; wanted at most 200 MB"),
+    ],
+)
+def test_verdicts_in_words(target: Target, value: float, text: str) -> None:
+    verdict = report.Verdict("c", target.measure, target.variant, target.against, value, target.bound, True)
+    assert str(verdict) == f"reached  {text}"
+
+
+def test_every_peer_is_explained_in_the_plots() -> None:
+    assert set(plots.PEERS) == set(peers.PEERS)
+
+
 def test_a_figure_that_was_not_measured_is_not_judged() -> None:
     case = Case("c", (), (Target("share", "a", 0.8), Target("speed", "a", 1.0, "gone")))
     assert report.judge(case, [row("a", median=1.0)]) == []

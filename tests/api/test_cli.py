@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import types
 
 import pytest
 import torch
 
+import posattn
 from posattn import cli, parity, plot
 from posattn.parity import Comparison
 
@@ -82,22 +84,129 @@ def test_plot_lists_and_names_what_it_knows(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["plot", "nothing"])
     assert stopped.value.code == 2
-    assert "ENCODING: expected one of" in capsys.readouterr().err
+    assert "ENCODING: expected module:name or one of DAPE, " in one_line(capsys)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plot"])
+    assert stopped.value.code == 2
+    assert "ENCODING: expected a name (--list shows them) or module:name, got none" in one_line(capsys)
 
 
 def test_plot_without_matplotlib_says_what_to_install(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["plot", "ALiBi", "--tokens", "4", "--out", str(tmp_path / "x.png")]) == 1
-    assert "pip install 'posattn[plot]'" in capsys.readouterr().err
+    assert "pip install matplotlib tqdm" in capsys.readouterr().err
 
 
-def test_the_plotted_bias_of_an_additive_encoding_is_its_bias():
-    torch.manual_seed(0)
+def test_the_maps_of_an_additive_encoding_are_its_bias():
     for name in ("ALiBi", "Kerple", "T5Bias", "FIRE"):
         position = parity.examples(3, 8, 16)[name]
-        torch.testing.assert_close(
-            plot.effective_bias(position, 3, 8, 16), position.double().bias(16, 16).detach(), rtol=1e-6, atol=1e-6
-        )
+        maps = plot.maps_of(position, 3, 8, 16)
+        torch.testing.assert_close(maps.values, position.double().bias(16, 16).detach())
+        assert maps.panels == ("head 0", "head 1", "head 2")
+        assert maps.caption == "colour: what is added to the logit"
+
+
+def test_the_maps_of_far_segments_are_finite():
+    """Where a softmax has only zeros to show: BiPE's slopes are 96 times ALiBi's."""
+    position = parity.examples(3, 8, 400)["BiPE-ALiBi"]
+    maps = plot.maps_of(position, 3, 8, 400)
+    segment = torch.arange(400) // 3
+    expected = -position.inter.slopes[0] * (segment[:, None] - segment).abs()
+    assert expected.min() < -745.0  # whose exponential is 0 in float64
+    torch.testing.assert_close(maps.values[0], expected.double())
+    assert maps.caption.endswith("; segments of three tokens")
+
+
+def test_the_maps_of_a_rotary_encoding_are_cosines():
+    position = parity.examples(3, 16, 32)["RoPE"]
+    maps = plot.maps_of(position, 3, 16, 32)
+    assert maps.panels == ("pair 0 of 8", "pair 2 of 8", "pair 4 of 8", "pair 7 of 8")
+    assert maps.caption.startswith("adds nothing; colour: cosine")
+    distance = (torch.arange(32)[:, None] - torch.arange(32)).double()
+    torch.testing.assert_close(maps.values[1], torch.cos(distance * 10000.0 ** (-2 * 2 / 16)))
+
+
+def test_the_maps_of_dape_are_of_random_logits():
+    position = parity.examples(3, 16, 32)["DAPE-RoPE-FIRE"]
+    maps = plot.maps_of(position, 3, 16, 32)
+    assert "which depends on the logits: here of random q and k; not shown: q and k are turned too" in maps.caption
+    assert not torch.equal(maps.values, plot.maps_of(position, 3, 16, 32, seed=1).values)
+    with torch.no_grad():
+        position.mlp[2].weight.zero_()
+        position.mlp[2].bias.zero_()
+    fire = position.inner.parts[1]
+    torch.testing.assert_close(plot.maps_of(position, 3, 16, 32).values, fire.bias(32, 32).detach())
+
+
+def test_every_panel_has_a_colour_scale_of_its_own(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    values = torch.stack([torch.eye(5), 100.0 * torch.eye(5), -3.0 * torch.eye(5)]).double()
+    values[2, 0, 1] = -torch.inf
+    plot.draw(plot.Maps(values, ("a", "b", "c"), "colour: this"), "title", tmp_path / "x.png")
+    images = [image for axes in drawn[0].axes for image in axes.images]
+    assert [image.get_clim() for image in images] == [(0.0, 1.0), (0.0, 100.0), (-3.0, 0.0)]
+    assert drawn[0].get_suptitle() == "title\ncolour: this; grey: forbidden"
+
+
+def one_line(capsys):
+    """What went to stderr, which is a single line."""
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1, text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("demo --text /nope", "--text: expected a file to read, got none of that name: '/nope'"),
+        ("demo --text /", "--text: expected a file to read, got a folder"),
+        ("demo --out /proc/nope", "--out: expected a folder that can be made, got '/proc/nope'"),
+        ("demo --steps none", "--steps: expected a positive integer, got 'none'"),
+        ("plot --out /nope/x.png ALiBi", "--out: expected a file in a folder that is there, got '/nope/x.png'"),
+        ("plot --out / ALiBi", "--out: expected a file to write, got a folder"),
+        ("plot --out x.nope ALiBi --tokens 4", "--out: expected a file name that ends in one of"),
+        ("bench --device cuda", "--device cuda: expected a GPU that torch finds, got none"),
+        ("bench --out /proc/nope", "--out: expected a folder that can be made"),
+        ("bench --threads 0", "--threads: expected a positive integer, got '0'"),
+        ("check nothing", "ENCODING: expected module:name or one of"),
+        ("check no.such.module:X", "no.such.module: expected a module that can be imported, got No module named 'no'"),
+        ("check nothing.py:X", "nothing.py: expected a file, got none of that name"),
+        ("check posattn.encodings:Nope", "expected a name in posattn.encodings, got 'Nope', which is not there"),
+        ("check posattn:segment_positions", "which are given, got separators besides; name an instance, or"),
+        ("check posattn.cli:COMMANDS", "expected an Encoding, a subclass, or a function that makes one, got tuple"),
+        ("fly", "command: invalid choice: 'fly'"),
+    ],
+)
+def test_a_mistake_is_one_line(line, message, capsys):
+    if line.startswith("bench --device cuda") and torch.cuda.is_available():
+        pytest.skip("it has the GPU that this machine should lack")
+    if line.split()[0] in ("demo", "bench") or "x.nope" in line:
+        pytest.importorskip("matplotlib")
+        pytest.importorskip("tqdm")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(line.split())
+    assert stopped.value.code == 2
+    assert message in one_line(capsys)
+
+
+def test_a_file_that_may_not_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for line in (["plot", "ALiBi", "--out", str(tmp_path / "x.png")], ["bench", "--out", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            cli.main(line)
+        assert "writing is not allowed" in one_line(capsys)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"posattn {posattn.__version__}\n"
+    assert posattn.__version__ == importlib.metadata.version("posattn")
 
 
 @pytest.mark.parametrize("command", ["demo", "bench"])
@@ -115,7 +224,7 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
 
     monkeypatch.setattr(cli.importlib, "import_module", load)
     assert cli.main(["demo"]) == 1
-    assert "posattn demo needs tqdm: pip install 'posattn[plot]'" in capsys.readouterr().err
+    assert "posattn demo needs tqdm: pip install matplotlib tqdm" in capsys.readouterr().err
 
 
 def test_an_unknown_command_is_an_error(capsys):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import posattn
 from posattn import demo
-from posattn.demo import corpus, train
+from posattn.demo import corpus, plots, train
 from posattn.demo.contestants import CONTESTANTS
 from posattn.demo.model import BYTES, Decoder, Shape
 from posattn.demo.plots import effective_bias
@@ -75,6 +75,13 @@ def test_every_length_scores_the_same_bytes() -> None:
     perplexity = train.perplexities(Bigram(), text, windows=3, label="")
     assert list(perplexity) == list(train.EVAL_LENGTHS)
     assert list(perplexity.values()) == pytest.approx([perplexity[128]] * len(perplexity), rel=1e-4)
+
+
+def test_off_a_terminal_there_are_no_progress_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    text = torch.randint(0, BYTES, (5000,), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    train.train(small_decoder("ALiBi"), text, steps=2, seed=0, label="ALiBi")
+    train.perplexities(Bigram(), text, windows=1, label="ALiBi")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_training_learns() -> None:
@@ -230,6 +237,21 @@ def test_a_rotary_map_depends_on_the_distance_alone() -> None:
     assert what == "pair"
     torch.testing.assert_close(maps[:, 0, 0], torch.ones(SMALL.head_dim // 2))
     torch.testing.assert_close(maps[:, 5:, 5:], maps[:, :-5, :-5])
+
+
+def test_names_at_the_ends_of_lines_do_not_lie_on_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda self, *args, **kwargs: drawn.append(self))
+    ends = {"a": 30.0, "b": 6.0, "c": 6.01, "d": 6.02, "e": 5.9}
+    plots.plot_perplexity({name: {128: 7.0, 2048: end} for name, end in ends.items()}, tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    names = [text for text in axes.texts if text.get_text() in ends]
+    assert [text.get_text() for text in names] == ["e", "b", "c", "d", "a"]
+    drawn[0].draw_without_rendering()
+    boxes = [text.get_window_extent() for text in names]
+    assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+    colours = [line.get_color() for line in axes.lines]
+    assert {text.get_text(): text.get_color() for text in names} == dict(zip(ends, colours))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ PACKAGES = {"posattn": ROOT / "posattn", "posattn.kernels": ROOT / "kernels", "p
 # From the lowest up: a group imports itself and lower layers, never another group of its own layer or of a higher one.
 # A group that others lie below is its __init__.py alone.
 LAYERS = (
-    ("posattn._cpu", "posattn.kernels.common", "posattn.errors", "posattn.plan"),
+    ("posattn._cpu", "posattn.arguments", "posattn.kernels.common", "posattn.errors", "posattn.plan"),
     (
         "posattn.kernels.attention",
         "posattn.kernels.headmix",
@@ -34,9 +34,11 @@ LAYERS = (
     ("posattn.kv_cache", "posattn.patch", "posattn.weights"),
     ("posattn.paged_cache",),
     ("posattn.nn",),
-    ("posattn",),
     ("posattn.parity",),
-    ("posattn.bench", "posattn.plot"),
+    ("posattn.checking",),
+    ("posattn",),
+    ("posattn.targets",),
+    ("posattn.bench", "posattn.check_command", "posattn.plot"),
     ("posattn.demo",),
     ("posattn.cli",),
 )

@@ -55,7 +55,7 @@ _guard = threading.Lock()
 @functools.cache
 def missing() -> str | None:
     """Why nothing can be compiled on this machine; None if it can."""
-    install = "pip install 'posattn[cuda]'"
+    install = "pip install 'cuda-core[cu13]'"  # what posattn[cuda] asks for
     try:
         core, nvrtc = _cuda_core_version(), _nvrtc_version()
     except Exception as error:  # cuda.core, its bindings, or NVRTC itself: each fails in its own way when absent
