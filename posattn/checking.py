@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from posattn import parity, plan_checks
@@ -69,11 +70,11 @@ def check(
         assert report
 
     Its plan: operands of the right shapes, for one query and many, on the device of the call. The sizes that it must
-    serve or refuse. That explicit positions, padded sequences and packed documents give what they should. Gradients:
-    finite, and as finite differences in float64 say. That a copy, a state_dict and narrower parameters keep its values.
-    On every backend and in every dtype: output, log-sum-exp and all gradients against a float64 reference by posattn's
-    rule (an error at most twice that of plain PyTorch in that dtype, plus rounding), and twice the same bits with
-    deterministic=True. It takes seconds and leaves `position` as it is.
+    serve or refuse. That explicit positions, sequences padded on either side, chunks placed by offset and packed
+    documents give what they should. Gradients: finite, and as finite differences in float64 say. That a copy, a
+    state_dict and narrower parameters keep its values. On every backend and in every dtype: output, log-sum-exp and all
+    gradients against a float64 reference by posattn's rule (an error at most twice that of plain PyTorch in that dtype,
+    plus rounding), and twice the same bits with deterministic=True. It takes seconds and leaves `position` as it is.
 
     Args:
         position: the encoding, on any device.
@@ -184,6 +185,11 @@ class _Checks:
         both = self.attend(position, q, k, v, k_lengths=torch.tensor([self.tokens, short]))
         alone = self.attend(position, q[1:], k[1:, :, :short], v[1:, :, :short])
         _same("a padded sequence", both[1:], alone, "it alone")
+        left = [torch.cat([x[:1], F.pad(x[1:, :, :short], (0, 0, self.tokens - short, 0))]) for x in (k, v)]
+        starts = torch.tensor([0, self.tokens - short])
+        _same("a left-padded sequence", self.attend(position, q, *left, k_starts=starts)[1:], alone, "it alone")
+        chunk = self.attend(position, q, k, v, offset=short - 3)
+        _same("a chunk placed by offset", chunk[1:], alone, "it alone")
         packed = [torch.cat([x[:1], x[1:, :, :n]], 2) for x, n in ((q, 3), (k, short), (v, short))]
         cu_q, cu_k = torch.tensor([0, 3, 6]), torch.tensor([0, self.tokens, self.tokens + short])
         out = self.attend(position, *packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
