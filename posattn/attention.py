@@ -144,7 +144,8 @@ def attention(
             graph serve every value.
         softcap: x becomes softcap * tanh(x / softcap) right after the scale; None or 0 for none.
         sinks: [Hq], adds exp(sinks[h]) to the softmax's denominator (Xiao 2023, as GPT-OSS has it).
-        bias: added to the logits, broadcasts to [B, Hq, Tq, Tk]; differentiable; -inf forbids a key.
+        bias: added to the logits, broadcasts to [B, Hq, Tq, Tk]; differentiable; -inf forbids a key. It is read as it
+            is, so a number a key, c[:, :, None, :], or a query costs O(N).
         mask: bool, True where a key is seen, broadcasts to [B, Hq, Tq, Tk].
         offset: where query 0 sits on the keys' axis, for masks and implicit positions: an int, or integers [B] (with
             cu_seqlens, one a document) from -Tq to Tk. None for Tk - Tq, or k_lengths[b] - Tq; 0 is torch's "top-left"

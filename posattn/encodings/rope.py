@@ -24,7 +24,7 @@ class RotaryEncoding(Encoding):
         base: the base of the frequencies.
         layout: pairs are (c, c + rotary_dim / 2) for "half" (GPT-NeoX, Llama), (2c, 2c + 1) for "interleaved" (GPT-J).
         rotary_dim: how many leading dimensions turn; all by default.
-        scaling: a rule of `posattn.encodings.scaling` for lengths past the training length, or None.
+        scaling: a rule for lengths past the training length, or None.
     """
 
     has_bias = False
@@ -114,7 +114,11 @@ class RoPE(RotaryEncoding):
     """Rotary embedding: the logit of q at position i and k at position j depends on i - j alone.
 
     Args:
-        head_dim, base, layout, rotary_dim, scaling: as in `RotaryEncoding`.
+        head_dim: dimension D of a head.
+        base: the base of the frequencies.
+        layout: pairs are (c, c + rotary_dim / 2) for "half" (GPT-NeoX, Llama), (2c, 2c + 1) for "interleaved" (GPT-J).
+        rotary_dim: how many leading dimensions turn, an even number; all by default.
+        scaling: a rule for lengths past the training length (Linear, DynamicNTK, YaRN, Llama3, LongRoPE), or None.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class AxialRoPE(RotaryEncoding):
     has rotary_dim / 4 frequencies, theta_c = base^(-4c/rotary_dim).
 
     Args:
-        head_dim, base, layout, rotary_dim: as in `RotaryEncoding`; rotary_dim is a multiple of 4.
+        head_dim, base, layout, rotary_dim: as in `RoPE`; rotary_dim is a multiple of 4.
         width: cells in a row.
     """
 
@@ -69,8 +69,8 @@ class MRoPE(RotaryEncoding):
     Without `at`, all axes share the token's own position, which is plain RoPE: right for text alone.
 
     Args:
-        head_dim, base, layout, rotary_dim, scaling: as in `RotaryEncoding`. A dynamic rule goes by the largest
-            position of any axis.
+        head_dim, base, layout, rotary_dim, scaling: as in `RoPE`. A dynamic rule goes by the largest position of any
+            axis.
         sections: pairs per axis, rotary_dim / 2 in all.
         arrangement: "blocks" gives each axis a run of pairs (Qwen2-VL); "interleaved" gives pair c to axis c mod axes
             until that axis has all its pairs, and the rest to axis 0 (Qwen3-VL).

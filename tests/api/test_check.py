@@ -86,6 +86,14 @@ class AwayFromTheModel(Gaussian):
         return super().values(context) * self.constant
 
 
+class LeftBehind(Gaussian):
+    """A plan of the CPU, wherever the call is."""
+
+    def values(self, context):
+        first, count = context.distance_range
+        return -torch.arange(float(first), float(first + count)).abs().expand(self.num_heads, -1)
+
+
 class CutOff(Gaussian):
     def values(self, context):
         width = self.width.detach().to(context.table_dtype(self.width))[:, None]
@@ -140,6 +148,7 @@ class NoPlan(Gaussian):
         (ImplicitLengthOnly, "batches and documents", "a padded sequence differs from it alone by up to"),
         (AnyHeads, "sizes", "made for num_heads=4, and 5 heads are not refused"),
         (AwayFromTheModel, "device", "RuntimeError"),
+        (LeftBehind, "device", "expected bias.table.values of the plan of LeftBehind to be on meta like q, got cpu"),
         (CutOff, "gradients", "along one way width changes the result by"),
         (Infinite, "gradients", "the gradient of width is not finite"),
         (Unsaved, "state", "a copy with its state_dict differs from the original by up to"),

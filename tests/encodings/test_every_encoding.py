@@ -222,7 +222,9 @@ def test_positions_too_far_apart_for_a_table():
     positions = torch.tensor([[0, 2**40]])
     q, k, v = qkv(q_len=2, k_len=2)
     for encoding in (Kerple(HEADS), FIRE(HEADS)):
-        with pytest.raises(ValueError, match=r"q_positions, k_positions: expected at most 134217728 table entries"):
+        with pytest.raises(
+            ValueError, match=r"q_positions, k_positions, offset: expected at most 134217728 table entries"
+        ):
             attend(encoding, q, k, v, positions=(positions, positions))
     for encoding in (ALiBi(HEADS), RoPE(DIM)):
         assert attend(encoding, q, k, v, positions=(positions, positions)).isfinite().all()

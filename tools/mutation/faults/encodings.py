@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..fault import Fault
 
 ADDITIVE = "tests/encodings/test_additive.py"
+OWN = "tests/encodings/test_own_tables.py"
 PLACES = "tests/backends/test_parity_places.py"
 DAPE = "tests/encodings/test_dape.py"
 FIRE = "tests/encodings/test_fire.py"
@@ -28,6 +29,32 @@ FAULTS: list[Fault] = [
         ("return slopes + extra[: «num_heads - below»]", "num_heads - below + 1", (ADDITIVE, MODULES)),
         ("Slope(slopes.to(context.table_dtype(slopes)), «self.signed»)", "False", (ADDITIVE,)),
         ("after.dtype not in («torch.float32, »torch.float64)", "torch.bfloat16, torch.float32, ", (MODULES,)),
+    ),
+    *of(
+        "bias.py",
+        ("index = (context.distances() - self.first).clamp(«0», values", "1", (OWN,)),
+        (".clamp(0, values.shape[1] - «1»)", "2", (OWN,)),
+        ("if self._fixed and self.values.dtype not in «_WIDE»:", "(*_WIDE, torch.bfloat16)", (OWN,)),
+        ("self.num_heads = values.shape[0] if values.shape[0] «> 1» else None", "> 0", (OWN,)),
+        ("self._computed = values.requires_grad «and not isinstance(values, nn.Parameter)»", "", (OWN,)),
+    ),
+    *of(
+        "relative_function.py",
+        ("if x.is_floating_point() and x.dtype.itemsize «<» dtype.itemsize", ">", (OWN,)),
+        ("distances = context.distances()«.to(dtype)»", "", (OWN,)),
+        ("value if isinstance(value, nn.Parameter) else nn.Parameter(«copied(value)»)", "value", (OWN,)),
+        ("learns = «isinstance(value, nn.Module) and any(True for _ in value.parameters())»", "False", (OWN,)),
+        ("value.requires_grad and «value.is_leaf»", "True", (OWN,)),
+        ("codes.extend(«constant for constant in code.co_consts if isinstance(constant, CodeType)»)", "()", (OWN,)),
+    ),
+    *of(
+        "base.py",
+        ("taken |= «part.sole_operands»", "set()", (DAPE,)),
+        ("return dense if batch > «1» else dense[0]", "0", ("tests/api/test_plan_checks.py -k bias",)),
+    ),
+    *of(
+        "rope_axes.py",
+        ("q_last, k_last = (ids.«amax»(0)", "amin", (ROPE,)),
     ),
     *of(
         "kerple.py",
@@ -147,8 +174,10 @@ FAULTS: list[Fault] = [
     *of(
         "scaling.py",
         (".clamp(min=«self.original_length»).double()", "1", (ROPE,)),
-        ("stretch = self.factor * times - («self.factor - 1.0»)", "self.factor", (ROPE,)),
-        ("(rotary_dim / («rotary_dim - 2»))", "rotary_dim - 1", (ROPE,)),
+        ("(self.factor * times - («self.factor - 1.0»)).log()", "self.factor", (ROPE,)),
+        ("self.original_length, 1.0) - («self.factor - 1.0»)", "self.factor", (ROPE,)),
+        ("length / self.original_length, «1.0»)", "0.0", (ROPE,)),
+        ("power = rotary_dim / («rotary_dim - 2»)", "rotary_dim - 1", (ROPE,)),
         ("low, high = max(low, 0), min(high, «rotary_dim - 1»)", "rotary_dim // 2 - 1", (ROPE,)),
         ("low, high = max(low, 0), min(high, «rotary_dim - 1»)", "rotary_dim", (ROPE,)),
         ("low, high = «max(low, 0)», min", "low", (ROPE,)),
@@ -158,7 +187,8 @@ FAULTS: list[Fault] = [
         ("return self._mscale(self.mscale) / «self._mscale(self.mscale_all_dim)»", "1.0", (ROPE,)),
         ("turns = self.original_length * theta / («2.0» * math.pi)", "1.0", (ROPE,)),
         ("keep + («1.0 - keep») / self.factor", "1.0", (ROPE,)),
-        ("device=device) «>» self.original_length", ">=", (ROPE,)),
+        ("is_long = length.to(device) «>» self.original_length", ">=", (ROPE,)),
+        ("long if length «>» self.original_length else short", ">=", (ROPE,)),
         ("math.sqrt(«1.0» + max(math.log", "2.0", (ROPE,)),
         ("max(math.log(self.factor), 0.0) / math.log(«self.original_length»)", "self.factor", (ROPE,)),
         ("torch.where(is_long[..., None], «long, short»)", "short, long", (ROPE,)),
