@@ -194,6 +194,12 @@ class _Checks:
         cu_q, cu_k = torch.tensor([0, 3, 6]), torch.tensor([0, self.tokens, self.tokens + short])
         out = self.attend(position, *packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
         _same("a packed document", out[:, :, 3:], alone, "it alone")
+        # No longer than a call by itself: lowering knows no length of theirs but the row's.
+        rest = self.tokens - short
+        packed[1:] = [torch.cat([x[:1, :, :rest], x[1:, :, :short]], 2) for x in (k, v)]
+        ids = torch.tensor([[0, 0, 0, 1, 1, 1]]), (torch.arange(self.tokens) >= rest).int()[None]
+        out = self.attend(position, *packed, segments=ids)
+        _same("a document told by segments", out[:, :, 3:], alone, "it alone")
         return "each is what it is alone"
 
     def device(self) -> str:
