@@ -37,10 +37,8 @@ class RelativeTable2D(Encoding):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def build(self, context: Context) -> Plan:
-        q_first, q_last, k_first, k_last = context.position_bounds
         cells = self.height * self.width
-        if not context.explicit:
-            q_first = context.k_len - context.q_len
+        q_first, q_last, k_first, k_last = self._bounds(context)
         if min(q_first, k_first) < 0 or max(q_last, k_last) >= cells:
             raise ValueError(
                 f"position: RelativeTable2D with a window of {self.height} x {self.width} expects positions in "
@@ -53,6 +51,20 @@ class RelativeTable2D(Encoding):
         # Not weight[...], whose gradient is summed in an order that depends on threads.
         bias = F.embedding(down * (2 * self.width - 1) + right, weight)
         return Plan(bias=Bias(dense=Dense(bias.permute(0, 3, 1, 2))))
+
+    @staticmethod
+    def _bounds(context: Context) -> tuple[int, int, int, int]:
+        """First and last position of queries and of keys. Segments cost a look at the device, as positions do."""
+        if context.explicit:
+            return context.position_bounds
+        if context.offset is not None:
+            q_first, q_last, k_first, k_last = context.position_bounds
+            return max(q_first, 0) if context.k_starts is not None else q_first, q_last, k_first, k_last
+        if context.q_segments is None:
+            return context.k_len - context.q_len, context.k_len - 1, 0, context.k_len - 1
+        # Queries before their document's keys see nothing, nor do tokens of no document.
+        q_last, k_last = (int(positions.amax()) if positions.numel() else 0 for positions in context.token_positions())
+        return 0, q_last, 0, k_last
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:

@@ -214,6 +214,20 @@ def test_relative_table_2d_beside_a_dense_bias(place, shape):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+def test_relative_table_2d_goes_by_offset_and_segment():
+    encoding = RelativeTable2D(2, (3, 4))
+    q, k, v = torch.randn(3, 1, 2, 12, 8)
+    whole = posattn.attention(q, k, v, encoding, causal=True)
+    chunk = posattn.attention(q[:, :, 4:8], k, v, encoding, causal=True, offset=4)
+    torch.testing.assert_close(chunk, whole[:, :, 4:8])
+    twice = [torch.cat([x, x], 2) for x in (q, k, v)]
+    segments = torch.arange(24) // 12
+    packed = posattn.attention(*twice, encoding, causal=True, segments=segments)
+    torch.testing.assert_close(packed, torch.cat([whole, whole], 2))
+    with pytest.raises(ValueError, match=r"expects positions in \[0, 12\), got 0 \.\. 12"):
+        posattn.attention(q[:, :, :4], k, v, encoding, offset=9)
+
+
 @pytest.mark.parametrize(
     ("q_len", "k_len", "positions"), [(12, 13, None), (3, 2, None), (1, 2, (12, 0)), (1, 2, (3, -1))]
 )
