@@ -23,6 +23,7 @@ from posattn.encodings.scaling import DynamicNTK as DynamicNTK
 from posattn.encodings.scaling import Linear as Linear
 from posattn.encodings.scaling import Llama3 as Llama3
 from posattn.encodings.scaling import LongRoPE as LongRoPE
+from posattn.encodings.scaling import Proportional as Proportional
 from posattn.encodings.scaling import Scaling as Scaling
 from posattn.encodings.scaling import YaRN as YaRN
 from posattn.encodings.t5 import T5Bias

@@ -197,6 +197,31 @@ class Llama3(Scaling):
 
 
 @dataclass(frozen=True)
+class Proportional(Scaling):
+    """Gemma 4's rule: the first pairs turn with the frequencies of the whole head, the others do not turn at all.
+
+    Of rotary_dim / 2 pairs, the first floor(partial * rotary_dim / 2) keep theta_c = base^(-2c/rotary_dim), divided by
+    factor; the rest have frequency 0. A shorter `rotary_dim` is something else: it pairs other dimensions with one
+    another, and spreads the base over fewer pairs.
+    """
+
+    partial: float
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("factor", self.factor)
+        if not 0.0 < check_positive("partial", self.partial) <= 1.0:
+            raise ValueError(f"partial: expected a number above 0 and up to 1, got {self.partial}")
+
+    def frequencies(
+        self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
+    ) -> tuple[Tensor, float]:
+        pair = torch.arange(rotary_dim // 2, device=device)
+        theta = rotary_frequencies(rotary_dim, base, device) / self.factor
+        return theta * (pair < int(self.partial * rotary_dim / 2)), 1.0
+
+
+@dataclass(frozen=True)
 class LongRoPE(Scaling):
     """LongRoPE (Ding 2024, arXiv 2402.13753): theta_c / factor_c, from the long factors past original_length.
 

@@ -20,6 +20,7 @@ from posattn.encodings import (
     Llama3,
     LongRoPE,
     MRoPE,
+    Proportional,
     RoPE,
     Scaling,
     YaRN,
@@ -265,6 +266,19 @@ def test_a_length_of_ones_own_serves_every_size_with_one_graph():
 
 def lowered_k_cos(rope, q, k):
     return rope.lower(Context.of(q, k, Mask(causal=True))).rotary.k_cos
+
+
+def test_proportional():
+    """Pairs span the whole head, and those past the first share of them stand still (Gemma 4)."""
+    theta = plain_theta(16, 10000.0)
+    for partial, turning in ((0.25, 2), (0.3, 2), (0.5, 4), (1.0, 8)):
+        expected = [t / 2.0 if c < turning else 0.0 for c, t in enumerate(theta)]
+        check_scaling(Proportional(partial, 2.0), 16, 10000.0, 10, expected, 1.0)
+    x = torch.randn(1, 2, 5, 16, dtype=WIDE)
+    turned = RoPE(16, scaling=Proportional(0.25)).rotate(x)
+    still = [c for c in range(16) if c % 8 >= 2]
+    torch.testing.assert_close(turned[..., still], x[..., still])
+    assert not torch.allclose(turned[:, :, 1:, [0, 1, 8, 9]], x[:, :, 1:, [0, 1, 8, 9]])
 
 
 def test_longrope():
@@ -561,6 +575,9 @@ IDS = torch.zeros(3, 1, 5, dtype=torch.int64)
         (lambda: RoPE(8, base=1.0, scaling=YaRN(2.0, 64)), "base: YaRN .* expects a base other than 1"),
         (lambda: YaRN(math.nan, 64), "factor: expected a positive finite number, got nan"),
         (lambda: YaRN(2.0, 0), "original_length: expected a positive int"),
+        (lambda: Proportional(1.5), "partial: expected a number above 0 and up to 1, got 1.5"),
+        (lambda: Proportional(0.0), "partial: expected a positive finite number, got 0.0"),
+        (lambda: Proportional(0.5, 0.0), "factor: expected a positive finite number, got 0.0"),
         (lambda: YaRN(2.0, 64, attention_factor=0.0), "attention_factor: expected a positive finite number"),
         (lambda: YaRN(2.0, 64, mscale=math.nan), "mscale: expected a finite number"),
         (
