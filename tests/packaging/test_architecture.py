@@ -38,6 +38,7 @@ LAYERS = (
     ("posattn.checking",),
     ("posattn",),
     ("posattn.targets",),
+    ("posattn.integrations",),
     ("posattn.bench", "posattn.check_command", "posattn.plot"),
     ("posattn.demo",),
     ("posattn.cli",),
@@ -61,6 +62,9 @@ APART = (
     ("posattn.nn", "posattn.ops"),
     ("posattn.nn", "posattn.plan"),
     ("posattn.nn", "posattn.reference"),
+    ("posattn.integrations", "posattn.backends"),
+    ("posattn.integrations", "posattn.ops"),
+    ("posattn.integrations", "posattn.kernels"),
 )
 # The same of csrc/cuda, whose `common` and `ptx` and `bias` are one layer below the families. A .cu file stands on top.
 DEVICE_LAYERS = (("params.h", "common", "ptx", "bias"), ("forward", "backward", "headmix"))
