@@ -17,13 +17,14 @@ CPP := $(shell find csrc/cpu tests/native tests/ptxsim -name '*.cpp' -o -name '*
 CUDA := $(shell find csrc/cuda -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint format install clean
+.PHONY: help demo test test-all bench docs lint format install clean
 
 help:
 	@echo "make demo    train and compare five encodings on real text (about 6 minutes); DEMO_ARGS for more"
 	@echo "make test    what finds nearly every mistake, in minutes; TEST_ARGS replaces pytest's arguments"
 	@echo "make test-all  and then the rest: long sweeps, mutants, rare combinations, installs into fresh environments"
 	@echo "make bench   posattn beside its peers on this machine (under 15 minutes); BENCH_ARGS, e.g. --full"
+	@echo "make docs    the documentation site, into build/site"
 	@echo "make lint    ruff, mypy and clang-format; make format applies the formats"
 	@echo "make clean   remove what was built; .venv stays"
 
@@ -38,6 +39,9 @@ test-all: test
 
 bench: install
 	$(BIN)/posattn bench $(BENCH_ARGS)
+
+docs: install $(VENV)/.requirements-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
@@ -62,6 +66,10 @@ $(VENV)/.requirements: requirements.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -r requirements.txt
 	$(BIN)/python -m pip install -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.requirements-docs: $(VENV)/.requirements requirements-docs.txt
+	$(BIN)/python -m pip install -r requirements-docs.txt
 	@touch $@
 
 clean:

@@ -26,7 +26,11 @@ SUMMATION_ULPS = 4.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """One result beside naive PyTorch's: largest errors against float64, the largest allowed, and the worst place."""
+    """One result beside naive PyTorch's.
+
+    name says which; error and naive_error are the largest ones against float64, allowed is the largest that passes, and
+    worst says where the error lies and what stands there.
+    """
 
     name: str
     error: float
@@ -42,7 +46,9 @@ class Comparison:
 def compare(
     name: str, got: Tensor, naive: Tensor, exact: Tensor, sensitivity: Tensor, dtype: torch.dtype
 ) -> Comparison:
-    """The rule on one tensor; `sensitivity` is how far roundings on the way move it, in units of rounding(dtype).
+    """The rule on one tensor, called `name` in the result: `got` beside `naive` PyTorch's and float64's `exact` one.
+
+    `sensitivity` is how far roundings on the way move it, in units of rounding(dtype).
 
     Infinities (the log-sum-exp of an empty row) must be in the same places, and NaN or a wrong shape is an error of
     infinity.
@@ -84,7 +90,8 @@ def measure(
 ) -> list[Comparison]:
     """attention() on `backend` beside naive PyTorch: its output, its log-sum-exp, and all its gradients.
 
-    Gradients are those of q, k and v, of every parameter of `position`, and of a bias or sinks among `options`.
+    Gradients are those of q, k and v, of every parameter of `position`, and of a bias or sinks among `options`, which
+    are attention's keywords. The gradients that they start from, and any dropout, are drawn from `seed`.
     """
     options = dict(options or {})
     generator = torch.Generator().manual_seed(seed)

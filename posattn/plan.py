@@ -20,7 +20,8 @@ from torch import Tensor
 class Rotary:
     """Turn pair c of token t by the angle whose cosine and sine are given, before the dot product.
 
-    cos and sin are [B or 1, T, rotary_dim / 2] float32, with any attention factor already multiplied in. The first
+    q_cos, q_sin, k_cos and k_sin are [B or 1, T, rotary_dim / 2] float32, T the number of queries or of keys, with any
+    attention factor already multiplied in. They take no gradient. The first
     rotary_dim dimensions turn, the others pass. Pairs are (2c, 2c + 1) if interleaved, else (c, c + rotary_dim / 2).
     """
 
@@ -74,7 +75,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Bias:
-    """A sum of additive operands, at most one of each kind."""
+    """A sum of additive operands, at most one of each kind: slope, table, profile, dense; None for none."""
 
     slope: Slope | None = None
     table: Table | None = None
@@ -151,8 +152,10 @@ class Mask:
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call, checked. q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv]; Hq % Hkv == 0.
+    """One attention call, checked: tensors, a plan, a mask, options.
 
+    q [B, Hq, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv]; Hq % Hkv == 0. deterministic asks for parameter gradients
+    that are summed in a fixed order.
     q_positions [B or 1, Tq] and k_positions [B or 1, Tk] int64 are both given or both None (implicit positions).
     scale_tensor is the scale's tensor, of no dimensions, where it came as one (its gradient goes there); `scale` is its
     number. softcap 0 means none: else x = softcap * tanh(x / softcap) right after the scale. sinks [Hq] float32 adds

@@ -81,7 +81,16 @@ def segment_positions(
 ) -> tuple[Tensor, Tensor]:
     """Each token's index in its segment and its segment's number, int64 [..., T], for token ids [..., T].
 
-    A separator ends its segment and belongs to it; a segment longer than max_segment_length is cut.
+    A separator ends its segment and belongs to it.
+
+    Args:
+        tokens: integers [..., T].
+        separators: the token ids that end a segment, such as those of a full stop and of a line's end.
+        max_segment_length: a segment of more tokens is cut there; None for no limit.
+
+    Raises:
+        TypeError: tokens that are not integers.
+        ValueError: a max_segment_length below 1.
     """
     ids = torch.tensor(sorted(set(separators)), dtype=torch.int64, device=tokens.device)
     if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:

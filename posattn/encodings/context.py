@@ -19,10 +19,17 @@ MAX_TABLE_ENTRIES = 2**27
 class Context:
     """What a lowering may know of a call: its sizes and positions, never the values of q, k and v.
 
-    q_len and k_len are the longest sequence's; q_tokens and k_tokens the length of the q and k tensors, which differ
-    from them for packed documents alone. Positions are None (implicit) or int64 [B or 1, tokens]. head_dim None means
-    that it does not matter. position_range, where given, holds all explicit positions, and offset_range every offset
-    of a tensor; the rest is Mask's.
+    Args:
+        q_len, k_len: queries and keys of the longest sequence.
+        num_heads: query heads.
+        head_dim: D; None where it does not matter.
+        device, dtype: q's.
+        q_positions, k_positions: explicit positions, int64 [B or 1, tokens], or None for implicit ones.
+        batch: B.
+        q_tokens, k_tokens: length of the q and k tensors: not q_len and k_len where documents are packed.
+        k_lengths, cu_seqlens_q, cu_seqlens_k, q_segments, k_segments, causal, offset, k_starts: as in `posattn.plan.Mask`.
+        position_range: where given, it holds all explicit positions.
+        offset_range: every offset of a tensor, as far as it is known.
     """
 
     q_len: int

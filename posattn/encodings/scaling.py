@@ -47,7 +47,7 @@ class Scaling(ABC):
 
 @dataclass(frozen=True)
 class Linear(Scaling):
-    """Position interpolation (Chen 2023, arXiv 2306.15595): theta / factor."""
+    """Position interpolation (Chen 2023, arXiv 2306.15595): theta / factor, the length wanted over the one trained."""
 
     factor: float
 
@@ -64,7 +64,10 @@ class Linear(Scaling):
 class DynamicNTK(Scaling):
     """Dynamic NTK: base * (f * L / L0 - (f - 1))^(rot / (rot - 2)) past the length L0 (YaRN, section 3.3).
 
-    `length`, an int, is taken for L instead of each sequence's own.
+    Args:
+        factor: f, the length wanted over the length trained.
+        original_length: L0, tokens: the length trained.
+        length: taken for L instead of each sequence's own.
     """
 
     factor: float
@@ -105,6 +108,13 @@ class YaRN(Scaling):
     beta_fast < beta_slow the ramp falls, as in Hugging Face's code. Attention factor: attention_factor if given,
     else mscale(mscale) / mscale(mscale_all_dim) if both are given, else mscale(1), where mscale(m) =
     0.1 * m * ln(factor) + 1.
+
+    Args:
+        factor: the length wanted over the length trained.
+        original_length: the length trained, tokens.
+        beta_fast, beta_slow: turns within original_length.
+        mscale, mscale_all_dim, attention_factor: as above.
+        truncate: round the ends of the ramp to whole pairs, as the authors do.
     """
 
     factor: float
@@ -165,7 +175,14 @@ class YaRN(Scaling):
 
 @dataclass(frozen=True)
 class Llama3(Scaling):
-    """Llama 3.1's rule: long wavelengths are divided by factor, short ones kept, those between interpolated."""
+    """Llama 3.1's rule: long wavelengths are divided by factor, short ones kept, those between interpolated.
+
+    Args:
+        factor: what the frequencies of long wavelengths are divided by.
+        original_length: the length trained, tokens.
+        low_freq_factor, high_freq_factor: a pair that turns fewer than low_freq_factor times within original_length is
+            long, more than high_freq_factor times short.
+    """
 
     factor: float
     original_length: int
@@ -225,9 +242,12 @@ class Proportional(Scaling):
 class LongRoPE(Scaling):
     """LongRoPE (Ding 2024, arXiv 2402.13753): theta_c / factor_c, from the long factors past original_length.
 
-    short_factor and long_factor hold rotary_dim / 2 numbers. factor is maximal length / original_length; the attention
-    factor is sqrt(1 + ln(factor) / ln(original_length)) unless given. `length`, an int, chooses between short and long
-    instead of each sequence's own.
+    Args:
+        short_factor, long_factor: rotary_dim / 2 numbers each, one a pair.
+        original_length: the length trained, tokens.
+        factor: the maximal length over original_length.
+        attention_factor: multiplies cosines and sines; sqrt(1 + ln(factor) / ln(original_length)) by default.
+        length: chooses between short and long instead of each sequence's own.
     """
 
     short_factor: Sequence[float]
