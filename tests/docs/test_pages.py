@@ -40,6 +40,17 @@ def test_what_a_page_promises_is_checked(tmp_path):
         run(page)
 
 
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
+    # A list made by a test, too long for a menu; the page of transformers links to it.
+    linked = {"guide/transformers-families.md"}
+    made = {"contributing.md", "changelog.md", "examples.md"}  # tools/site/hooks.py
+    assert pages - linked == listed - notebooks - made
+    assert notebooks | made <= listed
+
+
 def test_the_page_of_encodings_names_every_one():
     text = (ROOT / "docs" / "encodings.md").read_text()
     for name in [*encodings.__all__, "SinusoidalEmbedding", "LearnedEmbedding"]:
