@@ -43,8 +43,8 @@ def main():
     # Row 0 keeps the system prompt; requests begin with its pages and copy none but the last, when they write to it.
     caches = [posattn.PagedCache(pages=128, page=16, rows=rows + 1, kv_heads=2, head_dim=16) for _ in model.layers]
     system = list(b"You are a careful assistant. ")
-    waiting = [list(torch.randint(97, 123, (5 + n % 7,))) for n in range(requests)]
-    waiting = [([int(t) for t in prompt], 2 + n % longest) for n, prompt in enumerate(waiting)]  # prompt, new tokens
+    # A prompt and how many tokens to make of it.
+    waiting = [(torch.randint(97, 123, (5 + n % 7,)).tolist(), 2 + n % longest) for n in range(requests)]
     model(torch.tensor([system]), [cache.select([0]) for cache in caches])
 
     running, done, steps = {}, [], 0
@@ -55,22 +55,23 @@ def main():
                 for cache in caches:
                     cache.share(0, row)
                 logits = model(torch.tensor([prompt]), [cache.select([row]) for cache in caches])
-                running[row] = ([*system, *prompt, int(logits[0, -1].argmax())], len(system) + len(prompt) + new)
+                begun = len(system) + len(prompt)
+                running[row] = ([*system, *prompt, int(logits[0, -1].argmax())], begun, begun + new)
         active = sorted(running)
         last = torch.tensor([[running[row][0][-1]] for row in active])
         logits = model(last, [cache.select(active) for cache in caches])  # one token of every row
         steps += 1
         for row, token in zip(active, logits[:, -1].argmax(-1).tolist()):
-            tokens, end = running[row]
+            tokens, _, end = running[row]
             tokens.append(token)
             if len(tokens) >= end:
-                done.append(running.pop(row)[0])
+                done.append(running.pop(row))
                 for cache in caches:
                     cache.free(row)
-    for tokens in done:  # every token is the one that the whole text up to it gives
+    for tokens, begun, _ in done:  # every token is the one that the whole text up to it gives
         logits = model(torch.tensor([tokens]))[0, :-1]
         best, chosen = logits.max(-1).values, logits.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
-        assert torch.allclose(best[len(system) + 12 :], chosen[len(system) + 12 :], atol=1e-4)
+        assert torch.allclose(best[begun - 1 :], chosen[begun - 1 :], atol=1e-4)
     print(f"{len(done)} requests in {steps} steps; {caches[0].free_pages} of 128 pages are free")
 
 
