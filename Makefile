@@ -40,7 +40,7 @@ test-all: test
 bench: install
 	$(BIN)/posattn bench $(BENCH_ARGS)
 
-docs: install $(VENV)/.requirements-docs
+docs: $(VENV)/.requirements-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.requirements

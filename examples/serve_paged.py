@@ -43,7 +43,6 @@ def main():
     # Row 0 keeps the system prompt; requests begin with its pages and copy none but the last, when they write to it.
     caches = [posattn.PagedCache(pages=128, page=16, rows=rows + 1, kv_heads=2, head_dim=16) for _ in model.layers]
     system = list(b"You are a careful assistant. ")
-    # A prompt and how many tokens to make of it.
     waiting = [(torch.randint(97, 123, (5 + n % 7,)).tolist(), 2 + n % longest) for n in range(requests)]
     model(torch.tensor([system]), [cache.select([0]) for cache in caches])
 

@@ -122,8 +122,10 @@ def test_every_page_opens(site, address, browser):
 def test_the_search_finds_a_page(address, browser):
     page = browser.new_page(viewport=DESK)
     page.goto(address)
-    page.locator("[data-md-component=search-query]").fill("piecewise")
-    page.locator(".md-search-result__link").first.wait_for(timeout=20000)
+    page.locator("[data-md-component=search-query]").click()
+    page.get_by_text("Type to start searching").wait_for(timeout=60000)  # its worker has read the index
+    page.locator("[data-md-component=search-query]").press_sequentially("piecewise")
+    page.locator(".md-search-result__link").first.wait_for(timeout=60000)
     assert page.locator(".md-search-result__link").count() > 1
     page.close()
 
