@@ -36,7 +36,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """What `check` found of one encoding; True if all is as it should be. Print it."""
+    """What `check` found of the encoding `name`: `findings`, in order. True if all is as it should be. Print it."""
 
     name: str
     findings: list[Finding] = field(default_factory=list)

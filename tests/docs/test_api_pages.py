@@ -30,7 +30,7 @@ def resolved(path: str) -> object:
 
 def public() -> dict[str, object]:
     """Every name that a user may import, by where from."""
-    found = {f"posattn.{name}": getattr(posattn, name) for name in posattn.__all__}
+    found = {f"posattn.{name}": getattr(posattn, name) for name in posattn.__all__ if name != "__version__"}
     found |= {f"posattn.encodings.{name}": getattr(encodings, name) for name in encodings.__all__}
     found |= {f"posattn.nn.{name}": getattr(posattn.nn, name) for name in posattn.nn.__all__}
     found.pop("posattn.nn", None)  # a module
