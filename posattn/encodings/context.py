@@ -27,7 +27,8 @@ class Context:
         q_positions, k_positions: explicit positions, int64 [B or 1, tokens], or None for implicit ones.
         batch: B.
         q_tokens, k_tokens: length of the q and k tensors: not q_len and k_len where documents are packed.
-        k_lengths, cu_seqlens_q, cu_seqlens_k, q_segments, k_segments, causal, offset, k_starts: as in `posattn.plan.Mask`.
+        k_lengths, k_starts, cu_seqlens_q, cu_seqlens_k, q_segments, k_segments, causal, offset: as in
+            `posattn.plan.Mask`.
         position_range: where given, it holds all explicit positions.
         offset_range: every offset of a tensor, as far as it is known.
     """
