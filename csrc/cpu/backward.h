@@ -405,7 +405,7 @@ void for_runs_of_keys(const Problem& p, int64_t keys, const Task& run) {
   const int64_t stride = p.n_sequences * p.kv_heads, tasks = ceil_div(p.max_k_len, keys) * stride;
   Progress progress(tasks), flushed(tasks);
   auto* rests = static_cast<float*>(allocate(static_cast<size_t>(p.batch * p.heads * p.q_len) * 4));
-  find_rests<M>(p, rests);
+  find_rests<typename M::General>(p, rests);
   run_tasks(
       p.threads, tasks, [&](Arena& arena) { Scratch(arena, p, longest); },
       [&](Arena& arena, int64_t task) {
@@ -429,13 +429,16 @@ void for_runs_of_keys(const Problem& p, int64_t keys, const Task& run) {
 }
 
 template <class M>
+void backward_keys(const Problem& p) {
+  for_runs_of_keys<M, BackwardScratch<M>>(
+      p, KEYS_PER_TASK,
+      [&](const Sequence& s, int64_t kv_head, int64_t j0, const Turn& turn, const float* rests,
+          BackwardScratch<M>& scratch) { backward_task<M>(p, s, kv_head, j0, turn, rests, scratch); });
+}
+
+template <class M>
 void backward(const Problem& call) {
-  with_reach(call, [](const Problem& p) {
-    for_runs_of_keys<M, BackwardScratch<M>>(
-        p, KEYS_PER_TASK,
-        [&](const Sequence& s, int64_t kv_head, int64_t j0, const Turn& turn, const float* rests,
-            BackwardScratch<M>& scratch) { backward_task<M>(p, s, kv_head, j0, turn, rests, scratch); });
-  });
+  with_reach(call, backward_keys<M>);
 }
 
 }  // namespace posattn::POSATTN_ISA

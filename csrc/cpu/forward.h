@@ -105,20 +105,20 @@ inline void add_tile(float* weights, float* x, int64_t n, float tile_most, float
 }
 
 // Divides by the row's sum, adds the sink to it, and writes one row and its log-sum-exp.
-inline void write_row(const Problem& p, const Sequence& s, int64_t h, int64_t i, float* out, float m, float sum) {
+inline void write_row(const Problem& p, const Sequence& s, int64_t h, int64_t i, float* out, double m, float sum) {
   if (p.sinks) {
-    const float sink = p.sinks[h], top = fmax2(m, sink);
-    if (top > NEG_INF) {
-      const float kept = ::expf(m - top);
+    const double sink = static_cast<double>(p.sinks[h]), top = m > sink ? m : sink;
+    if (top > static_cast<double>(NEG_INF)) {
+      const float kept = ::expf(static_cast<float>(m - top));
       for (int64_t c = 0; c < p.value_dim; ++c) out[c] *= kept;
-      sum = sum * kept + ::expf(sink - top);
+      sum = sum * kept + ::expf(static_cast<float>(sink - top));
       m = top;
     }
   }
   const float inverse = sum == 0.0F ? 0.0F : 1.0F / sum;  // a NaN sum must stay NaN
   for (int64_t c = 0; c < p.value_dim; ++c) out[c] *= inverse;
   store_floats(const_cast<char*>(row_pointer(p.out, s.b, h, s.q0 + i)), out, p.out.dtype, p.value_dim);
-  const double lse = sum == 0.0F ? NEG_INF : m + ::log(static_cast<double>(sum));
+  const double lse = sum == 0.0F ? static_cast<double>(NEG_INF) : m + ::log(static_cast<double>(sum));
   p.lse[(s.b * p.heads + h) * p.q_len + s.q0 + i] = static_cast<float>(lse);
 }
 
@@ -216,13 +216,16 @@ void for_runs_of_rows(const Problem& p, const Task& run) {
 }
 
 template <class M>
+void forward_rows(const Problem& p) {
+  for_runs_of_rows<M, ForwardScratch<M>>(
+      p, [&](const Sequence& s, int64_t h, int64_t i0, int64_t i1, ForwardScratch<M>& scratch) {
+        forward_task<M>(p, s, h, i0, i1, scratch);
+      });
+}
+
+template <class M>
 void forward(const Problem& call) {
-  with_reach(call, [](const Problem& p) {
-    for_runs_of_rows<M, ForwardScratch<M>>(
-        p, [&](const Sequence& s, int64_t h, int64_t i0, int64_t i1, ForwardScratch<M>& scratch) {
-          forward_task<M>(p, s, h, i0, i1, scratch);
-        });
-  });
+  with_reach(call, forward_rows<M>);
 }
 
 }  // namespace posattn::POSATTN_ISA

@@ -23,6 +23,7 @@ constexpr int NR = NV_MAX * VL;
 struct NoSession {};
 
 struct F32 {
+  using General = F32;             // the mode of what has no form of its own in this one
   using Session = NoSession;       // what a task holds while it computes
   static constexpr int pack = 1;   // logical K steps an element holds
   static constexpr int rows = MR;  // of C that a product takes at once
@@ -33,6 +34,7 @@ struct F32 {
 
 #if defined(__AVX512BF16__)
 struct BF16 {
+  using General = BF16;
   using Session = NoSession;
   static constexpr int pack = 2;
   static constexpr int rows = MR;
@@ -47,11 +49,23 @@ struct BF16 {
 #if defined(POSATTN_TILES)
 // Products on tiles, everything else as BF16: the layouts of A, B and C are the same.
 struct AMX {
+  using General = AMX;
   using Session = TileSession;
   static constexpr int pack = 2;
+  static constexpr int parts = 1;  // bfloat16 numbers that an operand's number is the sum of
   static constexpr int rows = 2 * TILE;
   static constexpr bool tiles = true;
   static constexpr int exp_degree = 4;
+};
+
+// Products on tiles of numbers that are sums of bfloat16 parts, for the kernels of amx/ alone.
+template <int PARTS>
+struct Split {
+  using General = F32;
+  using Session = TileSession;
+  static constexpr int parts = PARTS;
+  static constexpr int rows = 2 * TILE;
+  static constexpr int exp_degree = 5;
 };
 #endif
 
@@ -110,8 +124,8 @@ inline void gemm_rows(const float* a, int64_t a_row, int64_t a_k, const float* b
                       int64_t k_len, int64_t vectors) {
 #if defined(POSATTN_TILES)
   if constexpr (M::tiles) {  // A's rows are contiguous (a_k is 1), and both are zero to the end of a tile
-    const TileOperand rows{a, a_row * 4, 64, TILE * a_row * 4}, pairs{b, b_k * 4, TILE * b_k * 4, 64};
-    return tile_product<INTO == Into::sum>(rows, 2, pairs, vectors, c, c_row, ceil_div(k_len, TILE));
+    const TileOperand rows{a, a_row * 4, 64, TILE * a_row * 4, 0}, pairs{b, b_k * 4, TILE * b_k * 4, 64, 0};
+    return tile_product<1, INTO == Into::sum>(rows, 2, pairs, vectors, c, c_row, ceil_div(k_len, TILE));
   } else
 #endif
     gemm_vectors<M, INTO>(a, a_row, a_k, b, b_k, c, c_row, k_len, vectors);

@@ -15,8 +15,8 @@ namespace {
 
 // Scratch of a call: a fresh megabyte costs some hundred page faults, 1 to 2% of a short call, so the last few blocks
 // of a middling size wait for the next call. Smaller ones would only push them out; larger ones are not worth keeping.
-constexpr size_t KEEP_FROM = size_t{256} << 10, KEEP_TO = size_t{16} << 20, HEADER = 64;
-constexpr int KEPT = 4;
+constexpr size_t KEEP_FROM = size_t{64} << 10, KEEP_TO = size_t{16} << 20, HEADER = 64;
+constexpr int KEPT = 8;
 
 std::atomic<char*> kept[KEPT];  // static, so null at first
 
@@ -50,6 +50,7 @@ void* allocate(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, HEADER, wanted) != 0) throw std::bad_alloc();
   auto* block = static_cast<char*>(memory);
+  if (wanted > KEEP_TO) prefer_huge_pages(block, wanted);  // what is not kept is fresh every time
   capacity(block) = wanted;
   return block + HEADER;
 }

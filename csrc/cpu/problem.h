@@ -162,6 +162,7 @@ struct Problem {
 
   double dropout_p = 0.0;
   uint64_t seed = 0;
+  bool two_parts = false;  // tiles may multiply float32 as sums of two bfloat16 parts: 16 bits
 
   // Backward only. grad_q [B, H, Tq, D] float32 is the accumulator as well; delta [B, H, Tq] is written first.
   View grad_out;

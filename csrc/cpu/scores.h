@@ -60,10 +60,9 @@ inline void finished_panel(const float* q, int64_t q_row, const float* k, float*
   }
 }
 
-// Whether all that a product gets, beside masks, is the scale and a bias along its diagonal.
-inline bool is_simple(const Problem& p, const BiasTile& bias, float scale) {
-  return scale > 0.0F && !(p.softcap > 0.0F) && !bias.bias->dense && !bias.positions() &&
-         !(bias.bias->psi && bias.bias->relative());
+// Whether all that a product gets, beside masks, is a scale above zero and a bias along its diagonal.
+inline bool is_simple(const Problem& p, float scale) {
+  return scale > 0.0F && !(p.softcap > 0.0F) && !p.bias.dense && !p.q_positions && !(p.bias.psi && p.bias.relative());
 }
 
 // Rows i .. i + count - 1 (at most M::rows) over keys j0 + begin .. j0 + end of a tile whose panels are `k`.
@@ -80,7 +79,7 @@ struct Scores {
   int64_t i, count, j0, begin, end;
 
   // Rows past `count` have no entries in the bias.
-  bool simple() const { return count == M::rows && is_simple(p, bias, scale) && (!p.boolean || p.reach); }
+  bool simple() const { return count == M::rows && is_simple(p, scale) && (!p.boolean || p.reach); }
 
   // x [M::rows][ROW_MAX] by tile, each row's maximum, and what the logits of all rows must still be multiplied with.
   float run(float* x, float* most) const {

@@ -95,6 +95,7 @@ class _Binding:
         p.q, p.k, p.v = self.view(q), self.view(k), self.view(v)
         p.scale, p.softcap = call.scale, call.softcap
         p.threads = torch.get_num_threads()
+        p.two_parts = torch.get_float32_matmul_precision() == "medium"
         if call.sinks is not None:
             p.sinks = self.address(call.sinks)
         p.causal = mask.causal

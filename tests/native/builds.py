@@ -16,6 +16,9 @@ from pybind11 import get_cmake_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# An option for builds whose kernels are on tiles wherever they can be, not only where that is faster.
+ALWAYS_TILES = "-DCMAKE_CXX_FLAGS=-DPOSATTN_ALWAYS_TILES"
+
 
 def tool(name: str) -> str:
     found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)

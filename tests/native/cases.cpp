@@ -26,11 +26,11 @@ std::vector<Shape> shapes() {
 }
 
 std::vector<const char*> options() {
-  return {"plain",        "causal",      "top-left",     "starts",    "window",       "boolean",
-          "boolean-keys", "softcap",     "sinks",        "dropout",   "lengths",      "packed",
-          "rotary",       "interleaved", "partial",      "slope",     "signed-slope", "table",
-          "profile",      "dense",       "dense-shared", "positions", "mix-add",      "mix-concat",
-          "mix-residual", "mix-no-bias", "mix-causal",   "far-rows",  "far-products", "everything"};
+  return {"plain",        "causal",    "top-left",     "starts",       "window",      "boolean",    "boolean-keys",
+          "softcap",      "sinks",     "dropout",      "lengths",      "packed",      "rotary",     "interleaved",
+          "partial",      "slope",     "signed-slope", "table",        "profile",     "dense",      "dense-shared",
+          "positions",    "mix-add",   "mix-concat",   "mix-residual", "mix-no-bias", "mix-causal", "far-rows",
+          "far-products", "two-parts", "no-parts",     "everything"};
 }
 
 bool applies(const char* option, const Shape& s) {
@@ -78,6 +78,13 @@ void Bound::add_option(const std::string& option) {
     p.boolean.data = allowed;
     if (!shared)
       p.boolean.row = p.k_len, p.boolean.head = p.q_len * p.k_len, p.boolean.batch = p.heads * p.boolean.head;
+  } else if (option == "two-parts") {
+    p.two_parts = p.causal = true;
+  } else if (option == "no-parts") {  // logits of an ordinary size, of operands that cannot be split
+    if (p.q.dtype != DType::f32) return;
+    Memory::each(p.q, p.batch, p.heads, p.q_len, p.head_dim,
+                 [&](int64_t index) { static_cast<float*>(p.q.data)[index] *= 0x1p70F; });
+    p.scale *= 0x1p-70F;
   } else if (option == "softcap") {
     p.softcap = 2.0F;
   } else if (option == "sinks") {

@@ -8,7 +8,7 @@ import sysconfig
 
 import pytest
 
-from tests.native.builds import driver, run
+from tests.native.builds import ALWAYS_TILES, driver, run
 
 # One instruction set of this machine's, whose vectors are long enough to read past an end; then all that differ.
 # (avx512bf16 holds the avx512 code too.) Emulated tiles, of which the sanitizers see what they touch, are slow.
@@ -27,4 +27,4 @@ def test_kernels_under_sanitizers(isas: str, request: pytest.FixtureRequest) -> 
 @pytest.mark.skipif(sys.platform != "linux" or not X86, reason="as above, for x86-64")
 def test_tiles_under_sanitizers() -> None:
     folder = f"sanitized-{sysconfig.get_platform()}-tiles"
-    run(driver(folder, "posattn_sanitize", "-DPOSATTN_ISAS=baseline;amx_emulated"), "9")
+    run(driver(folder, "posattn_sanitize", "-DPOSATTN_ISAS=baseline;amx_emulated", ALWAYS_TILES), "9")

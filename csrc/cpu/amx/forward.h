@@ -21,17 +21,25 @@ constexpr float SUM_LIMIT = 16777216.0F;
 // References beyond this leave the fast path: float32 would round them, and NaN has none.
 constexpr float REFERENCE_LIMIT = 4194304.0F;
 
-struct TileForwardScratch : ForwardScratch<AMX> {
-  float *scores, *pairs;  // a block's products [ROWS][NR]; a group's weights, [CHUNK_KEYS / 32][GROUP_ROWS] rows of 32
+template <class M>
+struct TileForwardScratch {
+  int64_t q_stride, v_stride;
+  float *q, *out;
+  float *scores[2], *pairs;  // blocks' products [ROWS][NR]; a group's weights, [CHUNK_KEYS / 32][parts][GROUP_ROWS]
   float *sums[2], *references, *slopes, *intercepts;
+  BiasTile bias;
 
-  TileForwardScratch(Arena& arena, const Problem& p, int64_t rows) : ForwardScratch(arena, p, rows) {
-    scores = arena.floats(ROWS * NR);
-    pairs = arena.floats(GROUP_ROWS * CHUNK_KEYS / 2);
+  TileForwardScratch(Arena& arena, const Problem& p, int64_t rows)
+      : q_stride(round_up(p.head_dim, TILE_DEPTH) / 2), v_stride(round_up(p.value_dim, TILE)) {
+    q = arena.floats(M::parts * rows * q_stride);
+    out = arena.floats(rows * v_stride);
+    for (float*& x : scores) x = arena.floats(ROWS * NR);
+    pairs = arena.floats(M::parts * GROUP_ROWS * CHUNK_KEYS / 2);
     for (float*& s : sums) s = arena.floats(rows * VL);
     references = arena.floats(rows);
     slopes = arena.floats(p.bias.n_knots + 1);
     intercepts = arena.floats(p.bias.n_knots + 1);
+    bias.layout(arena, p.bias, rows, p.max_k_len);
     bias.block_rows = ROWS;
   }
 };
@@ -53,12 +61,19 @@ inline void change_base(const BiasTile& bias, float* slopes, float* intercepts) 
   }
 }
 
-// use(finish) with what finishes a product over the panel of keys from j on and the ROWS rows from i on.
+// What products of mode M are still to be multiplied with to be logits in units of log2: parts of queries that carry
+// the factor already are exact, and bfloat16 queries would be rounded by it.
+template <class M>
+inline float left_to_scale(float scale) {
+  return M::parts == 1 ? scale * LOG2E : 1.0F;
+}
+
+// use(finish) with what finishes a product (times `mul`) over the panel of keys from j on and the ROWS rows from i on.
 template <class Use>
-bool with_diagonal_bias(const BiasTile& bias, const float* slopes, const float* intercepts, float scale, int64_t i,
+bool with_diagonal_bias(const BiasTile& bias, const float* slopes, const float* intercepts, float mul, int64_t i,
                         int64_t j, const Use& use) {
   const Bias& b = *bias.bias;
-  const vf times = set1(scale * LOG2E);
+  const vf times = set1(mul);
   if (b.relative()) return use(RelativeBias{bias.relative_row(i, j, NR), times});
   if (!b.psi) return use(Scaled{times});
   const float* psi = bias.psi_row(i, j, NR);
@@ -109,37 +124,73 @@ POSATTN_INLINE vf keep(vf x, uint64_t bits) {
   return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)x);
 }
 
-// 2^x within 1e-4, a fortieth of bfloat16's rounding, and 1 at 0. Rounding by a constant of ulp 1 leaves the one port
-// that multiplies beside the tiles to products; an infinity gives NaN, which the general path takes.
+// 2^x, and 1 at 0: within 1e-4, a fortieth of bfloat16's rounding, or within 9.2e-8. Rounding by a constant of ulp 1
+// leaves the one port that multiplies beside the tiles to products; an infinity gives NaN, which the general path
+// takes.
+template <class M>
 POSATTN_INLINE vf exp2_of_weight(vf x) {
   const vf shift = set1(12582912.0F), whole = x + shift - shift, f = x - whole;
-  vf p = fma(set1(5.500893e-02F), f, set1(2.4221096e-01F));
-  p = fma(p, f, set1(6.9328293e-01F));
+  vf p;
+  if constexpr (M::parts == 1) {
+    p = fma(set1(5.500893e-02F), f, set1(2.4221096e-01F));
+    p = fma(p, f, set1(6.9328293e-01F));
+  } else {
+    p = fma(set1(1.326470869e-03F), f, set1(9.671511129e-03F));
+    p = fma(p, f, set1(5.550733954e-02F));
+    p = fma(p, f, set1(2.402224243e-01F));
+    p = fma(p, f, set1(6.931470037e-01F));
+  }
   p = fma(p, f, set1(1.0F));
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
 }
 
+// Two vectors of a row of P as an operand's pairs, part by part: neighbours, or (c, c + 16).
+template <class M>
+POSATTN_INLINE void put_pairs(float* to, int64_t part, vf a, vf b) {
+  if constexpr (M::parts == 1)
+    store(to, bf16_row(a, b));
+  else
+    split_pair<M::parts>(a, b, to, part);
+}
+
+// call(Piece<n>()) for 0 .. 15: what comes beside sixteen rows of a panel, one after the other.
+template <int N>
+struct Piece {
+  static constexpr int value = N;
+};
+template <class Call>
+POSATTN_INLINE void for_pieces(const Call& call) {
+  call(Piece<0>()), call(Piece<1>()), call(Piece<2>()), call(Piece<3>());
+  call(Piece<4>()), call(Piece<5>()), call(Piece<6>()), call(Piece<7>());
+  call(Piece<8>()), call(Piece<9>()), call(Piece<10>()), call(Piece<11>());
+  call(Piece<12>()), call(Piece<13>()), call(Piece<14>()), call(Piece<15>());
+}
+
 // A panel of products [ROWS][NR] becomes weights against the rows' references, as operand of P V (32 keys a tile), and
-// adds to the rows' sums by lane. Says whether these are within their limit, and no NaN.
-template <bool MASKED, class Finish>
+// adds to the rows' sums by lane. Says whether these are within their limit, and no NaN. `meanwhile` is called in every
+// row.
+template <class M, bool MASKED, class Finish, class Meanwhile>
 inline bool weigh_panel(const float* scores, float* pairs, const float* references, const float* sums, float* next,
-                        const uint64_t* bits, const char* ahead, int64_t ahead_bytes, const Finish& finish) {
+                        const uint64_t* bits, Meanwhile& meanwhile, const Finish& finish) {
+  constexpr int64_t PART = GROUP_ROWS * TILE;
   vf total = zero();
-  for (int r = 0; r < ROWS; ++r) {
-    for (int64_t at = 0; at < ahead_bytes; at += 64) __builtin_prefetch(ahead + r * ahead_bytes + at, 0, 3);
-    const vf reference = set1(references[r]);
-    vf w[4];
+  for (int first = 0; first < ROWS; first += 16)
+    for_pieces([&](auto piece) __attribute__((always_inline)) {
+      const int r = first + piece.value;
+      meanwhile.template run<piece.value>(r);
+      const vf reference = set1(references[r]);
+      vf w[4];
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      w[v] = exp2_of_weight(finish(r, v * VL, load(scores + r * NR + v * VL)) - reference);
-      if (MASKED) w[v] = keep(w[v], bits[r] >> (v * VL));
-    }
-    const vf sum = load(sums + r * VL) + ((w[0] + w[1]) + (w[2] + w[3]));
-    store(next + r * VL, sum);
-    total += sum;
-    store(pairs + r * TILE, bf16_row(w[0], w[1]));
-    store(pairs + (GROUP_ROWS + r) * TILE, bf16_row(w[2], w[3]));
-  }
+      for (int v = 0; v < 4; ++v) {
+        w[v] = exp2_of_weight<M>(finish(r, v * VL, load(scores + r * NR + v * VL)) - reference);
+        if (MASKED) w[v] = keep(w[v], bits[r] >> (v * VL));
+      }
+      const vf sum = load(sums + r * VL) + ((w[0] + w[1]) + (w[2] + w[3]));
+      store(next + r * VL, sum);
+      total += sum;
+      put_pairs<M>(pairs + r * TILE, PART, w[0], w[1]);
+      put_pairs<M>(pairs + M::parts * PART + r * TILE, PART, w[2], w[3]);
+    });
   return _mm512_cmp_ps_mask((__m512)total, (__m512)set1(SUM_LIMIT), _CMP_NLE_UQ) == 0;
 }
 
@@ -187,34 +238,92 @@ struct RowBlock {
   int64_t done;   // the chunk's keys from here on wait as weights
 };
 
+// What passes beside a panel's weights: the next keys on their way to the first-level cache, or the next panel's
+// products. Products of parts take long enough to hide the weights behind; bfloat16's do not.
+template <class M>
+struct Meanwhile {
+  const char* ahead = nullptr;
+  int64_t bytes = 0;  // a row's share of the next keys
+  PiecewiseProducts<M::parts> products;
+  template <int PIECE>
+  POSATTN_INLINE void run(int r) {
+    if constexpr (M::parts == 1)
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ahead + r * bytes + at, 0, 3);
+    else
+      products.template take<PIECE>();
+  }
+};
+
 // The blocks that share what they read of K and V: it comes from the second-level cache once for all of them.
+template <class M>
 struct TileGroup {
   const Problem& p;
   const Sequence& s;
-  TileForwardScratch& t;
+  TileForwardScratch<M>& t;
   int64_t steps;  // of the products over the head dimension
   RowBlock blocks[GROUP_BLOCKS];
   int64_t n;
 
+  struct Visit {
+    int64_t block, key;  // the panel's first, in the tile
+    Shown seen;
+  };
+  static constexpr int64_t VISITS = GROUP_BLOCKS * TILE_KEYS / NR;
+
   // The keys j + begin .. j + end of a tile. Says whether the fast path holds.
-  bool run(int64_t j, int64_t begin, int64_t end, const float* k, int64_t panel, const float* v) {
+  bool run(int64_t j, int64_t begin, int64_t end, const TileOperand& k, int64_t panel, const TileOperand& v) {
+    const auto keys_at = [&](int64_t key) {
+      TileOperand at = k;
+      at.at = k.tile(0, 0) + key / NR * panel;
+      return at;
+    };
+    Visit visits[VISITS + 1];
+    int64_t count = 0;
+    for (int64_t c = end - NR; c >= begin; c -= NR)
+      for (int64_t b = 0; b < n; ++b) {
+        const RowBlock& block = blocks[b];
+        const Shown seen = shown(p, s, t.bias.head, block.i, block.i + block.count, j + c);
+        visits[count++] = {b, c, seen};
+      }
+    int64_t at = 0;          // the visit that comes next
+    float* ready = nullptr;  // its products, if they are there already
     for (int64_t to = end; to > begin; to -= CHUNK_KEYS) {
       const int64_t from = imax(begin, to - CHUNK_KEYS);
       for (int64_t b = 0; b < n; ++b) blocks[b].done = to;
-      for (int64_t c = to - NR; c >= from; c -= NR) {
-        const float* keys_at = k + c / NR * panel;
-        for (int64_t b = 0; b < n; ++b) {
-          RowBlock& block = blocks[b];
-          const Shown seen = shown(p, s, t.bias.head, block.i, block.i + block.count, j + c);
-          if (seen == Shown::none) {
-            clear(block, c - from);
-            continue;
-          }
-          const char* ahead = reinterpret_cast<const char*>(b == n - 1 && c > begin ? keys_at - panel : keys_at);
-          tile_rows(block.q, {keys_at, NR * 4, TILE * NR * 4, 64}, NR / VL, t.scores, NR, steps);
-          const auto use = [&](const auto& finish) { return weigh(block, j, c, from, seen, v, ahead, finish); };
-          if (!with_diagonal_bias(t.bias, t.slopes, t.intercepts, p.scale, block.i, j + c, use)) return false;
+      for (; at < count && visits[at].key >= from; ++at) {
+        const Visit& visit = visits[at];
+        RowBlock& block = blocks[visit.block];
+        const int64_t c = visit.key;
+        if (visit.seen == Shown::none) {
+          clear(block, c - from);
+          continue;
         }
+        float* scores = ready ? ready : t.scores[0];
+        if (!ready) {
+          if constexpr (M::parts == 1)
+            tile_rows(block.q, keys_at(c), NR / VL, scores, NR, steps);
+          else
+            tile_product<M::parts, false>(block.q, 2, keys_at(c), NR / VL, scores, NR, steps);
+        }
+        Meanwhile<M> meanwhile;
+        ready = nullptr;
+        if constexpr (M::parts == 1) {
+          meanwhile.ahead = keys_at(visit.block == n - 1 && c > begin ? c - NR : c).tile(0, 0);
+          meanwhile.bytes = steps * 128;
+        } else {
+          int64_t next = at + 1;
+          while (next < count && visits[next].seen == Shown::none) ++next;
+          if (next < count) {
+            ready = scores == t.scores[0] ? t.scores[1] : t.scores[0];
+            meanwhile.products.add(blocks[visits[next].block].q, keys_at(visits[next].key), ready, steps);
+          }
+        }
+        const auto use = [&](const auto& finish) {
+          return weigh(block, scores, j, c, from, visit.seen, v, meanwhile, finish);
+        };
+        if (!with_diagonal_bias(t.bias, t.slopes, t.intercepts, left_to_scale<M>(p.scale), block.i, j + c, use))
+          return false;
+        if constexpr (M::parts > 1) meanwhile.products.finish();
       }
       add_waiting(from, v);
     }
@@ -222,20 +331,21 @@ struct TileGroup {
   }
 
   template <class Finish>
-  bool weigh(RowBlock& b, int64_t j, int64_t c, int64_t from, Shown seen, const float* v, const char* ahead,
-             const Finish& finish) {
+  bool weigh(RowBlock& b, const float* scores, int64_t j, int64_t c, int64_t from, Shown seen, const TileOperand& v,
+             Meanwhile<M>& meanwhile, const Finish& finish) {
     uint64_t bits[ROWS];
     const bool masked = panel_mask(p, s, t.bias.head, b.i, b.count, j + c, seen, bits);
-    float* to = b.pairs + (c - from) / TILE_DEPTH * GROUP_ROWS * TILE;
+    float* to = b.pairs + (c - from) / TILE_DEPTH * M::parts * GROUP_ROWS * TILE;
     auto run = [&] {
-      return masked ? weigh_panel<true>(t.scores, to, b.references, b.sums, b.spare, bits, ahead, steps * 128, finish)
-                    : weigh_panel<false>(t.scores, to, b.references, b.sums, b.spare, bits, ahead, steps * 128, finish);
+      return masked ? weigh_panel<M, true>(scores, to, b.references, b.sums, b.spare, bits, meanwhile, finish)
+                    : weigh_panel<M, false>(scores, to, b.references, b.sums, b.spare, bits, meanwhile, finish);
     };
     if (!b.measured || !run()) {
       for (int64_t r = 0; !masked && r < ROWS; ++r) bits[r] = ~uint64_t{0};
-      add_values(b, 1, from, c + NR, v);  // what waits is measured by the old references
+      if constexpr (M::parts > 1) meanwhile.products.finish();  // the tiles are needed
+      add_values(b, 1, from, c + NR, v);                        // what waits is measured by the old references
       b.done = c + NR;
-      if (!raise_references(t.scores, b.references, b.sums, b.out, t.v_stride, bits, finish) || !run()) return false;
+      if (!raise_references(scores, b.references, b.sums, b.out, t.v_stride, bits, finish) || !run()) return false;
       b.measured = all_measured(b.references);
     }
     float* swap = b.sums;
@@ -246,45 +356,53 @@ struct TileGroup {
   // The weights of a panel that nobody sees.
   void clear(const RowBlock& b, int64_t at) const {
     for (int64_t c = at; c < at + NR; c += TILE_DEPTH)
-      fill(b.pairs + c / TILE_DEPTH * GROUP_ROWS * TILE, 0.0F, ROWS * TILE);
+      for (int part = 0; part < M::parts; ++part)
+        fill(b.pairs + (c / TILE_DEPTH * M::parts + part) * GROUP_ROWS * TILE, 0.0F, ROWS * TILE);
   }
 
-  void add_waiting(int64_t from, const float* v) {
+  void add_waiting(int64_t from, const TileOperand& v) {
     if (n == GROUP_BLOCKS && blocks[0].done == blocks[1].done)
       return add_values(blocks[0], GROUP_BLOCKS, from, from, v);
     for (int64_t b = 0; b < n; ++b) add_values(blocks[b], 1, from, from, v);
   }
 
   // out += P V of so many blocks from b on, over the keys begin .. b.done of the tile; the chunk starts at `from`.
-  void add_values(const RowBlock& b, int64_t count, int64_t from, int64_t begin, const float* v) {
+  void add_values(const RowBlock& b, int64_t count, int64_t from, int64_t begin, TileOperand v) {
     if (begin >= b.done) return;
-    const TileOperand p_tiles{b.pairs + (begin - from) / TILE_DEPTH * GROUP_ROWS * TILE, 64, GROUP_ROWS * 64,
-                              TILE * 64};
-    const TileOperand v_tiles{v + begin / 2 * t.v_stride, t.v_stride * 4, TILE * t.v_stride * 4, 64};
-    tile_product<true>(p_tiles, 2 * count, v_tiles, t.v_stride / TILE, b.out, t.v_stride,
-                       (b.done - begin) / TILE_DEPTH);
+    constexpr int64_t PART = GROUP_ROWS * TILE;
+    const TileOperand weights{b.pairs + (begin - from) / TILE_DEPTH * M::parts * PART, 64, M::parts * PART * 4,
+                              TILE * 64, PART * 4};
+    v.at = v.tile(begin / TILE_DEPTH, 0);
+    tile_product<M::parts, true>(weights, 2 * count, v, t.v_stride / TILE, b.out, t.v_stride,
+                                 (b.done - begin) / TILE_DEPTH);
   }
 };
 
-// Says whether it could: if not, nothing is written and the general path takes the task.
+// Says whether it could.
+template <class M>
 inline bool tile_forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, int64_t i1,
-                              const PackedKeys& packed, TileForwardScratch& t) {
+                              const PackedKeys<M>& packed, TileForwardScratch<M>& t, SharedLargest& largest_q) {
   const int64_t kv_head = h / (p.heads / p.kv_heads), rows = i1 - i0, padded = round_up(rows, ROWS);
   const int64_t steps = ceil_div(p.head_dim, TILE_DEPTH);
   const Source queries = query_source(p, s, h, 1.0F);
 
   t.bias.prepare(p, p.bias, s, h, {i0, i1, 0, s.k_len});
-  if (!is_simple(p, t.bias, p.scale) || p.dropout_p > 0.0) return false;
-  // In units of log2 from here on.
-  change_base(t.bias, t.slopes, t.intercepts);
-  // Whole blocks of queries are read as they lie, where they lie as tiles.
-  const float* in_memory = in_place<AMX>(queries, i0);
+  change_base(t.bias, t.slopes, t.intercepts);  // in units of log2 from here on
+  // Whole blocks of bfloat16 queries are read as they lie, where they lie as tiles.
+  const float* in_memory = M::parts == 1 ? in_place<AMX>(queries, i0) : nullptr;
   const int64_t copied = in_memory ? rows / ROWS * ROWS : 0;
-  pack_rows<AMX>(t.q + copied * t.q_stride, t.q_stride, queries, i0 + copied, rows - copied, padded - copied);
+  if constexpr (M::parts == 1) {
+    pack_rows<AMX>(t.q + copied * t.q_stride, t.q_stride, queries, i0 + copied, rows - copied, padded - copied);
+  } else {
+    Largest largest;
+    split_rows<M::parts>(t.q, queries, i0, rows, padded, scale_of_log2(p.scale), largest);
+    largest_q.see(largest);
+  }
   const auto query_rows = [&](int64_t r) {
+    if constexpr (M::parts > 1) return split_rows_operand<M::parts>(t.q + r * M::parts * t.q_stride, p.head_dim);
     const float* at = r < copied ? in_memory + r * (p.q.row / 2) : t.q + r * t.q_stride;
     const int64_t stride = (r < copied ? p.q.row / 2 : t.q_stride) * 4;
-    return TileOperand{at, stride, 64, TILE * stride};
+    return TileOperand{at, stride, 64, TILE * stride, 0};
   };
   fill(t.out, 0.0F, padded * t.v_stride);
   fill(t.references, NEG_INF, rows);
@@ -300,7 +418,7 @@ inline bool tile_forward_task(const Problem& p, const Sequence& s, int64_t h, in
       const Interval any = needed_by_any(p, s, h, i0 + g, i0 + imin(g + GROUP_ROWS, rows));
       if (any.lo >= j + tile || any.hi <= j) continue;
       const int64_t begin = imax(any.lo - j, 0) / NR * NR, end = round_up(imin(any.hi - j, tile), NR);
-      TileGroup group{p, s, t, steps, {}, 0};
+      TileGroup<M> group{p, s, t, steps, {}, 0};
       for (int64_t r = g; r < imin(g + GROUP_ROWS, rows); r += ROWS) {
         const bool swapped = odd[r / ROWS];
         group.blocks[group.n++] = {i0 + r,
@@ -314,7 +432,7 @@ inline bool tile_forward_task(const Problem& p, const Sequence& s, int64_t h, in
                                    all_measured(t.references + r),
                                    0};
       }
-      if (!group.run(j, begin, end, packed.keys(s, kv_head, j), packed.panel(), packed.values(s, kv_head, j)))
+      if (!group.run(j, begin, end, packed.keys(s, kv_head, j), packed.bytes_of_panel(), packed.values(s, kv_head, j)))
         return false;
       for (int64_t b = 0; b < group.n; ++b) {
         const int64_t r = g + b * ROWS;
@@ -322,21 +440,35 @@ inline bool tile_forward_task(const Problem& p, const Sequence& s, int64_t h, in
       }
     }
   }
-  constexpr float LN2 = 0.6931471805599453F;
   for (int64_t r = 0; r < rows; ++r) {
     const float sum = reduce_add(load(t.sums[odd[r / ROWS]] + r * VL));
-    write_row(p, s, h, i0 + r, t.out + r * t.v_stride, t.references[r] * LN2, sum);
+    write_row(p, s, h, i0 + r, t.out + r * t.v_stride, static_cast<double>(t.references[r]) * LN2, sum);
   }
   return true;
 }
 
-inline void tile_forward(const Problem& call) {
+// Says whether it could: if not, the general path takes the whole call, so that which rows it takes does not depend on
+// how many are a task.
+template <class M>
+inline bool tile_forward_fast(const Problem& p) {
+  if (!is_simple(p, M::parts == 1 ? p.scale : 1.0F) || p.dropout_p > 0.0) return false;
+  const PackedKeys<M> packed(p);
+  if (!packed.fit()) return false;
+  SharedLargest largest_q;
+  Counter failed;
+  for_runs_of_rows<M, TileForwardScratch<M>>(
+      p, [&](const Sequence& s, int64_t h, int64_t i0, int64_t i1, TileForwardScratch<M>& scratch) {
+        if (__atomic_load_n(&failed.value, __ATOMIC_RELAXED) != 0) return;
+        if (!tile_forward_task(p, s, h, i0, i1, packed, scratch, largest_q)) failed.next();
+      });
+  return failed.value == 0 && largest_q.fits();
+}
+
+template <class M>
+void tile_forward(const Problem& call) {
   with_reach(call, [](const Problem& p) {
-    const PackedKeys packed(p);
-    for_runs_of_rows<AMX, TileForwardScratch>(
-        p, [&](const Sequence& s, int64_t h, int64_t i0, int64_t i1, TileForwardScratch& scratch) {
-          if (!tile_forward_task(p, s, h, i0, i1, packed, scratch)) forward_task<AMX>(p, s, h, i0, i1, scratch);
-        });
+    using General = typename M::General;
+    if (!tile_forward_fast<M>(p)) forward_rows<General>(p);
   });
 }
 
