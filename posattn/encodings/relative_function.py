@@ -91,7 +91,7 @@ class Relative(Encoding):
 
 
 def relative(fn: Callable[..., Tensor], num_heads: int, **parameters: Tensor | nn.Module) -> Relative:
-    """The encoding b[h](d) = fn(d, **parameters)[h] of num_heads heads, for any differentiable fn: see `Relative`."""
+    """The encoding `b[h](d) = fn(d, **parameters)[h]` of num_heads heads, for any differentiable fn: see `Relative`."""
     return Relative(fn, num_heads, **parameters)
 
 
