@@ -173,7 +173,7 @@ def test_a_missing_package_is_a_reason(absent, monkeypatch):
     monkeypatch.setitem(sys.modules, absent, None)
     for found in (compiler.missing, compiler._nvrtc_version):
         monkeypatch.setattr(compiler, found.__name__, found.__wrapped__)
-    assert_refused(r"pip install 'posattn\[cuda\]'")
+    assert_refused(r"pip install 'cuda-core\[cu13\]'")
 
 
 def assert_refused(reason):
