@@ -62,9 +62,12 @@ def token_indices(q_tokens: int, k_tokens: int, device: torch.device, of: Alignm
         of_query = offset.long()[q_document][None] if isinstance(offset, Tensor) else torch.full_like(q_index, offset)
         return q_index - cu_q[q_document], k_index - cu_k[k_document], of_query
     if of.q_segments is not None and of.k_segments is not None:
-        (q_start, q_count), (k_start, _) = (segment_runs(x, x) for x in (of.q_segments, of.k_segments))
-        _, k_count = segment_runs(of.k_segments, of.q_segments)
-        return q_index - q_start, k_index - k_start, k_count - q_count
+        q_start, q_count = segment_runs(of.q_segments, of.q_segments)
+        if of.k_segments is of.q_segments:
+            return q_index - q_start, q_index - q_start, torch.zeros_like(q_start)
+        # One look at the keys' documents, for the keys and for the queries.
+        start, count = segment_runs(of.k_segments, torch.cat([of.k_segments, of.q_segments], 1))
+        return q_index - q_start, k_index - start[:, :k_tokens], count[:, k_tokens:] - q_count
     if offset is None:
         offset = k_tokens - q_tokens if of.k_lengths is None else of.k_lengths - q_tokens
     offsets = offset.long()[:, None] if isinstance(offset, Tensor) else torch.full_like(q_index, offset)

@@ -298,8 +298,8 @@ def check_key_bounds(
     for name, bounds in (("k_lengths", k_lengths), ("k_starts", k_starts)):
         if bounds is not None and cu_seqlens is not None:
             raise ArgumentValueError(f"{name}, cu_seqlens_k: expected one or the other, got both")
-    lengths = None if k_lengths is None else _check_key_bounds("k_lengths", "lengths", k_lengths, q, k)
-    starts = None if k_starts is None else _check_key_bounds("k_starts", "starts", k_starts, q, k)
+    lengths, end = _check_key_bounds("k_lengths", "length", k_lengths, q, k)
+    starts, _ = _check_key_bounds("k_starts", "start", k_starts, q, k)
     if lengths is not None and starts is not None:
         if not (_readable(lengths) and _readable(starts)):
             starts = torch.minimum(starts, lengths)
@@ -308,21 +308,20 @@ def check_key_bounds(
             raise ArgumentValueError(
                 f"k_starts: expected starts up to k_lengths, got {int(starts[b])} for a sequence of {int(lengths[b])}"
             )
-    known = lengths is not None and lengths.numel() > 0 and _readable(lengths)
-    return lengths, starts, int(lengths.max()) if lengths is not None and known else k.shape[2]
+    return lengths, starts, end
 
 
-def _check_key_bounds(name: str, what: str, bounds: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    _check_integers(name, bounds, q)
-    if bounds.dim() != 1 or bounds.shape[0] != q.shape[0]:
-        raise ArgumentValueError(
-            f"{name}: expected shape [{q.shape[0]}], one {what[:-1]} per sequence, got {_shape(bounds)}"
-        )
+def _check_key_bounds(name: str, what: str, bounds: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, int]:
+    """The bounds as contiguous int32, and the greatest, Tk where a look would wait."""
+    if bounds is None:
+        return None, k.shape[2]
+    _check_one_each(name, what, bounds, q.shape[0], q)
+    high = k.shape[2]
     if _readable(bounds) and bounds.numel():
-        low, high = (int(bound) for bound in bounds.aminmax())
+        low, high = _extremes(bounds)
         if low < 0 or high > k.shape[2]:
-            raise ArgumentValueError(f"{name}: expected {what} from 0 to {k.shape[2]}, got {low} to {high}")
-    return _narrowed(bounds, 0, k.shape[2])
+            raise ArgumentValueError(f"{name}: expected {what}s from 0 to {k.shape[2]}, got {low} to {high}")
+    return _narrowed(bounds, 0, k.shape[2]), high
 
 
 def check_offset(
@@ -338,13 +337,10 @@ def check_offset(
         if isinstance(offset, int) and abs(offset) > _OFFSET_LIMIT:
             raise ArgumentValueError(f"offset: expected an int within +-2^28, got {offset}")
         return offset, None
-    _check_integers("offset", offset, q)
-    count = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if offset.dim() != 1 or offset.shape[0] != count:
-        raise ArgumentValueError(f"offset: expected shape [{count}], one number per sequence, got {_shape(offset)}")
+    _check_one_each("offset", "number", offset, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, q)
     found = -max_q, max_k
     if _readable(offset) and offset.numel():
-        low, high = (int(bound) for bound in offset.aminmax())
+        low, high = _extremes(offset)
         if low < -max_q or high > max_k:
             raise ArgumentValueError(f"offset: expected numbers from {-max_q} to {max_k}, got {low} to {high}")
         found = low, high
@@ -381,7 +377,7 @@ def _check_segments(segments: Tensor, q: Tensor, tokens: int) -> Tensor:
             f"segments: expected shape [{tokens}], [1, {tokens}] or [{batch}, {tokens}], got {_shape(segments)}"
         )
     if _readable(segments) and segments.numel():
-        low, high = (int(bound) for bound in segments.aminmax())
+        low, high = _extremes(segments)
         if low < -(2**31) or high >= 2**31:
             raise ArgumentValueError(f"segments: expected numbers that fit in 32 bits, got {low} to {high}")
         for row in segments if segments.dim() == 2 else segments[None]:
@@ -422,11 +418,7 @@ def check_pages(
         )
     if k_lengths is None:
         raise ArgumentValueError("block_table: expected k_lengths with it, the keys of each sequence, got None")
-    _check_integers("k_lengths", k_lengths, q)
-    if k_lengths.dim() != 1 or k_lengths.shape[0] != batch:
-        raise ArgumentValueError(
-            f"k_lengths: expected shape [{batch}], one length per sequence, got {_shape(k_lengths)}"
-        )
+    _check_one_each("k_lengths", "length", k_lengths, batch, q)
     if _readable(block_table) and _readable(k_lengths):
         longest = int(k_lengths.max()) if batch else 0
         if longest > block_table.shape[1] * page:
@@ -436,7 +428,7 @@ def check_pages(
             )
         used = block_table[torch.arange(block_table.shape[1]) * page < k_lengths[:, None]]
         if used.numel():
-            low, high = (int(bound) for bound in used.aminmax())
+            low, high = _extremes(used)
             if low < 0 or high >= pages:
                 raise ArgumentValueError(
                     f"block_table: expected pages from 0 to {pages - 1} in the entries that k_lengths uses, "
@@ -525,7 +517,7 @@ def _check_positions(
             f"{name}: expected shape [{tokens}], [1, {tokens}] or [{batch}, {tokens}], got {_shape(positions)}"
         )
     if _readable(positions) and positions.numel():
-        low, high = (int(bound) for bound in positions.aminmax())
+        low, high = _extremes(positions)
         if low <= -_POSITION_LIMIT or high >= _POSITION_LIMIT:
             raise ArgumentValueError(f"{name}: expected positions between -2^31 and 2^31, got {low} to {high}")
         if position_range is not None and (low < position_range[0] or high > position_range[1]):
@@ -540,6 +532,18 @@ def _check_integers(name: str, tensor: Tensor, q: Tensor) -> None:
     if tensor.dtype not in _INTEGERS:
         raise ArgumentTypeError(f"{name}: expected int32 or int64, got {tensor.dtype}")
     check_same(name, tensor, q, "q")
+
+
+def _check_one_each(name: str, what: str, tensor: Tensor, count: int, q: Tensor) -> None:
+    """Integers [count], one for each sequence."""
+    _check_integers(name, tensor, q)
+    if tensor.dim() != 1 or tensor.shape[0] != count:
+        raise ArgumentValueError(f"{name}: expected shape [{count}], one {what} per sequence, got {_shape(tensor)}")
+
+
+def _extremes(tensor: Tensor) -> tuple[int, int]:
+    low, high = tensor.aminmax()
+    return int(low), int(high)
 
 
 def _narrowed(tensor: Tensor, least: int, most: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from posattn import reference
-from posattn.attention import Options, checked_attention
+from posattn.attention import Options, attention, checked_attention
 from posattn.encodings._plans import head_slice
 from posattn.encodings.base import Encoding
 from posattn.errors import ArgumentTypeError, ArgumentValueError
@@ -20,27 +21,10 @@ from posattn.plan import Call
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_DEFAULTS: Options = {
-    "causal": False,
-    "window": None,
-    "scale": None,
-    "softcap": None,
-    "sinks": None,
-    "bias": None,
-    "mask": None,
-    "offset": None,
-    "k_lengths": None,
-    "k_starts": None,
-    "segments": None,
-    "block_table": None,
-    "cu_seqlens_q": None,
-    "cu_seqlens_k": None,
-    "q_positions": None,
-    "k_positions": None,
-    "position_range": None,
-    "dropout_p": 0.0,
-    "deterministic": False,
-    "backend": "reference",
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in signature(attention).parameters.items()
+    if name in Options.__annotations__
 }
 # What changes how attention() is computed, and nothing of its weights.
 _ABOUT_THE_RUN = ("dropout_p", "deterministic", "backend")

@@ -59,18 +59,15 @@ def backward(
 
 
 def _joined(call: Call, name: str, grads: list[Tensor]) -> Tensor:
-    bias = call.plan.mix.inner if call.plan.mix is not None and name.startswith("inner.") else call.plan.bias
-    by_row = (
-        name in _BY_TOKEN
-        or (name.endswith("slope") and bias.slope is not None and bias.slope.slope.dim() == 2)
-        or (name.endswith("dense") and bias.dense is not None and bias.dense.bias.shape[0] > 1)
-    )
-    if by_row and name != "segment_slope":
+    own = name.removeprefix("inner.")
+    bias = call.plan.mix.inner if own != name and call.plan.mix is not None else call.plan.bias
+    if (
+        own in _BY_TOKEN
+        or (own == "slope" and bias.slope is not None and bias.slope.slope.dim() == 2)
+        or (own == "dense" and bias.dense is not None and bias.dense.bias.shape[0] > 1)
+    ):
         return torch.cat(grads)
-    total = grads[0]
-    for grad in grads[1:]:
-        total = total + grad
-    return total
+    return sum(grads[1:], start=grads[0])
 
 
 def _rows(call: Call) -> list[Call]:
@@ -143,14 +140,19 @@ def _runs(row: list[int]) -> list[tuple[int, int]]:
 
 
 def _of_row(x: Tensor | None, b: int) -> Tensor | None:
-    return x if x is None or x.shape[0] == 1 else x[b : b + 1]
+    return x if x is None else _entry(x, b)
+
+
+def _entry(x: Tensor, b: int) -> Tensor:
+    """Row b of x, or x itself where it serves every row."""
+    return x if x.shape[0] == 1 else x[b : b + 1]
 
 
 def _plan_of_row(plan: Plan, b: int) -> Plan:
     rotary, mix = plan.rotary, plan.mix
     if rotary is not None:
         cos_sin = (rotary.q_cos, rotary.q_sin, rotary.k_cos, rotary.k_sin)
-        q_cos, q_sin, k_cos, k_sin = (x if x.shape[0] == 1 else x[b : b + 1] for x in cos_sin)
+        q_cos, q_sin, k_cos, k_sin = (_entry(x, b) for x in cos_sin)
         rotary = Rotary(q_cos, q_sin, k_cos, k_sin, rotary.interleaved)
     if mix is not None:
         mix = HeadMix(mix.w1, mix.b1, mix.w2, mix.b2, mix.form, _bias_of_row(mix.inner, b))
@@ -161,6 +163,6 @@ def _bias_of_row(bias: Bias, b: int) -> Bias:
     slope, dense = bias.slope, bias.dense
     if slope is not None and slope.slope.dim() == 2:
         slope = replace(slope, slope=slope.slope[b : b + 1])
-    if dense is not None and dense.bias.shape[0] > 1:
-        dense = Dense(dense.bias[b : b + 1])
+    if dense is not None:
+        dense = Dense(_entry(dense.bias, b))
     return replace(bias, slope=slope, dense=dense)
