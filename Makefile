@@ -9,7 +9,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 # A worker that is done takes over what another has waiting: what compiles takes a hundred times as long as the rest.
 TEST_ARGS ?= -n $(JOBS) --dist worksteal
-# Of the slow tests: 2/3 is the second of three parts.
+# Of the sweeps: 2/3 is the second of three parts.
 PART ?= 1/1
 
 NATIVE := $(shell find csrc/cpu -type f) CMakeLists.txt setup.py pyproject.toml
@@ -17,12 +17,13 @@ CPP := $(shell find csrc/cpu tests/native tests/ptxsim -name '*.cpp' -o -name '*
 CUDA := $(shell find csrc/cuda -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench docs lint format install clean
+.PHONY: help demo test test-all sweep bench docs lint format install clean
 
 help:
 	@echo "make demo    train and compare five encodings on real text (about 6 minutes); DEMO_ARGS for more"
 	@echo "make test    what finds nearly every mistake, in minutes; TEST_ARGS replaces pytest's arguments"
-	@echo "make test-all  and then the rest: long sweeps, mutants, rare combinations, installs into fresh environments"
+	@echo "make test-all  and then the slow ones: mutants, rare combinations, installs into fresh environments"
+	@echo "make sweep   what is left: each of them everywhere else; PART=2/8 for the second of eight parts"
 	@echo "make bench   posattn beside its peers on this machine (under 15 minutes); BENCH_ARGS, e.g. --full"
 	@echo "make docs    the documentation site, into build/site"
 	@echo "make lint    ruff, mypy and clang-format; make format applies the formats"
@@ -32,10 +33,13 @@ demo: install
 	$(BIN)/posattn demo $(DEMO_ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not sweep" $(TEST_ARGS)
 
 test-all: test
-	$(BIN)/python -m pytest -m slow --part $(PART) $(TEST_ARGS)
+	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+sweep: install
+	$(BIN)/python -m pytest -m sweep --part $(PART) $(TEST_ARGS)
 
 bench: install
 	$(BIN)/posattn bench $(BENCH_ARGS)

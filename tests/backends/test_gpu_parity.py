@@ -23,10 +23,14 @@ BACKENDS = {"cuda": "cuda.core", "triton": "triton"}
 
 
 def _places() -> Iterator[Any]:
-    for name, case in CASES.items():
-        for backend, arch in case.on:
-            marks = [] if (backend, arch) in case.quick else [pytest.mark.slow]
-            yield pytest.param(name, backend, arch, id=f"{name}-{backend}-sm_{arch}", marks=marks)
+    """Every backend has every case at least once before the sweeps, on this or that architecture in turn."""
+    for number, (name, case) in enumerate(CASES.items()):
+        for backend in dict(case.on):
+            on, quick = ([arch for b, arch in places if b == backend] for places in (case.on, case.quick))
+            chosen = quick or [on[(number + (backend == "triton")) % len(on)]]
+            for arch in on:
+                mark = [] if arch in quick else [pytest.mark.slow if arch in chosen else pytest.mark.sweep]
+                yield pytest.param(name, backend, arch, id=f"{name}-{backend}-sm_{arch}", marks=mark)
 
 
 def check(case: Case, backend: str, device: str = "cpu") -> None:

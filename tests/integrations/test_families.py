@@ -37,16 +37,18 @@ def test_a_handful_is_as_the_page_says(family):
     assert finding.error is None or finding.error < TOLERANCE
 
 
-@pytest.mark.slow
-def test_every_family_is_as_the_page_says():
-    found = findings(families(), jobs=1)
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.sweep if part else pytest.mark.slow) for part in range(4)]
+)
+def test_every_family_is_as_the_page_says(part):
+    found = findings(families()[part::4], jobs=1)
     wrong = [f for f in found if f.way == "fails" or (f.error is not None and not f.error < TOLERANCE)]
     assert wrong == []
     # What a tiny config can be made of depends on optional packages and on time, so the unmade may be fewer or more.
     said = listed()
     moved = [f for f in found if f.way != said[f.family] and "not made" not in (f.way, said[f.family])]
     assert moved == []
-    assert sum(f.way != "not made" for f in found) >= 400
+    assert sum(f.way != "not made" for f in found) >= 90
 
 
 def test_the_page_is_written_from_findings():

@@ -14,24 +14,11 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-FAMILIES = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3",
-    "gptneox",
-    "gpt2",
-    "cohere",
-    "phi3",
-    "olmo2",
-    "bert",
-    "roberta",
-    "vit",
-    "bart",
-    "t5",
-]
+# One of each kind of mask, cache and bias, and the rest.
+SLOW = ["llama", "gemma3", "gpt2", "bert", "vit", "t5"]
+SWEEP = ["mistral", "qwen2", "qwen3", "gemma2", "gptneox", "cohere", "phi3", "olmo2", "roberta", "bart"]
+FAMILIES = [pytest.param(name, marks=pytest.mark.slow) for name in SLOW]
+FAMILIES += [pytest.param(name, marks=pytest.mark.sweep) for name in SWEEP]
 # The sdist leaves these packages out; nothing in them is about attention in a forward pass.
 LEFT_OUT = {"exporters/test_export.py": "ExportTesterMixin", "generation/test_utils.py": "GenerationTesterMixin"}
 # That looks for what is left out, and that asks the hub.
@@ -95,7 +82,6 @@ def outcomes(suite: Path, family: str, posattn: bool) -> dict[str, str]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_passes_with_sdpa_passes_with_posattn(suite, family):
     expected, got = outcomes(suite, family, False), outcomes(suite, family, True)

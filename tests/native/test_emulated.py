@@ -34,7 +34,7 @@ def results(path: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compares ARM with x86-64")
-@pytest.mark.parametrize("step", [13, pytest.param(3, marks=pytest.mark.slow)], ids=["some", "more"])
+@pytest.mark.parametrize("step", [13, pytest.param(3, marks=pytest.mark.sweep)], ids=["some", "more"])
 def test_arm_computes_what_x86_does(step: int, tmp_path: Path) -> None:
     compiler, emulator = tool("aarch64-linux-gnu-g++"), tool("qemu-aarch64")
     target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}")

@@ -23,8 +23,10 @@ def test_kernels_under_sanitizers(isas: str, request: pytest.FixtureRequest) -> 
     run(driver(folder, "posattn_sanitize", f"-DPOSATTN_ISAS={isas}"))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not X86, reason="as above, for x86-64")
-def test_tiles_under_sanitizers() -> None:
+@pytest.mark.parametrize(
+    "step", [pytest.param("31", marks=pytest.mark.slow), pytest.param("9", marks=pytest.mark.sweep)]
+)
+def test_tiles_under_sanitizers(step: str) -> None:
     folder = f"sanitized-{sysconfig.get_platform()}-tiles"
-    run(driver(folder, "posattn_sanitize", "-DPOSATTN_ISAS=baseline;amx_emulated", ALWAYS_TILES), "9")
+    run(driver(folder, "posattn_sanitize", "-DPOSATTN_ISAS=baseline;amx_emulated", ALWAYS_TILES), step)

@@ -52,10 +52,14 @@ def tensors(
     return [torch.randn(1, *shape).to(dtype) for shape in shapes]
 
 
-@pytest.mark.slow
-def test_edge_cases() -> None:
+@pytest.mark.parametrize(
+    "step", [pytest.param("5", marks=pytest.mark.slow), pytest.param("1", marks=pytest.mark.sweep)]
+)
+def test_edge_cases(step: str) -> None:
     isas = "baseline;avx512bf16;amx_emulated" + (";amx" if "amx" in _cpu.isas() else "")
-    run(driver(f"tiles-cases-{sysconfig.get_platform()}", "posattn_cases", f"-DPOSATTN_ISAS={isas}", ALWAYS_TILES))
+    run(
+        driver(f"tiles-cases-{sysconfig.get_platform()}", "posattn_cases", f"-DPOSATTN_ISAS={isas}", ALWAYS_TILES), step
+    )
 
 
 @each_dtype

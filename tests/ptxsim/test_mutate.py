@@ -1,6 +1,8 @@
 """Mutation testing itself: what mutants there are, and that breaking a kernel's synchronisation is noticed."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,14 +72,19 @@ def test_broken_synchronisation_of_the_attention_pattern_is_noticed(arch: int) -
     assert all(verdict.caught_by == "machine" for verdict in caught), table(verdicts)
 
 
-# The kernels that take seconds to compile, one of each backend; the others with all that is slow.
+# The kernels that take seconds to compile, one of each backend; the others on one architecture with all that is slow.
 QUICK = [("forward_slope", 80), ("forward_slope", 90), ("cuda_slope", 80)]
 
 
-@pytest.mark.parametrize(
-    ("scenario", "arch"),
-    [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in survivors.scenarios()],
-)
+def _scenarios() -> Iterator[Any]:
+    seen: set[str] = set()
+    for scenario, arch in survivors.scenarios():
+        slow = pytest.mark.sweep if scenario in seen else pytest.mark.slow
+        seen.add(scenario)
+        yield pytest.param(scenario, arch, marks=() if (scenario, arch) in QUICK else slow)
+
+
+@pytest.mark.parametrize(("scenario", "arch"), list(_scenarios()))
 def test_the_survivors_of_our_own_kernels_are_the_examined_ones(scenario: str, arch: int) -> None:
     """A sample of what `python -m tests.ptxsim.mutate` runs whole."""
     if scenario.startswith("cuda") and compiler.missing() is not None:
