@@ -43,20 +43,48 @@ def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] and the log-sum-exp [B, Hq, Tq] of a checked call; differentiable."""
     if backends.goes_to_reference(call, backend):
         return reference.forward(call)
+    tensors: tuple[Tensor, ...] = (call.q, call.k, call.v)
+    if _is_bare(call) and not _needs_dispatcher(tensors) and not _wants_gradients(tensors):
+        return _run_forward(call, backend)
     flat = flatten(call, backend)
-    tensors = (call.q, call.k, call.v, *flat.operands)
+    tensors = (*tensors, *flat.operands)
     numbers = (call.scale, call.softcap, call.dropout_p, flat.spec)
     found: Any
     if _needs_dispatcher(tensors):
         found = torch.ops.posattn.attention_forward.default(*tensors[:3], flat.operands, flat.ints, *numbers)
     elif torch._C._are_functorch_transforms_active():
         found = _Attend.apply(flat.ints, numbers, *tensors)  # type: ignore[no-untyped-call]
-    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    elif _wants_gradients(tensors):
         found = _EagerAttend.apply(call, flat.ints, numbers, *tensors)  # type: ignore[no-untyped-call]
     else:
         found = _run_forward(call, backend)
     out, lse = found
     return out, lse
+
+
+def _is_bare(call: Call) -> bool:
+    """Whether a call has no tensor but q, k and v, so that an eager one needs no flat form to be looked at."""
+    plan, mask = call.plan, call.mask
+    return (
+        plan.rotary is None
+        and plan.mix is None
+        and not plan.bias
+        and mask.boolean is None
+        and mask.k_lengths is None
+        and mask.k_starts is None
+        and mask.cu_seqlens_q is None
+        and mask.q_segments is None
+        and not isinstance(mask.offset, Tensor)
+        and call.sinks is None
+        and call.q_positions is None
+        and call.seed is None
+        and call.scale_tensor is None
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _wants_gradients(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _needs_dispatcher(tensors: Sequence[Tensor]) -> bool:

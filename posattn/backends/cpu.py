@@ -29,6 +29,7 @@ except ImportError as error:  # a source tree that was never built: every other 
 MAX_HEAD_DIM = 256
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of problem.h
 _FORMS = {"concat-residual": 0, "concat": 1, "add": 2}  # MixForm
+_CPU = torch.device("cpu")
 # Bytes from which a result is sure to hold a 2 MB page.
 _HUGE = 4 << 20
 
@@ -40,7 +41,7 @@ def unsupported(call: Call) -> str | None:
     if native is None:
         return f"the native module posattn._cpu is not built ({_missing})"
     q, v = call.q, call.v
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         return f"it runs on CPU tensors, and query is on {q.device}"
     if q.dtype not in _DTYPES:
         return f"it computes float32, bfloat16 and float16, and query is {q.dtype}"
@@ -70,16 +71,18 @@ class _Binding:
     def address(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
         if tensor is None:
             return 0
-        tensor = tensor.detach().to(dtype).contiguous()
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            tensor = tensor.detach().to(dtype).contiguous()
         self.keep.append(tensor)
         return tensor.data_ptr()
 
     def view(self, tensor: Tensor) -> Struct:
         """A [B, H, T, D] tensor with contiguous rows; dimensions of size one broadcast."""
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        batch, head, row, step = tensor.stride()
+        if step != 1 and tensor.shape[-1] > 1:
             tensor = tensor.contiguous()
+            batch, head, row, _ = tensor.stride()
         self.keep.append(tensor)
-        batch, head, row, _ = tensor.stride()
         return self._view(tensor.data_ptr(), batch, head, row, _DTYPES[tensor.dtype])
 
     def broadcast_view(self, tensor: Tensor, dtype: int) -> tuple[Struct, int]:
@@ -93,14 +96,18 @@ class _Binding:
         p.batch, p.heads, p.q_len, p.head_dim = q.shape
         p.kv_heads, p.k_len, p.value_dim = k.shape[1], k.shape[2], v.shape[3]
         p.q, p.k, p.v = self.view(q), self.view(k), self.view(v)
-        p.scale, p.softcap = call.scale, call.softcap
+        p.scale = call.scale
+        if call.softcap:
+            p.softcap = call.softcap
         p.threads = torch.get_num_threads()
         p.two_parts = torch.get_float32_matmul_precision() == "medium"
         if call.sinks is not None:
             p.sinks = self.address(call.sinks)
         p.causal = mask.causal
-        p.left = -1 if mask.left is None else mask.left
-        p.right = -1 if mask.right is None else mask.right
+        if mask.left is not None:
+            p.left = mask.left
+        if mask.right is not None:
+            p.right = mask.right
         if mask.boolean is not None:
             p.boolean, p.boolean_key = self.broadcast_view(mask.boolean.view(torch.uint8), 0)
         if mask.cu_seqlens_q is not None:
@@ -110,7 +117,7 @@ class _Binding:
         elif mask.q_segments is not None:
             p.lengths.q_segments = self.address(mask.q_segments, torch.int32)
             p.lengths.k_segments = self.address(mask.k_segments, torch.int32)
-        else:
+        elif mask.k_lengths is not None or mask.k_starts is not None:
             p.lengths.k_lengths = self.address(mask.k_lengths, torch.int32)
             p.lengths.k_starts = self.address(mask.k_starts, torch.int32)
         if isinstance(mask.offset, Tensor):
@@ -125,7 +132,8 @@ class _Binding:
         plan = call.plan
         if plan.rotary is not None:
             self._rotary(plan.rotary)
-        self.bias(p.bias, plan.bias)
+        if plan.bias:
+            self.bias(p.bias, plan.bias)
         if plan.mix is not None:
             p.mix = True
             self._mix(p.head_mix, plan.mix)
@@ -170,7 +178,7 @@ class _Binding:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised memory for a result; tests replace it to fill results with NaN beforehand."""
-    result = torch.empty(tuple(shape), dtype=dtype, device="cpu")  # whatever torch.set_default_device says
+    result = torch.empty(shape, dtype=dtype, device=_CPU)  # whatever torch.set_default_device says
     if (size := result.numel() * result.element_size()) >= _HUGE:
         native.prefer_huge_pages(result.data_ptr(), size)
     return result

@@ -67,15 +67,22 @@ def check_values(encoding: nn.Module, plan: Plan) -> None:
     """ValueError for a NaN in a parameter (it may not reach the plan of this call) or in the plan, or for an infinity
     that gives one there, where a look costs no wait.
 
-    A sum is far cheaper than a comparison of every element, and finite only where all elements are.
+    A sum is far cheaper than a comparison of every element, and finite only where all elements are. Rotation tables
+    that were found finite are not looked at again: those of a plain call serve many (rope.py).
     """
+    rotary = plan.rotary
+    if rotary is not None and "_finite" in vars(rotary):
+        plan = Plan(mix=plan.mix, bias=plan.bias)
+    named = encoding.named_parameters() if encoding._parameters or encoding._modules else ()
     with torch.no_grad():
-        for name, parameter in encoding.named_parameters():
+        for name, parameter in named:
             if _readable(parameter) and math.isnan(parameter.sum().item()) and parameter.isnan().any():
                 raise ValueError(f"{type(encoding).__name__}.{name}: expected finite values, got NaN")
         for name, operand in named_operands(plan):
             if _readable(operand) and not math.isfinite(operand.sum().item()):
                 _check_operand(type(encoding).__name__, name, operand)
+    if rotary is not None and not (rotary.q_cos.requires_grad or rotary.k_cos.requires_grad):
+        object.__setattr__(rotary, "_finite", True)
 
 
 def _check_operand(owner: str, name: str, operand: Tensor) -> None:
@@ -91,7 +98,7 @@ def _check_operand(owner: str, name: str, operand: Tensor) -> None:
 def _readable(tensor: Tensor) -> bool:
     """True if a look at the values costs no wait for a device and they are real, not traced or batched ones."""
     return (
-        tensor.device.type == "cpu"
+        tensor.is_cpu
         and type(tensor) in (Tensor, nn.Parameter)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )

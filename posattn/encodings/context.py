@@ -94,6 +94,12 @@ class Context:
         return self.q_positions is not None and self.k_positions is not None
 
     @property
+    def plain(self) -> bool:
+        """Whether there is nothing but sizes to know: no tensor."""
+        places = self.q_positions, self.k_positions, self.k_lengths, self.k_starts, self.cu_seqlens_q, self.q_segments
+        return all(place is None for place in places) and not isinstance(self.offset, Tensor)
+
+    @property
     def _tokens(self) -> tuple[int, int]:
         return (
             self.q_len if self.q_tokens is None else self.q_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -131,6 +132,30 @@ class RoPE(RotaryEncoding):
     ) -> None:
         super().__init__(head_dim, base, layout, rotary_dim, scaling)
 
+    def build(self, context: Context) -> Plan:
+        if not self._shares(context):
+            return super().build(context)
+        kind = self.head_dim, self.base, self.layout, self.rotary_dim, self.scaling
+        return Plan(rotary=_shared_tables(*kind, context, torch.is_inference_mode_enabled()), bias=Bias())
+
+    def _shares(self, context: Context) -> bool:
+        """Whether the tables follow from sizes alone, and are few enough to be kept for the next call that is alike.
+
+        Only on the CPU: elsewhere they may lie in a captured graph's memory, and making them costs no wait.
+        """
+        sizes = context.q_tokens, context.k_tokens
+        return (
+            type(self) is RoPE
+            and context.device.type == "cpu"
+            and context.plain
+            and not torch.compiler.is_compiling()
+            and not torch._C._len_torch_dispatch_stack()
+            and not torch._C._are_functorch_transforms_active()
+            and context.head_dim == self.head_dim
+            and (self.scaling is None or type(self.scaling).__module__ == Scaling.__module__)
+            and sum(size or 0 for size in sizes) * self.rotary_dim <= _MOST_SHARED
+        )
+
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
         if head_dim < 2:
@@ -147,6 +172,25 @@ class RoPE(RotaryEncoding):
             f"{self.head_dim}, base={self.base}, layout={self.layout!r}, rotary_dim={self.rotary_dim}, "
             f"scaling={self.scaling}"
         )
+
+
+_MOST_SHARED = 2**20  # numbers: 4 MB
+
+
+@lru_cache(maxsize=4)
+def _shared_tables(
+    head_dim: int,
+    base: float,
+    layout: str,
+    rotary_dim: int,
+    scaling: Scaling | None,
+    context: Context,
+    inference: bool,  # tensors of inference mode serve no call with gradients
+) -> Rotary:
+    """The tables of the last few plain calls: layers of a model share them, and they take longer than a small call."""
+    turn = RotaryEncoding(head_dim, base, layout, rotary_dim, scaling).build(context).rotary
+    assert turn is not None
+    return turn
 
 
 def _check_frequencies(scaling: Scaling, rotary_dim: int, base: float) -> None:

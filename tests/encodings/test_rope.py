@@ -642,3 +642,63 @@ def test_rules_are_values():
     assert YaRN(2.0, 64) == YaRN(2.0, 64)
     assert len({Linear(2.0), Linear(2.0), LongRoPE([1.0], [1.0], 64, 2.0)}) == 2
     assert all(issubclass(rule, Scaling) for rule in (Linear, DynamicNTK, YaRN, Llama3, LongRoPE))
+
+
+class TestSharedTables:
+    """Plain calls that are alike have one set of tables; anything that tells them apart gives them their own."""
+
+    @staticmethod
+    def tables(rope, q_len=5, k_len=9, **options):
+        return rope.build(Context.of(*(torch.empty(2, 2, n, 8) for n in (q_len, k_len)), Mask(**options))).rotary
+
+    def test_equal_encodings_have_one(self):
+        tables = self.tables(RoPE(8, scaling=Linear(2.0)))
+        assert self.tables(RoPE(8, scaling=Linear(2.0))) is tables
+        own = super(RoPE, RoPE(8, scaling=Linear(2.0))).build(
+            Context.of(torch.empty(2, 2, 5, 8), torch.empty(2, 2, 9, 8), Mask())
+        )
+        for name in ("q_cos", "q_sin", "k_cos", "k_sin"):
+            assert torch.equal(getattr(tables, name), getattr(own.rotary, name))
+
+    def test_what_an_encoding_is_and_where_tokens_sit_tell_them_apart(self):
+        tables = self.tables(RoPE(8))
+        assert self.tables(RoPE(8)) is tables
+        others = {"base": 1e6, "rotary_dim": 4, "layout": "interleaved", "scaling": Linear(3.0)}
+        for rope in (RoPE(8, **{name: value}) for name, value in others.items()):
+            assert self.tables(rope) is not tables
+        assert not torch.equal(self.tables(RoPE(8), offset=2).q_cos, tables.q_cos)
+        changed = RoPE(8)
+        self.tables(changed)
+        changed.base = 100.0
+        assert not torch.equal(self.tables(changed).k_cos, tables.k_cos)
+        starts = {"k_starts": torch.tensor([0, 3], dtype=torch.int32)}
+        assert self.tables(RoPE(8), **starts) is not self.tables(RoPE(8), **starts)
+
+    def test_a_class_of_ones_own_keeps_its_angles(self):
+        class Half(RoPE):
+            def angles(self, positions, theta):
+                return super().angles(positions, theta) / 2
+
+        assert not torch.equal(self.tables(Half(8)).k_cos, self.tables(RoPE(8)).k_cos)
+
+    def test_those_of_inference_serve_no_training(self):
+        q = torch.randn(1, 2, 11, 8)
+        with torch.inference_mode():
+            out = posattn.attention(q, q, q, RoPE(8, base=77.0))
+        wanted = q.clone().requires_grad_()
+        again = posattn.attention(wanted, q, q, RoPE(8, base=77.0))
+        again.sum().backward()  # tensors of inference mode cannot be saved for it
+        assert torch.equal(out, again)
+
+    def test_a_rule_of_ones_own_may_change(self):
+        class Growing(Scaling):
+            factor = 1.0
+
+            def frequencies(self, rotary_dim, base, length, device):
+                return posattn.encodings.scaling.rotary_frequencies(rotary_dim, base, device) * self.factor, 1.0
+
+        rule = Growing()
+        rope = RoPE(8, scaling=rule)
+        before = self.tables(rope)
+        rule.factor = 2.0
+        assert not torch.equal(self.tables(rope).k_cos, before.k_cos)
