@@ -1,6 +1,6 @@
 """A ViT with a class token and learned rotations (RoPE-Mixed), on images drawn here: which patch has the spot?
 
-q and k are turned in front of attention, in plain PyTorch: the kernels' own rotation tables take no gradient.
+The class token comes first, at position 0, where nothing turns; the patches keep their own cells.
 
     python examples/vit.py --steps 200
 """
@@ -16,41 +16,23 @@ import posattn
 SIDE, PATCH, CELLS = 32, 4, 8  # pixels of a side and of a patch's, patches of a side
 
 
-class MixedRoPE(nn.Module):
-    """The angle of pair c of head h at (row, column) is f0[h, c] * row + f1[h, c] * column (Heo 2024)."""
-
-    def __init__(self, heads, head_dim):
-        super().__init__()
-        pairs = 10.0 ** -torch.linspace(0, 1, head_dim // 4)
-        turn = torch.rand(heads, 1) * 2 * torch.pi  # the paper's start: axial, turned by one random angle a head
-        x = torch.cat([pairs * turn.cos(), -pairs * turn.sin()], 1)  # [H, D / 2]
-        y = torch.cat([pairs * turn.sin(), pairs * turn.cos()], 1)
-        self.frequencies = nn.Parameter(torch.stack([x, y])[:, :, None])  # [2, H, 1, D / 2]
-
-    def forward(self, x, cells):  # x [B, H, T, D], cells [2, T]
-        angle = (self.frequencies * cells[:, None, :, None]).sum(0)  # [H, T, D / 2]
-        (a, b), cos, sin = x.chunk(2, -1), angle.cos(), angle.sin()
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
 class ViT(nn.Module):
     def __init__(self, dim, heads, layers=2):
         super().__init__()
         self.heads, self.patches, self.head = heads, nn.Conv2d(1, dim, PATCH, PATCH), nn.Linear(dim, CELLS**2)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.ropes = nn.ModuleList(MixedRoPE(heads, dim // heads) for _ in range(layers))
+        mixed = {"width": CELLS, "mixed": True, "num_heads": heads}
+        self.ropes = nn.ModuleList(posattn.AxialRoPE(dim // heads, **mixed) for _ in range(layers))
         self.qkv = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 3 * dim)) for _ in range(layers))
         self.out = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
-        grid = torch.stack(torch.meshgrid(torch.arange(CELLS), torch.arange(CELLS), indexing="ij")).flatten(1)
-        # The class token comes first, and at (0, 0) it does not turn; the patches keep their own cells.
-        self.register_buffer("cells", torch.cat([torch.zeros(2, 1), grid], 1))
+        self.register_buffer("cells", torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(CELLS**2)]))
 
     def forward(self, images):  # [B, 1, SIDE, SIDE]
         x = self.patches(images).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)  # [B, 1 + cells, dim]
         for rope, qkv, out in zip(self.ropes, self.qkv, self.out):
             q, k, v = qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            y = posattn.attention(rope(q, self.cells), rope(k, self.cells), v)
+            y = posattn.attention(q, k, v, rope, q_positions=self.cells, k_positions=self.cells)
             x = x + F.gelu(out(y.transpose(1, 2).flatten(2)))
         return self.head(x[:, 0])
 

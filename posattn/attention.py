@@ -479,9 +479,6 @@ def _lower(position: Encoding, context: Context, q: Tensor, k: Tensor) -> Plan:
         plan = plan_checks.checked(position(context), type(position).__name__, q, k)
         if not torch.compiler.is_compiling():
             check_values(position, plan)
-    turn = plan.rotary
-    if turn is not None and (turn.q_cos.requires_grad or turn.k_cos.requires_grad):
-        raise ValueError("position: expected rotation tables that need no gradient, got ones with requires_grad")
     return plan
 
 

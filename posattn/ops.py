@@ -19,6 +19,7 @@ from posattn import backends, reference
 from posattn.backends.common.strides import rows, rows_like
 from posattn.plan import Call
 from posattn.serialize import DIFFERENTIABLE, flatten, parse, unflatten
+from posattn.turning import turned
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float scale, float softcap, float dropout_p, "
@@ -43,6 +44,7 @@ def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] and the log-sum-exp [B, Hq, Tq] of a checked call; differentiable."""
     if backends.goes_to_reference(call, backend):
         return reference.forward(call)
+    call = turned(call)
     tensors: tuple[Tensor, ...] = (call.q, call.k, call.v)
     if _is_bare(call) and not _needs_dispatcher(tensors) and not _wants_gradients(tensors):
         return _run_forward(call, backend)

@@ -21,8 +21,10 @@ class Rotary:
     """Turn pair c of token t by the angle whose cosine and sine are given, before the dot product.
 
     q_cos, q_sin, k_cos and k_sin are [B or 1, T, rotary_dim / 2] float32, T the number of queries or of keys, with any
-    attention factor already multiplied in. They take no gradient. The first
-    rotary_dim dimensions turn, the others pass. Pairs are (2c, 2c + 1) if interleaved, else (c, c + rotary_dim / 2).
+    attention factor already multiplied in; or [B or 1, H or 1, T, rotary_dim / 2], H the heads of q or of k, where
+    heads differ. Kernels know the first form without a gradient; q and k are turned in front of them for the others
+    (turning.py). The first rotary_dim dimensions turn, the others pass. Pairs are (2c, 2c + 1) if interleaved, else
+    (c, c + rotary_dim / 2).
     """
 
     q_cos: Tensor

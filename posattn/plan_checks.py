@@ -60,7 +60,7 @@ class _Checks:
     def __init__(self, source: str, q: Tensor, k: Tensor) -> None:
         self.source, self.device = source, q.device
         self.batch, self.heads, self.q_tokens, self.dim = q.shape
-        self.k_tokens = k.shape[2]
+        self.kv_heads, self.k_tokens = k.shape[1], k.shape[2]
 
     def kind(self, name: str, operand: object, expected: type[_Operand]) -> _Operand:
         if not isinstance(operand, expected):
@@ -106,9 +106,9 @@ class _Checks:
 
     def rotary(self, rotary: Rotary) -> None:
         half = self.tensor("rotary.q_cos", rotary.q_cos).shape[-1]
-        for name, tokens in (("q_cos", self.q_tokens), ("q_sin", self.q_tokens), ("k_cos", self.k_tokens)):
-            self._angles(f"rotary.{name}", getattr(rotary, name), tokens, half)
-        self._angles("rotary.k_sin", rotary.k_sin, self.k_tokens, half)
+        for name, heads, tokens in (("q", self.heads, self.q_tokens), ("k", self.kv_heads, self.k_tokens)):
+            self._angles(f"rotary.{name}_cos", getattr(rotary, f"{name}_cos"), heads, tokens, half)
+            self._angles(f"rotary.{name}_sin", getattr(rotary, f"{name}_sin"), heads, tokens, half)
         if half < 1 or 2 * half > self.dim:
             raise ArgumentValueError(
                 f"{self._what('rotary')} of 1 to {self.dim // 2} pairs for head_dim={self.dim}, got {half}"
@@ -117,11 +117,15 @@ class _Checks:
             if cos.shape != sin.shape:
                 raise self._wrong_shape("rotary's sines", sin, *cos.shape)
 
-    def _angles(self, name: str, tensor: object, tokens: int, half: int) -> None:
+    def _angles(self, name: str, tensor: object, heads: int, tokens: int, half: int) -> None:
         tensor = self.tensor(name, tensor)
-        fits = tensor.dim() == 3 and tensor.shape[1] == tokens and tensor.shape[2] == half
+        of_heads = tensor.dim() == 4
+        fits = (of_heads or tensor.dim() == 3) and tensor.shape[-2] == tokens and tensor.shape[-1] == half
+        if fits and of_heads:
+            fits = tensor.shape[1] == 1 or tensor.shape[1] == heads
         if not fits or (tensor.shape[0] != 1 and tensor.shape[0] != self.batch):
-            raise self._wrong_shape(name, tensor, f"{self.batch} or 1", tokens, half)
+            by_head = (f"{heads} or 1",) if of_heads else ()
+            raise self._wrong_shape(name, tensor, f"{self.batch} or 1", *by_head, tokens, half)
 
     def bias(self, name: str, bias: object) -> Bias:
         bias = self.kind(name, bias, Bias)

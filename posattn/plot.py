@@ -43,13 +43,20 @@ def maps_of(position: Encoding, num_heads: int, head_dim: int, tokens: int, seed
     plan = position.lower(Context.of(q, k, Mask(), **places))
     where = "; segments of three tokens" if places else ""
     if plan.rotary is not None and plan.mix is None and not plan.bias:
-        turns = (plan.rotary.q_cos, plan.rotary.q_sin, plan.rotary.k_cos, plan.rotary.k_sin)
-        count = turns[0].shape[2]
+        turns: tuple[Tensor, ...] = (plan.rotary.q_cos, plan.rotary.q_sin, plan.rotary.k_cos, plan.rotary.k_sin)
+        count = turns[0].shape[-1]
         pairs = torch.linspace(0, count - 1, min(count, 4)).long()
-        q_cos, q_sin, k_cos, k_sin = (x[0].T[pairs] for x in turns)
+        if turns[0].dim() == 4:  # heads differ: a pair of each of them
+            heads = torch.arange(len(pairs)) % num_heads
+            turns = tuple(x[0].repeat_interleave(num_heads // x.shape[1], 0) for x in turns)
+            q_cos, q_sin, k_cos, k_sin = (x[heads, :, pairs] for x in turns)
+            panels = [f"head {head}, pair {pair} of {count}" for head, pair in zip(heads.tolist(), pairs.tolist())]
+        else:
+            q_cos, q_sin, k_cos, k_sin = (x[0].T[pairs] for x in turns)
+            panels = [f"pair {pair} of {count}" for pair in pairs.tolist()]
         cosines = q_cos[:, :, None] * k_cos[:, None] + q_sin[:, :, None] * k_sin[:, None]
         caption = f"adds nothing; colour: cosine of the angle between equal q and k after their turns{where}"
-        return Maps(cosines, tuple(f"pair {pair} of {count}" for pair in pairs.tolist()), caption)
+        return Maps(cosines, tuple(panels), caption)
     call = Call(q, k, k, plan, Mask(), head_dim**-0.5, **places)
     before = replace(call, plan=Plan(rotary=plan.rotary, bias=Bias()))
     added = reference.call_logits(call) - reference.call_logits(before)

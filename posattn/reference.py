@@ -58,9 +58,12 @@ def _softmax(call: Call, rows: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Turn the pairs of x [B, H, T, D] by the angles of cos and sin [B or 1, T, rotary_dim / 2]; the rest passes."""
+    """Turn the pairs of x [B, H, T, D] by the angles of cos and sin [B or 1, T, rotary_dim / 2], or with a dimension of
+    heads before T; the rest passes."""
     half = cos.shape[-1]
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    if cos.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     turning, passing = x[..., : 2 * half], x[..., 2 * half :]
     if interleaved:
         first, second = turning[..., 0::2], turning[..., 1::2]

@@ -60,7 +60,20 @@ def head_slice(plan: Plan, first: int, count: int) -> Plan:
         profile = replace(profile, segment_slope=a, segment_intercept=c)
     if dense is not None:
         dense = Dense(of(dense.bias, 1))
-    return Plan(rotary=plan.rotary, bias=Bias(slope, table, profile, dense))
+    return Plan(rotary=_rotary_slice(plan.rotary, first, count), bias=Bias(slope, table, profile, dense))
+
+
+def _rotary_slice(rotary: Rotary | None, first: int, count: int) -> Rotary | None:
+    """Where heads differ, those of the queries and the keys' heads that they read."""
+    if rotary is None or rotary.q_cos.dim() == 3 or rotary.q_cos.shape[1] == 1:
+        return rotary
+    group = max(rotary.q_cos.shape[1] // rotary.k_cos.shape[1], 1)
+    k_first, k_end = first // group, (first + count - 1) // group + 1
+    q_cos, q_sin = (x.narrow(1, first, count) for x in (rotary.q_cos, rotary.q_sin))
+    k_cos, k_sin = (
+        x if x.shape[1] == 1 else x.narrow(1, k_first, k_end - k_first) for x in (rotary.k_cos, rotary.k_sin)
+    )
+    return Rotary(q_cos, q_sin, k_cos, k_sin, rotary.interleaved)
 
 
 def check_values(encoding: nn.Module, plan: Plan) -> None:

@@ -199,7 +199,7 @@ class Shard(Encoding):
         self.sole_operands = whole.sole_operands
 
     def build(self, context: Context) -> Plan:
-        plan = self.whole(replace(context, num_heads=self._whole_heads))
+        plan = self.whole(replace(context, num_heads=self._whole_heads, kv_heads=None))  # the whole's own key heads
         return head_slice(plan, self.first, context.num_heads)
 
     def extra_repr(self) -> str:

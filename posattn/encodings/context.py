@@ -31,6 +31,7 @@ class Context:
             `posattn.plan.Mask`.
         position_range: where given, it holds all explicit positions.
         offset_range: every offset of a tensor, as far as it is known.
+        kv_heads: key heads; None for num_heads.
     """
 
     q_len: int
@@ -54,6 +55,7 @@ class Context:
     k_starts: Tensor | None = None
     q_segments: Tensor | None = None
     k_segments: Tensor | None = None
+    kv_heads: int | None = None
 
     @staticmethod
     def of(
@@ -87,6 +89,7 @@ class Context:
             k_starts=mask.k_starts,
             q_segments=mask.q_segments,
             k_segments=mask.k_segments,
+            kv_heads=k.shape[1],
         )
 
     @property

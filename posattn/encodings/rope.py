@@ -6,12 +6,12 @@ import math
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posattn import reference
 from posattn.encodings._checks import check_choice, check_positive, check_positive_int
 from posattn.encodings.base import Context, Encoding
-from posattn.encodings.scaling import Scaling, YaRN, rotary_frequencies
+from posattn.encodings.scaling import Scaling, YaRN, rotary_exponents, rotary_frequencies
 from posattn.plan import Bias, Plan, Rotary
 
 LAYOUTS = ("half", "interleaved")
@@ -50,7 +50,8 @@ class RotaryEncoding(Encoding):
     def frequencies(self, context: Context) -> tuple[Tensor, Tensor, float]:
         """theta of the queries and of the keys, and the attention factor; one tensor for both where they agree.
 
-        theta is float64, radians per position, [rotary_dim / 2] or [B or 1, T or 1, rotary_dim / 2].
+        theta is float64, radians per position, [rotary_dim / 2] or [B or 1, T or 1, rotary_dim / 2]; or whatever the
+        subclass's `angles` makes of it.
         """
         if self.scaling is None:
             theta = rotary_frequencies(self.rotary_dim, self.base, context.device)
@@ -70,7 +71,8 @@ class RotaryEncoding(Encoding):
         return context.sequence_lengths()
 
     def angles(self, positions: Tensor, theta: Tensor) -> Tensor:
-        """The angle in radians, float64 [B or 1, T, rotary_dim / 2], of each pair at integer positions [B or 1, T]."""
+        """The angle in radians, float64 [B or 1, T, rotary_dim / 2], of each pair at integer positions [B or 1, T]; a
+        dimension of heads comes before T where they differ."""
         return positions[..., None] * theta
 
     def token_positions(self, context: Context) -> tuple[Tensor, Tensor]:
@@ -95,15 +97,24 @@ class RotaryEncoding(Encoding):
         return Plan(rotary=rotary, bias=Bias())
 
     def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Turn x [B, H, T, D] itself, at integer positions [B or 1, T], 0 .. T-1 if None: for caches of turned keys."""
+        """Turn x [B, H, T, D] itself, at integer positions [B or 1, T], 0 .. T-1 if None: for caches of turned keys.
+
+        Differentiable, in x and in what is learned. Where heads differ, x has those of the queries or of the keys.
+        """
         if x.dim() != 4 or x.shape[-1] != self.head_dim:
             raise ValueError(f"x: expected [B, H, T, {self.head_dim}], got {list(x.shape)}")
         if positions is None:
             positions = torch.arange(x.shape[2], device=x.device)[None]
-        context = Context(x.shape[2], x.shape[2], x.shape[1], x.shape[3], x.device, x.dtype, positions, positions)
+        heads = self.num_heads or x.shape[1]
+        context = Context(x.shape[2], x.shape[2], heads, x.shape[3], x.device, x.dtype, positions, positions)
         turn = self.build(context).rotary
         assert turn is not None
-        return reference.rotate(x, turn.k_cos, turn.k_sin, turn.interleaved)
+        cos, sin = turn.k_cos, turn.k_sin
+        if cos.dim() == 4 and cos.shape[1] != x.shape[1]:
+            cos, sin = turn.q_cos, turn.q_sin
+            if cos.shape[1] != x.shape[1]:
+                raise ValueError(f"x: expected {cos.shape[1]} or {turn.k_cos.shape[1]} heads, got {x.shape[1]}")
+        return reference.rotate(x, cos, sin, turn.interleaved)
 
     def _turn(self, positions: Tensor, theta: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Angles of thousands of radians keep too few bits in float32, so they are float64 up to here.
@@ -120,6 +131,9 @@ class RoPE(RotaryEncoding):
         layout: pairs are (c, c + rotary_dim / 2) for "half" (GPT-NeoX, Llama), (2c, 2c + 1) for "interleaved" (GPT-J).
         rotary_dim: how many leading dimensions turn, an even number; all by default.
         scaling: a rule for lengths past the training length (Linear, DynamicNTK, YaRN, Llama3, LongRoPE), or None.
+        learnable: True learns the frequencies, `theta` [rotary_dim / 2], radians per position; "base" their base,
+            `log_base` [1]. They start as they would be fixed. A scaling multiplies each frequency by what it makes of
+            the one that stood there at the start.
     """
 
     def __init__(
@@ -129,8 +143,38 @@ class RoPE(RotaryEncoding):
         layout: str = "half",
         rotary_dim: int | None = None,
         scaling: Scaling | None = None,
+        learnable: bool | str = False,
     ) -> None:
         super().__init__(head_dim, base, layout, rotary_dim, scaling)
+        if not isinstance(learnable, bool) and learnable != "base":
+            raise ValueError(f"learnable: expected True, False or 'base', got {learnable!r}")
+        self.learnable = learnable
+        if learnable is True:
+            self.theta = nn.Parameter(torch.empty(self.rotary_dim // 2))
+        elif learnable == "base":
+            self.log_base = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            if self.learnable is True:
+                self.theta.copy_(rotary_frequencies(self.rotary_dim, self.base, self.theta.device))
+            elif self.learnable:
+                self.log_base.fill_(math.log(self.base))
+
+    def frequencies(self, context: Context) -> tuple[Tensor, Tensor, float]:
+        q_theta, k_theta, factor = super().frequencies(context)
+        if not self.learnable:
+            return q_theta, k_theta, factor
+        if self.learnable is True:
+            theta = self.theta.double()
+        else:
+            theta = torch.exp(rotary_exponents(self.rotary_dim, context.device) * -self.log_base.double())
+        if self.scaling is None:
+            return theta, theta, factor
+        initial = rotary_frequencies(self.rotary_dim, self.base, context.device)
+        scaled = theta * (k_theta / initial)
+        return scaled if q_theta is k_theta else theta * (q_theta / initial), scaled, factor
 
     def build(self, context: Context) -> Plan:
         if not self._shares(context):
@@ -146,6 +190,7 @@ class RoPE(RotaryEncoding):
         sizes = context.q_tokens, context.k_tokens
         return (
             type(self) is RoPE
+            and not self.learnable
             and context.device.type == "cpu"
             and context.plain
             and not torch.compiler.is_compiling()
@@ -165,12 +210,13 @@ class RoPE(RotaryEncoding):
             "RoPE": cls(head_dim, rotary_dim=even),
             "RoPE interleaved": cls(head_dim, layout="interleaved", rotary_dim=even),
             "RoPE partial": cls(head_dim, rotary_dim=part, scaling=YaRN(4.0, max(tokens // 2, 1))),
+            "RoPE learnable": cls(head_dim, rotary_dim=part, scaling=YaRN(4.0, max(tokens // 2, 1)), learnable=True),
         }
 
     def extra_repr(self) -> str:
         return (
             f"{self.head_dim}, base={self.base}, layout={self.layout!r}, rotary_dim={self.rotary_dim}, "
-            f"scaling={self.scaling}"
+            f"scaling={self.scaling}, learnable={self.learnable!r}"
         )
 
 

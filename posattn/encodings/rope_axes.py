@@ -4,11 +4,12 @@ Position Embedding for Vision Transformer", arXiv 2403.13298; M-RoPE: Wang 2024,
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posattn.encodings._checks import check_choice, check_positive_int
 from posattn.encodings.base import Context, Encoding
@@ -24,40 +25,93 @@ class AxialRoPE(RotaryEncoding):
     Position p is the cell (p // width, p % width), so tokens in row-major order need no explicit positions. Each axis
     has rotary_dim / 4 frequencies, theta_c = base^(-4c/rotary_dim).
 
+    With `mixed` (RoPE-Mixed, Heo 2024), every pair of every head turns with both: by theta[0, h, c] * column +
+    theta[1, h, c] * row. `theta` [2, key heads, rotary_dim / 2] is learned. It starts as in the paper: the frequencies
+    of each axis, turned in the plane by one random angle a head.
+
     Args:
-        head_dim, base, layout, rotary_dim: as in `RoPE`; rotary_dim is a multiple of 4.
+        head_dim, layout, rotary_dim: as in `RoPE`; rotary_dim is a multiple of 4.
         width: cells in a row.
+        base: the base of the frequencies; 10000 by default, 10 if mixed.
+        mixed: learn both frequencies of each pair of each head.
+        num_heads: query heads H, with mixed alone.
+        kv_heads: key heads, where they are fewer; those that share one also share its frequencies.
     """
 
     def __init__(
         self,
         head_dim: int,
         width: int,
-        base: float = 10000.0,
+        base: float | None = None,
         layout: str = "half",
         rotary_dim: int | None = None,
+        mixed: bool = False,
+        num_heads: int | None = None,
+        kv_heads: int | None = None,
     ) -> None:
-        super().__init__(head_dim, base, layout, rotary_dim)
+        super().__init__(head_dim, (10.0 if mixed else 10000.0) if base is None else base, layout, rotary_dim)
         self.width = check_positive_int("width", width)
         if self.rotary_dim % 4:
             raise ValueError(f"rotary_dim: expected a multiple of 4 for two axes, got {self.rotary_dim}")
+        self.mixed = mixed
+        if not mixed:
+            for name, value in (("num_heads", num_heads), ("kv_heads", kv_heads)):
+                if value is not None:
+                    raise ValueError(f"{name}: expected None without mixed, where all heads turn alike, got {value}")
+            return
+        if num_heads is None:
+            raise ValueError("num_heads: expected the number of query heads with mixed, got None")
+        self.num_heads = check_positive_int("num_heads", num_heads)
+        self.kv_heads = check_positive_int("kv_heads", num_heads if kv_heads is None else kv_heads)
+        if num_heads % self.kv_heads:
+            raise ValueError(f"kv_heads: expected a divisor of num_heads={num_heads}, got {kv_heads}")
+        self.theta = nn.Parameter(torch.empty(2, self.kv_heads, self.rotary_dim // 2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if not self.mixed:
+            return
+        size = rotary_frequencies(self.rotary_dim // 2, self.base, self.theta.device).to(self.theta.dtype)
+        way = torch.rand(self.kv_heads, 1, device=self.theta.device) * (2.0 * math.pi)
+        x = torch.cat([size * way.cos(), size * -way.sin()], dim=-1)
+        y = torch.cat([size * way.sin(), size * way.cos()], dim=-1)
+        with torch.no_grad():
+            self.theta.copy_(torch.stack([x, y]))
 
     def frequencies(self, context: Context) -> tuple[Tensor, Tensor, float]:
-        theta = rotary_frequencies(self.rotary_dim // 2, self.base, context.device)
-        return theta, theta, 1.0
+        if not self.mixed:
+            theta = rotary_frequencies(self.rotary_dim // 2, self.base, context.device)
+            return theta, theta, 1.0
+        kv_heads = self.kv_heads if context.kv_heads is None else context.kv_heads
+        if kv_heads != self.kv_heads:
+            raise ValueError(
+                f"position: AxialRoPE was made for kv_heads={self.kv_heads}, got keys with {kv_heads} heads"
+            )
+        k_theta = self.theta.double()
+        group = context.num_heads // kv_heads
+        return (k_theta if group == 1 else k_theta.repeat_interleave(group, 1)), k_theta, 1.0
 
     def angles(self, positions: Tensor, theta: Tensor) -> Tensor:
         row = positions.div(self.width, rounding_mode="floor")
         column = positions.remainder(self.width)
+        if self.mixed:
+            row, column = row[:, None, :, None], column[:, None, :, None]  # [B or 1, 1, T, 1]
+            return column * theta[0, :, None] + row * theta[1, :, None]
         return torch.cat([row[..., None] * theta, column[..., None] * theta], dim=-1)
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
         rotary_dim = head_dim // 4 * 4
-        return {"AxialRoPE": cls(head_dim, width=8, rotary_dim=rotary_dim)} if rotary_dim else {}
+        if not rotary_dim:
+            return {}
+        return {
+            "AxialRoPE": cls(head_dim, width=8, rotary_dim=rotary_dim),
+            "AxialRoPE mixed": cls(head_dim, width=8, rotary_dim=rotary_dim, mixed=True, num_heads=num_heads),
+        }
 
     def extra_repr(self) -> str:
-        return f"{self.head_dim}, width={self.width}, base={self.base}, layout={self.layout!r}"
+        heads = f", mixed=True, num_heads={self.num_heads}, kv_heads={self.kv_heads}" if self.mixed else ""
+        return f"{self.head_dim}, width={self.width}, base={self.base}, layout={self.layout!r}{heads}"
 
 
 class MRoPE(RotaryEncoding):

@@ -18,8 +18,12 @@ from posattn.encodings._checks import check_factor, check_float32, check_positiv
 
 def rotary_frequencies(rotary_dim: int, base: float, device: torch.device | str) -> Tensor:
     """theta_c = base^(-2c/rotary_dim), float64 [rotary_dim / 2], radians per position."""
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
-    return torch.exp(exponent * -math.log(base))
+    return torch.exp(rotary_exponents(rotary_dim, device) * -math.log(base))
+
+
+def rotary_exponents(rotary_dim: int, device: torch.device | str) -> Tensor:
+    """2c/rotary_dim, float64 [rotary_dim / 2]."""
+    return torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
 
 
 class Scaling(ABC):

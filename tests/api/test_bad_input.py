@@ -464,17 +464,6 @@ def test_mask_of_folded_batches():
         posattn.scaled_dot_product_attention(q, q, q, torch.ones(1, 2, 1, 5, 5))
 
 
-def test_rotation_tables_that_would_need_a_gradient():
-    class Learned(posattn.RoPE):
-        def build(self, context):
-            plan = super().build(context)
-            plan.rotary.q_cos.requires_grad_()
-            return plan
-
-    with pytest.raises(ValueError, match="position: expected rotation tables that need no gradient"):
-        posattn.attention(Q, Q, Q, Learned(8))
-
-
 def test_every_reason_is_given_when_no_backend_can(monkeypatch):
     from posattn import backends
 

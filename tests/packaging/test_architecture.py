@@ -24,6 +24,7 @@ LAYERS = (
         "posattn.paging",
         "posattn.plan_checks",
         "posattn.positions",
+        "posattn.turning",
     ),
     ("posattn.kernels", "posattn.reference", "posattn.serialize", "posattn.sdpa_shapes"),
     ("posattn.encodings", "posattn.backends.common"),
