@@ -161,8 +161,9 @@ def attention(
             compiled graph serves them.
         block_table: [B, n] integers, where k and v are the pages of a cache, [pages, page, Hkv, D or Dv]: key j of
             sequence b is row j % page of page block_table[b, j // page], and Tk is n * page. k_lengths must be given;
-            entries past it may hold anything. The pages named are copied, O(Tk) memory a call, until kernels read
-            through the table. `posattn.PagedCache` keeps such a cache.
+            entries past it may hold anything. On the CPU kernels read through the table; on other devices, and where
+            anything needs a gradient, the pages named are copied first, O(Tk) memory. `posattn.PagedCache` keeps such a
+            cache.
         cu_seqlens_q, cu_seqlens_k: [documents + 1] integers, bounds of documents packed into B = 1. A document's
             queries see its own keys alone, and alignment and positions count inside the document.
         q_positions, k_positions: [T], [1, T] or [B, T] integers, where tokens sit for `position`; the masks keep
@@ -215,9 +216,14 @@ def checked_attention(
 ) -> tuple[Tensor, Tensor]:
     """attention() of all its options, with `run` in the place of a backend: what it returns for the checked call."""
     block_table, k_lengths = options["block_table"], options["k_lengths"]
+    pages = None
     if block_table is not None:
         block_table, k_lengths = validation.check_pages(q, k, v, block_table, k_lengths, options["cu_seqlens_k"])
-        k, v = (paging.gathered(pages, block_table, k_lengths) for pages in (k, v))
+        if _autocasts(q) or 0 in (q.shape[3], k.shape[3], v.shape[3]):  # what is cast or padded is not the whole pool
+            k, v = (paging.gathered(pages, block_table, k_lengths) for pages in (k, v))
+        else:
+            pages = paging.Pages(k, v, block_table)
+            k, v = pages.stand_ins()
     if _autocasts(q):
         q, k, v = (_autocast(tensor) for tensor in (q, k, v))
     plain = _plain_signature(q, k, v, options)
@@ -295,6 +301,7 @@ def checked_attention(
         dropout_p=options["dropout_p"],
         deterministic=validation.check_flag("deterministic", options["deterministic"]),
         backend=validation.check_backend(options["backend"]),
+        pages=pages,
         run=run,
     )
 
@@ -427,10 +434,14 @@ def _attend(
     position_range: tuple[int, int] | None = None,
     deterministic: bool = False,
     backend: str = "auto",
+    pages: paging.Pages | None = None,
     run: Run = ops.attend,
     context: Context | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Lower `position`, put the dense bias into its plan, draw a seed if anything is dropped, and run the call."""
+    """Lower `position`, put the dense bias into its plan, draw a seed if anything is dropped, and run the call.
+
+    k and v stand in for `pages`, where these are given: only their shapes count.
+    """
     number, scale_tensor = validation.check_scale(scale, q.shape[3])
     dropout_p = validation.check_dropout(dropout_p)
     value_dim = v.shape[3]
@@ -466,7 +477,7 @@ def _attend(
         deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
         tokens_first=bool(q.stride(1) < q.stride(2)),
     )
-    out, lse = run(call, backend)
+    out, lse = run(call if pages is None else pages.put_into(call), backend)
     if dropout_p == 1.0:
         out = dropout(out, 1.0)
     return (out if value_dim else out[..., :0]), lse

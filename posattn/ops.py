@@ -17,9 +17,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from posattn import backends, reference
 from posattn.backends.common.strides import rows, rows_like
+from posattn.paging import gathered_call
 from posattn.plan import Call
-from posattn.serialize import DIFFERENTIABLE, flatten, parse, unflatten
-from posattn.turning import turned
+from posattn.serialize import DIFFERENTIABLE, MAX_K, flatten, parse, unflatten
+from posattn.turning import in_front, turned
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float scale, float softcap, float dropout_p, "
@@ -43,13 +44,18 @@ Numbers: TypeAlias = "tuple[float, float, float, str]"  # scale, softcap, dropou
 def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] and the log-sum-exp [B, Hq, Tq] of a checked call; differentiable."""
     if backends.goes_to_reference(call, backend):
-        return reference.forward(call)
-    call = turned(call)
+        return reference.forward(gathered_call(call))
+    if call.plan.rotary is not None and in_front(call.plan.rotary):
+        call = turned(gathered_call(call))
     tensors: tuple[Tensor, ...] = (call.q, call.k, call.v)
     if _is_bare(call) and not _needs_dispatcher(tensors) and not _wants_gradients(tensors):
         return _run_forward(call, backend)
     flat = flatten(call, backend)
     tensors = (*tensors, *flat.operands)
+    if call.block_table is not None and (_wants_gradients(tensors) or torch._C._are_functorch_transforms_active()):
+        call = gathered_call(call)
+        flat = flatten(call, backend)
+        tensors = (call.q, call.k, call.v, *flat.operands)
     numbers = (call.scale, call.softcap, call.dropout_p, flat.spec)
     found: Any
     if _needs_dispatcher(tensors):
@@ -81,6 +87,7 @@ def _is_bare(call: Call) -> bool:
         and call.q_positions is None
         and call.seed is None
         and call.scale_tensor is None
+        and call.block_table is None
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -113,8 +120,11 @@ def _is_not_plain(tensor: Tensor) -> bool:
 
 def _run_forward(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     q, v = call.q, call.v
-    if q.numel() and v.numel():
-        return backends.choose(call, backend).forward(call)
+    if q.numel() and v.numel() and (call.block_table is None or call.k_tokens):
+        chosen = backends.choose(call, backend)
+        if call.block_table is not None and backends.reason_to_gather(chosen, call) is not None:
+            call = gathered_call(call)
+        return chosen.forward(call)
     lse = q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
     if call.sinks is None:
         lse.fill_(-torch.inf)
@@ -133,6 +143,8 @@ def _run_backward(
     named: dict[str, Tensor],
 ) -> list[Tensor]:
     """The gradients of `named`, in its order, each in its operand's dtype."""
+    if call.block_table is not None:
+        raise NotImplementedError("attention over pages has no gradient by itself; gather its keys before")
     if call.q.numel() and call.v.numel():
         chosen = backends.choose(call, backend, backward=True)
         needs = frozenset(named)
@@ -335,11 +347,11 @@ torch.library.register_autograd("posattn::attention_backward", _backward_of_back
 
 
 def _flops(
-    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], operands: list[Any], spec: str
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], operands: list[Any], ints: list[Any], spec: str
 ) -> tuple[int, int]:
     """Floating-point operations of the products with D and Dv columns, and of DAPE's MLP, of every (query, key)."""
-    pairs = q[0] * q[1] * q[2] * k[2]
     layout = parse(spec)
+    pairs = q[0] * q[1] * q[2] * (ints[MAX_K] if "block_table" in layout.names else k[2])
     mlp = 0
     if layout.form:
         shapes = dict(zip(layout.names, operands))
@@ -350,12 +362,12 @@ def _flops(
 
 @register_flop_formula(torch.ops.posattn.attention_forward)
 def _(q: Any, k: Any, v: Any, operands: Any, ints: Any, *rest: Any, **_: Any) -> int:
-    one, mlp = _flops(q, k, v, operands, rest[3])
+    one, mlp = _flops(q, k, v, operands, ints, rest[3])
     return one * (q[3] + v[3]) + mlp
 
 
 @register_flop_formula(torch.ops.posattn.attention_backward)
 def _(q: Any, k: Any, v: Any, operands: Any, ints: Any, *rest: Any, **_: Any) -> int:
     """As torch counts its own: the recomputed products, and one of each for every gradient."""
-    one, mlp = _flops(q, k, v, operands, rest[3])
+    one, mlp = _flops(q, k, v, operands, ints, rest[3])
     return one * (3 * q[3] + 2 * v[3]) + 3 * mlp

@@ -165,6 +165,9 @@ class Call:
     Philox4x32-10(key = seed's two halves, counter = (j >> 2, i, b * Hq + h, 0)) is at least dropout_p * 2^32, and
     divides kept weights by 1 - dropout_p; seed is an int64 [1] tensor on q's device. tokens_first: the output lies in
     memory as [B, Tq, Hq, Dv], as q does, so that whoever merges the heads gets a view.
+    block_table: int32 or int64 [B, n] where keys lie in pages: k is [pages, Hkv, page, D] and v [pages, Hkv, page, Dv]
+    then, key j of sequence b is row j % page of page block_table[b, j // page], and mask.max_k is Tk, at most n * page.
+    Such a call takes no gradient. Entries past k_lengths may hold anything.
     """
 
     q: Tensor
@@ -182,3 +185,9 @@ class Call:
     deterministic: bool = False
     scale_tensor: Tensor | None = None
     tokens_first: bool = False
+    block_table: Tensor | None = None
+
+    @property
+    def k_tokens(self) -> int:
+        """Tk: the keys that a batch entry has room for."""
+        return self.k.shape[2] if self.block_table is None else self.mask.max_k

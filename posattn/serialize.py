@@ -22,6 +22,7 @@ DIFFERENTIABLE = frozenset(
     ("q", "k", "v", "scale", "w1", "b1", "w2", "b2", "sinks", *_BIAS_GRADS, *(f"inner.{name}" for name in _BIAS_GRADS))
 )
 
+MAX_K = 3  # where `ints` holds it
 _NO_LIMIT = -1  # a window side of None, which `ints` cannot hold
 
 
@@ -121,6 +122,7 @@ def flatten(call: Call, backend: str) -> Flat:
     put("q_positions", call.q_positions)
     put("k_positions", call.k_positions)
     put("seed", call.seed)
+    put("block_table", call.block_table)
     put("scale", call.scale_tensor)
     return Flat(operands, ints, f"{backend}|{form}|{','.join(flags)}|{','.join(names)}")
 
@@ -206,4 +208,5 @@ def unflatten(
         deterministic="deterministic" in flags,
         tokens_first="tokens_first" in flags,
         scale_tensor=scale_tensor,
+        block_table=named.get("block_table"),
     )

@@ -16,6 +16,7 @@ from posattn.attention import Options, attention, checked_attention
 from posattn.encodings._plans import head_slice
 from posattn.encodings.base import Encoding
 from posattn.errors import ArgumentTypeError, ArgumentValueError
+from posattn.paging import gathered_call
 from posattn.plan import Call
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def weights(
     given: Any = {**_DEFAULTS, **{name: x for name, x in options.items() if name not in _ABOUT_THE_RUN}}
 
     def run(call: Call, _: str) -> tuple[Tensor, Tensor]:
+        call = gathered_call(call)
         queries = torch.tensor(_indices("rows", rows, call.q.shape[2]), dtype=torch.int64, device=call.q.device)
         chosen = _indices("heads", heads, call.q.shape[1])
         wide = call if call.q.dtype == torch.float64 else replace(call, q=call.q.float(), k=call.k.float())

@@ -49,20 +49,40 @@ struct DecodeScratch {
 POSATTN_INLINE void prefetch_rows(const Source& src, int64_t first, int64_t count) {
   const int64_t bytes = src.width * (src.view.dtype == DType::f32 ? 4 : 2);
   for (int64_t r = 0; r < count; ++r) {
-    const char* row = row_pointer(src.view, src.b, src.h, src.t0 + first + r);
+    const char* row = src.row(first + r);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
   }
 }
 
+// The rows of a tile, equally far apart, or one by one where they lie in pages.
+struct Strided {
+  const float* first;
+  int64_t step;
+  POSATTN_INLINE const float* operator()(int64_t c) const { return first + c * step; }
+};
+
+struct Scattered {
+  const float* const* rows;
+  POSATTN_INLINE const float* operator()(int64_t c) const { return rows[c]; }
+};
+
+// Whether the rows of a tile lie ready for mode M, but in several pages; `rows` then says where.
+template <class M>
+inline bool scattered(const float** rows, const Source& src, int64_t first, int64_t count) {
+  if (src.in_one_run(first, count) || !lies_ready<M>(src)) return false;
+  for (int64_t r = 0; r < count; ++r) rows[r] = reinterpret_cast<const float*>(src.row(first + r));
+  return true;
+}
+
 // x[c] = <q, k_c> for n keys: VL dot products at a time, summed over lanes by one transpose. q and k are rows of
 // `width` elements.
-template <class M>
-inline void dot_keys(float* x, const float* q, const float* k, int64_t k_row, int64_t n, int64_t width) {
+template <class M, class Rows>
+inline void dot_keys(float* x, const float* q, const Rows& k, int64_t n, int64_t width) {
   for (int64_t c = 0; c < n; c += VL) {
     vf sum[VL];
 #pragma GCC unroll 16
     for (int i = 0; i < VL; ++i) {
-      const float* row = k + imin(c + i, n - 1) * k_row;  // past the last key: any key, its logit is masked
+      const float* row = k(imin(c + i, n - 1));  // past the last key: any key, its logit is masked
       vf a = zero();
       for (int64_t d = 0; d < width; d += VL) a = M::dot(a, load(q + d), load(row + d));
       sum[i] = a;
@@ -78,13 +98,14 @@ inline void dot_keys(float* x, const float* q, const float* k, int64_t k_row, in
 #if defined(__AVX512BF16__)
 // out[width] += sum of w_c v_c over n keys, v's rows bfloat16 as they lie in memory: two rows at a time are interleaved
 // into the pairs that the dot product takes. weights has a zero after the last of an odd number.
-template <int BLOCKS>
-inline void add_pairs(float* out, const float* weights, const uint16_t* v, int64_t v_row, int64_t n) {
+template <int BLOCKS, class Rows>
+inline void add_pairs(float* out, const float* weights, const Rows& v, int64_t d, int64_t n) {
   vf acc[BLOCKS][2];
 #  pragma GCC unroll 8
   for (int b = 0; b < BLOCKS; ++b) acc[b][0] = load(out + 32 * b), acc[b][1] = load(out + 32 * b + 16);
   for (int64_t c = 0; c < n; c += 2) {
-    const uint16_t *even = v + c * v_row, *odd = v + imin(c + 1, n - 1) * v_row;
+    const uint16_t* even = reinterpret_cast<const uint16_t*>(v(c)) + d;
+    const uint16_t* odd = reinterpret_cast<const uint16_t*>(v(imin(c + 1, n - 1))) + d;
     const uint32_t pair = float_to_bf16(weights[c]) | static_cast<uint32_t>(float_to_bf16(weights[c + 1])) << 16;
     const vf w = set1(bits_to_float(pair));
 #  pragma GCC unroll 8
@@ -99,20 +120,40 @@ inline void add_pairs(float* out, const float* weights, const uint16_t* v, int64
   for (int b = 0; b < BLOCKS; ++b) store(out + 32 * b, acc[b][0]), store(out + 32 * b + 16, acc[b][1]);
 }
 
-inline void add_values(BF16, float* out, float* weights, const float* v, int64_t v_row, int64_t n, int64_t width) {
-  const auto* rows = reinterpret_cast<const uint16_t*>(v);
+template <class Rows>
+inline void add_values(BF16, float* out, float* weights, const Rows& v, int64_t n, int64_t width) {
   weights[n] = 0.0F;
   int64_t d = 0;
-  for (; d + 64 <= width; d += 64) add_pairs<2>(out + d, weights, rows + d, v_row, n);
-  if (d < width) add_pairs<1>(out + d, weights, rows + d, v_row, n);
+  for (; d + 64 <= width; d += 64) add_pairs<2>(out + d, weights, v, d, n);
+  if (d < width) add_pairs<1>(out + d, weights, v, d, n);
 }
 #endif
 
 // out[width] += sum of w_c v_c over n keys, v's rows floats.
-inline void add_values(F32, float* out, const float* weights, const float* v, int64_t v_row, int64_t n, int64_t width) {
+inline void add_values(F32, float* out, const float* weights, const Strided& v, int64_t n, int64_t width) {
   int64_t d = 0;
-  for (; d + NR <= width; d += NR) micro<F32, 1, NV_MAX, Into::sum>(weights, 0, 1, v + d, v_row, out + d, 0, n);
-  for (; d < width; d += VL) micro<F32, 1, 1, Into::sum>(weights, 0, 1, v + d, v_row, out + d, 0, n);
+  for (; d + NR <= width; d += NR) micro<F32, 1, NV_MAX, Into::sum>(weights, 0, 1, v.first + d, v.step, out + d, 0, n);
+  for (; d < width; d += VL) micro<F32, 1, 1, Into::sum>(weights, 0, 1, v.first + d, v.step, out + d, 0, n);
+}
+
+// The same sums, in the same order.
+template <int BLOCKS>
+inline void add_floats(float* out, const float* weights, const Scattered& v, int64_t d, int64_t n) {
+  vf acc[BLOCKS] = {};
+  for (int64_t c = 0; c < n; ++c) {
+    const float* row = v(c) + d;
+    const vf w = set1(weights[c]);
+#pragma GCC unroll 8
+    for (int b = 0; b < BLOCKS; ++b) acc[b] = fma(w, load(row + b * VL), acc[b]);
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < BLOCKS; ++b) store(out + b * VL, load(out + b * VL) + acc[b]);
+}
+
+inline void add_values(F32, float* out, const float* weights, const Scattered& v, int64_t n, int64_t width) {
+  int64_t d = 0;
+  for (; d + NR <= width; d += NR) add_floats<NV_MAX>(out + d, weights, v, d, n);
+  for (; d < width; d += VL) add_floats<1>(out + d, weights, v, d, n);
 }
 
 template <class M>
@@ -131,6 +172,7 @@ inline void decode_split(const Problem& p, const Sequence& s, int64_t kv_head, i
   fill(most, NEG_INF, rows);
   fill(sum, 0.0F, rows);
 
+  const float *k_rows[DECODE_KEYS], *v_rows[DECODE_KEYS];
   const Interval any = allowed_by_any(p, s, 0, s.q_len);
   for (int64_t j = j_begin; j < j_end; j += DECODE_KEYS) {
     const int64_t n = imin(DECODE_KEYS, j_end - j), padded = round_up(n, 2 * VL);
@@ -140,16 +182,17 @@ inline void decode_split(const Problem& p, const Sequence& s, int64_t kv_head, i
       prefetch_rows(keys, j + n, ahead);
       prefetch_rows(values, j + n, ahead);
     }
-    const float *k = in_place<M>(keys, j), *v = in_place<M>(values, j);
-    const int64_t k_row = k ? p.k.row / M::pack : t.q_stride, v_row = v ? p.v.row : t.v_stride;
-    if (!k) pack_rows<F32>(t.k, t.q_stride, keys, j, n, n), k = t.k;
-    if (!v) pack_depth<F32>(t.v, t.v_stride, values, j, n, n), v = t.v;
+    const bool k_paged = scattered<M>(k_rows, keys, j, n), v_paged = scattered<M>(v_rows, values, j, n);
+    Strided k{in_place<M>(keys, j, n), p.k.row / M::pack}, v{in_place<M>(values, j, n), p.v.row / M::pack};
+    if (!k.first && !k_paged) pack_rows<F32>(t.k, t.q_stride, keys, j, n, n), k = {t.k, t.q_stride};
+    if (!v.first && !v_paged) pack_depth<F32>(t.v, t.v_stride, values, j, n, n), v = {t.v, t.v_stride};
     for (int64_t g = 0; g < group; ++g) {
       const int64_t h = kv_head * group + g;
       t.bias.prepare(p, p.bias, s, h, {0, s.q_len, j, j + n});
       for (int64_t i = 0; i < s.q_len; ++i) {
         const int64_t r = g * s.q_len + i;
-        dot_keys<M>(t.logits, t.q + r * t.q_stride, k, k_row, n, depth);
+        const float* q = t.q + r * t.q_stride;
+        k_paged ? dot_keys<M>(t.logits, q, Scattered{k_rows}, n, depth) : dot_keys<M>(t.logits, q, k, n, depth);
         fill(t.logits + round_up(n, VL), 0.0F, padded - round_up(n, VL));
         float mul = M::pack == 1 ? 1.0F : p.scale;
         const vf top = finish_row(p, s, t.bias, t.logits, i, allowed(p, s, i), j, padded, mul);
@@ -157,7 +200,8 @@ inline void decode_split(const Problem& p, const Sequence& s, int64_t kv_head, i
                       t.v_stride);
         if (p.dropout_p > 0.0) drop_row<F32>(p, s, dropout, t.keep, t.logits, h, i, j, n);
         float* o = out + r * t.v_stride;
-        add_values(M{}, o, t.logits, v, v_row, n, t.v_stride);
+        v_paged ? add_values(M{}, o, t.logits, Scattered{v_rows}, n, t.v_stride)
+                : add_values(M{}, o, t.logits, v, n, t.v_stride);
       }
     }
   }
@@ -207,8 +251,8 @@ void decode_as(const Problem& p) {
 inline void decode(const Problem& p) {
 #if defined(__AVX512BF16__)
   const Sequence first{};
-  if (p.q.dtype == DType::bf16 && in_place<BF16>(key_source(p, first, 0), 0) &&
-      in_place<BF16>(value_source(p, first, 0), 0))
+  if (p.q.dtype == DType::bf16 && lies_ready<BF16>(key_source(p, first, 0)) &&
+      lies_ready<BF16>(value_source(p, first, 0)))
     return decode_as<BF16>(p);
 #endif
   decode_as<F32>(p);

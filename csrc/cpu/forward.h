@@ -154,7 +154,7 @@ void forward_task(const Problem& p, const Sequence& s, int64_t h, int64_t i0, in
   for (int64_t j0 = all.lo / TILE_KEYS * TILE_KEYS; j0 < all.hi && !interrupted(); j0 += TILE_KEYS) {
     const int64_t tile = imin(TILE_KEYS, s.k_len - j0);
     pack_panels<M>(t.k, keys, j0, tile);
-    const float* v = M::pack == 1 && tile % (2 * VL) == 0 ? in_place<M>(values, j0) : nullptr;
+    const float* v = M::pack == 1 && tile % (2 * VL) == 0 ? in_place<M>(values, j0, tile) : nullptr;
     const int64_t v_row = v ? p.v.row : t.v_stride;
     if (!v) {
       pack_depth<M>(t.v, t.v_stride, values, j0, tile, round_up(tile, 2 * VL));

@@ -135,6 +135,18 @@ std::vector<Sequence> sequences(const Problem& p) {
   return list;
 }
 
+// The pages that sequences read are there, and there is one for every key.
+void check_pages(const Problem& p, const std::vector<Sequence>& list) {
+  if (!p.block_table) return;
+  if (p.page < 1) throw std::invalid_argument("k: expected pages of at least one token");
+  for (const Sequence& s : list) {
+    if (s.k_len == 0) continue;
+    check_bound("k_lengths", "batch entry", s.b, s.k0 + s.k_len, 0, p.block_entries * p.page);
+    for (int64_t n = s.k0 / p.page; n <= (s.k0 + s.k_len - 1) / p.page; ++n)
+      check_bound("block_table", "batch entry", s.b, p.block_table[s.b * p.block_entries + n], 0, p.pages - 1);
+  }
+}
+
 // Python packs a Problem as bytes, so it is nothing more than its bytes.
 static_assert(std::is_trivially_copyable_v<Problem> && std::is_standard_layout_v<Problem>);
 
@@ -199,6 +211,7 @@ void run(const py::buffer& packed) {
                                 std::to_string(size));
   Interruptible call;
   const std::vector<Sequence> list = sequences(p);
+  check_pages(p, list);
   p.sequences = list.data();
   p.n_sequences = static_cast<int64_t>(list.size());
   p.max_k_len = 0;

@@ -78,22 +78,38 @@ struct Source {
   int64_t half = 0;
   bool interleaved = false;
   float scale = 1.0F;
+  const int32_t* pages = nullptr;  // of sequence b, each view.batch elements; or null, and tokens lie in one run
+  int64_t page = 0;                // tokens a page
+
+  const char* row(int64_t r) const {
+    const int64_t t = t0 + r;
+    if (!pages) return row_pointer(view, b, h, t);
+    const auto entry = static_cast<uint32_t>(t) / static_cast<uint32_t>(page);
+    return row_pointer(view, pages[entry], h, t - entry * page);
+  }
+  // Whether rows first .. first + count are view.row apart.
+  bool in_one_run(int64_t first, int64_t count) const { return !pages || (t0 + first) % page + count <= page; }
 
   void read(float* dst, int64_t r) const {
-    load_floats(dst, row_pointer(view, b, h, t0 + r), view.dtype, width);
+    load_floats(dst, row(r), view.dtype, width);
     if (cos) rotate(dst, cos + (t0 + r) * half, sin + (t0 + r) * half, half, interleaved, 1.0F);
     if (scale != 1.0F)
       for (int64_t c = 0; c < width; ++c) dst[c] *= scale;
   }
 };
 
-// The first of `rows` rows as they lie in memory, if those are elements of mode M already and whole vectors wide.
+// Whether rows, as they lie in memory, are elements of mode M already and whole vectors wide.
 template <class M>
-inline const float* in_place(const Source& src, int64_t first) {
+inline bool lies_ready(const Source& src) {
   const bool same = src.view.dtype == (M::pack == 1 ? DType::f32 : DType::bf16);
-  if (!same || src.cos || src.scale != 1.0F || src.width % (M::pack * VL) != 0 || src.view.row % M::pack != 0)
-    return nullptr;
-  return reinterpret_cast<const float*>(row_pointer(src.view, src.b, src.h, src.t0 + first));
+  return same && !src.cos && src.scale == 1.0F && src.width % (M::pack * VL) == 0 && src.view.row % M::pack == 0;
+}
+
+// The first of `count` rows as they lie in memory, if they lie ready and in one run.
+template <class M>
+inline const float* in_place(const Source& src, int64_t first, int64_t count) {
+  if (!lies_ready<M>(src) || !src.in_one_run(first, count)) return nullptr;
+  return reinterpret_cast<const float*>(src.row(first));
 }
 
 inline Source query_source(const Problem& p, const Sequence& s, int64_t h, float scale) {
@@ -106,8 +122,15 @@ inline Source query_source(const Problem& p, const Sequence& s, int64_t h, float
   return src;
 }
 
+// Keys or values of a sequence, in pages if the call has them so.
+inline Source cached_source(const Problem& p, const Sequence& s, const View& view, int64_t kv_head, int64_t width) {
+  Source src{view, s.b, kv_head, s.k0, width};
+  if (p.block_table) src.pages = p.block_table + s.b * p.block_entries, src.page = p.page;
+  return src;
+}
+
 inline Source key_source(const Problem& p, const Sequence& s, int64_t kv_head) {
-  Source src{p.k, s.b, kv_head, s.k0, p.head_dim};
+  Source src = cached_source(p, s, p.k, kv_head, p.head_dim);
   if (p.rotary.k_cos) {
     src.cos = p.rotary.k_cos + s.b * p.rotary.k_batch, src.sin = p.rotary.k_sin + s.b * p.rotary.k_batch;
     src.half = p.rotary.half, src.interleaved = p.rotary.interleaved;
@@ -116,7 +139,7 @@ inline Source key_source(const Problem& p, const Sequence& s, int64_t kv_head) {
 }
 
 inline Source value_source(const Problem& p, const Sequence& s, int64_t kv_head) {
-  return Source{p.v, s.b, kv_head, s.k0, p.value_dim};
+  return cached_source(p, s, p.v, kv_head, p.value_dim);
 }
 
 // Elements of a row of `width` numbers.
@@ -147,11 +170,10 @@ template <class M>
 inline void pack_rows(float* dst, int64_t stride, const Source& src, int64_t first, int64_t count, int64_t rows) {
   alignas(64) float buffer[MAX_WIDTH];
   int64_t padded = round_up(src.width, 2 * VL);
-  const bool same = count > 0 && in_place<M>(src, first);
+  const bool same = lies_ready<M>(src);
   for (int64_t r = 0; r < rows; ++r) {
     if (r < count && same) {
-      std::memcpy(dst + r * stride, row_pointer(src.view, src.b, src.h, src.t0 + first + r),
-                  static_cast<size_t>(src.width / M::pack) * 4);
+      std::memcpy(dst + r * stride, src.row(first + r), static_cast<size_t>(src.width / M::pack) * 4);
     } else if (r < count) {
       float* row = M::pack == 1 ? dst + r * stride : buffer;
       src.read(row, first + r);
@@ -190,10 +212,9 @@ inline void pack_depth(float* dst, int64_t stride, const Source& src, int64_t fi
   alignas(64) float buffer[2][MAX_WIDTH];
   int64_t r = 0;
 #if defined(__AVX512BF16__)
-  if (M::pack == 2 && stride == src.width && in_place<M>(src, first))
+  if (M::pack == 2 && stride == src.width && lies_ready<M>(src))
     for (; r + 2 <= count; r += 2)
-      pair_rows(dst + r / 2 * stride, row_pointer(src.view, src.b, src.h, src.t0 + first + r),
-                row_pointer(src.view, src.b, src.h, src.t0 + first + r + 1), src.width);
+      pair_rows(dst + r / 2 * stride, src.row(first + r), src.row(first + r + 1), src.width);
 #endif
   for (; r < rows; r += M::pack) {
     float* out = dst + r / M::pack * stride;
@@ -264,7 +285,7 @@ inline void pack_panels(float* dst, const Source& src, int64_t first, int64_t co
   alignas(64) float packed[VL * MAX_WIDTH];
   int64_t depth = panel_rows<M>(src.width), panel = depth * NR;
   for (int64_t c = 0; c < count; c += VL) {
-    const float* rows = count - c >= VL ? in_place<M>(src, first + c) : nullptr;
+    const float* rows = count - c >= VL ? in_place<M>(src, first + c, VL) : nullptr;
     const int64_t stride = rows ? src.view.row / M::pack : MAX_WIDTH;
     if (!rows) {
       pack_rows<M>(packed, MAX_WIDTH, src, first + c, imin(VL, count - c), VL);

@@ -141,7 +141,14 @@ struct Problem {
   float* lse = nullptr;  // [B, H, Tq]
   const float* sinks = nullptr;
 
-  Lengths lengths;                      // what the module makes the list of sequences from
+  Lengths lengths;  // what the module makes the list of sequences from
+  // Where given, k and v are pages of `page` tokens, [pages, H, page, D] as views, and key t of batch entry b is row
+  // t % page of page block_table[b * block_entries + t / page]. Forward only.
+  const int32_t* block_table = nullptr;
+  int64_t block_entries = 0;
+  int64_t pages = 0;
+  int64_t page = 0;
+
   const Sequence* sequences = nullptr;  // what kernels read
   int64_t n_sequences = 0;
   int64_t max_k_len = 0;

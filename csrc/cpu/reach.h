@@ -40,7 +40,7 @@ inline float largest_norm(const Source& src, int64_t first, int64_t count) {
   const int64_t padded = round_up(src.width, VL);
   fill(row, 0.0F, padded);
   for (int64_t r = 0; r < count; ++r) {
-    load_floats(row, row_pointer(src.view, src.b, src.h, src.t0 + first + r), src.view.dtype, src.width);
+    load_floats(row, src.row(first + r), src.view.dtype, src.width);
     vf sum = zero();
     for (int64_t c = 0; c < padded; c += VL) sum += load(row + c) * load(row + c);
     const float norm = reduce_add(sum);

@@ -2,7 +2,8 @@
 
 A fused backend is a module with `unsupported(call) -> reason | None`, `forward` and `backward` (see posattn/plan.py for
 what they are given). One whose backward pass runs fewer calls than its forward pass says so in `unsupported_backward`.
-Each is imported when first asked for, and one that fails to import has that failure as its
+`unsupported_pages` likewise says why keys in pages have to be gathered for it, and a module without that
+reads none. Each is imported when first asked for, and one that fails to import has that failure as its
 reason. The backend named "reference" is no such module: it is posattn.reference, plain PyTorch that autograd and
 torch.compile see through, so ops.py calls it by itself.
 """
@@ -68,6 +69,12 @@ def reason_against(name: str, call: Call) -> str | None:
 def goes_to_reference(call: Call, name: str) -> bool:
     """The reference builds the N x N logits, so "auto" means it for float64 alone, where precision was asked for."""
     return name == "reference" or (name == "auto" and call.q.dtype == torch.float64)
+
+
+def reason_to_gather(backend: Backend, call: Call) -> str | None:
+    """Why keys in pages are gathered for this backend, which runs the call then; None if it reads the block table."""
+    reads = getattr(backend, "unsupported_pages", None)
+    return "it reads no pages" if reads is None else cast("str | None", reads(call))
 
 
 def choose(call: Call, name: str, backward: bool = False) -> Backend:

@@ -50,6 +50,13 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
+def unsupported_pages(call: Call) -> str | None:
+    """Why keys in pages are gathered before the kernels run; None if they read through the block table."""
+    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (call.k, call.v)):
+        return "the last dimension of these pages is not contiguous, and a copy of the pool would be larger"
+    return None
+
+
 @cache
 def _structs() -> tuple[Struct, Struct]:
     """Problem and View, laid out as in the build that is loaded."""
@@ -94,13 +101,16 @@ class _Binding:
     def _call(self, call: Call) -> None:
         p, q, k, v, mask = self.problem, call.q, call.k, call.v, call.mask
         p.batch, p.heads, p.q_len, p.head_dim = q.shape
-        p.kv_heads, p.k_len, p.value_dim = k.shape[1], k.shape[2], v.shape[3]
+        p.kv_heads, p.k_len, p.value_dim = k.shape[1], call.k_tokens, v.shape[3]
         p.q, p.k, p.v = self.view(q), self.view(k), self.view(v)
         p.scale = call.scale
         if call.softcap:
             p.softcap = call.softcap
         p.threads = torch.get_num_threads()
         p.two_parts = torch.get_float32_matmul_precision() == "medium"
+        if call.block_table is not None:
+            p.block_table, p.block_entries = self.address(call.block_table, torch.int32), call.block_table.shape[1]
+            p.pages, p.page = k.shape[0], k.shape[2]
         if call.sinks is not None:
             p.sinks = self.address(call.sinks)
         p.causal = mask.causal

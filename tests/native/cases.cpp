@@ -30,7 +30,7 @@ std::vector<const char*> options() {
           "softcap",      "sinks",     "dropout",      "lengths",      "packed",      "rotary",     "interleaved",
           "partial",      "slope",     "signed-slope", "table",        "profile",     "dense",      "dense-shared",
           "positions",    "mix-add",   "mix-concat",   "mix-residual", "mix-no-bias", "mix-causal", "far-rows",
-          "far-products", "two-parts", "no-parts",     "everything"};
+          "far-products", "two-parts", "no-parts",     "pages",        "everything"};
 }
 
 bool applies(const char* option, const Shape& s) {
@@ -85,6 +85,15 @@ void Bound::add_option(const std::string& option) {
     Memory::each(p.q, p.batch, p.heads, p.q_len, p.head_dim,
                  [&](int64_t index) { static_cast<float*>(p.q.data)[index] *= 0x1p70F; });
     p.scale *= 0x1p-70F;
+  } else if (option == "pages") {  // in falling order, and one that nobody has
+    constexpr int64_t PAGE = 5;
+    p.page = PAGE, p.block_entries = (p.k_len + PAGE - 1) / PAGE, p.pages = p.batch * p.block_entries + 1;
+    auto* table = memory_.array<int32_t>(p.pages - 1);
+    for (int64_t n = 1; n < p.pages; ++n) table[n - 1] = static_cast<int32_t>(p.pages - n);
+    p.block_table = table;
+    p.k = memory_.tensor(p.k.dtype, p.pages, p.kv_heads, PAGE, p.head_dim, 0);
+    p.v = memory_.tensor(p.v.dtype, p.pages, p.kv_heads, PAGE, p.value_dim, 1);
+    p.causal = true;
   } else if (option == "softcap") {
     p.softcap = 2.0F;
   } else if (option == "sinks") {

@@ -389,7 +389,7 @@ inline bool tile_forward_task(const Problem& p, const Sequence& s, int64_t h, in
   t.bias.prepare(p, p.bias, s, h, {i0, i1, 0, s.k_len});
   change_base(t.bias, t.slopes, t.intercepts);  // in units of log2 from here on
   // Whole blocks of bfloat16 queries are read as they lie, where they lie as tiles.
-  const float* in_memory = M::parts == 1 ? in_place<AMX>(queries, i0) : nullptr;
+  const float* in_memory = M::parts == 1 ? in_place<AMX>(queries, i0, rows) : nullptr;
   const int64_t copied = in_memory ? rows / ROWS * ROWS : 0;
   if constexpr (M::parts == 1) {
     pack_rows<AMX>(t.q + copied * t.q_stride, t.q_stride, queries, i0 + copied, rows - copied, padded - copied);

@@ -96,7 +96,7 @@ inline const float* scale_row_by(float* to, const float* row, double by, int64_t
 inline const float* read_row(float* buffer, const Source& src, int64_t first, int64_t r, int64_t count,
                              int64_t padded) {
   if (r < count && src.width == padded && src.view.dtype == DType::f32 && !src.cos && src.scale == 1.0F)
-    return reinterpret_cast<const float*>(row_pointer(src.view, src.b, src.h, src.t0 + first + r));
+    return reinterpret_cast<const float*>(src.row(first + r));
   const int64_t valid = r < count ? src.width : 0;
   if (valid > 0) src.read(buffer, first + r);
   fill(buffer + valid, 0.0F, padded - valid);

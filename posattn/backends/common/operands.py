@@ -42,7 +42,7 @@ def q_max(call: Call) -> int:
 
 
 def k_max(call: Call) -> int:
-    return call.mask.max_k or call.k.shape[2]
+    return call.mask.max_k or call.k_tokens
 
 
 def distances(call: Call) -> tuple[int, int]:
