@@ -17,6 +17,7 @@ COMMANDS = {
     "check": ("posattn.check_command", "every encoding, or one of your own, on this machine's backends"),
     "plot": ("posattn.plot", "a heat map of what an encoding, or one of your own, does to the logits"),
     "demo": ("posattn.demo", "train and compare five encodings on real text"),
+    "experiments": ("posattn.experiments", "the papers' results at the size of this machine"),
     "bench": ("posattn.bench", "time and memory beside other ways to do the same"),
 }
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="posattn",
         description="Attention with any positional encoding, exact and fused.",
-        epilog="\n".join(f"{name:7}{about}" for name, (_, about) in COMMANDS.items()),
+        epilog="\n".join(f"{name:13}{about}" for name, (_, about) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"posattn {_version('posattn')}")
