@@ -88,8 +88,11 @@ def evaluate(characters: list[str]) -> int:
             frames[-1][2] = frames[-1][2] * (total + sign * product) % MODULUS
         elif character in "+-":
             total, sign, product = frames[-1]
-            leading = place == 0 or characters[place - 1] == "("
-            frames[-1] = [total if leading else (total + sign * product) % MODULUS, 1 if character == "+" else -1, 1]
+            step = 1 if character == "+" else -1
+            if place == 0 or characters[place - 1] in "(+-*":  # the sign of what follows
+                frames[-1][1] *= step
+            else:
+                frames[-1] = [(total + sign * product) % MODULUS, step, 1]
     total, sign, product = frames[0]
     return (total + sign * product) % MODULUS
 
@@ -159,7 +162,8 @@ def duplicate_string(random: Random, length: int) -> Strings:
 
 
 def missing_duplicate(random: Random, length: int) -> Strings:
-    """A string twice over with one bit hidden (2); that bit. An odd length ends with an empty symbol (3)."""
+    """A string twice over with one bit hidden (2); that bit, the one that occurs an odd number of times. An odd length
+    ends with an empty symbol (3)."""
     half = bits(random, length // 2)
     text = half + half
     place = random.randrange(len(text))
@@ -239,7 +243,7 @@ TASKS: dict[str, Task] = {
     "modular arithmetic": Task("context-free", ARITHMETIC, MODULUS, modular_arithmetic),
     "solve equation": Task("context-free", ARITHMETIC, MODULUS, solve_equation, shortest=3),
     "duplicate string": Task("context-sensitive", 2, 2, duplicate_string, lambda length: 2 * length),
-    "missing duplicate": Task("context-sensitive", 4, 2, missing_duplicate, shortest=2),
+    "missing duplicate": Task("context-sensitive", 4, 2, missing_duplicate, shortest=2, permutable=True),
     "odds first": Task("context-sensitive", 2, 2, odds_first, _same),
     "binary addition": Task("context-sensitive", 3, 3, binary_addition, _one_more, end=2, shortest=3),
     "binary multiplication": Task("context-sensitive", 3, 3, binary_multiplication, _one_more, end=2, shortest=3),
