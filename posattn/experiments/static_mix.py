@@ -28,5 +28,5 @@ class StaticMix(Encoding):
         if bias.table is None or any((bias.slope, bias.profile, bias.dense)):
             raise ValueError(f"inner: expected an encoding whose bias is a table alone, got {self.inner}")
         values = bias.table.values
-        mixed = self.mlp(values.movedim(-2, -1).to(self.mlp[0].weight.dtype)).movedim(-1, -2)
+        mixed = self.mlp(values.movedim(-2, -1).to(next(self.mlp.parameters()).dtype)).movedim(-1, -2)
         return Plan(bias=Bias(table=Table(values + mixed.to(values.dtype), bias.table.first)))
