@@ -161,9 +161,9 @@ def attention(
             compiled graph serves them.
         block_table: [B, n] integers, where k and v are the pages of a cache, [pages, page, Hkv, D or Dv]: key j of
             sequence b is row j % page of page block_table[b, j // page], and Tk is n * page. k_lengths must be given;
-            entries past it may hold anything. On the CPU kernels read through the table; on other devices, and where
-            anything needs a gradient, the pages named are copied first, O(Tk) memory. `posattn.PagedCache` keeps such a
-            cache.
+            entries past it may hold anything. Kernels read through the table; where anything needs a gradient (and for
+            DAPE on a GPU) the pages named are copied first, O(Tk) memory. Values are checked on the CPU alone:
+            elsewhere an entry that names no page reads the first or the last. `posattn.PagedCache` keeps such a cache.
         cu_seqlens_q, cu_seqlens_k: [documents + 1] integers, bounds of documents packed into B = 1. A document's
             queries see its own keys alone, and alignment and positions count inside the document.
         q_positions, k_positions: [T], [1, T] or [B, T] integers, where tokens sit for `position`; the masks keep

@@ -88,6 +88,13 @@ struct DropoutParams {
   float keep_scale;
 };
 
+// Where k and v are pages [pages, Hkv, page, D]: int32 [B, entries], and the pool's last page.
+struct PageParams {
+  const int32_t* table;
+  int64_t entries;
+  int32_t last;
+};
+
 struct ForwardParams {
   const void* q;
   const void* k;
@@ -111,6 +118,7 @@ struct ForwardParams {
   float scale;
   float softcap;
   int32_t split_tiles;  // tiles of keys for one split
+  PageParams pages;
 };
 
 struct CombineParams {
@@ -197,7 +205,7 @@ struct HeadMixBackwardParams {
   float softcap;
 };
 
-// x [B, H, T, DIM] rotated by its tokens' angles into out, contiguous.
+// x [B, H, T, DIM], or pages of such, rotated by its tokens' angles into out, contiguous.
 struct RotaryParams {
   const void* x;
   void* out;
@@ -206,6 +214,7 @@ struct RotaryParams {
   int32_t batch;
   int32_t heads;
   int32_t tokens;
+  PageParams pages;
 };
 
 // The backward pass keeps what it needs of queries by padded rows: a sequence begins at a multiple of BLOCK_M, so

@@ -12,6 +12,7 @@ from ..common.arguments import DROPOUT_BITS, Angles, Dropout, Inputs, Mask, Oper
 from ..common.codegen import hidden
 from ..common.dropout import keep_tile
 from ..common.masks import key_spans
+from ..common.pages import Pages, paged_rows
 from ..common.profile import common_line, next_line, no_line, row_scales
 from ..common.rotary import load_rotary
 from ..common.scores import LN2, LOG2E, LOWEST, load_rows, logits_tile, start_logits
@@ -34,13 +35,16 @@ def _load(
 @triton.jit(do_not_specialize=DROPOUT_BITS)
 def attention_forward(
     inputs: Inputs, output: Output, shape: Shape, q_max, split_tiles, sinks, scale, softcap,
-    operands: Operands, mask: Mask, positions: Positions, q_angles: Angles, k_angles: Angles,
+    operands: Operands, mask: Mask, positions: Positions, q_angles: Angles, k_angles: Angles, pages: Pages,
     threshold, keep_scale, seed,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, SPLITS: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, SPLITS: tl.constexpr, K_PAGE: tl.constexpr, V_PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     PRECISION: tl.constexpr = CONFIG.precision
     UNALIGNED: tl.constexpr = mask.cu_q is not None or mask.k_starts is not None
+    # Whether a page holds every tile whole: then it is one pointer's, as without pages.
+    K_WHOLE: tl.constexpr = K_PAGE % BLOCK_N == 0 and not UNALIGNED
+    V_WHOLE: tl.constexpr = V_PAGE % BLOCK_N == 0 and not UNALIGNED
     D: tl.constexpr = CONFIG.dim
     BLOCK_D: tl.constexpr = CONFIG.block_dim
     DV: tl.constexpr = CONFIG.value_dim
@@ -73,11 +77,17 @@ def attention_forward(
     q_base = inputs.q + b64 * inputs.q_strides.batch + h64 * inputs.q_strides.head + row0 * q_stride
     q_angle = b64 * q_angles.batch + row0 * HALF
     q = _load(q_base, q_angles, rows, q_stride, q_angle, HALF, D, BLOCK_D, INTERLEAVED)  # [BLOCK_M, BLOCK_D]
-    k_base = inputs.k + b64 * inputs.k_strides.batch + kv64 * inputs.k_strides.head
-    v_base = inputs.v + b64 * inputs.v_strides.batch + kv64 * inputs.v_strides.head
+    k_base = inputs.k + kv64 * inputs.k_strides.head
+    v_base = inputs.v + kv64 * inputs.v_strides.head
+    if K_PAGE == 0:
+        k_base += b64 * inputs.k_strides.batch
+    if V_PAGE == 0:
+        v_base += b64 * inputs.v_strides.batch
     if UNALIGNED:
-        k_base += seq.k_start.to(tl.int64) * k_stride
-        v_base += seq.k_start.to(tl.int64) * v_stride
+        if K_PAGE == 0:
+            k_base += seq.k_start.to(tl.int64) * k_stride
+        if V_PAGE == 0:
+            v_base += seq.k_start.to(tl.int64) * v_stride
 
     slope = None
     if operands.slope is not None:
@@ -123,7 +133,13 @@ def attention_forward(
                 j_in = (j0 + cols)[None, :]
                 col0 = tl.cast(j0, tl.int64)
                 k_angle = b64 * k_angles.batch + (seq.k_start + col0) * HALF
-                k_tile = k_base + col0 * k_stride
+                token = seq.k_start + j0  # of its first key
+                if K_PAGE > 0:
+                    k_tile = paged_rows(
+                        k_base, pages, seq.b, token, cols, inputs.k_strides.batch, k_stride, K_PAGE, K_WHOLE
+                    )
+                else:
+                    k_tile = k_base + col0 * k_stride
                 k = _load(k_tile, k_angles, cols, k_stride, k_angle, HALF, D, BLOCK_D, INTERLEAVED)
                 pj = j_in
                 if CONFIG.explicit:
@@ -166,7 +182,13 @@ def attention_forward(
                 if threshold is not None:
                     keep = keep_tile(dropout, t, shape.heads, BLOCK_M, BLOCK_N, not UNALIGNED)
                     p = tl.where(keep, p, 0.0)
-                v = load_rows(v_base + col0 * v_stride, cols, v_stride, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+                if V_PAGE > 0:
+                    v_tile = paged_rows(
+                        v_base, pages, seq.b, token, cols, inputs.v_strides.batch, v_stride, V_PAGE, V_WHOLE
+                    )
+                else:
+                    v_tile = v_base + col0 * v_stride
+                v = load_rows(v_tile, cols, v_stride, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
                 m_i = m_new
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Angles, Strides
+from .pages import Pages, paged_rows
 
 
 @triton.jit
@@ -49,11 +50,12 @@ def load_rotary(
 
 @triton.jit
 def rotary(
-    X, Out, x_strides: Strides, angles: Angles, heads, tokens,
+    X, Out, x_strides: Strides, angles: Angles, pages: Pages, heads, tokens,
     HALF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SIGN: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SIGN: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Out [B, H, T, D] contiguous = X rotated by its tokens' angles (back by them for SIGN = -1)."""
+    """Out [B, H, T, D] contiguous = X rotated by its tokens' angles (back by them for SIGN = -1). X may lie in pages of
+    PAGE tokens, else PAGE is 0."""
     blocks = tl.cdiv(tokens, BLOCK_T)
     pid = tl.program_id(0)
     t0 = (pid % blocks) * BLOCK_T
@@ -61,7 +63,11 @@ def rotary(
     h = (pid // blocks) % heads
     b64 = b.to(tl.int64)
     rows = tl.minimum(tl.arange(0, BLOCK_T), tokens - 1 - t0)
-    x = X + b64 * x_strides.batch + h.to(tl.int64) * x_strides.head + t0.to(tl.int64) * x_strides.token
+    x = X + h.to(tl.int64) * x_strides.head
+    if PAGE > 0:
+        x = paged_rows(x, pages, b, t0, rows, x_strides.batch, x_strides.token, PAGE, PAGE % BLOCK_T == 0)
+    else:
+        x += b64 * x_strides.batch + t0.to(tl.int64) * x_strides.token
     angle = b64 * angles.batch + t0.to(tl.int64) * HALF
     rotated = load_rotary(
         x, rows, x_strides.token, angles.cos + angle, angles.sin + angle, HALF, D, BLOCK_D, INTERLEAVED, SIGN

@@ -56,10 +56,32 @@ class Case:
     on: tuple[Place, ...] = EVERYWHERE
     quick: tuple[Place, ...] = ()
     backward: bool = True  # False: too large for a backward kernel, or too long to compile
+    page: int = 0  # tokens a page of keys; they take no gradient then
 
     def inputs(self) -> tuple[list[Tensor], Encoding | None, dict[str, Any]]:
         qkv = tensors(self.dtype, **self.sizes)
-        return qkv, self.position() if self.position else None, self.options()
+        position, options = self.position() if self.position else None, self.options()
+        if self.page:
+            qkv, options = in_pages(self.page, qkv, options)
+        return qkv, position, options
+
+
+def in_pages(page: int, qkv: list[Tensor], options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
+    """The call with its keys in a pool of pages in any order, one of which is nobody's and NaN."""
+    q, *columns = qkv
+    batch, _, tokens, _ = columns[0].shape
+    entries = -(-tokens // page)
+    table = torch.randperm(batch * entries + 1)[1:].view(batch, entries)
+    pools = []
+    for x in columns:
+        padded = torch.nn.functional.pad(x, (0, 0, 0, entries * page - tokens), value=math.nan)
+        pool = x.new_full((batch * entries + 1, page, x.shape[1], x.shape[3]), math.nan)
+        pool[table] = padded.transpose(1, 2).unflatten(1, (entries, page))
+        pools.append(pool)
+    lengths = options.get("k_lengths", torch.full((batch,), tokens))
+    unused = torch.arange(entries) * page >= lengths[:, None]
+    table = table.masked_fill(unused, -1).int()
+    return [q, *pools], {**options, "block_table": table, "k_lengths": lengths}
 
 
 def causal(**options: Any) -> Callable[[], dict[str, Any]]:
@@ -426,6 +448,45 @@ PLAIN: dict[str, Case] = {
 }  # fmt: skip
 
 
+# Keys in pages: of less than a tile, of whole tiles, of a size that divides nothing; decoding and chunks of a prefill.
+PAGES: dict[str, Case] = {
+    "pages of less than a tile, key lengths, slope, grouped heads": Case(
+        BF16, {"q_len": 40, "batch": 2, "kv_heads": 1}, alibi,
+        lambda: {"causal": True, "k_lengths": torch.tensor([0, 299])}, page=16, backward=False,
+    ),
+    "pages of whole tiles, rotary ahead, table, window": Case(
+        BF16, {"q_len": 300}, lambda: posattn.RoPE(64) + kerple(), causal(window=(200, 0)), page=256, backward=False,
+    ),
+    "pages of whole tiles, profile, sinks, softcap, odd dims": Case(
+        HALF, {"q_len": 40, "dim": 40, "dim_v": 24, "k_len": 390}, fire,
+        lambda: {"softcap": 5.0, "sinks": torch.randn(2)}, page=128, backward=False,
+    ),
+    "pages of whole tiles, one query": Case(
+        BF16, {"heads": 4, "q_len": 1, "k_len": 300, "batch": 2}, lambda: kerple(4),
+        lambda: {"causal": True, "k_lengths": torch.tensor([300, 130])}, page=64, backward=False, on=SM_80,
+    ),
+    "pages of three, few queries, rotary, dense, mask, key starts, offset": Case(
+        BF16, {"q_len": 3, "k_len": 702, "batch": 2}, lambda: posattn.RoPE(64) + alibi(),
+        lambda: {
+            "causal": True, "k_starts": torch.tensor([41, 0]), "offset": torch.tensor([600, 212]),
+            "bias": torch.randn(1, 1, 3, 702), "mask": torch.rand(2, 1, 3, 702) < 0.8,
+        },
+        page=3, backward=False, quick=SM_80,
+    ),
+    "pages of three, rotary ahead, dropout, positions": Case(
+        BF16, {"q_len": 300, "k_len": 303, "dim": 32}, lambda: posattn.RoPE(32),
+        lambda: {
+            "dropout_p": 0.3, "q_positions": torch.randint(0, 99, (300,)), "k_positions": torch.randint(0, 99, (303,)),
+        },
+        page=3, backward=False, on=SM_80,
+    ),
+    "pages, mixed heads": Case(
+        BF16, {"heads": 3, "kv_heads": 3, "q_len": 5, "k_len": 53, "dim": 32},
+        lambda: posattn.DAPE(kerple(3), 3, width=8), causal(), page=16, backward=False, on=(("cuda", 80),),
+    ),
+}  # fmt: skip
+
+
 def _broadcast(shape: tuple[int, ...]) -> Callable[[], dict[str, Any]]:
     """A dense bias of each key, or of each query, beside what meets it in every sum."""
     return lambda: {
@@ -588,4 +649,4 @@ HEADMIX: dict[str, Case] = {
     },
 }  # fmt: skip
 
-CASES: dict[str, Case] = {**PLAIN, **BROADCAST, **HEADMIX}
+CASES: dict[str, Case] = {**PLAIN, **PAGES, **BROADCAST, **HEADMIX}

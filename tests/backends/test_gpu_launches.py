@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import posattn
-from posattn import validation
+from posattn import ops, validation
 from posattn.backends.cuda import launch as cuda_launch
 from posattn.backends.triton import launch as triton_launch
 from tests.backends.gpu_cases import CASES, packed
@@ -73,3 +73,29 @@ def test_a_launch_again_drops_what_its_seed_now_says(name, backend):
         for given in launched:
             launch(*given)
     assert torch.equal(out, second)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_pages_are_read_where_they_lie(backend, monkeypatch):
+    """Nothing is gathered; and an entry that names no page of the pool, which nobody can look for, reads one that is
+    there: the machine finds no access outside it."""
+
+    def refuse(call: Any) -> Any:
+        raise AssertionError("keys were gathered")
+
+    name = "pages of three, few queries, rotary, dense, mask, key starts, offset"
+    torch.manual_seed(0)
+    (q, k, v), position, options = CASES[name].inputs()
+    monkeypatch.setattr(ops, "gathered_call", refuse)
+    monkeypatch.setattr(validation, "_readable", lambda tensor: False)
+    with behind_launch(80), torch.no_grad():
+        out = posattn.attention(q, k, v, position, backend=backend, **options)
+        table = options["block_table"]
+        clamped = table.clone()
+        table[0, 20], table[0, 21] = -5, 10**6
+        clamped[0, 20], clamped[0, 21] = 0, k.shape[0] - 1
+        wrong = posattn.attention(q, k, v, position, backend=backend, **options)
+        same = posattn.attention(q, k, v, position, backend=backend, **{**options, "block_table": clamped})
+    assert torch.equal(wrong.nan_to_num(7.0), same.nan_to_num(7.0))
+    assert torch.equal(wrong[1], out[1])
+    assert not torch.equal(wrong[0], out[0])

@@ -3,7 +3,7 @@
 //
 // One thread makes one chunk of eight elements of a token, so it reads what it rotates and its partners once.
 #include "common/element.h"
-#include "params.h"
+#include "common/pages.h"
 
 namespace posattn {
 
@@ -46,8 +46,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) rotate(const __grid_consta
   const int64_t bh = row / p.tokens;
   const int64_t b = bh / p.heads, h = bh % p.heads;
   if (b >= p.batch) return;
-  const Element* x =
-      static_cast<const Element*>(p.x) + b * p.x_strides.batch + h * p.x_strides.head + token * p.x_strides.token;
+  const Element* x = static_cast<const Element*>(p.x) + h * p.x_strides.head;
+  if constexpr (PAGE == 0) {
+    x += b * p.x_strides.batch + token * p.x_strides.token;
+  } else {
+    x += PagedTokens<PAGE>(p.pages, p.x_strides, static_cast<int>(b)).offset(token);
+  }
   const int64_t angle = b * p.angles.batch + static_cast<int64_t>(token) * HALF;
   rotate_chunk(static_cast<Element*>(p.out) + row * DIM, x, p.angles.cos + angle, p.angles.sin + angle,
                static_cast<int>(index % CHUNKS) * 8);

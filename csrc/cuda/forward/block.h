@@ -2,10 +2,10 @@
 // output.
 #pragma once
 #include "common/dropout.h"
-#include "common/load.h"
 #include "common/logits.h"
 #include "common/rotary.h"
 #include "common/softmax.h"
+#include "forward/key_loader.h"
 
 namespace posattn {
 
@@ -36,8 +36,8 @@ struct Forward {
   Place place;  // its column counts from 0
   uint32_t memory;
   Products products;
-  Loader<HEAD_DIM, DIM, BLOCK_N, THREADS, Products::KLayout> k_loader;
-  Loader<HEAD_DIM_V, DIM_V, BLOCK_N, THREADS, Products::VLayout> v_loader;
+  KeyLoader<HEAD_DIM, DIM, BLOCK_N, THREADS, K_PAGE, Products::KLayout> k_loader;
+  KeyLoader<HEAD_DIM_V, DIM_V, BLOCK_N, THREADS, V_PAGE, Products::VLayout> v_loader;
   DistanceBias<GROUPS> bias;
   Softmax<GROUPS> softmax;
   Dropout dropout;
@@ -54,12 +54,10 @@ struct Forward {
         place{i0 + thread / WARP * (16 * GROUPS) + lane / 4, lane % 4 * 2},
         memory(ptx::shared_address(shared)),
         products(memory, memory + Q_BYTES, memory + Q_BYTES + K_BYTES, thread),
-        k_loader(static_cast<const Element*>(p.k) + sequence.batch * p.k_strides.batch +
-                     h / p.shape.group * p.k_strides.head,
-                 p.k_strides.token, sequence.k_start + j0, memory + Q_BYTES, thread),
-        v_loader(static_cast<const Element*>(p.v) + sequence.batch * p.v_strides.batch +
-                     h / p.shape.group * p.v_strides.head,
-                 p.v_strides.token, sequence.k_start + j0, memory + Q_BYTES + K_BYTES, thread),
+        k_loader(p.k, p.k_strides, p.pages, sequence.batch, h / p.shape.group, sequence.k_start + j0, memory + Q_BYTES,
+                 thread),
+        v_loader(p.v, p.v_strides, p.pages, sequence.batch, h / p.shape.group, sequence.k_start + j0,
+                 memory + Q_BYTES + K_BYTES, thread),
         bias(p.bias, sequence, sequence.batch, h, place.row, lane),
         dropout(p.dropout, sequence.batch * p.shape.heads + h) {
 #pragma unroll

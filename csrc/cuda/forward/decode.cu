@@ -6,10 +6,10 @@
 // several heads, so biases are gathered one logit at a time: 8 GROUPS a lane and tile, far less than the tile's bytes
 // take.
 #include "common/dropout.h"
-#include "common/load.h"
 #include "common/rotary.h"
 #include "common/softmax.h"
 #include "forward/decode_row.h"
+#include "forward/key_loader.h"
 
 namespace posattn {
 
@@ -43,8 +43,8 @@ struct Decode {
   uint32_t memory;
   Reader<HEAD_DIM> k_reader;
   Reader<HEAD_DIM_V> v_reader;
-  Loader<HEAD_DIM, DIM, BLOCK_N, THREADS> k_loader;
-  Loader<HEAD_DIM_V, DIM_V, BLOCK_N, THREADS> v_loader;
+  KeyLoader<HEAD_DIM, DIM, BLOCK_N, THREADS, K_PAGE> k_loader;
+  KeyLoader<HEAD_DIM_V, DIM_V, BLOCK_N, THREADS, V_PAGE> v_loader;
   Softmax<GROUPS> softmax;
   Row row[ROWS];
   float out[GROUPS][OUT8][4];
@@ -63,10 +63,9 @@ struct Decode {
         k_reader(Reader<HEAD_DIM>::b_operand(memory + Q_BYTES + Tile<HEAD_DIM>::bytes(16) * warp, lane)),
         v_reader(
             Reader<HEAD_DIM_V>::b_operand_trans(memory + Q_BYTES + K_BYTES + Tile<HEAD_DIM_V>::bytes(16) * warp, lane)),
-        k_loader(static_cast<const Element*>(p.k) + sequence.batch * p.k_strides.batch + kv * p.k_strides.head,
-                 p.k_strides.token, sequence.k_start + j0, memory + Q_BYTES, thread),
-        v_loader(static_cast<const Element*>(p.v) + sequence.batch * p.v_strides.batch + kv * p.v_strides.head,
-                 p.v_strides.token, sequence.k_start + j0, memory + Q_BYTES + K_BYTES, thread) {
+        k_loader(p.k, p.k_strides, p.pages, sequence.batch, kv, sequence.k_start + j0, memory + Q_BYTES, thread),
+        v_loader(p.v, p.v_strides, p.pages, sequence.batch, kv, sequence.k_start + j0, memory + Q_BYTES + K_BYTES,
+                 thread) {
 #pragma unroll
     for (int a = 0; a < ROWS; ++a) row[a].start(p, sequence, kv, r0 + lane / 4 + 8 * a);
 #pragma unroll

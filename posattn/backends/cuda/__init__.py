@@ -14,7 +14,7 @@ from posattn.backends.cuda import (
     launch,
 )
 from posattn.backends.cuda.configs import headmix
-from posattn.backends.cuda.operands import DTYPES, HEAD_DIMS
+from posattn.backends.cuda.operands import DTYPES, HEAD_DIMS, lies_in_chunks
 from posattn.plan import Call
 
 
@@ -34,6 +34,15 @@ def unsupported(call: Call) -> str | None:
         return missing
     if call.plan.mix is not None:
         return headmix.forward_unsupported(call, call.plan.mix, launch.architecture(q.device))
+    return None
+
+
+def unsupported_pages(call: Call) -> str | None:
+    """Why keys in pages are gathered before these kernels run; None if they read through the block table."""
+    if call.plan.mix is not None:
+        return "a mix of heads takes keys and values in tiles of its own, which are packed from one run of tokens"
+    if not (lies_in_chunks(call.k) and lies_in_chunks(call.v)):
+        return "copies of 16 bytes cannot read these pages, and a copy of the pool would be larger"
     return None
 
 

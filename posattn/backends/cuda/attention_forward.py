@@ -44,8 +44,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     dropout = operands.dropout(call)
     rotary = call.plan.rotary
     rotate_here = rotary is not None and shape["q_blocks"] <= ROTATE_IN_KERNEL_BLOCKS
+    table, page = operands.pages(call)
+    k_page = page
     if rotary is not None and not rotate_here:
-        k = rotated(k, rotary.k_cos, rotary.k_sin, rotary)
+        k = rotated(k, rotary.k_cos, rotary.k_sin, rotary, paged=call if page else None)
+        k_page = 0
     head_dim, head_dim_v = config.padded(q.shape[3]), config.padded(v.shape[3])
     explicit, has = call.q_positions is not None, bias_constants.operands
     shared = config.shared_bytes(head_dim, head_dim_v, not explicit and (has.has_table or has.has_profile))
@@ -69,6 +72,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         threads=32 * config.warps,
         stages=config.stages,
         shared_bytes=shared,
+        k_page=k_page,
+        v_page=page,
     )
     constants: DecodeConstants | PrefillConstants
     if isinstance(config, DecodeConfig):
@@ -101,6 +106,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         "scale": call.scale,
         "softcap": call.softcap,
         "split_tiles": -(-shape["k_blocks"] // splits),
+        "pages": table,
     }
     entry = "attention_decode" if decoding else "attention_forward"
     launch.run(

@@ -83,6 +83,7 @@ class RotaryConstants(NamedTuple):
     pairs: PairConstants
     back: bool
     threads: int
+    page: int  # tokens a page, 0 where x lies in one piece
 
 
 class CombineConstants(NamedTuple):
@@ -117,6 +118,8 @@ class ForwardConstants(NamedTuple):
     threads: int
     stages: int
     shared_bytes: int
+    k_page: int  # tokens a page of keys, 0 where they lie side by side
+    v_page: int
 
 
 class DecodeConstants(NamedTuple):

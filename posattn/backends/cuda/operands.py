@@ -50,10 +50,15 @@ def padded(dim: int) -> int:
     return min(d for d in HEAD_DIMS if d >= dim)
 
 
+def lies_in_chunks(x: Tensor) -> bool:
+    """Whether 16-byte copies can read the rows of x [B, H, T, D]."""
+    aligned = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s, n in zip(x.stride()[:3], x.shape[:3]) if n > 1)
+    return x.shape[-1] % 8 == 0 and x.stride(-1) == 1 and aligned
+
+
 def in_chunks(x: Tensor) -> Tensor:
     """x [B, H, T, D] itself if 16-byte copies can read its rows, else a copy that they can, zeros up to D % 8 == 0."""
-    aligned = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s, n in zip(x.stride()[:3], x.shape[:3]) if n > 1)
-    if x.shape[-1] % 8 == 0 and x.stride(-1) == 1 and aligned:
+    if lies_in_chunks(x):
         return x
     return pad(x, (0, -x.shape[-1] % 8)).contiguous()
 
@@ -78,7 +83,7 @@ def shape(call: Call, block_m: int, block_n: int) -> Members:
         "heads": call.q.shape[1],
         "group": call.q.shape[1] // call.k.shape[1],
         "q_tokens": call.q.shape[2],
-        "k_tokens": call.k.shape[2],
+        "k_tokens": call.k_tokens,
         "q_blocks": -(-common.q_max(call) // block_m),
         "k_blocks": -(-common.k_max(call) // block_n),
     }
@@ -97,6 +102,15 @@ def mask(call: Call) -> tuple[Members, MaskConstants]:
         packed=found.cu_q is not None,
     )
     return members(found, "MaskParams"), MaskConstants(sequence, has_boolean=found.boolean is not None)
+
+
+def pages(call: Call) -> tuple[Members, int]:
+    """PageParams, and the tokens of a page: nothing and 0 where keys lie side by side."""
+    table = call.block_table
+    if table is None:
+        return {}, 0
+    count, _, page, _ = call.k.shape
+    return {"table": table.to(torch.int32).contiguous(), "entries": table.shape[1], "last": count - 1}, page
 
 
 def positions(call: Call) -> Members:

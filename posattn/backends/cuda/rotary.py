@@ -12,10 +12,18 @@ from posattn.plan import Call, Rotary
 _THREADS = 128
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary, back: bool = False) -> Tensor:
-    """x [B, H, T, D], D a multiple of 8, with its pairs rotated (back), contiguous."""
+def rotated(
+    x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary, back: bool = False, paged: Call | None = None
+) -> Tensor:
+    """x [B, H, T, D], D a multiple of 8, with its pairs rotated (back), contiguous. x may be the keys of a `paged`
+    call, which are gathered in the same pass."""
     batch, heads, tokens, dim = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    table: operands.Members = {}
+    page = 0
+    if paged is not None:
+        batch, tokens = paged.q.shape[0], paged.k_tokens
+        table, page = operands.pages(paged)
+    out = torch.empty((batch, heads, tokens, dim), dtype=x.dtype, device=x.device)
     values = {
         "x": x,
         "out": out,
@@ -24,8 +32,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary, back: bool = Fa
         "batch": batch,
         "heads": heads,
         "tokens": tokens,
+        "pages": table,
     }
-    constants = RotaryConstants(x.dtype == torch.bfloat16, dim, operands.pairs(rotary), back, _THREADS)
+    constants = RotaryConstants(x.dtype == torch.bfloat16, dim, operands.pairs(rotary), back, _THREADS, page)
     grid = (-(-out.numel() // (8 * _THREADS)),)
     launch.run("common/rotary.cu", "rotate", "RotaryParams", constants, values, grid, _THREADS, 0, x.device)
     return out

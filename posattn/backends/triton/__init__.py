@@ -12,6 +12,7 @@ from torch import Tensor
 from posattn.backends.common import segments
 from posattn.backends.triton import attention_backward, attention_forward, headmix_backward, headmix_forward
 from posattn.backends.triton import launch as seam
+from posattn.backends.triton.arguments import has_unit_stride
 from posattn.backends.triton.configs import headmix
 from posattn.plan import Call
 
@@ -39,6 +40,15 @@ def unsupported(call: Call) -> str | None:
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return f"it takes head dimensions up to {MAX_HEAD_DIM}, got {max(q.shape[3], v.shape[3])}"
     return segments.unsupported(call) or headmix.unsupported(call)
+
+
+def unsupported_pages(call: Call) -> str | None:
+    """Why keys in pages are gathered before these kernels run; None if they read through the block table."""
+    if call.plan.mix is not None:
+        return "a mix of heads reads its keys once a group of heads, in tiles of one run of tokens"
+    if not (has_unit_stride(call.k) and has_unit_stride(call.v)):
+        return "the last dimension of these pages is not contiguous, and a copy of the pool would be larger"
+    return None
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

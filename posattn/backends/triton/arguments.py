@@ -33,6 +33,7 @@ from posattn.kernels.common.arguments import (
     Strides,
 )
 from posattn.kernels.common.config import AttentionConfig, BiasConfig
+from posattn.kernels.common.pages import Pages
 from posattn.plan import Call
 
 Launch = Callable[[Any, Sequence[int], Sequence[Any], Mapping[str, Any], int, int, int | None], None]
@@ -49,8 +50,11 @@ def nothing(of: type[Any]) -> Any:
 def unit_stride(x: Tensor) -> Tensor:
     """x itself if the kernels can read it, else a copy: its last dimension contiguous, and its tokens near enough for
     offsets inside a tile to be 32-bit (offsets of tiles are 64-bit)."""
-    readable = (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(-2) < MAX_TOKEN_STRIDE
-    return x if readable else x.contiguous()
+    return x if has_unit_stride(x) else x.contiguous()
+
+
+def has_unit_stride(x: Tensor) -> bool:
+    return (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(-2) < MAX_TOKEN_STRIDE
 
 
 def strides(x: Tensor) -> Strides:
@@ -72,7 +76,19 @@ def output(out: Tensor, lse: Tensor) -> Output:
 
 def shape(call: Call) -> Shape:
     heads = call.q.shape[1]
-    return Shape(heads, heads // call.k.shape[1], call.q.shape[2], call.k.shape[2])
+    return Shape(heads, heads // call.k.shape[1], call.q.shape[2], call.k_tokens)
+
+
+NO_PAGES = Pages(None, None, None)
+
+
+def pages(call: Call) -> tuple[Pages, int]:
+    """The block table of a call and the tokens of a page; NO_PAGES and 0 where its keys lie side by side."""
+    table = call.block_table
+    if table is None:
+        return NO_PAGES, 0
+    count, _, page, _ = call.k.shape
+    return Pages(table.to(torch.int32).contiguous(), table.shape[1], count - 1), page
 
 
 def angles(cos: Tensor | None, sin: Tensor | None) -> Angles:

@@ -9,7 +9,17 @@ from posattn.backends.common.arch import key_splits
 from posattn.backends.common.operands import k_max, power_of_two, q_max, sequences
 from posattn.backends.common.strides import rows_like
 from posattn.backends.triton import autotune
-from posattn.backends.triton.arguments import Launch, angles, attention_arguments, inputs, output, strides, unit_stride
+from posattn.backends.triton.arguments import (
+    NO_PAGES,
+    Launch,
+    angles,
+    attention_arguments,
+    inputs,
+    output,
+    pages,
+    strides,
+    unit_stride,
+)
 from posattn.backends.triton.configs.forward import FEW_ROWS, FORWARD, forward_config
 from posattn.backends.triton.configs.launch_config import LaunchConfig
 from posattn.kernels.attention.combine import combine
@@ -20,11 +30,23 @@ from posattn.plan import Call
 
 
 def rotated(
-    launch: Launch, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, dtype: torch.dtype, sign: int = 1
+    launch: Launch,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    dtype: torch.dtype,
+    sign: int = 1,
+    paged: Call | None = None,
 ) -> Tensor:
-    """x [B, H, T, D] with its pairs rotated, contiguous, in `dtype`; sign -1 rotates back."""
+    """x [B, H, T, D] with its pairs rotated, contiguous, in `dtype`; sign -1 rotates back. x may be the keys of a
+    `paged` call: they are gathered in the same pass."""
     batch, heads, tokens, dim = x.shape
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    table, page = NO_PAGES, 0
+    if paged is not None:
+        batch, tokens = paged.q.shape[0], paged.k_tokens
+        table, page = pages(paged)
+    out = torch.empty((batch, heads, tokens, dim), dtype=dtype, device=x.device)
     x = unit_stride(x)
     block = 32 if dim <= 128 else 16
     constexprs = {
@@ -34,9 +56,10 @@ def rotated(
         "BLOCK_T": block,
         "INTERLEAVED": interleaved,
         "SIGN": sign,
+        "PAGE": page,
     }
     grid = (-(-tokens // block) * batch * heads,)
-    launch(rotary, grid, (x, out, strides(x), angles(cos, sin), heads, tokens), constexprs, 4, 1, None)
+    launch(rotary, grid, (x, out, strides(x), angles(cos, sin), table, heads, tokens), constexprs, 4, 1, None)
     return out
 
 
@@ -58,6 +81,8 @@ def _forward(call: Call, launch: Launch, config: LaunchConfig, processors: int) 
     programs = blocks * sequences(call) * heads
     splits = key_splits(programs, k_max(call), processors)
 
+    table, page = pages(call)
+    k_page = page
     angles_of = call.plan.rotary
     q_angles = k_angles = angles(None, None)
     if angles_of is not None:
@@ -67,7 +92,9 @@ def _forward(call: Call, launch: Launch, config: LaunchConfig, processors: int) 
         if q_max(call) <= FEW_ROWS:
             k_angles = angles(angles_of.k_cos, angles_of.k_sin)
         else:
-            k = rotated(launch, k, angles_of.k_cos, angles_of.k_sin, angles_of.interleaved, k.dtype)
+            paged = call if page else None
+            k = rotated(launch, k, angles_of.k_cos, angles_of.k_sin, angles_of.interleaved, k.dtype, paged=paged)
+            k_page = 0
 
     # Packed documents may leave tokens outside every document, which no program would write.
     create = torch.empty if call.mask.cu_seqlens_q is None else torch.zeros
@@ -82,6 +109,8 @@ def _forward(call: Call, launch: Launch, config: LaunchConfig, processors: int) 
         "HALF": 0 if angles_of is None else angles_of.q_cos.shape[-1],
         "INTERLEAVED": angles_of is not None and angles_of.interleaved,
         "SPLITS": splits,
+        "K_PAGE": k_page,
+        "V_PAGE": page,
     }
     attention_arguments(call, config.block_m, config.block_n).launch(
         launch,
@@ -96,6 +125,7 @@ def _forward(call: Call, launch: Launch, config: LaunchConfig, processors: int) 
         sinks=call.sinks,
         q_angles=q_angles,
         k_angles=k_angles,
+        pages=table,
     )
     if splits > 1:
         rows = batch * heads * q_tokens
