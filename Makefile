@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 # A worker that is done takes over what another has waiting: what compiles takes a hundred times as long as the rest.
 TEST_ARGS ?= -n $(JOBS) --dist worksteal
 # Of the sweeps: 2/3 is the second of three parts.
@@ -17,13 +18,14 @@ CPP := $(shell find csrc/cpu tests/native tests/ptxsim -name '*.cpp' -o -name '*
 CUDA := $(shell find csrc/cuda -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sweep bench docs lint format install clean
+.PHONY: help demo test test-all sweep gpu bench docs lint format install clean
 
 help:
 	@echo "make demo    train and compare five encodings on real text (about 6 minutes); DEMO_ARGS for more"
 	@echo "make test    what finds nearly every mistake, in minutes; TEST_ARGS replaces pytest's arguments"
 	@echo "make test-all  and then the slow ones: mutants, rare combinations, installs into fresh environments"
 	@echo "make sweep   what is left: each of them everywhere else; PART=2/8 for the second of eight parts"
+	@echo "make gpu     the first hour on a GPU, into gpu-report/; GPU_ARGS, e.g. --minutes 8"
 	@echo "make bench   posattn beside its peers on this machine (under 15 minutes); BENCH_ARGS, e.g. --full"
 	@echo "make docs    the documentation site, into build/site"
 	@echo "make lint    ruff, mypy and clang-format; make format applies the formats"
@@ -40,6 +42,11 @@ test-all: test
 
 sweep: install
 	$(BIN)/python -m pytest -m sweep --part $(PART) $(TEST_ARGS)
+
+# Where there is a GPU: a report within 25 minutes, then the GPU's own list of calls. The same command goes on.
+gpu: install
+	$(BIN)/posattn gpu $(GPU_ARGS)
+	$(BIN)/python -m pytest tests/backends/test_gpu_parity.py -k on_the_gpu
 
 bench: install
 	$(BIN)/posattn bench $(BENCH_ARGS)

@@ -18,6 +18,7 @@ COMMANDS = {
     "plot": ("posattn.plot", "a heat map of what an encoding, or one of your own, does to the logits"),
     "demo": ("posattn.demo", "train and compare five encodings on real text"),
     "experiments": ("posattn.experiments", "the papers' results at the size of this machine"),
+    "gpu": ("posattn.gpu", "the first hour on a GPU: parity, sanitizer, tuning, times and cycles in one report"),
     "bench": ("posattn.bench", "time and memory beside other ways to do the same"),
 }
 

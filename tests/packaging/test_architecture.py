@@ -42,7 +42,7 @@ LAYERS = (
     ("posattn.integrations",),
     ("posattn.bench", "posattn.check_command", "posattn.plot"),
     ("posattn.demo",),
-    ("posattn.experiments",),
+    ("posattn.experiments", "posattn.gpu"),
     ("posattn.cli",),
 )
 # Lower, and yet not to be seen: kernels know nothing but Triton, a backend knows plans and neither encodings nor the
