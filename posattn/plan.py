@@ -89,6 +89,7 @@ class Bias:
 
 
 FORMS = ("concat-residual", "concat", "add")
+EDGES = ("causal", "paper")
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class HeadMix:
     form "concat-residual": x + b + f([x; b]); "concat": x + f([x; b]); "add": x + b + f(x + b), where
     f(z) = w2 @ leaky_relu(w1 @ z + b1, 0.01) + b2. w1 is [W, 2H] for the concat forms with an inner bias and [W, H]
     otherwise, b1 [W], w2 [H, W], b2 [H], all float32. Without an inner bias every form is x + f(x).
+
+    With w1 [W, 2H, k] and w2 [H, W, k], k odd, both are convolved along the keys (DAPE V2): z is zero where a query may
+    not see a key, and the layer between is zero before a sequence's first key. Past its last key that layer goes on, as
+    if z went on with zeros, if edge is "causal"; with "paper" it is zero where the keys end.
     """
 
     w1: Tensor
@@ -106,6 +111,7 @@ class HeadMix:
     b2: Tensor
     form: str = "concat-residual"
     inner: Bias = field(default_factory=Bias)
+    edge: str = "causal"
 
 
 @dataclass(frozen=True)

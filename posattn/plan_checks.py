@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import SymInt, Tensor
 
 from posattn.errors import ArgumentTypeError, ArgumentValueError
-from posattn.plan import FORMS, Bias, Dense, HeadMix, Plan, Profile, Rotary, Slope, Table
+from posattn.plan import EDGES, FORMS, Bias, Dense, HeadMix, Plan, Profile, Rotary, Slope, Table
 
 _Operand = TypeVar("_Operand")
 
@@ -185,9 +185,16 @@ class _Checks:
         if mix.form not in FORMS:
             raise ArgumentValueError(f"{self._what('mix.form')} one of {', '.join(map(repr, FORMS))}, got {mix.form!r}")
         inputs = 2 * self.heads if inner and mix.form != "add" else self.heads
-        width = self.shaped("mix.w1", mix.w1, "width", inputs).shape[0]
+        if mix.edge not in EDGES:
+            raise ArgumentValueError(f"{self._what('mix.edge')} one of {', '.join(map(repr, EDGES))}, got {mix.edge!r}")
+        kernel: tuple[int | str, ...] = ()
+        if self.tensor("mix.w1", mix.w1).dim() == 3:
+            kernel = (mix.w1.shape[2],)
+            if mix.w1.shape[2] % 2 == 0:
+                raise ArgumentValueError(f"{self._what('mix.w1')} an odd kernel, got {list(mix.w1.shape)}")
+        width = self.shaped("mix.w1", mix.w1, "width", inputs, *kernel).shape[0]
         self.shaped("mix.b1", mix.b1, width)
-        self.shaped("mix.w2", mix.w2, self.heads, width)
+        self.shaped("mix.w2", mix.w2, self.heads, width, *kernel)
         self.shaped("mix.b2", mix.b2, self.heads)
         return mix if inner is mix.inner else replace(mix, inner=inner)
 

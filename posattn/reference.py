@@ -151,19 +151,39 @@ def _logits(call: Call, rows: Tensor | None) -> Tensor:
         inner = None
         if plan.mix.inner:
             inner = dense_bias(_bias_of(rows, plan.mix.inner), q_positions, k_positions).to(logits.dtype)
-        logits = _mix_heads(plan.mix, logits, inner)
+        logits = _mix_heads(plan.mix, logits, inner, call, rows)
     if plan.bias:
         logits = logits + dense_bias(_bias_of(rows, plan.bias), q_positions, k_positions).to(logits.dtype)
     return logits
 
 
-def _mix_heads(mix: HeadMix, logits: Tensor, inner: Tensor | None) -> Tensor:
+def _mix_heads(mix: HeadMix, logits: Tensor, inner: Tensor | None, call: Call, rows: Tensor | None) -> Tensor:
     biased = logits if inner is None else logits + inner
     features = biased if inner is None or mix.form == "add" else torch.cat([logits, inner.expand_as(logits)], dim=1)
     w1, b1, w2, b2 = (t.to(logits.dtype) for t in (mix.w1, mix.b1, mix.w2, mix.b2))
-    hidden = F.leaky_relu(F.linear(features.movedim(1, -1), w1, b1), 0.01)
-    mixed = F.linear(hidden, w2, b2).movedim(-1, 1)
+    if w1.dim() == 3:
+        mixed = _convolved(mix, features, call, rows)
+    else:
+        hidden = F.leaky_relu(F.linear(features.movedim(1, -1), w1, b1), 0.01)
+        mixed = F.linear(hidden, w2, b2).movedim(-1, 1)
     return (logits if mix.form == "concat" else biased) + mixed
+
+
+def _convolved(mix: HeadMix, features: Tensor, call: Call, rows: Tensor | None) -> Tensor:
+    """f [B, H, Tq, Tk] of features [B, C, Tq, Tk], both layers convolved along the keys."""
+    w1, b1, w2, b2 = (t.to(features.dtype) for t in (mix.w1, mix.b1, mix.w2, mix.b2))
+    allowed = _allowed(call, rows)
+    if allowed is not None:
+        by_head = allowed if allowed.shape[1] == 1 else allowed.repeat(1, features.shape[1] // call.q.shape[1], 1, 1)
+        features = features.masked_fill(~by_head, 0.0)
+    half = w1.shape[2] // 2
+    past = half if mix.edge == "causal" else 0  # columns of the hidden layer past the last key
+    hidden = F.leaky_relu(F.conv2d(F.pad(features, (half, half + past)), w1[:, :, None], b1), 0.01)
+    own = _of_sequence(call, rows)
+    if own:
+        before = torch.stack([condition.cumsum(-1) == 0 for condition in own]).any(0)
+        hidden = hidden.masked_fill(F.pad(before, (0, past))[:, None], 0.0)
+    return F.conv2d(F.pad(hidden, (half, half - past)), w2[:, :, None], b2)
 
 
 def _slope_bias(operand: Slope, distance: Tensor) -> Tensor:
@@ -196,6 +216,19 @@ def _allowed(call: Call, rows: Tensor | None) -> Tensor | None:
         conditions.append(j >= i - mask.left)
     if mask.right is not None:
         conditions.append(j <= i + mask.right)
+    allowed = [c[:, None] for c in (*conditions, *_of_sequence(call, rows))]
+    if mask.boolean is not None:
+        allowed.append(_of(rows, mask.boolean, 2))
+    result = None
+    for condition in allowed:
+        result = condition if result is None else result & condition
+    return result
+
+
+def _of_sequence(call: Call, rows: Tensor | None) -> list[Tensor]:
+    """Conditions [B or 1, Tq or 1, Tk], true for the keys of a query's own sequence: in its row, or in its document."""
+    mask = call.mask
+    conditions = []
     hidden = _hidden(call)
     if hidden is not None:
         conditions.append(~hidden[:, None, :])
@@ -206,13 +239,7 @@ def _allowed(call: Call, rows: Tensor | None) -> Tensor | None:
     if mask.q_segments is not None and mask.k_segments is not None:
         q_segment, k_segment = _of(rows, mask.q_segments, 1)[:, :, None], mask.k_segments[:, None, :]
         conditions.append((q_segment == k_segment) & (q_segment >= 0))
-    allowed = [c[:, None] for c in conditions]
-    if mask.boolean is not None:
-        allowed.append(_of(rows, mask.boolean, 2))
-    result = None
-    for condition in allowed:
-        result = condition if result is None else result & condition
-    return result
+    return conditions
 
 
 def _hidden(call: Call) -> Tensor | None:

@@ -97,6 +97,8 @@ def flatten(call: Call, backend: str) -> Flat:
     form = ""
     if plan.mix is not None:
         form = plan.mix.form
+        if plan.mix.edge == "paper":
+            flags.append("paper_edge")
         put("w1", plan.mix.w1)
         put("b1", plan.mix.b1)
         put("w2", plan.mix.w2)
@@ -174,7 +176,9 @@ def unflatten(
     bias = take_bias("")
     mix = None
     if layout.form:
-        mix = HeadMix(named["w1"], named["b1"], named["w2"], named["b2"], layout.form, take_bias("inner."))
+        edge = "paper" if "paper_edge" in flags else "causal"
+        weights = named["w1"], named["b1"], named["w2"], named["b2"]
+        mix = HeadMix(*weights, layout.form, take_bias("inner."), edge)
     mask = Mask(
         causal="causal" in flags,
         offset=offset,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posattn.backends.common import mixes
 from posattn.backends.common.reductions import sink_gradient
 from posattn.backends.common.strides import rows_like, steps
 from posattn.backends.common.structs import Header
@@ -47,7 +48,7 @@ def unsupported(call: Call) -> str | None:
         return f"it computes float32, bfloat16 and float16, and query is {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         return f"head dimensions go up to {MAX_HEAD_DIM}, and these are {q.shape[-1]} and {v.shape[-1]}"
-    return None
+    return mixes.unsupported(call)
 
 
 def unsupported_pages(call: Call) -> str | None:

@@ -1,4 +1,5 @@
-"""DAPE: logits x + b + f([x; b]), f an MLP over the heads of each (i, j) (Zheng 2024, arXiv 2405.14722)."""
+"""DAPE: logits x + b + f([x; b]), f an MLP over the heads of each (i, j) (Zheng 2024, arXiv 2405.14722), or two
+convolutions along the keys (DAPE V2, Zheng 2024, arXiv 2410.04798)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from posattn.encodings.fire import FIRE
 from posattn.encodings.kerple import Kerple
 from posattn.encodings.rope import RoPE
 from posattn.errors import described
-from posattn.plan import FORMS, Bias, HeadMix, Plan
+from posattn.plan import EDGES, FORMS, Bias, HeadMix, Plan
 
 
 class DAPE(Encoding):
@@ -26,9 +27,26 @@ class DAPE(Encoding):
         num_heads: number of query heads H.
         width: hidden units of the MLP.
         form: "concat-residual" x + b + f([x; b]), the paper's best; "concat" x + f([x; b]); "add" x + b + f(x + b).
+        kernel: 1, or the odd number k of keys that both layers of f see, as convolutions over z = [x; b], which is zero
+            for keys that a query does not see (DAPE V2, k = 3). No fused kernel does that yet: backend="reference".
+        edge: where the convolution of the hidden layer ends. "causal": that layer goes on past the last key, as if
+            zeros followed, so that a query's result is the same whether or not keys after it are there, and a cache
+            gives what the whole does. "paper": it is zero past the last key, as in the authors' code, whose last query
+            differs for that from what it is in a longer text.
+
+    Raises:
+        ValueError: an even kernel, or what does not go together.
     """
 
-    def __init__(self, inner: Encoding | None, num_heads: int, width: int = 32, form: str = "concat-residual") -> None:
+    def __init__(
+        self,
+        inner: Encoding | None,
+        num_heads: int,
+        width: int = 32,
+        form: str = "concat-residual",
+        kernel: int = 1,
+        edge: str = "causal",
+    ) -> None:
         super().__init__()
         if inner is not None and not isinstance(inner, Encoding):
             raise TypeError(f"inner: expected an Encoding or None, got {described(inner)}")
@@ -44,15 +62,24 @@ class DAPE(Encoding):
         # A profile inside is the mix's own; one beside it has the plan's place.
         self.sole_operands = frozenset({"mix"}) | (frozenset() if inner is None else inner.sole_operands - {"profile"})
         both = inner is not None and inner.has_bias and form != "add"
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * num_heads if both else num_heads, width), nn.LeakyReLU(0.01), nn.Linear(width, num_heads)
-        )
+        self.kernel, self.edge = check_positive_int("kernel", kernel), check_choice("edge", edge, EDGES)
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel: expected an odd number of keys, got {kernel}")
+        inputs = 2 * num_heads if both else num_heads
+        self.mlp = nn.Sequential(self._layer(inputs, width), nn.LeakyReLU(0.01), self._layer(width, num_heads))
+
+    def _layer(self, inputs: int, outputs: int) -> nn.Module:
+        if self.kernel == 1:
+            return nn.Linear(inputs, outputs)
+        return nn.Conv2d(inputs, outputs, (1, self.kernel), padding=(0, self.kernel // 2))
 
     def build(self, context: Context) -> Plan:
         inner = Plan(bias=Bias()) if self.inner is None else self.inner(context)
         (w1, b1), (w2, b2) = weight_and_bias(self.mlp[0]), weight_and_bias(self.mlp[2])
+        if self.kernel > 1:
+            w1, w2 = w1[:, :, 0], w2[:, :, 0]
         dtype = context.table_dtype(w1)
-        mix = HeadMix(w1.to(dtype), b1.to(dtype), w2.to(dtype), b2.to(dtype), self.form, inner.bias)
+        mix = HeadMix(w1.to(dtype), b1.to(dtype), w2.to(dtype), b2.to(dtype), self.form, inner.bias, self.edge)
         return Plan(inner.rotary, mix, Bias())
 
     @classmethod
@@ -68,4 +95,5 @@ class DAPE(Encoding):
         }
 
     def extra_repr(self) -> str:
-        return f"{self.num_heads}, width={self.width}, form={self.form!r}"
+        convolved = f", kernel={self.kernel}, edge={self.edge!r}" if self.kernel > 1 else ""
+        return f"{self.num_heads}, width={self.width}, form={self.form!r}{convolved}"

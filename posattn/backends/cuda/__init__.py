@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from posattn.backends.common import segments
+from posattn.backends.common import mixes, segments
 from posattn.backends.cuda import (
     attention_backward,
     attention_forward,
@@ -27,7 +27,7 @@ def unsupported(call: Call) -> str | None:
         return f"it computes float16 and bfloat16, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > HEAD_DIMS[-1]:
         return f"it takes head dimensions up to {HEAD_DIMS[-1]}, got {max(q.shape[3], v.shape[3])}"
-    if (reason := segments.unsupported(call)) is not None:
+    if (reason := segments.unsupported(call) or mixes.unsupported(call)) is not None:
         return reason
     missing = compiler.missing() or compiler.unsupported(launch.architecture(q.device))
     if missing is not None:

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from posattn.backends.common import segments
+from posattn.backends.common import mixes, segments
 from posattn.backends.triton import attention_backward, attention_forward, headmix_backward, headmix_forward
 from posattn.backends.triton import launch as seam
 from posattn.backends.triton.arguments import has_unit_stride
@@ -39,7 +39,7 @@ def unsupported(call: Call) -> str | None:
         return f"it computes float16, bfloat16 and float32, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return f"it takes head dimensions up to {MAX_HEAD_DIM}, got {max(q.shape[3], v.shape[3])}"
-    return segments.unsupported(call) or headmix.unsupported(call)
+    return segments.unsupported(call) or mixes.unsupported(call) or headmix.unsupported(call)
 
 
 def unsupported_pages(call: Call) -> str | None:
