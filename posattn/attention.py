@@ -18,8 +18,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 from posattn import jagged, keywords, ops, paging, plan_checks, sdpa_shapes, validation
 from posattn.encodings._plans import check_values
 from posattn.encodings.base import Context, Encoding
+from posattn.errors import ArgumentValueError
 from posattn.plan import Bias, Call, Dense, Mask, Plan
 from posattn.positions import offset_bounds
+from posattn.turning import turn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,6 +42,7 @@ class Options(TypedDict, total=False):
     k_starts: Tensor | None
     segments: Tensor | tuple[Tensor, Tensor] | None
     block_table: Tensor | None
+    k_rotated: bool
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     q_positions: Tensor | None
@@ -118,6 +121,7 @@ def attention(
     k_starts: Tensor | None = None,
     segments: Tensor | tuple[Tensor, Tensor] | None = None,
     block_table: Tensor | None = None,
+    k_rotated: bool = False,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     q_positions: Tensor | None = None,
@@ -164,6 +168,8 @@ def attention(
             entries past it may hold anything. Kernels read through the table; where anything needs a gradient (and for
             DAPE on a GPU) the pages named are copied first, O(Tk) memory. Values are checked on the CPU alone:
             elsewhere an entry that names no page reads the first or the last. `posattn.PagedCache` keeps such a cache.
+        k_rotated: the keys were turned by `position`'s rotation where they were put, as in a cache with a `rotation`:
+            queries alone are turned here. Not with k_starts, from which positions would count.
         cu_seqlens_q, cu_seqlens_k: [documents + 1] integers, bounds of documents packed into B = 1. A document's
             queries see its own keys alone, and alignment and positions count inside the document.
         q_positions, k_positions: [T], [1, T] or [B, T] integers, where tokens sit for `position`; the masks keep
@@ -198,6 +204,7 @@ def attention(
         "k_starts": k_starts,
         "segments": segments,
         "block_table": block_table,
+        "k_rotated": k_rotated,
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "q_positions": q_positions,
@@ -247,7 +254,9 @@ def checked_attention(
         )
     validation.check_qkv(q, k, v, ("q", "k", "v"), 4)
     validation.check_heads(q, k, v)
-    causal = validation.check_flag("causal", options["causal"])
+    causal, k_rotated = (validation.check_flag(name, options[name]) for name in ("causal", "k_rotated"))
+    if k_rotated and options["k_starts"] is not None:
+        raise ArgumentValueError("k_rotated, k_starts: expected one or the other, got both")
     left, right = validation.check_window(options["window"])
     cu_q, cu_k, max_q, max_k = validation.check_cu_seqlens(options["cu_seqlens_q"], options["cu_seqlens_k"], q, k)
     lengths, starts, end = validation.check_key_bounds(k_lengths, options["k_starts"], cu_q, q, k)
@@ -302,6 +311,7 @@ def checked_attention(
         deterministic=validation.check_flag("deterministic", options["deterministic"]),
         backend=validation.check_backend(options["backend"]),
         pages=pages,
+        k_rotated=k_rotated,
         run=run,
     )
 
@@ -338,6 +348,8 @@ def _plain_signature(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple
         if given[name] is not None:
             return None
     causal = given["causal"]
+    if given["k_rotated"] is not False:
+        return None
     if not (causal is True or causal is False) or q.is_nested or k.is_nested or v.is_nested:
         return None
     q_shape, v_shape = q.shape, v.shape
@@ -435,6 +447,7 @@ def _attend(
     deterministic: bool = False,
     backend: str = "auto",
     pages: paging.Pages | None = None,
+    k_rotated: bool = False,
     run: Run = ops.attend,
     context: Context | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -454,7 +467,10 @@ def _attend(
         plan, positions = Plan(bias=Bias()), (None, None)
     else:
         validation.check_position(position)
-        plan = _lower(position, context or Context.of(q, k, mask, *positions, position_range), q, k)
+        context = context or Context.of(q, k, mask, *positions, position_range)
+        plan = _lower(position, replace(context, k_rotated=True) if k_rotated else context, q, k)
+    if k_rotated:
+        q, plan = _turned_queries(q, plan)
     if bias is not None:
         inner = plan.bias.dense
         dense = Dense(bias if inner is None else inner.bias + bias)
@@ -481,6 +497,14 @@ def _attend(
     if dropout_p == 1.0:
         out = dropout(out, 1.0)
     return (out if value_dim else out[..., :0]), lse
+
+
+def _turned_queries(q: Tensor, plan: Plan) -> tuple[Tensor, Plan]:
+    """q as the plan turns it, for keys that are turned already, and a plan that turns nothing."""
+    rotary = plan.rotary
+    if rotary is None:
+        raise ArgumentValueError("k_rotated: expected a position that rotates, got one that does not, or none")
+    return turn(q, rotary.q_cos, rotary.q_sin, rotary.interleaved), replace(plan, rotary=None)
 
 
 def _lower(position: Encoding, context: Context, q: Tensor, k: Tensor) -> Plan:

@@ -2,7 +2,7 @@
 
 Keys are kept as they were projected, unrotated: attention() turns them by their positions in each call, so a cache
 knows no encoding, and one that was filled under one scaling of RoPE serves any other. posattn/paged_cache.py has the
-third kind.
+third kind, which may keep them turned.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Keys(TypedDict, total=False):
     k_lengths: Tensor
     k_positions: Tensor
     block_table: Tensor
+    k_rotated: bool
     offset: Tensor
 
 

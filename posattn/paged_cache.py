@@ -13,7 +13,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from posattn.errors import ArgumentValueError
+from posattn.appending import append
+from posattn.encodings.rope import RoPE
+from posattn.errors import ArgumentTypeError, ArgumentValueError
 from posattn.kv_cache import (
     Column,
     Keys,
@@ -54,6 +56,9 @@ class PagedCache(KVCache):
         value_dim: dimension Dv of a value; head_dim by default.
         row_tokens: the most tokens that a sequence may come to; all the pool's by default.
         positions: keep explicit positions too.
+        rotation: a RoPE by which keys are turned as they are appended, once, instead of in every step. It turns them by
+            their positions alone, so not one that learns, or whose scaling goes by the length. attention() is told
+            (`k_rotated`), and takes the same RoPE, or a sum with it, as its position.
         dtype, device: of keys and values.
 
     Attributes:
@@ -73,6 +78,7 @@ class PagedCache(KVCache):
         *,
         row_tokens: int | None = None,
         positions: bool = False,
+        rotation: RoPE | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -82,6 +88,7 @@ class PagedCache(KVCache):
         for name, size in {**sizes, "value_dim": value_dim, "row_tokens": row_tokens}.items():
             check_size(name, size)
         self.page = page
+        self.rotation = None if rotation is None else _checked_rotation(rotation, head_dim)
         self.k = torch.zeros(pages, page, kv_heads, head_dim, dtype=dtype, device=device)
         self.v = self.k.new_zeros(pages, page, kv_heads, value_dim)
         self._pools = [self.k, self.v]
@@ -229,6 +236,22 @@ class PagedCache(KVCache):
         return bool(copied or fresh)
 
 
+def _checked_rotation(rotation: RoPE, head_dim: int) -> RoPE:
+    if not isinstance(rotation, RoPE):
+        raise ArgumentTypeError(
+            f"rotation: expected a RoPE, which turns a key by its position alone, got {type(rotation).__name__}"
+        )
+    if rotation.learnable:
+        raise ArgumentValueError("rotation: expected a RoPE that does not learn, for keys are turned once")
+    if rotation.scaling is not None and rotation.scaling.dynamic:
+        raise ArgumentValueError(
+            f"rotation: expected a scaling that does not go by the length (length= fixes it), got {rotation.scaling!r}"
+        )
+    if rotation.head_dim != head_dim:
+        raise ArgumentValueError(f"rotation: expected head_dim {head_dim} like the cache, got {rotation.head_dim}")
+    return rotation
+
+
 class PagedRows(KVCache):
     """Some rows of a PagedCache; `PagedCache.select` makes one."""
 
@@ -248,10 +271,15 @@ class PagedRows(KVCache):
         changed = cache._reserve(rows, new)
         index, places, sources = token_places(past, new)
         pages = cache._table[torch.tensor(rows, dtype=torch.int64)[index], places // cache.page].long()
-        slots = (pages * cache.page + places % cache.page).to(k.device)
-        index, sources = index.to(k.device), sources.to(k.device)
-        for pool, column in zip(cache._pools, columns):
-            pool.flatten(0, 1)[slots] = column.detach()[index, :, sources]
+        slots = pages * cache.page + places % cache.page
+        where = torch.stack([index, sources, slots])
+        for number, (pool, column) in enumerate(zip(cache._pools, columns)):
+            tables, interleaved = None, False
+            if number == 0 and cache.rotation is not None:
+                at = places if positions is None else columns[2].cpu()[index, 0, sources, 0]
+                tables = cache.rotation.tables(at.to(k.device))
+                interleaved = cache.rotation.layout == "interleaved"
+            append(column, pool, where, tables, interleaved)
         for row, more in zip(rows, new):
             cache._lengths[row] += more
         cache._publish(rows, changed)
@@ -268,6 +296,8 @@ class PagedRows(KVCache):
         k_lengths = cache.k_lengths[index]
         table = cache.block_table[index, : -(-longest // cache.page)]
         found: Keys = {"k": cache.k, "v": cache.v, "block_table": table, "k_lengths": k_lengths}
+        if cache.rotation is not None:
+            found["k_rotated"] = True
         if len(cache._pools) == 3:
             found["k_positions"] = gathered(cache._pools[2], table, k_lengths)[:, 0, :, 0]
         return found

@@ -1,6 +1,7 @@
 // Everything that depends on the instruction set, compiled once for each with POSATTN_ISA naming it.
 #include "kernels.h"
 
+#include "append.h"
 #include "decode.h"
 #include "mix_backward.h"
 #include "probe.h"
@@ -87,6 +88,7 @@ const Kernels kernels{POSATTN_NAME(POSATTN_ISA),
 #endif
                       run_forward,
                       run_backward,
+                      append,
                       probe_flops,
                       probe_read};
 

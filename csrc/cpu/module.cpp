@@ -197,18 +197,25 @@ private:
   std::optional<Watching> watching_;
 };
 
-// Runs the forward or the backward pass of the Problem that these bytes hold.
-template <void (*Kernels::*pass)(const Problem&)>
-void run(const py::buffer& packed) {
+// The bytes of a struct of problem.h.
+template <class T>
+T unpacked(const char* name, const py::buffer& packed) {
   Py_buffer image;
   if (PyObject_GetBuffer(packed.ptr(), &image, PyBUF_SIMPLE) != 0) throw py::error_already_set();
   const auto size = static_cast<size_t>(image.len);
-  Problem p;
-  if (size == sizeof(p)) std::memcpy(&p, image.buf, sizeof(p));
+  T value;
+  if (size == sizeof(value)) std::memcpy(&value, image.buf, sizeof(value));
   PyBuffer_Release(&image);
-  if (size != sizeof(p))
-    throw std::invalid_argument("problem: expected " + std::to_string(sizeof(p)) + " bytes, got " +
+  if (size != sizeof(value))
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(sizeof(value)) + " bytes, got " +
                                 std::to_string(size));
+  return value;
+}
+
+// Runs the forward or the backward pass of the Problem that these bytes hold.
+template <void (*Kernels::*pass)(const Problem&)>
+void run(const py::buffer& packed) {
+  auto p = unpacked<Problem>("problem", packed);
   Interruptible call;
   const std::vector<Sequence> list = sequences(p);
   check_pages(p, list);
@@ -218,6 +225,12 @@ void run(const py::buffer& packed) {
   for (const Sequence& s : list) p.max_k_len = s.k_len > p.max_k_len ? s.k_len : p.max_k_len;
   (chosen()->*pass)(p);
   call.finish();
+}
+
+void run_append(const py::buffer& packed) {
+  const auto tokens = unpacked<Append>("tokens", packed);
+  const py::gil_scoped_release released;
+  chosen()->append(tokens);
 }
 
 py::bytes blank() {
@@ -295,6 +308,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("BLANK") = blank();
   m.def("forward", &run<&Kernels::forward>, py::arg("problem"), "Run the struct Problem that these bytes hold.");
   m.def("backward", &run<&Kernels::backward>, py::arg("problem"), "Its gradients, after the forward pass.");
+  m.def("append", &run_append, py::arg("tokens"), "Run the struct Append that these bytes hold.");
   m.def("probe_peak", &probe_peak, py::arg("kind"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "GFLOP/s of a loop of 'fma' or 'bf16dot', or GB/s of 'read', on that many threads.");
   m.def(

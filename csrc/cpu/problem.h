@@ -184,4 +184,24 @@ struct Problem {
   const void* reach = nullptr;  // the kernels' own (reach.h)
 };
 
+// New keys or values, `source` [B, H, T, width], put into pages, `to` [pages, H, page, width] of the same numbers:
+// token n is sources[n] of batch entry entries[n] and goes to slot slots[n] of the pool. It is turned by cos and sin
+// [tokens, half] on the way, where they are given; width is at most 256 then.
+struct Append {
+  View source;
+  View to;
+  int64_t tokens = 0;
+  int64_t heads = 0;
+  int64_t width = 0;
+  int64_t page = 0;
+  const int64_t* entries = nullptr;
+  const int64_t* sources = nullptr;
+  const int64_t* slots = nullptr;
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  int64_t half = 0;
+  bool interleaved = false;
+  int32_t threads = 1;
+};
+
 }  // namespace posattn

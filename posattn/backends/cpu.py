@@ -59,19 +59,19 @@ def unsupported_pages(call: Call) -> str | None:
 
 
 @cache
-def _structs() -> tuple[Struct, Struct]:
-    """Problem and View, laid out as in the build that is loaded."""
+def _structs() -> tuple[Struct, Struct, Struct]:
+    """Problem, View and Append, laid out as in the build that is loaded."""
     structs = Header("problem.h", native.PROBLEM_H).structs
     if (size := ctypes.sizeof(structs["Problem"])) != len(native.BLANK):
         raise RuntimeError(f"problem.h: expected a Problem of {len(native.BLANK)} bytes, as compiled, got {size}")
-    return structs["Problem"], structs["View"]
+    return structs["Problem"], structs["View"], structs["Append"]
 
 
 class _Binding:
     """A Problem together with the tensors whose memory it points at."""
 
     def __init__(self, call: Call) -> None:
-        problem, self._view = _structs()
+        problem, self._view, _ = _structs()
         self.problem = problem.from_buffer_copy(native.BLANK)
         self.keep: list[Tensor] = []
         self._call(call)
@@ -185,6 +185,42 @@ class _Binding:
         to.width, to.inputs = mix.w1.shape
         to.form, to.has_inner = _FORMS[mix.form], bool(mix.inner)
         self.bias(to.inner, mix.inner)
+
+
+def appends(new: Tensor, pool: Tensor) -> bool:
+    """Whether `append` can put these tokens into that pool."""
+    for x in (new, pool):
+        if type(x) is not Tensor or x.device.type != "cpu" or x.stride(-1) != 1 or x.is_neg():
+            return False
+    return native is not None and new.dtype == pool.dtype in _DTYPES and new.shape[-1] <= MAX_HEAD_DIM
+
+
+def append(new: Tensor, pool: Tensor, index: Tensor, turn: tuple[Tensor, Tensor, bool] | None) -> None:
+    """Put tokens of new [B, H, T, D] into pool [pages, page, H, D] in one pass.
+
+    index int64 [3, tokens] has each token's batch entry, its place in new, and its slot in the pool; turn is cos and
+    sin float32 [tokens, half] and whether pairs are interleaved, or None.
+    """
+    _, view, tokens = _structs()
+    index, pages = index.contiguous(), pool.transpose(1, 2)
+    given = tokens(
+        source=view(new.data_ptr(), *new.stride()[:3], _DTYPES[new.dtype]),
+        to=view(pages.data_ptr(), *pages.stride()[:3], _DTYPES[pool.dtype]),
+        tokens=index.shape[1],
+        heads=new.shape[1],
+        width=new.shape[3],
+        page=pool.shape[1],
+        entries=index[0].data_ptr(),
+        sources=index[1].data_ptr(),
+        slots=index[2].data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    if turn is not None:
+        cos, sin = (x.contiguous() for x in turn[:2])
+        given.cos, given.sin, given.half, given.interleaved = cos.data_ptr(), sin.data_ptr(), cos.shape[-1], turn[2]
+    native.append(given)
+    if not pool.is_inference():
+        torch.autograd.graph.increment_version(pool)  # as torch's own writes do
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

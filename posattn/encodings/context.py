@@ -32,6 +32,7 @@ class Context:
         position_range: where given, it holds all explicit positions.
         offset_range: every offset of a tensor, as far as it is known.
         kv_heads: key heads; None for num_heads.
+        k_rotated: the keys are turned already: nothing reads what a plan says of their rotation.
     """
 
     q_len: int
@@ -56,6 +57,7 @@ class Context:
     q_segments: Tensor | None = None
     k_segments: Tensor | None = None
     kv_heads: int | None = None
+    k_rotated: bool = False
 
     @staticmethod
     def of(

@@ -87,6 +87,12 @@ class RotaryEncoding(Encoding):
         dtype = context.table_dtype()
         q_positions, k_positions = self.token_positions(context)
         q_theta, k_theta, factor = self.frequencies(context)
+        if context.k_rotated:
+            q_cos, q_sin = self._turn(q_positions, q_theta, factor, dtype)
+            if q_cos.dim() == 3:  # one number stands for the keys' tables
+                stand_in = q_cos.new_ones(1).expand(1, k_positions.shape[-1], q_cos.shape[-1])
+                rotary = Rotary(q_cos, q_sin, stand_in, stand_in, self.layout == "interleaved")
+                return Plan(rotary=rotary, bias=Bias())
         k_cos, k_sin = self._turn(k_positions, k_theta, factor, dtype)
         if q_positions is k_positions and q_theta is k_theta:
             q_cos, q_sin = k_cos, k_sin
@@ -95,6 +101,13 @@ class RotaryEncoding(Encoding):
         rotary = Rotary(q_cos, q_sin, k_cos, k_sin, self.layout == "interleaved")
         # Spelled out because torch.compile cannot trace the default of a dataclass field that is itself a dataclass.
         return Plan(rotary=rotary, bias=Bias())
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin float32 [1, T, rotary_dim / 2] of integer positions [T], where no length counts."""
+        tokens = positions.shape[0]
+        context = Context(tokens, tokens, 1, self.head_dim, positions.device, torch.float32)
+        _, theta, factor = self.frequencies(context)
+        return self._turn(positions[None], theta, factor, torch.float32)
 
     def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Turn x [B, H, T, D] itself, at integer positions [B or 1, T], 0 .. T-1 if None: for caches of turned keys.

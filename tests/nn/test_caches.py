@@ -15,7 +15,10 @@ from posattn.nn import DynamicCache, KVCache, OutOfPages, PagedCache, StaticCach
 from posattn.parity import positions_for
 
 B, HEADS, KV_HEADS, DIM, TOKENS = 3, 4, 2, 16, 23
-EXAMPLES = posattn.parity.examples(HEADS, DIM, 32)
+EXAMPLES = {
+    **posattn.parity.examples(HEADS, DIM, 32),
+    "AxialRoPE mixed": posattn.AxialRoPE(DIM, width=8, mixed=True, num_heads=HEADS, kv_heads=KV_HEADS),
+}
 CHUNKS = (5, 1, 1, 10, 1, 5)
 
 CACHES: dict[str, Callable[..., KVCache]] = {

@@ -30,7 +30,7 @@ LAYERS = (
     ("posattn.encodings", "posattn.backends.common"),
     ("posattn.backends.cpu", "posattn.backends.cuda", "posattn.backends.triton"),
     ("posattn.backends",),
-    ("posattn.ops", "posattn.validation"),
+    ("posattn.appending", "posattn.ops", "posattn.validation"),
     ("posattn.attention",),
     ("posattn.kv_cache", "posattn.patch", "posattn.weights"),
     ("posattn.paged_cache",),

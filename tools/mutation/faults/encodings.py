@@ -117,7 +117,7 @@ FAULTS: list[Fault] = [
     *of(
         "dape.py",
         ('both = inner is not None and inner.has_bias «and form != "add"»', "", (DAPE,)),
-        ("self.form, «inner.bias»)", "Bias()", (DAPE,)),
+        ("self.form, «inner.bias», self.edge", "Bias()", (DAPE,)),
         ("return Plan(«inner.rotary», mix, Bias())", "None", (DAPE,)),
         ("w2.to(dtype), «b2.to(dtype)»,", "b1.to(dtype)[: self.num_heads]", (DAPE,)),
     ),
@@ -143,7 +143,7 @@ FAULTS: list[Fault] = [
         ("(angles.sin() «* factor»).to(dtype)", "", (ROPE,)),
         ("if q_positions is k_positions «and q_theta is k_theta»:", "", (ROPE,)),
         ("if «q_positions is k_positions and» q_theta is k_theta:", "", (ROPE, EVERY)),
-        ('self.layout == «"interleaved"»)', '"half"', (ROPE,)),
+        ('k_cos, k_sin, self.layout == «"interleaved"»)', '"half"', (ROPE,)),
         ("if self.rotary_dim > head_dim «or self.rotary_dim % 2»:", "", (ROPE,)),
         (
             "q_theta, _ = self.scaling.frequencies(self.rotary_dim, self.base, «q_lengths», context.device)",
@@ -151,11 +151,11 @@ FAULTS: list[Fault] = [
             (ROPE, "tests/encodings/test_rope.py -k documents"),
         ),
         ("positions = torch.arange(«x.shape[2]», device=x.device)[None]", "1, x.shape[2] + 1", (ROPE,)),
-        ("return reference.rotate(x, «turn.k_cos», turn.k_sin, turn.interleaved)", "turn.k_cos.abs()", (ROPE,)),
+        ("return reference.rotate(x, «cos», sin, turn.interleaved)", "cos.abs()", (ROPE,)),
     ),
     *of(
         "rope_axes.py",
-        ("rotary_frequencies(self.rotary_dim «// 2», self.base", "", (ROPE,)),
+        ("theta = rotary_frequencies(self.rotary_dim «// 2», self.base", "", (ROPE,)),
         ("column = positions.remainder(«self.width»)", "self.width + 1", (ROPE,)),
         (
             "torch.cat([«row[..., None] * theta, column[..., None] * theta»], dim=-1)",

@@ -64,7 +64,7 @@ FAULTS: list[Fault] = [
         ("for page in before: «self._let_go(page)»", "pass"),
         ("if self._holders[page] == «0»:", "1"),
         ("self._pages(source)[: «-(-tokens // self.page)»]", "tokens // self.page"),
-        ("slots = (pages * cache.page + places «% cache.page»)", ""),
+        ("slots = pages * cache.page + places «% cache.page»", ""),
         ("sources = [«self.rows[row]» for row in check_rows", "row"),
         ("cache._hold(row, held, «tokens»)", "0"),
         ("self._holders[page] = «1»", "2"),

@@ -24,6 +24,7 @@ LENGTHS = "tests/api/test_edges.py -k traced"
 THREADS = "tests/api/test_edges.py -k 'one_gradient or same_for_every or broadcasts or number_of_threads'"
 SDPA = "tests/api/test_attention.py -k sdpa"
 PLACES = "tests/backends/test_parity_places.py"
+PAGES = "tests/native/test_pages.py"
 
 
 def of(file: str, *rows: tuple[str, str, tuple[str, ...]]) -> list[Fault]:
@@ -152,7 +153,7 @@ FAULTS: list[Fault] = [
         ("query_source(p, s, h, q_scale), «i0», rows", "int64_t{0}", (LONG,)),
         ("pack_panels<M>(t.k, keys, «j0», tile);", "int64_t{0}", (LONG,)),
         ("values, «j0», tile, round_up(tile, 2 * VL));", "int64_t{0}", (LONG,)),
-        ("in_place<M>(values, «j0») : nullptr", "int64_t{0}", (LONG,)),
+        ("in_place<M>(values, «j0», tile) : nullptr", "int64_t{0}", (LONG,)),
         ("begin = «imax(any.lo - j0, 0) / NR * NR»;", "imin(imax(any.lo, 0) / NR * NR, tile / NR * NR)", (LONG,)),
         (
             "end = «round_up(imin(any.hi - j0, tile), 2 * VL)», n",
@@ -171,11 +172,11 @@ FAULTS: list[Fault] = [
         ("any.lo >= j + n || «any.hi <= j») continue;", "any.hi <= j + n", (DECODING,)),
         ("if («any.lo >= j + n» || any.hi <= j) continue;", "any.lo > j", (DECODING,)),
         ("pack_rows<F32>(t.k, t.q_stride, keys, «j», n, n), k", "j_begin", (DECODING,)),
-        ("values, «j», n, n), v = t.v", "j_begin", (DECODING,)),
-        ("*k = in_place<M>(keys, «j»)", "j - j_begin", (DECODING,)),
-        ("*v = in_place<M>(values, «j»);", "j - j_begin", (DECODING,)),
+        ("values, «j», n, n), v = {t.v", "j_begin", (DECODING,)),
+        ("k{in_place<M>(keys, «j», n)", "j - j_begin", (DECODING,)),
+        ("v{in_place<M>(values, «j», n)", "j - j_begin", (DECODING,)),
         ("h = «kv_head * group + g»; t.bias", "kv_head * group", (DECODING,)),
-        ("const int64_t r = «g * s.q_len + i»; dot_keys", "i * group + g", (DECODING,)),
+        ("const int64_t r = «g * s.q_len + i»; const float* q", "i * group + g", (DECODING,)),
         ("t.logits, i, «allowed(p, s, i)», j, padded", "allowed(p, s, 0)", (DECODING,)),
         ("t.bias, t.logits, «i», allowed(p, s, i), j, padded", "0 * i", (DECODING,)),
         ("allowed(p, s, i), «j», padded, mul", "j - j_begin", (DECODING,)),
@@ -184,7 +185,7 @@ FAULTS: list[Fault] = [
         ("t.keep, t.logits, «h», i, j, n);", "kv_head", (DECODING,)),
         ("t.keep, t.logits, h, «i», j, n);", "0 * i", (DECODING,)),
         ("t.keep, t.logits, h, i, «j», n);", "j - j_begin", (DECODING,)),
-        ("«if (d < width) add_pairs<1>(out + d, weights, rows + d, v_row, n);»", "", (DECODING,)),
+        ("«if (d < width) add_pairs<1>(out + d, weights, v, d, n);»", "", (DECODING,)),
         ("top = «fmax2(top, partials.most(n, c)[r])»;", "partials.most(n, c)[r]", (DECODING,)),
         ("if («partials.sum(n, c)[r] == 0.0F») continue;", "false", (DECODING,)),
         ("weight = «exp2_scalar((partials.most(n, c)[r] - top) * LOG2E)»;", "1.0F", (DECODING,)),
@@ -224,15 +225,17 @@ FAULTS: list[Fault] = [
         ("store(x + c, «a * turn - b * s»);", "a * turn + b * s", (ROTARY,)),
         ("«x[c + half] = b * cos[c] + a * s;»", "", (ROTARY,)),
         ("rotate(dst, cos + «(t0 + r)» * half", "r", (DOCUMENTS,)),
-        ("|| «src.cos» ||", "static_cast<const float*>(nullptr)", (ROTARY, DECODING)),
-        ("|| «src.scale != 1.0F» ||", "false", (SHAPES, NARROW)),
-        ("«src.width % (M::pack * VL) != 0» ||", "false", (SHAPES, NARROW)),
-        ("«src.view.row % M::pack != 0») return", "false", (SHAPES, NARROW)),
+        ("&& «!src.cos» &&", "true", (ROTARY, DECODING)),
+        ("&& «src.scale == 1.0F» &&", "true", (SHAPES, NARROW)),
+        ("«src.width % (M::pack * VL) == 0» &&", "true", (SHAPES, NARROW)),
+        ("«src.view.row % M::pack == 0»;", "true", (SHAPES, NARROW)),
         ("src.cos = p.rotary.q_cos + «s.b * p.rotary.q_batch»,", "0", (ENCODINGS,)),
         ("src.cos = p.rotary.k_cos + «s.b * p.rotary.k_batch»,", "0", (ENCODINGS,)),
         ("Source src{p.q, s.b, h, «s.q0», p.head_dim};", "0", (DOCUMENTS,)),
-        ("Source src{p.k, s.b, kv_head, «s.k0», p.head_dim};", "0", (DOCUMENTS,)),
-        ("return Source{p.v, s.b, kv_head, «s.k0», p.value_dim};", "0", (DOCUMENTS,)),
+        ("Source src{view, s.b, kv_head, «s.k0», width};", "0", (DOCUMENTS,)),
+        ("src.pages = p.block_table + «s.b» * p.block_entries", "0", (PAGES,)),
+        ("return row_pointer(view, pages[entry], h, «t - entry * page»);", "t", (PAGES,)),
+        ("return !pages || «(t0 + first) % page» + count <= page;", "first % page", (PAGES,)),
     ),
     *of(
         "bias.h",

@@ -100,7 +100,7 @@ FAULTS: list[Fault] = [
         ("ints.extend((«profile.first, profile.row_first»))", "profile.row_first, profile.first", (FLATTENED,)),
         ('put("k_cos", «plan.rotary.k_cos»)', "plan.rotary.q_cos", (FLATTENED,)),
         ('Slope(slope, «prefix + "signed" in flags»)', '"signed" in flags', (FLATTENED,)),
-        ('named["w2"], «named["b2"]», layout.form', 'named["b1"]', (FLATTENED,)),
+        ('named["w2"], «named["b2"]»', 'named["b1"]', (FLATTENED,)),
         ("«offset_range if isinstance(offset, Tensor) else None»,", "None", (FLATTENED, PLACES)),
         ('deterministic=«"deterministic" in flags»,', "False", (FLATTENED,)),
         ("ints += [«mask.max_q, mask.max_k»]", "mask.max_k, mask.max_q", (FLATTENED,)),
@@ -200,7 +200,7 @@ FAULTS: list[Fault] = [
     ),
     *of(
         "posattn/backends/cpu.py",
-        ("if tensor.stride(-1) != 1 «and tensor.shape[-1] > 1»:", "and tensor.shape[-1] > 16", (SHAPES,)),
+        ("if step != 1 «and tensor.shape[-1] > 1»:", "and tensor.shape[-1] > 16", (SHAPES,)),
         ("(mask.k_lengths, mask.k_starts, «mask.cu_seqlens_q, »mask.offset, mask.q_segments)", "", (MASKS,)),
         ("(«mask.k_lengths, »mask.k_starts, mask.cu_seqlens_q, mask.offset, mask.q_segments)", "", (MASKS,)),
         ("(mask.k_lengths, «mask.k_starts, »mask.cu_seqlens_q, mask.offset, mask.q_segments)", "", (PLACES,)),
@@ -221,7 +221,7 @@ FAULTS: list[Fault] = [
         ("tensor.expand(«self.heads», -1)", "2", (PLANS,)),
         ("if tensor.device «!=» self.device:", "is", (PLANS,)),
         ("«size >= 1» if isinstance(want, str)", "True", (PLANS,)),
-        ('self.shaped("mix.w2", mix.w2, «self.heads, width»)', '"heads", width', (PLANS,)),
+        ('self.shaped("mix.w2", mix.w2, «self.heads, width», *kernel)', '"heads", width', (PLANS,)),
     ),
     *of(
         "posattn/jagged.py",
