@@ -173,7 +173,7 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: [documents + 1] integers, bounds of documents packed into B = 1. A document's
             queries see its own keys alone, and alignment and positions count inside the document.
         q_positions, k_positions: [T], [1, T] or [B, T] integers, where tokens sit for `position`; the masks keep
-            counting tokens.
+            counting tokens. Of floats, for encodings that only turn or scale q and k.
         position_range: (first, last) between which all q_positions and k_positions lie. It spares a table's encoding
             the look at them that sizes its table: a wait for the device, and a break in a compiled graph.
         dropout_p: share of the softmax weights dropped, 0 <= dropout_p <= 1, seeded from torch.manual_seed.
@@ -467,8 +467,15 @@ def _attend(
         plan, positions = Plan(bias=Bias()), (None, None)
     else:
         validation.check_position(position)
+        fractions = positions[0] is not None and positions[0].is_floating_point()
+        if fractions:
+            validation.check_takes_fractions(position)
         context = context or Context.of(q, k, mask, *positions, position_range)
         plan = _lower(position, replace(context, k_rotated=True) if k_rotated else context, q, k)
+        if plan.places is not None:
+            positions = plan.places.q, plan.places.k
+        elif fractions:
+            positions = None, None  # of rotations and amplitudes alone, which are lowered
     if k_rotated:
         q, plan = _turned_queries(q, plan)
     if bias is not None:

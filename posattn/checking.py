@@ -246,7 +246,7 @@ class _Checks:
     def narrow(self) -> str:
         for dtype in (torch.bfloat16, torch.float16):
             for name, value in self.lowered(copy.deepcopy(self.position).to(dtype), 3, self.tokens).items():
-                if value.dtype != torch.float32 and not name.endswith("dense.bias"):
+                if value.dtype not in (torch.float32, torch.int64) and not name.endswith("dense.bias"):
                     raise _Wrong(f"{name} is {value.dtype} where parameters are {dtype}, expected float32")
         return "operands stay float32"
 

@@ -20,7 +20,7 @@ from posattn.backends.common.strides import rows, rows_like
 from posattn.paging import gathered_call
 from posattn.plan import Call
 from posattn.serialize import DIFFERENTIABLE, MAX_K, flatten, parse, unflatten
-from posattn.turning import in_front, turned
+from posattn.turning import in_front, scaled, turned
 
 _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float scale, float softcap, float dropout_p, "
@@ -45,6 +45,7 @@ def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Tq, Dv] and the log-sum-exp [B, Hq, Tq] of a checked call; differentiable."""
     if backends.goes_to_reference(call, backend):
         return reference.forward(gathered_call(call))
+    call = scaled(call)
     if call.plan.rotary is not None and in_front(call.plan.rotary):
         call = turned(gathered_call(call))
     tensors: tuple[Tensor, ...] = (call.q, call.k, call.v)

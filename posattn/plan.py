@@ -115,12 +115,25 @@ class HeadMix:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where tokens sit for the biases of a plan, in place of the call's own positions: int64, q [B or 1, Tq] and k [B
+    or 1, Tk]. They need not be positions in a sequence: a table over differences of cells' numbers is a 2-D one."""
+
+    q: Tensor
+    k: Tensor
+
+
+@dataclass(frozen=True)
 class Plan:
-    """logits = mix(softcap(scale * <rotary q, rotary k>)) + bias; without `mix` the first term stands as it is."""
+    """logits = mix(softcap(scale * <amplitude * rotary q, rotary k>)) + bias; without `mix` the first term stands as it
+    is. amplitude is [B or 1, H or 1, Tq] float32, and q is multiplied by it in front of the kernel (turning.py).
+    `places` are the positions of the biases, where these are not the call's."""
 
     rotary: Rotary | None = None
     mix: HeadMix | None = None
     bias: Bias = field(default_factory=Bias)
+    amplitude: Tensor | None = None
+    places: Places | None = None
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import SymInt, Tensor
 
 from posattn.errors import ArgumentTypeError, ArgumentValueError
-from posattn.plan import EDGES, FORMS, Bias, Dense, HeadMix, Plan, Profile, Rotary, Slope, Table
+from posattn.plan import EDGES, FORMS, Bias, Dense, HeadMix, Places, Plan, Profile, Rotary, Slope, Table
 
 _Operand = TypeVar("_Operand")
 
@@ -20,6 +21,7 @@ _Operand = TypeVar("_Operand")
 _PLACES: dict[type, str] = {
     Rotary: "Plan(rotary=...)",
     HeadMix: "Plan(mix=...)",
+    Places: "Plan(places=...)",
     Bias: "Plan(bias=...)",
     Slope: "Plan(bias=Bias(slope=...))",
     Table: "Plan(bias=Bias(table=...))",
@@ -51,9 +53,13 @@ def checked(plan: Plan, source: str, q: Tensor, k: Tensor) -> Plan:
         checks.rotary(checks.kind("rotary", plan.rotary, Rotary))
     bias = checks.bias("bias", plan.bias)
     mix = None if plan.mix is None else checks.head_mix(checks.kind("mix", plan.mix, HeadMix))
+    if plan.amplitude is not None:
+        checks.amplitude(plan.amplitude)
+    if plan.places is not None:
+        checks.places(checks.kind("places", plan.places, Places))
     if bias is plan.bias and mix is plan.mix:
         return plan
-    return Plan(plan.rotary, mix, bias)
+    return replace(plan, mix=mix, bias=bias)
 
 
 class _Checks:
@@ -126,6 +132,24 @@ class _Checks:
         if not fits or (tensor.shape[0] != 1 and tensor.shape[0] != self.batch):
             by_head = (f"{heads} or 1",) if of_heads else ()
             raise self._wrong_shape(name, tensor, f"{self.batch} or 1", *by_head, tokens, half)
+
+    def amplitude(self, amplitude: object) -> None:
+        tensor = self.tensor("amplitude", amplitude)
+        target = (self.batch, self.heads)
+        fits = tensor.dim() == 3 and tensor.shape[2] == self.q_tokens
+        if not fits or any(size != 1 and size != want for size, want in zip(tensor.shape, target)):
+            raise self._wrong_shape("amplitude", tensor, *(f"{n} or 1" for n in target), self.q_tokens)
+
+    def places(self, places: Places) -> None:
+        for name, tensor, tokens in (("q", places.q, self.q_tokens), ("k", places.k, self.k_tokens)):
+            name = f"places.{name}"
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ArgumentTypeError(f"{self._what(name)} a torch.Tensor of int64, got {got}")
+            if tensor.device != self.device:
+                raise ArgumentValueError(f"{self._what(name)} on {self.device} like q, got {tensor.device}")
+            if tensor.dim() != 2 or tensor.shape[1] != tokens or (tensor.shape[0] not in (1, self.batch)):
+                raise self._wrong_shape(name, tensor, f"{self.batch} or 1", tokens)
 
     def bias(self, name: str, bias: object) -> Bias:
         bias = self.kind(name, bias, Bias)

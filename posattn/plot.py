@@ -42,7 +42,7 @@ def maps_of(position: Encoding, num_heads: int, head_dim: int, tokens: int, seed
     places = {name: value[None] for name, value in positions_for(position, tokens, tokens).items()}
     plan = position.lower(Context.of(q, k, Mask(), **places))
     where = "; segments of three tokens" if places else ""
-    if plan.rotary is not None and plan.mix is None and not plan.bias:
+    if plan.rotary is not None and plan.mix is None and plan.amplitude is None and not plan.bias:
         turns: tuple[Tensor, ...] = (plan.rotary.q_cos, plan.rotary.q_sin, plan.rotary.k_cos, plan.rotary.k_sin)
         count = turns[0].shape[-1]
         pairs = torch.linspace(0, count - 1, min(count, 4)).long()
@@ -55,13 +55,17 @@ def maps_of(position: Encoding, num_heads: int, head_dim: int, tokens: int, seed
             q_cos, q_sin, k_cos, k_sin = (x[0].T[pairs] for x in turns)
             panels = [f"pair {pair} of {count}" for pair in pairs.tolist()]
         cosines = q_cos[:, :, None] * k_cos[:, None] + q_sin[:, :, None] * k_sin[:, None]
-        caption = f"adds nothing; colour: cosine of the angle between equal q and k after their turns{where}"
+        sizes = q_cos**2 + q_sin**2
+        grown = "" if torch.allclose(sizes, sizes[:, :1]) else ", times what they grow by"
+        caption = f"adds nothing; colour: cosine of the angle between equal q and k after their turns{grown}{where}"
         return Maps(cosines, tuple(panels), caption)
+    if plan.places is not None:
+        places = {"q_positions": plan.places.q, "k_positions": plan.places.k}
     call = Call(q, k, k, plan, Mask(), head_dim**-0.5, **places)
     before = replace(call, plan=Plan(rotary=plan.rotary, bias=Bias()))
     added = reference.call_logits(call) - reference.call_logits(before)
     caption = "colour: what is added to the logit"
-    if plan.mix is not None:
+    if plan.mix is not None or plan.amplitude is not None:
         caption += ", which depends on the logits: here of random q and k"
     if plan.rotary is not None:
         caption += "; not shown: q and k are turned too"

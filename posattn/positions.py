@@ -92,6 +92,7 @@ def segment_greatest(segments: Tensor, values: Tensor) -> Tensor:
     """The greatest of `values` [B, T] in each token's segment, [B, T]."""
     ordered, order = segments.sort(dim=1, stable=True)
     number = F.pad(ordered.diff(dim=1) != 0, (1, 0)).cumsum(1)
-    greatest = torch.full_like(values, torch.iinfo(values.dtype).min)
+    least = torch.finfo(values.dtype).min if values.is_floating_point() else torch.iinfo(values.dtype).min
+    greatest = torch.full_like(values, least)
     greatest = greatest.scatter_reduce(1, number, values.gather(1, order), "amax").gather(1, number)
     return torch.zeros_like(values).scatter(1, order, greatest)

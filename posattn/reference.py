@@ -141,6 +141,8 @@ def _logits(call: Call, rows: Tensor | None) -> Tensor:
         turn = plan.rotary
         q = rotate(q, turn.q_cos, turn.q_sin, turn.interleaved)
         k = rotate(k, turn.k_cos, turn.k_sin, turn.interleaved)
+    if plan.amplitude is not None:
+        q = q * plan.amplitude[..., None].to(q.dtype)
     q = q if rows is None else q.index_select(2, rows)
     scale = call.scale if call.scale_tensor is None else call.scale_tensor.to(q.device, q.dtype)
     logits = q @ _repeat_heads(k, q.shape[1]).transpose(-1, -2) * scale

@@ -1,7 +1,6 @@
-"""Rotations that learn, or that differ between heads: q and k are turned in front of the kernel, in O(N D).
+"""What is done to q and k in front of a kernel, in O(N D): rotations that learn or differ between heads, amplitudes.
 
-A kernel's own turn has one table for all heads and gives it no gradient. Sums over heads here, of products that are in
-registers nowhere else, are cheap beside attention, and every backend has them at once.
+A kernel's own turn has one table for all heads and gives it no gradient. Here every backend has both at once.
 """
 
 from __future__ import annotations
@@ -38,6 +37,25 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         cos, sin = cos[:, None], sin[:, None]
     turned: Tensor = _Turn.apply(x, cos, sin, interleaved)  # type: ignore[no-untyped-call]
     return turned
+
+
+def scaled(call: Call) -> Call:
+    """The call without an amplitude: the tables of a rotation of the whole head take it, at no cost, else q does."""
+    rotary, amplitude, q = call.plan.rotary, call.plan.amplitude, call.q
+    if amplitude is None:
+        return call
+    if rotary is None or 2 * rotary.q_cos.shape[-1] < q.shape[3]:
+        return replace(call, q=(q * amplitude[..., None]).to(q.dtype), plan=replace(call.plan, amplitude=None))
+    cos, sin = rotary.q_cos, rotary.q_sin
+    if cos.dim() == 4:
+        amplitude = amplitude[..., None]
+    elif amplitude.shape[1] == 1:
+        amplitude = amplitude[:, 0, :, None]
+    else:
+        cos, sin, amplitude = cos[:, None], sin[:, None], amplitude[..., None]
+    # The keys' tables have as many dimensions as they had: those of 4 turn in front whatever these have.
+    rotary = replace(rotary, q_cos=cos * amplitude, q_sin=sin * amplitude)
+    return replace(call, plan=replace(call.plan, rotary=rotary, amplitude=None))
 
 
 def _defined(call: Call) -> Tensor:

@@ -481,17 +481,29 @@ def check_positions(
     k: Tensor,
     position_range: tuple[int, int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both as contiguous int64 [B or 1, T], from [T] or [B or 1, T]; within the range, where they can be looked at."""
+    """Both as contiguous int64 [B or 1, T], or float64 if one has a floating dtype, from [T] or [B or 1, T]; within the
+    range, where they can be looked at."""
     if position_range is not None:
         _check_position_range(position_range, q_positions)
     if q_positions is None and k_positions is None:
         return None, None
     if q_positions is None or k_positions is None:
         raise ArgumentValueError("q_positions, k_positions: expected both or neither, got one")
-    return (
+    checked = (
         _check_positions("q_positions", q_positions, q, q.shape[2], position_range),
         _check_positions("k_positions", k_positions, q, k.shape[2], position_range),
     )
+    if any(positions.is_floating_point() for positions in checked):
+        return checked[0].double(), checked[1].double()
+    return checked
+
+
+def check_takes_fractions(position: Encoding) -> None:
+    if not position.fractional:
+        raise ArgumentTypeError(
+            "q_positions, k_positions: expected integers, got fractions, which only encodings that turn or scale q and "
+            f"k take, and {type(position).__name__} adds a bias of the distance"
+        )
 
 
 def _check_position_range(position_range: tuple[int, int], q_positions: Tensor | None) -> None:
@@ -509,7 +521,10 @@ def _check_position_range(position_range: tuple[int, int], q_positions: Tensor |
 def _check_positions(
     name: str, positions: Tensor, q: Tensor, tokens: int, position_range: tuple[int, int] | None
 ) -> Tensor:
-    _check_integers(name, positions, q)
+    check_tensor(name, positions)
+    if not positions.is_floating_point():
+        _check_integers(name, positions, q)
+    check_same(name, positions, q, "q")
     batch = q.shape[0]
     fits = positions.dim() in (1, 2) and positions.shape[-1] == tokens
     if not fits or (positions.dim() == 2 and positions.shape[0] not in (1, batch)):
@@ -517,14 +532,15 @@ def _check_positions(
             f"{name}: expected shape [{tokens}], [1, {tokens}] or [{batch}, {tokens}], got {_shape(positions)}"
         )
     if _readable(positions) and positions.numel():
-        low, high = _extremes(positions)
-        if low <= -_POSITION_LIMIT or high >= _POSITION_LIMIT:
+        low, high = (x.item() for x in positions.aminmax())
+        if not -_POSITION_LIMIT < low <= high < _POSITION_LIMIT:  # nor NaN
             raise ArgumentValueError(f"{name}: expected positions between -2^31 and 2^31, got {low} to {high}")
         if position_range is not None and (low < position_range[0] or high > position_range[1]):
             raise ArgumentValueError(
                 f"{name}: expected positions in position_range {tuple(position_range)}, got {low} to {high}"
             )
-    return (positions if positions.dim() == 2 else positions[None]).long().contiguous()
+    rows = positions if positions.dim() == 2 else positions[None]
+    return (rows.double() if rows.is_floating_point() else rows.long()).contiguous()
 
 
 def _check_integers(name: str, tensor: Tensor, q: Tensor) -> None:

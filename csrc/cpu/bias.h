@@ -62,14 +62,7 @@ struct BiasTile {
   const int64_t* key_positions(int64_t j) const { return p->k_positions + s->b * p->k_positions_batch + s->k0 + j; }
   float slope() const { return bias->slope[s->b * bias->slope_batch + head]; }
 
-  float relative_at(int64_t d) const {
-    float value = 0.0F;
-    if (bias->table)
-      value = bias->table[head * bias->table_len + iclamp(d - bias->table_first, 0, bias->table_len - 1)];
-    if (bias->slope) value -= slope() * static_cast<float>(bias->slope_signed || d >= 0 ? d : -d);
-    return value;
-  }
-  // relative_at over the rectangle's falling distances from `farthest` on, in loops that vectorise.
+  // What table and slope add over the rectangle's falling distances from `farthest` on, in loops that vectorise.
   void fill_relative(int64_t farthest) {
     if (bias->table) {
       const float* values = bias->table + head * bias->table_len;
@@ -124,12 +117,27 @@ struct BiasTile {
       }
   }
 
-  // relative_at over keys j .. j + n of row i; valid until the next call.
+  // The same over keys j .. j + n of row i; valid until the next call.
   const float* relative_row(int64_t i, int64_t j, int64_t n) const {
     if (!positions()) return relative + (j - i - base);
-    int64_t q = query_position(i), last = s->k_len - 1 - j;
+    const int64_t q = query_position(i), count = imax(imin(n, s->k_len - j), 0);
     const int64_t* keys = key_positions(j);
-    for (int64_t c = 0; c < n; ++c) row[c] = relative_at(q - keys[imin(c, last)]);
+    if (bias->table) {  // loops of one kind each, which vectorise
+      const float* values = bias->table + head * bias->table_len;
+      const int64_t at = q - bias->table_first, most = bias->table_len - 1;
+      for (int64_t c = 0; c < count; ++c) row[c] = values[iclamp(at - keys[c], 0, most)];
+    } else {
+      fill(row, 0.0F, count);
+    }
+    if (bias->slope) {
+      const float m = slope();
+      const bool is_signed = bias->slope_signed;
+      for (int64_t c = 0; c < count; ++c) {
+        const int64_t d = q - keys[c];
+        row[c] -= m * static_cast<float>(is_signed || d >= 0 ? d : -d);
+      }
+    }
+    fill(row + count, count ? row[count - 1] : 0.0F, n - count);
     return row;
   }
 

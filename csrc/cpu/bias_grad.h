@@ -98,9 +98,12 @@ struct BiasGrad {
     const Bias& b = *tile->bias;
     const int64_t q = tile->query_position(i), count = imin(n, tile->s->k_len - j);
     const int64_t* keys = tile->key_positions(j);
-    for (int64_t c = 0; c < count; ++c) {
+    if (table) {
+      const int64_t at = q - b.table_first, most = b.table_len - 1;
+      for (int64_t c = 0; c < count; ++c) table[iclamp(at - keys[c], 0, most)] += ds[c];
+    }
+    for (int64_t c = 0; b.grad_slope && c < count; ++c) {
       const int64_t d = q - keys[c];
-      if (table) table[iclamp(d - b.table_first, 0, b.table_len - 1)] += ds[c];
       slope_sum -= static_cast<double>(ds[c]) * static_cast<double>(b.slope_signed || d >= 0 ? d : -d);
     }
   }

@@ -162,8 +162,8 @@ inline void to_elements(float* dst, const float* row, int64_t padded) {
   }
 }
 
-// Largest head dimension, padded: what a row buffer on the stack must hold.
-constexpr int64_t MAX_WIDTH = 256 + 2 * VL;
+// Largest head dimension (MAX_HEAD_DIM of posattn/backends/cpu.py), padded: what a row buffer on the stack must hold.
+constexpr int64_t MAX_WIDTH = 1024 + 2 * VL;
 
 // Row-major elements [rows][stride]: the A operand of products over the width. Rows past `count` are zero.
 template <class M>

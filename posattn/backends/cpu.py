@@ -27,7 +27,7 @@ except ImportError as error:  # a source tree that was never built: every other 
     native = None
     _missing = str(error)
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 1024  # MAX_WIDTH of pack.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of problem.h
 _FORMS = {"concat-residual": 0, "concat": 1, "add": 2}  # MixForm
 _CPU = torch.device("cpu")

@@ -12,8 +12,9 @@ from posattn.encodings.embeddings import LearnedEmbedding as LearnedEmbedding
 from posattn.encodings.embeddings import SinusoidalEmbedding as SinusoidalEmbedding
 from posattn.encodings.fire import FIRE
 from posattn.encodings.kerple import Kerple
+from posattn.encodings.logit_scale import LogitScale
 from posattn.encodings.relative import RelativeTable
-from posattn.encodings.relative_2d import RelativeTable2D
+from posattn.encodings.relative_2d import RelativeTable2D, RelativeTable3D
 from posattn.encodings.relative_function import Relative
 from posattn.encodings.rope import RoPE
 from posattn.encodings.rope import RotaryEncoding as RotaryEncoding
@@ -27,6 +28,7 @@ from posattn.encodings.scaling import Proportional as Proportional
 from posattn.encodings.scaling import Scaling as Scaling
 from posattn.encodings.scaling import YaRN as YaRN
 from posattn.encodings.t5 import T5Bias
+from posattn.encodings.xpos import XPos
 
 __all__ = [
     "DAPE",
@@ -36,11 +38,14 @@ __all__ = [
     "BiPE",
     "Bias",
     "Kerple",
+    "LogitScale",
     "MRoPE",
     "Relative",
     "RelativeTable",
     "RelativeTable2D",
+    "RelativeTable3D",
     "RoPE",
     "Sandwich",
     "T5Bias",
+    "XPos",
 ]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from posattn.plan import Bias, Dense, HeadMix, Plan, Profile, Rotary, Slope, Table
+from posattn.plan import Bias, Dense, HeadMix, Places, Plan, Profile, Rotary, Slope, Table
 
 # The fields of each part of a plan.
 _FIELDS: dict[type, tuple[str, ...]] = {
     kind: tuple(field.name for field in fields(kind))
-    for kind in (Rotary, Slope, Table, Profile, Dense, Bias, HeadMix, Plan)
+    for kind in (Rotary, Slope, Table, Profile, Dense, Bias, HeadMix, Places, Plan)
 }
 
 # The one infinity that an operand may hold, by the name of its field: a bias that forbids, a knot that is not there.
@@ -60,7 +60,9 @@ def head_slice(plan: Plan, first: int, count: int) -> Plan:
         profile = replace(profile, segment_slope=a, segment_intercept=c)
     if dense is not None:
         dense = Dense(of(dense.bias, 1))
-    return Plan(rotary=_rotary_slice(plan.rotary, first, count), bias=Bias(slope, table, profile, dense))
+    amplitude = None if plan.amplitude is None else of(plan.amplitude, 1)
+    rotary, bias = _rotary_slice(plan.rotary, first, count), Bias(slope, table, profile, dense)
+    return replace(plan, rotary=rotary, bias=bias, amplitude=amplitude)
 
 
 def _rotary_slice(rotary: Rotary | None, first: int, count: int) -> Rotary | None:

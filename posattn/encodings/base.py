@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posattn import plan_checks, reference
@@ -34,6 +35,8 @@ class Encoding(nn.Module):
     """Whether the plan adds a bias to the logits; a rotary encoding's does not."""
     needs_positions: bool = False
     """Whether it makes sense only with explicit positions."""
+    fractional: bool = False
+    """Whether positions may be fractions: they may where nothing is looked up by a distance."""
     sole_operands: frozenset[str] = frozenset()
     """Those of "rotary", "mix" and "profile", of which a plan holds one each, that it is known to set: a sum with two
     of one is refused when it is made, where this says so, and else when it is lowered."""
@@ -119,13 +122,19 @@ class Encoding(nn.Module):
                 f"{type(self).__name__} turns q and k and is not an additive bias; turn them with RoPE.rotate(x), "
                 "and take .bias of the additive part alone"
             )
+        if plan.amplitude is not None:
+            raise TypeError(
+                f"{type(self).__name__} multiplies the logits and is no additive bias; take .bias of the additive part "
+                "alone"
+            )
         sizes = {operand.shape[0] for operand in _by_sequence(plan.bias)} - {1}
         batch = sizes.pop() if sizes else 1
         q, k = (torch.empty(1, device=device).expand(batch, context.num_heads, n, 1) for n in (q_len, k_len))
         bias = plan_checks.checked(plan, type(self).__name__, q, k).bias
         if not bias:
             return torch.zeros(context.num_heads, q_len, k_len, dtype=context.dtype, device=device)
-        dense = reference.dense_bias(bias, *context.token_positions()).expand(batch, context.num_heads, q_len, k_len)
+        places = context.token_positions() if plan.places is None else (plan.places.q, plan.places.k)
+        dense = reference.dense_bias(bias, *places).expand(batch, context.num_heads, q_len, k_len)
         return dense if batch > 1 else dense[0]
 
     @classmethod
@@ -166,6 +175,7 @@ class Sum(Encoding):
         self.num_heads = heads.pop() if heads else None
         self.sole_operands = frozenset(taken)
         self.has_bias = any(p.has_bias for p in flat)
+        self.fractional = all(p.fractional for p in flat)
         self.needs_positions = any(p.needs_positions for p in flat)
 
     def build(self, context: Context) -> Plan:
@@ -195,6 +205,7 @@ class Shard(Encoding):
         self.first = first
         self.num_heads = count
         self.has_bias = whole.has_bias
+        self.fractional = whole.fractional
         self.needs_positions = whole.needs_positions
         self.sole_operands = whole.sole_operands
 
@@ -209,7 +220,57 @@ class Shard(Encoding):
 def add_plans(a: Plan, b: Plan, context: Context) -> Plan:
     """The plan of a sum of encodings. ValueError for two rotary or two head-mixing parts, or two profiles."""
     _check_sole({name for name in ("rotary", "mix") if getattr(a, name) is not None and getattr(b, name) is not None})
-    return Plan(rotary=a.rotary or b.rotary, mix=a.mix or b.mix, bias=_add_biases(a.bias, b.bias, context))
+    if a.places is not None or b.places is not None:
+        a, b = _in_one_place(a, b, context)
+    amplitude = a.amplitude if b.amplitude is None else b.amplitude
+    if a.amplitude is not None and b.amplitude is not None:
+        amplitude = a.amplitude * b.amplitude
+    return Plan(
+        rotary=a.rotary or b.rotary,
+        mix=a.mix or b.mix,
+        bias=_add_biases(a.bias, b.bias, context),
+        amplitude=amplitude,
+        places=a.places or b.places,
+    )
+
+
+def _in_one_place(a: Plan, b: Plan, context: Context) -> tuple[Plan, Plan]:
+    """Two plans of which at most one has biases that go by positions, for kernels know one position of a token: those
+    of the other become dense."""
+    if not (_goes_by_places(a) and _goes_by_places(b)):
+        return a, b
+    return (_made_dense(a, context), b) if a.places is not None else (a, _made_dense(b, context))
+
+
+def _made_dense(plan: Plan, context: Context) -> Plan:
+    places = context.token_positions() if plan.places is None else (plan.places.q, plan.places.k)
+
+    def dense(bias: Bias) -> Bias:
+        return Bias(dense=dense_bias(bias, *places)) if bias else bias
+
+    mix = None if plan.mix is None else replace(plan.mix, inner=dense(plan.mix.inner))
+    return replace(plan, bias=dense(plan.bias), mix=mix, places=None)
+
+
+def _goes_by_places(plan: Plan) -> bool:
+    biases = (plan.bias, Bias() if plan.mix is None else plan.mix.inner)
+    return any(bias.slope is not None or bias.table is not None or bias.profile is not None for bias in biases)
+
+
+def dense_bias(bias: Bias, q_positions: Tensor, k_positions: Tensor) -> Dense:
+    """The sum of a bias's operands as one dense one. The gradient of its table has an order that no thread changes."""
+    rest = replace(bias, table=None)
+    dense = reference.dense_bias(rest, q_positions, k_positions) if rest else None
+    if bias.table is not None:
+        values, first = bias.table.values, bias.table.first
+        distance = q_positions[:, :, None] - k_positions[:, None, :]
+        index = (distance - first).clamp(0, values.shape[1] - 1)
+        # Not values[...], whose gradient is summed in an order that depends on threads.
+        table = F.embedding(index, values.T).permute(0, 3, 1, 2)
+        dense = table if dense is None else dense + table
+    if dense is None:
+        raise ValueError("bias: expected a Bias with at least one operand, got an empty one")
+    return Dense(dense)
 
 
 def _add_biases(a: Bias, b: Bias, context: Context) -> Bias:

@@ -44,6 +44,7 @@ class BiPE(Encoding):
         self.intra = LearnedEmbedding(check_positive_int("max_segment_length", max_segment_length), dim)
         self.num_heads = inter.num_heads
         self.has_bias = inter.has_bias
+        self.fractional = inter.fractional
         self.sole_operands = inter.sole_operands
 
     @classmethod

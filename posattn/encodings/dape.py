@@ -3,6 +3,8 @@ convolutions along the keys (DAPE V2, Zheng 2024, arXiv 2410.04798)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from posattn.encodings._checks import check_choice, check_positive_int
@@ -58,6 +60,7 @@ class DAPE(Encoding):
         self.form = check_choice("form", form, FORMS)
         self.width = check_positive_int("width", width)
         self.inner = inner
+        self.fractional = inner is None or inner.fractional
         self.needs_positions = inner is not None and inner.needs_positions
         # A profile inside is the mix's own; one beside it has the plan's place.
         self.sole_operands = frozenset({"mix"}) | (frozenset() if inner is None else inner.sole_operands - {"profile"})
@@ -80,7 +83,7 @@ class DAPE(Encoding):
             w1, w2 = w1[:, :, 0], w2[:, :, 0]
         dtype = context.table_dtype(w1)
         mix = HeadMix(w1.to(dtype), b1.to(dtype), w2.to(dtype), b2.to(dtype), self.form, inner.bias, self.edge)
-        return Plan(inner.rotary, mix, Bias())
+        return replace(inner, mix=mix, bias=Bias())
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posattn.encodings._checks import check_positive_float32, check_positive_int
+from posattn.encodings._checks import check_choice, check_positive_float32, check_positive_int
 from posattn.encodings._linear import weight_and_bias
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Plan, Profile
@@ -17,15 +17,16 @@ from posattn.plan import Bias, Plan, Profile
 class FIRE(Encoding):
     """A small network of the distance, normalised by the query's position past a learned threshold L.
 
-    f = Linear(1, width) -> ReLU -> Linear(width, H) is `mlp`; `c` and `length_multiplier`, [1] each, are learned, and
-    L = |length_multiplier * initial_length|. f is a ReLU network of one number, hence piecewise linear, and lowers to
-    its exact pieces: kernels evaluate no network.
+    f = Linear(1, width) -> activation -> Linear(width, H) is `mlp`; `c` and `length_multiplier`, [1] each, are learned,
+    and L = |length_multiplier * initial_length|. f is a ReLU network of one number, hence piecewise linear, and lowers
+    to its exact pieces: kernels evaluate no network.
 
     Args:
         num_heads: number of query heads H.
         width: hidden units of the network.
         bidirectional: use sign(i - j) * psi(i - j), so that keys after the query differ from those before it.
         initial_c, initial_length, eps: as in the paper.
+        activation: "relu", or "leaky_relu" of slope 0.01: the FIRE of DAPE's authors has it, and initial_length=256.
     """
 
     sole_operands = frozenset({"profile"})
@@ -38,6 +39,7 @@ class FIRE(Encoding):
         initial_c: float = 0.1,
         initial_length: float = 512.0,
         eps: float = 1e-6,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         self.num_heads = check_positive_int("num_heads", num_heads)
@@ -45,7 +47,10 @@ class FIRE(Encoding):
         self.bidirectional = bidirectional
         self.initial_length = check_positive_float32("initial_length", initial_length)
         self.eps = check_positive_float32("eps", eps)
-        self.mlp = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, num_heads))
+        self.activation = check_choice("activation", activation, ("relu", "leaky_relu"))
+        self._leak = 0.01 if activation == "leaky_relu" else 0.0
+        between = nn.LeakyReLU(self._leak) if self._leak else nn.ReLU()
+        self.mlp = nn.Sequential(nn.Linear(1, width), between, nn.Linear(width, num_heads))
         self.initial_c = check_positive_float32("initial_c", initial_c)
         # [1] and not [], because fully_shard splits the first dimension of a parameter.
         self.c = nn.Parameter(torch.empty(1))
@@ -73,7 +78,7 @@ class FIRE(Encoding):
         row_scale = 1.0 / (_psi(c, torch.maximum(position, threshold)) + self.eps)
 
         (a, b), (weight, bias) = weight_and_bias(self.mlp[0]), weight_and_bias(self.mlp[2])
-        knots, slope, intercept = piecewise_linear(a[:, 0], b, weight, bias, dtype)
+        knots, slope, intercept = piecewise_linear(a[:, 0], b, weight, bias, dtype, self._leak)
         profile = Profile(psi, context.distance_range[0], row_scale, row_first, knots, slope, intercept)
         return Plan(bias=Bias(profile=profile))
 
@@ -93,16 +98,20 @@ class FIRE(Encoding):
         return {
             "FIRE": cls(num_heads, initial_length=length),
             "FIRE bidirectional": cls(num_heads, bidirectional=True, initial_length=length),
+            "FIRE leaky": cls(num_heads, initial_length=length, activation="leaky_relu"),
         }
 
     def extra_repr(self) -> str:
-        return f"{self.num_heads}, width={self.width}, bidirectional={self.bidirectional}"
+        return (
+            f"{self.num_heads}, width={self.width}, bidirectional={self.bidirectional}, activation={self.activation!r}"
+        )
 
 
 def piecewise_linear(
-    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, leak: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The pieces of f(y) = weight @ relu(a * y + b) + bias, for a, b [W], weight [H, W], bias [H].
+    """The pieces of f(y) = weight @ relu(a * y + b) + bias, for a, b [W], weight [H, W], bias [H]; of a leaky ReLU of
+    slope `leak`.
 
     Gives knots [W], ascending and finite or +inf, slope and intercept [H, W + 1]: f(y) = slope[:, s] * y +
     intercept[:, s], s the number of knots < y. Slope and intercept are differentiable; the knots need not be, since f
@@ -123,8 +132,10 @@ def piecewise_linear(
     def prefix(start: Tensor, step: Tensor) -> Tensor:
         return torch.cat([start[:, None], step[:, order]], dim=1).cumsum(dim=1).to(dtype)
 
-    slope = prefix(weight @ (a * on_at_start), weight * (a * side))
-    intercept = prefix(weight @ (b * on_at_start) + bias, weight * (b * side))
+    # A unit that is off has the slope `leak`, so a switch moves it by the rest of 1.
+    start, rest = on_at_start + leak * (1.0 - on_at_start), (1.0 - leak) * side
+    slope = prefix(weight @ (a * start), weight * (a * rest))
+    intercept = prefix(weight @ (b * start) + bias, weight * (b * rest))
     return knots, slope, intercept
 
 

@@ -1,56 +1,90 @@
 """2-D relative bias: b[h](i, j) = weight[(y_i - y_j + height - 1) * (2 width - 1) + x_i - x_j + width - 1, h]
-(Liu 2021, "Swin Transformer", arXiv 2103.14030)."""
+(Liu 2021, "Swin Transformer", arXiv 2103.14030), and the same in three dimensions."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posattn.encodings._checks import check_positive_int
 from posattn.encodings.base import Context, Encoding
-from posattn.plan import Bias, Dense, Plan
+from posattn.plan import Bias, Places, Plan, Table
+
+_NAMES = {2: "(height, width)", 3: "(depth, height, width)"}
 
 
 class RelativeTable2D(Encoding):
     """A learned number per head and offset within a window; `weight` [(2 height - 1) * (2 width - 1), H], as in Swin.
 
-    Position p is the cell (p // width, p % width). It depends on two offsets, so it lowers to a dense bias: meant for
-    windows of a few hundred cells.
+    Position p is the cell (p // width, p % width). The differences of the numbers y * (2 width - 1) + x name every
+    offset, so it lowers to a table, O(N), over these in place of positions. In a sum with another bias of the
+    distance it becomes a dense one.
 
     Args:
         num_heads: number of query heads H.
         window: (height, width) in cells; a call takes at most height * width tokens.
+        class_token: position 0 is a token without a cell, and cell c is at position c + 1. `weight` has three rows
+            more, as BEiT's: of this query and any key, of any query and this key, and of this token and itself.
     """
 
-    def __init__(self, num_heads: int, window: tuple[int, int]) -> None:
+    _axes = 2
+
+    def __init__(self, num_heads: int, window: Sequence[int], class_token: bool = False) -> None:
         super().__init__()
         self.num_heads = check_positive_int("num_heads", num_heads)
-        if len(window) != 2:
-            raise ValueError(f"window: expected (height, width), got {window}")
-        self.height = check_positive_int("window[0]", window[0])
-        self.width = check_positive_int("window[1]", window[1])
-        self.weight = nn.Parameter(torch.empty((2 * self.height - 1) * (2 * self.width - 1), num_heads))
+        if len(window) != self._axes:
+            raise ValueError(f"window: expected {_NAMES[self._axes]}, got {window}")
+        self.window = tuple(check_positive_int(f"window[{i}]", n) for i, n in enumerate(window))
+        self.class_token = class_token
+        # How far a step along each axis moves the number of a cell.
+        self._steps = [1]
+        for length in reversed(self.window[1:]):
+            self._steps.insert(0, self._steps[0] * (2 * length - 1))
+        self._last = sum((n - 1) * step for n, step in zip(self.window, self._steps))  # the greatest number
+        self.weight = nn.Parameter(torch.empty(2 * self._last + 1 + 3 * class_token, num_heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.weight, std=0.02)
 
+    @property
+    def tokens(self) -> int:
+        """How many a call may have at most."""
+        cells = 1
+        for length in self.window:
+            cells *= length
+        return cells + self.class_token
+
     def build(self, context: Context) -> Plan:
-        cells = self.height * self.width
         q_first, q_last, k_first, k_last = self._bounds(context)
-        if min(q_first, k_first) < 0 or max(q_last, k_last) >= cells:
+        if min(q_first, k_first) < 0 or max(q_last, k_last) >= self.tokens:
             raise ValueError(
-                f"position: RelativeTable2D with a window of {self.height} x {self.width} expects positions in "
-                f"[0, {cells}), got {min(q_first, k_first)} .. {max(q_last, k_last)}"
+                f"position: {type(self).__name__} with a window of {' x '.join(map(str, self.window))} expects "
+                f"positions in [0, {self.tokens}), got {min(q_first, k_first)} .. {max(q_last, k_last)}"
             )
-        q_positions, k_positions = (p.clamp(0, cells - 1) for p in context.token_positions())
-        down = _differences(q_positions // self.width, k_positions // self.width) + self.height - 1
-        right = _differences(q_positions % self.width, k_positions % self.width) + self.width - 1
-        weight = self.weight.to(context.table_dtype(self.weight))
-        # Not weight[...], whose gradient is summed in an order that depends on threads.
-        bias = F.embedding(down * (2 * self.width - 1) + right, weight)
-        return Plan(bias=Bias(dense=Dense(bias.permute(0, 3, 1, 2))))
+        q_positions, k_positions = (p.clamp(0, self.tokens - 1) for p in context.token_positions())
+        q, k = self._numbers(q_positions), self._numbers(k_positions)
+        weight = self.weight.to(context.table_dtype(self.weight)).T
+        if self.class_token:
+            # As a query it sits so far above all cells, and as a key so far below, that its differences are nobody's.
+            q = torch.where(q_positions == 0, 3 * self._last + 2, q)
+            k = torch.where(k_positions == 0, -self._last - 1, k)
+            cells = weight.shape[1] - 3
+            of_class, to_class, itself = weight[:, cells:].split(1, dim=1)
+            others = (x.expand(-1, self._last + 1) for x in (to_class, of_class))
+            weight = torch.cat([weight[:, :cells], *others, itself], dim=1)
+        return Plan(bias=Bias(table=Table(weight.contiguous(), -self._last)), places=Places(q, k))
+
+    def _numbers(self, positions: Tensor) -> Tensor:
+        """The number of each token's cell."""
+        rest = positions - int(self.class_token)
+        number = torch.zeros_like(rest)
+        for length, step in zip(reversed(self.window), reversed(self._steps)):
+            number = number + rest.remainder(length) * step
+            rest = rest.div(length, rounding_mode="floor")
+        return number
 
     @staticmethod
     def _bounds(context: Context) -> tuple[int, int, int, int]:
@@ -68,11 +102,30 @@ class RelativeTable2D(Encoding):
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
-        return {"RelativeTable2D": cls(num_heads, (-(-tokens // 8), 8))}
+        rows = -(-tokens // 8)
+        return {
+            "RelativeTable2D": cls(num_heads, (rows, 8)),
+            "RelativeTable2D class": cls(num_heads, (rows, 8), class_token=True),
+        }
 
     def extra_repr(self) -> str:
-        return f"{self.num_heads}, ({self.height}, {self.width})"
+        return f"{self.num_heads}, {self.window}, class_token={self.class_token}"
 
 
-def _differences(q: Tensor, k: Tensor) -> Tensor:
-    return q[:, :, None] - k[:, None, :]
+class RelativeTable3D(RelativeTable2D):
+    """`RelativeTable2D` over frames too, as in Video Swin (Liu 2021, arXiv 2106.13230); `weight` [(2 depth - 1) *
+    (2 height - 1) * (2 width - 1), H].
+
+    Position p is the cell (p // (height * width), p // width % height, p % width).
+
+    Args:
+        num_heads: number of query heads H.
+        window: (depth, height, width) in cells.
+        class_token: as in `RelativeTable2D`.
+    """
+
+    _axes = 3
+
+    @classmethod
+    def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
+        return {"RelativeTable3D": cls(num_heads, (-(-tokens // 12), 3, 4))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from posattn.encodings.scaling import Scaling, YaRN, rotary_exponents, rotary_fr
 from posattn.plan import Bias, Plan, Rotary
 
 LAYOUTS = ("half", "interleaved")
+
+Factor: TypeAlias = "float | tuple[Tensor, Tensor]"
 
 
 class RotaryEncoding(Encoding):
@@ -29,6 +32,7 @@ class RotaryEncoding(Encoding):
     """
 
     has_bias = False
+    fractional = True
     sole_operands = frozenset({"rotary"})
 
     def __init__(
@@ -47,8 +51,9 @@ class RotaryEncoding(Encoding):
         if scaling is not None:
             _check_frequencies(scaling, self.rotary_dim, self.base)
 
-    def frequencies(self, context: Context) -> tuple[Tensor, Tensor, float]:
-        """theta of the queries and of the keys, and the attention factor; one tensor for both where they agree.
+    def frequencies(self, context: Context) -> tuple[Tensor, Tensor, Factor]:
+        """theta of the queries and of the keys, and the attention factor (of queries and of keys, where it goes by the
+        length, [B or 1, T or 1, 1]); one tensor for both where they agree.
 
         theta is float64, radians per position, [rotary_dim / 2] or [B or 1, T or 1, rotary_dim / 2]; or whatever the
         subclass's `angles` makes of it.
@@ -58,12 +63,16 @@ class RotaryEncoding(Encoding):
             return theta, theta, 1.0
         if not self.scaling.dynamic:
             theta, factor = self.scaling.frequencies(self.rotary_dim, self.base, context.k_len, context.device)
+            assert not isinstance(factor, Tensor)
             return theta, theta, factor
         q_lengths, k_lengths = self.sequence_lengths(context)
         k_theta, factor = self.scaling.frequencies(self.rotary_dim, self.base, k_lengths, context.device)
         if q_lengths is k_lengths:
-            return k_theta, k_theta, factor
-        q_theta, _ = self.scaling.frequencies(self.rotary_dim, self.base, q_lengths, context.device)
+            return k_theta, k_theta, (factor, factor) if isinstance(factor, Tensor) else factor
+        q_theta, q_factor = self.scaling.frequencies(self.rotary_dim, self.base, q_lengths, context.device)
+        if isinstance(factor, Tensor):
+            assert isinstance(q_factor, Tensor)
+            return q_theta, k_theta, (q_factor, factor)
         return q_theta, k_theta, factor
 
     def sequence_lengths(self, context: Context) -> tuple[Tensor, Tensor]:
@@ -71,7 +80,7 @@ class RotaryEncoding(Encoding):
         return context.sequence_lengths()
 
     def angles(self, positions: Tensor, theta: Tensor) -> Tensor:
-        """The angle in radians, float64 [B or 1, T, rotary_dim / 2], of each pair at integer positions [B or 1, T]; a
+        """The angle in radians, float64 [B or 1, T, rotary_dim / 2], of each pair at positions [B or 1, T]; a
         dimension of heads comes before T where they differ."""
         return positions[..., None] * theta
 
@@ -87,17 +96,18 @@ class RotaryEncoding(Encoding):
         dtype = context.table_dtype()
         q_positions, k_positions = self.token_positions(context)
         q_theta, k_theta, factor = self.frequencies(context)
+        q_factor, k_factor = factor if isinstance(factor, tuple) else (factor, factor)
         if context.k_rotated:
-            q_cos, q_sin = self._turn(q_positions, q_theta, factor, dtype)
+            q_cos, q_sin = self._turn(q_positions, q_theta, q_factor, dtype)
             if q_cos.dim() == 3:  # one number stands for the keys' tables
                 stand_in = q_cos.new_ones(1).expand(1, k_positions.shape[-1], q_cos.shape[-1])
                 rotary = Rotary(q_cos, q_sin, stand_in, stand_in, self.layout == "interleaved")
                 return Plan(rotary=rotary, bias=Bias())
-        k_cos, k_sin = self._turn(k_positions, k_theta, factor, dtype)
+        k_cos, k_sin = self._turn(k_positions, k_theta, k_factor, dtype)
         if q_positions is k_positions and q_theta is k_theta:
             q_cos, q_sin = k_cos, k_sin
         else:
-            q_cos, q_sin = self._turn(q_positions, q_theta, factor, dtype)
+            q_cos, q_sin = self._turn(q_positions, q_theta, q_factor, dtype)
         rotary = Rotary(q_cos, q_sin, k_cos, k_sin, self.layout == "interleaved")
         # Spelled out because torch.compile cannot trace the default of a dataclass field that is itself a dataclass.
         return Plan(rotary=rotary, bias=Bias())
@@ -107,10 +117,12 @@ class RotaryEncoding(Encoding):
         tokens = positions.shape[0]
         context = Context(tokens, tokens, 1, self.head_dim, positions.device, torch.float32)
         _, theta, factor = self.frequencies(context)
+        if isinstance(factor, tuple):
+            raise ValueError("scaling: expected one attention factor for every length, got one that goes by it")
         return self._turn(positions[None], theta, factor, torch.float32)
 
     def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Turn x [B, H, T, D] itself, at integer positions [B or 1, T], 0 .. T-1 if None: for caches of turned keys.
+        """Turn x [B, H, T, D] itself, at positions [B or 1, T], 0 .. T-1 if None: for caches of turned keys.
 
         Differentiable, in x and in what is learned. Where heads differ, x has those of the queries or of the keys.
         """
@@ -129,7 +141,9 @@ class RotaryEncoding(Encoding):
                 raise ValueError(f"x: expected {cos.shape[1]} or {turn.k_cos.shape[1]} heads, got {x.shape[1]}")
         return reference.rotate(x, cos, sin, turn.interleaved)
 
-    def _turn(self, positions: Tensor, theta: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _turn(
+        self, positions: Tensor, theta: Tensor, factor: float | Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         # Angles of thousands of radians keep too few bits in float32, so they are float64 up to here.
         angles = self.angles(positions, theta)
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -175,7 +189,7 @@ class RoPE(RotaryEncoding):
             elif self.learnable:
                 self.log_base.fill_(math.log(self.base))
 
-    def frequencies(self, context: Context) -> tuple[Tensor, Tensor, float]:
+    def frequencies(self, context: Context) -> tuple[Tensor, Tensor, Factor]:
         q_theta, k_theta, factor = super().frequencies(context)
         if not self.learnable:
             return q_theta, k_theta, factor
@@ -256,7 +270,8 @@ def _check_frequencies(scaling: Scaling, rotary_dim: int, base: float) -> None:
     """ValueError where a rule and a rotary embedding do not go together; a rule checks what it is given by itself."""
     length = torch.tensor([1, 2**31], device="cpu") if scaling.dynamic else 1
     theta, factor = scaling.frequencies(rotary_dim, base, length, "cpu")
-    if not theta.isfinite().all() or not 0.0 < factor < math.inf:
+    positive = bool((factor > 0.0).all()) if isinstance(factor, Tensor) else 0.0 < factor < math.inf
+    if not theta.isfinite().all() or not positive:
         raise ValueError(
             f"scaling: expected finite frequencies and a positive attention factor with base={base}, got "
             f"{theta.tolist()} and {factor} of {scaling}"

@@ -7,23 +7,63 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from posattn.encodings._checks import check_choice, check_positive_int
 from posattn.encodings.base import Context, Encoding
-from posattn.encodings.rope import RotaryEncoding
+from posattn.encodings.rope import Factor, RotaryEncoding
 from posattn.encodings.scaling import Scaling, rotary_frequencies
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ARRANGEMENTS = ("blocks", "interleaved")
 
 
-class AxialRoPE(RotaryEncoding):
+class _AxesRoPE(RotaryEncoding):
+    """What encodings of several axes share: a position for each of them, where a call gives those."""
+
+    _axis_count: int
+    _q_ids: Tensor | None = None
+    _k_ids: Tensor | None = None
+
+    def at(self, q_ids: Tensor, k_ids: Tensor | None = None) -> Self:
+        """This encoding at given positions, a number an axis: [axes, B or 1, Tq] and [axes, B or 1, Tk] (those of q if
+        None), integers or fractions."""
+        placed = copy.copy(self)
+        placed._q_ids = self._check_ids("q_ids", q_ids)
+        placed._k_ids = placed._q_ids if k_ids is None else self._check_ids("k_ids", k_ids)
+        return placed
+
+    def token_positions(self, context: Context) -> tuple[Tensor, Tensor]:
+        q_own, k_own = super().token_positions(context)
+        if self._q_ids is None or self._k_ids is None:
+            return q_own, k_own
+        for name, ids, own in (("q_ids", self._q_ids, q_own), ("k_ids", self._k_ids, k_own)):
+            if ids.shape[2] != own.shape[1] or ids.shape[1] not in (1, context.batch):
+                raise ValueError(
+                    f"{name}: expected [{self._axis_count}, {context.batch} or 1, {own.shape[1]}], "
+                    f"got {list(ids.shape)}"
+                )
+        return self._q_ids, self._k_ids
+
+    def _check_ids(self, name: str, ids: Tensor) -> Tensor:
+        if ids.dtype == torch.bool:
+            raise TypeError(f"{name}: expected a tensor of numbers, got {ids.dtype}")
+        if ids.dim() != 3 or ids.shape[0] != self._axis_count:
+            raise ValueError(f"{name}: expected [{self._axis_count}, B or 1, T], got {list(ids.shape)}")
+        return ids.double() if ids.is_floating_point() else ids.long()
+
+
+class AxialRoPE(_AxesRoPE):
     """2-D: the first half of the pairs turns with the row of a token, the second half with its column.
 
-    Position p is the cell (p // width, p % width), so tokens in row-major order need no explicit positions. Each axis
-    has rotary_dim / 4 frequencies, theta_c = base^(-4c/rotary_dim).
+    Position p is the cell (p // width, p % width), so tokens in row-major order need no explicit positions; `at` takes
+    rows and columns themselves, fractions too. Each axis has rotary_dim / 4 frequencies, theta_c =
+    base^(-4c/rotary_dim).
 
     With `mixed` (RoPE-Mixed, Heo 2024), every pair of every head turns with both: by theta[0, h, c] * column +
     theta[1, h, c] * row. `theta` [2, key heads, rotary_dim / 2] is learned. It starts as in the paper: the frequencies
@@ -37,6 +77,8 @@ class AxialRoPE(RotaryEncoding):
         num_heads: query heads H, with mixed alone.
         kv_heads: key heads, where they are fewer; those that share one also share its frequencies.
     """
+
+    _axis_count = 2
 
     def __init__(
         self,
@@ -78,7 +120,7 @@ class AxialRoPE(RotaryEncoding):
         with torch.no_grad():
             self.theta.copy_(torch.stack([x, y]))
 
-    def frequencies(self, context: Context) -> tuple[Tensor, Tensor, float]:
+    def frequencies(self, context: Context) -> tuple[Tensor, Tensor, Factor]:
         if not self.mixed:
             theta = rotary_frequencies(self.rotary_dim // 2, self.base, context.device)
             return theta, theta, 1.0
@@ -92,8 +134,11 @@ class AxialRoPE(RotaryEncoding):
         return (k_theta if group == 1 else k_theta.repeat_interleave(group, 1)), k_theta, 1.0
 
     def angles(self, positions: Tensor, theta: Tensor) -> Tensor:
-        row = positions.div(self.width, rounding_mode="floor")
-        column = positions.remainder(self.width)
+        if positions.dim() == 3:
+            row, column = positions
+        else:
+            row = positions.div(self.width, rounding_mode="floor")
+            column = positions.remainder(self.width)
         if self.mixed:
             row, column = row[:, None, :, None], column[:, None, :, None]  # [B or 1, 1, T, 1]
             return column * theta[0, :, None] + row * theta[1, :, None]
@@ -114,7 +159,7 @@ class AxialRoPE(RotaryEncoding):
         return f"{self.head_dim}, width={self.width}, base={self.base}, layout={self.layout!r}{heads}"
 
 
-class MRoPE(RotaryEncoding):
+class MRoPE(_AxesRoPE):
     """Multimodal: sections of the pairs turn with different axes (time, height, width) of one position per axis.
 
         rope = MRoPE(128, sections=(16, 24, 24))
@@ -147,28 +192,8 @@ class MRoPE(RotaryEncoding):
                 f"sections: expected numbers that sum to rotary_dim / 2 = {self.rotary_dim // 2}, got {self.sections}"
             )
         self.arrangement = check_choice("arrangement", arrangement, ARRANGEMENTS)
+        self._axis_count = len(self.sections)
         self.axis_of_pair = self._axes()
-        self._q_ids: Tensor | None = None
-        self._k_ids: Tensor | None = None
-
-    def at(self, q_ids: Tensor, k_ids: Tensor | None = None) -> MRoPE:
-        """This encoding at given positions: integers [axes, B or 1, Tq] and [axes, B or 1, Tk] (those of q if None)."""
-        placed = copy.copy(self)
-        placed._q_ids = self._check_ids("q_ids", q_ids)
-        placed._k_ids = placed._q_ids if k_ids is None else self._check_ids("k_ids", k_ids)
-        return placed
-
-    def token_positions(self, context: Context) -> tuple[Tensor, Tensor]:
-        q_own, k_own = super().token_positions(context)
-        if self._q_ids is None or self._k_ids is None:
-            return q_own, k_own
-        for name, ids, own in (("q_ids", self._q_ids, q_own), ("k_ids", self._k_ids, k_own)):
-            if ids.shape[2] != own.shape[1] or ids.shape[1] not in (1, context.batch):
-                raise ValueError(
-                    f"{name}: expected [{len(self.sections)}, {context.batch} or 1, {own.shape[1]}], "
-                    f"got {list(ids.shape)}"
-                )
-        return self._q_ids, self._k_ids
 
     def sequence_lengths(self, context: Context) -> tuple[Tensor, Tensor]:
         if self._q_ids is None or self._k_ids is None:
@@ -193,13 +218,6 @@ class MRoPE(RotaryEncoding):
                 f"which it would turn into {counts}"
             )
         return owners
-
-    def _check_ids(self, name: str, ids: Tensor) -> Tensor:
-        if ids.dtype.is_floating_point or ids.dtype == torch.bool:
-            raise TypeError(f"{name}: expected a tensor of integers, got {ids.dtype}")
-        if ids.dim() != 3 or ids.shape[0] != len(self.sections):
-            raise ValueError(f"{name}: expected [{len(self.sections)}, B or 1, T], got {list(ids.shape)}")
-        return ids.long()
 
     @classmethod
     def examples(cls, num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:

@@ -41,11 +41,11 @@ class Scaling(ABC):
     @abstractmethod
     def frequencies(
         self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[Tensor, float | Tensor]:
         """The frequencies, float64 [rotary_dim / 2], and the attention factor, for a sequence of `length` tokens.
 
-        A dynamic rule also takes lengths int64 [...] and gives frequencies [..., rotary_dim / 2], with no look at
-        their values: they are on the device.
+        A dynamic rule also takes lengths int64 [...] and gives frequencies [..., rotary_dim / 2], and perhaps factors
+        [..., 1], with no look at their values: they are on the device.
         """
 
 
@@ -250,7 +250,8 @@ class LongRoPE(Scaling):
         short_factor, long_factor: rotary_dim / 2 numbers each, one a pair.
         original_length: the length trained, tokens.
         factor: the maximal length over original_length.
-        attention_factor: multiplies cosines and sines; sqrt(1 + ln(factor) / ln(original_length)) by default.
+        attention_factor: multiplies cosines and sines; sqrt(1 + ln(factor) / ln(original_length)) by default. A pair of
+            numbers is for lengths up to original_length and past it (PhiMoE's short_mscale and long_mscale).
         length: chooses between short and long instead of each sequence's own.
     """
 
@@ -258,7 +259,7 @@ class LongRoPE(Scaling):
     long_factor: Sequence[float]
     original_length: int
     factor: float
-    attention_factor: float | None = None
+    attention_factor: float | tuple[float, float] | None = None
     length: int | None = None
 
     def __post_init__(self) -> None:
@@ -266,7 +267,12 @@ class LongRoPE(Scaling):
             values = tuple(check_positive(f"{name}[{i}]", x) for i, x in enumerate(getattr(self, name)))
             object.__setattr__(self, name, values)
         check_factor(self.factor)
-        if self.attention_factor is not None:
+        if isinstance(self.attention_factor, (tuple, list)):
+            if len(self.attention_factor) != 2:
+                raise ValueError(f"attention_factor: expected one number or two, got {len(self.attention_factor)}")
+            pair = tuple(check_positive(f"attention_factor[{i}]", x) for i, x in enumerate(self.attention_factor))
+            object.__setattr__(self, "attention_factor", pair)
+        elif self.attention_factor is not None:
             check_positive("attention_factor", self.attention_factor)
         if check_positive_int("original_length", self.original_length) < 2:
             raise ValueError(f"original_length: expected at least 2, got {self.original_length}")
@@ -279,7 +285,7 @@ class LongRoPE(Scaling):
 
     def frequencies(
         self, rotary_dim: int, base: float, length: int | Tensor, device: torch.device | str
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[Tensor, float | Tensor]:
         for name in ("short_factor", "long_factor"):
             count = len(getattr(self, name))
             if count != rotary_dim // 2:
@@ -290,10 +296,15 @@ class LongRoPE(Scaling):
         short, long = _numbers((self.short_factor, self.long_factor), device)
         theta = rotary_frequencies(rotary_dim, base, device)
         length = length if self.length is None else self.length
+        pair = attention if isinstance(attention, tuple) else (attention, attention)
         if not isinstance(length, Tensor):
-            return theta / (long if length > self.original_length else short), attention
-        is_long = length.to(device) > self.original_length
-        return theta / torch.where(is_long[..., None], long, short), attention
+            is_longer = length > self.original_length
+            return theta / (long if is_longer else short), pair[is_longer]
+        is_long = (length.to(device) > self.original_length)[..., None]
+        factors: float | Tensor = pair[0]
+        if pair[0] != pair[1]:
+            factors = torch.where(is_long, pair[1], pair[0])
+        return theta / torch.where(is_long, long, short), factors
 
 
 _NUMBERS: dict[tuple[object, str], Tensor] = {}

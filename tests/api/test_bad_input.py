@@ -228,8 +228,8 @@ ATTENTION = [
     ),
     ("q_positions alone", {"q_positions": ints(*range(5))}, ValueError, "q_positions, k_positions: expected both"),
     (
-        "positions floats",
-        {"q_positions": torch.zeros(5), "k_positions": ints(*range(7))},
+        "positions bool",
+        {"q_positions": torch.zeros(5).bool(), "k_positions": ints(*range(7))},
         TypeError,
         "q_positions: expected int32",
     ),

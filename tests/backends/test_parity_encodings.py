@@ -13,6 +13,7 @@ from tests.tolerance import assert_parity
 
 HEADS, DIM, TOKENS = 4, 16, 160
 NAMES = tuple(examples(HEADS, DIM, TOKENS))
+CELLS = ("RelativeTable2D", "RelativeTable3D")  # whose positions are cells of a window
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -54,13 +55,13 @@ def test_full_and_longer_than_a_tile(place, name):
 
 
 @pytest.mark.parametrize(("q_len", "k_len"), [(1, 150), (33, 97), (97, 33), (1, 1)])
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("RelativeTable2D")])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(CELLS)])
 def test_lengths_that_differ(place, name, q_len, k_len):
     position, options = on(place, name, q_len, k_len, causal=q_len <= k_len)
     assert_parity(*inputs(place, torch.float32, q_len, k_len, batch=2), position, options, place[1])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("RelativeTable2D", "MRoPE"))])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith((*CELLS, "MRoPE"))])
 def test_explicit_positions_per_sequence(place, name):
     position = build(name).to(place[0])
     q_positions = torch.stack([torch.arange(20, 51), torch.randint(0, 60, (31,)).sort().values])
@@ -69,14 +70,14 @@ def test_explicit_positions_per_sequence(place, name):
     assert_parity(*inputs(place, torch.float32, 31, 47, batch=2), position, options, place[1])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "BiPE" not in name and "RelativeTable2D" not in name])
+@pytest.mark.parametrize("name", [name for name in NAMES if "BiPE" not in name and not name.startswith(CELLS)])
 def test_packed_documents(place, name):
     cu = torch.tensor([0, 13, 13, 14, 51, 71], dtype=torch.int32, device=place[0])
     options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "causal": True}
     assert_parity(*inputs(place, torch.float32, 71, 71), build(name).to(place[0]), options, place[1])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "BiPE" not in name and "RelativeTable2D" not in name])
+@pytest.mark.parametrize("name", [name for name in NAMES if "BiPE" not in name and not name.startswith(CELLS)])
 def test_key_lengths(place, name):
     lengths = torch.tensor([41, 0, 7], device=place[0])
     options = {"k_lengths": lengths, "causal": True}

@@ -13,7 +13,7 @@ from torch import Tensor
 import posattn.encodings as encodings
 from posattn import reference
 from posattn.encodings import FIRE, ALiBi, BiPE, Context, Encoding, Kerple, RoPE
-from posattn.plan import Call, Mask
+from posattn.plan import Bias, Call, Mask
 
 WIDE = torch.float64
 HEADS, DIM, TOKENS = 4, 12, 10
@@ -44,6 +44,8 @@ def attend(encoding, q, k, v, mask=None, positions=None):
     mask = mask or Mask(causal=True)
     q_positions, k_positions = positions or positions_of(encoding, q.shape[2], k.shape[2])
     plan = encoding.lower(Context.of(q, k, mask, q_positions, k_positions))
+    if plan.places is not None:
+        q_positions, k_positions = plan.places.q, plan.places.k
     call = Call(q, k, v, plan, mask, 0.3, q_positions=q_positions, k_positions=k_positions)
     return reference.forward(call)[0]
 
@@ -141,7 +143,7 @@ def test_operands_are_float32_or_float64(encoding, dtype):
     q, k, _ = qkv(dtype)
     plan = encoding.lower(Context.of(q, k, Mask(), *positions_of(encoding, TOKENS, TOKENS)))
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    found = list(operands(plan))
+    found = [x for x in operands(plan) if x.is_floating_point()]
     assert found
     assert {x.dtype for x in found} == {wanted}
 
@@ -160,7 +162,8 @@ def test_tables_cover_the_distances(encoding, q_len, k_len):
     if q_len > k_len and isinstance(encoding, encodings.RelativeTable2D):
         q_len, k_len = k_len, q_len  # its window has no cell for a query before the first key
     q, k, v = qkv(torch.float32, q_len, k_len)
-    bias = encoding.lower(Context.of(q, k, Mask())).bias
+    plan = encoding.lower(Context.of(q, k, Mask()))
+    bias = plan.bias if plan.places is None else Bias()  # over numbers of its own, whatever the call's
     for operand, count in ((bias.table, "values"), (bias.profile, "psi"), (bias.profile, "row_scale")):
         if operand is not None:
             first = operand.row_first if count == "row_scale" else operand.first
@@ -211,7 +214,7 @@ def test_additive_encodings_show_their_bias_and_others_say_why_not(encoding):
     given = dict(zip(("q_positions", "k_positions"), positions_of(encoding, TOKENS, TOKENS), strict=True))
     given = {name: value[0] for name, value in given.items() if value is not None}
     assert encoding.has_bias == (bool(plan.bias) or plan.mix is not None)
-    if plan.mix is None and plan.rotary is None:
+    if plan.mix is None and plan.rotary is None and plan.amplitude is None:
         assert encoding.bias(TOKENS, TOKENS, **given).shape == (HEADS, TOKENS, TOKENS)
     else:
         with pytest.raises(TypeError, match=r"\.bias of"):

@@ -26,9 +26,9 @@ def network(encoding, q_positions, k_positions):
     return encoding.mlp((near / (far + encoding.eps))[..., None]).movedim(-1, 0)
 
 
-def make(bidirectional=False, width=32, initial_length=6.0, seed=0):
+def make(bidirectional=False, width=32, initial_length=6.0, seed=0, activation="relu"):
     torch.manual_seed(seed)
-    return FIRE(3, width, bidirectional, initial_length=initial_length).double()
+    return FIRE(3, width, bidirectional, initial_length=initial_length, activation=activation).double()
 
 
 def check_same(encoding, q_len, k_len):
@@ -46,14 +46,22 @@ def check_same(encoding, q_len, k_len):
         torch.testing.assert_close(gradients[name], expected[name], rtol=1e-10, atol=1e-11, msg=lambda m, n=name: n + m)
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("q_len", "k_len"), [(17, 17), (4, 20), (20, 4), (1, 1)])
-def test_pieces_are_the_network(bidirectional, q_len, k_len):
-    check_same(make(bidirectional), q_len, k_len)
+def test_pieces_are_the_network(bidirectional, activation, q_len, k_len):
+    check_same(make(bidirectional, activation=activation), q_len, k_len)
 
 
-def test_one_hidden_unit():
-    check_same(make(width=1), 9, 9)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_one_hidden_unit(activation):
+    check_same(make(width=1, activation=activation), 9, 9)
+
+
+def test_the_activation_is_one_of_two():
+    assert isinstance(FIRE(2, activation="leaky_relu").mlp[1], torch.nn.LeakyReLU)
+    with pytest.raises(ValueError, match="activation: expected one of 'relu', 'leaky_relu', got 'gelu'"):
+        FIRE(2, activation="gelu")
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -169,8 +169,8 @@ def test_encoders_with_decoders(family):
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
-def test_heads_wider_than_the_kernels(padding):
-    """Gemma 4's global layers have 512 dimensions: torch's attention, or the reference with what that has not."""
+def test_wide_heads(padding):
+    """Gemma 4's global layers have 512 dimensions."""
     config = Gemma4TextConfig(
         **SMALL, sliding_window=6, layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=8
     )

@@ -48,7 +48,7 @@ def test_every_option_at_once(isa, dtype):
     assert_parity(q, k, v, posattn.FIRE(4), options, "cpu")
 
 
-@pytest.mark.parametrize("dim", [1, 7, 16, 31, 64, 100, 256])
+@pytest.mark.parametrize("dim", [1, 7, 16, 31, 64, 100, 256, 320, 1024])
 def test_head_dimensions(isa, dim):
     q, k, v = (torch.randn(1, 2, 19, dim) for _ in range(3))
     assert_parity(q, k, v, None, {"causal": True}, "cpu")

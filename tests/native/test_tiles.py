@@ -79,7 +79,7 @@ def test_many_keys(name: str | None, options: dict[str, object], dtype: torch.dt
 
 
 @each_dtype
-@pytest.mark.parametrize(("dim", "value_dim"), [(1, 1), (7, 33), (32, 16), (64, 80), (100, 64), (256, 250)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(1, 1), (7, 33), (32, 16), (64, 80), (100, 64), (256, 250), (512, 300)])
 def test_head_dimensions(dim: int, value_dim: int, dtype: torch.dtype) -> None:
     assert_parity(*tensors(2, 1, 67, 97, dim, value_dim, dtype), None, {"causal": True}, "cpu")
 

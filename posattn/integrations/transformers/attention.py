@@ -19,7 +19,7 @@ from posattn.plan import Bias, Plan, Table
 
 logger = logging.get_logger(__name__)
 
-MAX_HEAD_DIM = 256  # of posattn's kernels on every device
+MAX_HEAD_DIM = {"cpu": 1024}  # of posattn's kernels, by device; 256 on others
 # Arguments of families' own eager functions that are understood here, or that say nothing about the result.
 _UNDERSTOOD = frozenset(
     (
@@ -122,7 +122,7 @@ def attention_forward(
         elif form == "dense":
             bias = options.get("bias")
             options["bias"] = position_bias if bias is None else position_bias + bias
-    if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+    if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM.get(query.device.type, 256):
         beyond = options.keys() & ({"bias", "cu_seqlens_q"} | ({"window"} if attention_mask is None else set()))
         if position is None and softcap is None and s_aux is None and not beyond:
             return _by_torch(module, query, key, value, attention_mask, causal, dropout, scaling)
