@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 from transformers.masking_utils import eager_mask
 
-from posattn.integrations.transformers import AttentionMask, attention_mask, patterns
+from posattn.integrations.transformers import AttentionMask, attention_mask, patterns, symbols
 from posattn.integrations.transformers.attention import mask_options
 from posattn.integrations.transformers.masks import rule_of
 
@@ -28,6 +28,12 @@ FUNCTIONS = {
         masking_utils.packed_sequence_mask_function(DOCUMENTS),
     ),
     "chunked": masking_utils.chunked_causal_mask_function(4, torch.tensor([0, 2])),
+    "packed and chunked": masking_utils.and_masks(
+        masking_utils.remap_positions_for_packed_sequence(
+            masking_utils.chunked_causal_mask_function(2, torch.zeros(2, dtype=torch.long)), POSITIONS
+        ),
+        masking_utils.packed_sequence_mask_function(DOCUMENTS),
+    ),
     "a union": masking_utils.or_masks(WINDOW, lambda b, h, q, k: k == 0),
 }
 PADDINGS = {
@@ -56,8 +62,7 @@ def test_values_are_those_of_eager_attention(function, padding, dtype):
     assert (mask.shape, mask.dtype) == (expected.shape, dtype)
     assert torch.equal(mask + 0.0, expected)
     assert rule_of(mask) is not None
-    structured = function not in ("chunked", "a union")
-    assert (rule_of(mask).allowed is None) == structured
+    assert (rule_of(mask).allowed is None) == (function != "a union")
 
 
 @pytest.mark.parametrize("offset", [0, 3, torch.tensor(3)])
@@ -155,3 +160,34 @@ def test_factories_that_changed_are_not_believed(monkeypatch):
         assert not patterns._trusted()
     finally:
         patterns._trusted.cache_clear()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_a_graph_reads_is_what_closures_say(function):
+    """Symbols run through a function find the pattern that its closures hold."""
+    read = patterns._read(FUNCTIONS[function])
+    assert symbols.run(FUNCTIONS[function], patterns.Pattern) == read
+    assert (read is None) == (function == "a union")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda b, h, q, k: q <= k,
+        lambda b, h, q, k: k > q + 1,
+        lambda b, h, q, k: k - 1 <= q,
+        lambda b, h, q, k: q >= 3,
+        lambda b, h, q, k: abs(k - q) <= 3,
+        lambda b, h, q, k: abs(q - k) <= torch.tensor(3),
+        lambda b, h, q, k: k // 4 == q // 4,
+        lambda b, h, q, k: (k - POSITIONS[:, 0][b]) // 4 == (q - POSITIONS[:, 0][b]) // 3,
+        lambda b, h, q, k: (k - POSITIONS[:, 0][b]) // 4 == (q - POSITIONS[:, 1][b]) // 4,
+        lambda b, h, q, k: POSITIONS[b],
+        lambda b, h, q, k: q.new_zeros(()) | (k <= q),
+        lambda b, h, q, k: (k <= q) & torch.tensor(True),
+        lambda b, h, q, k: True,
+        masking_utils.and_masks(FUNCTIONS["chunked"], FUNCTIONS["chunked"]),
+    ],
+)
+def test_what_symbols_do_not_say_is_not_read(function):
+    assert symbols.run(function, patterns.Pattern) is None

@@ -7,6 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
@@ -20,6 +22,7 @@ from transformers import (
     Gemma4TextConfig,
     GPTNeoXConfig,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     ModernBertConfig,
@@ -32,6 +35,7 @@ from transformers import (
 )
 
 import posattn.integrations.transformers as integration
+from posattn.serialize import parse
 from tests.integrations.pairs import IDS, PADDINGS, SMALL, disagreement, generated, pair
 from tools.transformers_families.sweep import watched
 
@@ -89,6 +93,14 @@ DECODERS = {
         layer_types=["sliding_attention", "full_attention"],
         hidden_size_per_layer_input=8,
         global_head_dim=16,
+    ),
+    "llama4": Llama4TextConfig(
+        **SMALL,
+        intermediate_size_mlp=64,
+        num_local_experts=2,
+        attention_chunk_size=6,
+        layer_types=["chunked_attention", "full_attention"],
+        no_rope_layers=[1, 0],
     ),
     "gpt-neox": GPTNeoXConfig(**ENCODER, max_position_embeddings=64),
     "gpt-oss": GptOssConfig(**SMALL, sliding_window=6, num_local_experts=2, num_experts_per_tok=1),
@@ -236,6 +248,46 @@ def test_compiled():
         expected = first(input_ids=IDS, attention_mask=seen).logits[seen]
         got = compiled(second)(input_ids=IDS, attention_mask=seen).logits[seen]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+PACKED = torch.cat([torch.arange(9), torch.arange(12)])[None].expand(2, -1)
+
+
+@pytest.mark.parametrize(
+    ("family", "inputs", "operands"),
+    [
+        ("mistral", {"attention_mask": PADDINGS["left"]}, {"boolean": (2, 1, 1, 21)}),
+        ("mistral", {"position_ids": PACKED, "use_cache": False}, {"q_segments": (2, 21), "k_segments": (2, 21)}),
+        ("llama4", {"attention_mask": PADDINGS["left"]}, {"boolean": (2, 1, 1, 21), "q_segments": (2, 21)}),
+    ],
+    ids=["window", "packed", "chunks"],
+)
+def test_masks_made_inside_a_graph_stay_rules(family, inputs, operands):
+    """No call in the graph of a whole model has a mask [Tq, Tk]."""
+    first, second = pair(DECODERS[family])
+    calls = []
+
+    def compiler(graph, examples):
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.posattn.attention_forward.default:
+                found = parse(node.args[8])
+                shapes = {name: tuple(x.meta["val"].shape) for name, x in zip(found.names, node.args[3])}
+                calls.append((shapes, node.args[4][:2]))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    seen = inputs.get("attention_mask", torch.ones_like(IDS)).bool()
+    with torch.no_grad():
+        expected = first(input_ids=IDS, **inputs).logits[seen]
+        model = torch.compile(second, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+        got = model(input_ids=IDS, **inputs).logits[seen]
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert len(calls) == 2
+    chunked = calls[0][0]
+    assert operands.items() <= chunked.items()
+    for shapes, window in calls:
+        assert (21, 21) not in [shape[-2:] for shape in shapes.values()]
+        assert window[0] == (5 if family == "mistral" else -1)
 
 
 @pytest.mark.slow

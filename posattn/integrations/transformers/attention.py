@@ -175,13 +175,14 @@ def rule_options(rule: Rule, device: torch.device) -> dict[str, Any]:
     """The options of posattn.attention that say what a rule says."""
     if rule.allowed is not None:
         return {"mask": rule.allowed}
-    if rule.documents is not None and any(x is not None for x in (rule.starts, rule.ends, rule.keys)):
-        return {"mask": rule.dense(device)}
     options: dict[str, Any] = {"causal": rule.causal}
     if rule.left is not None or rule.right is not None:
         options["window"] = (rule.left, rule.right)
     if rule.documents is not None:
-        return {**options, "segments": rule.documents}
+        options["segments"] = rule.documents
+        if any(x is not None for x in (rule.starts, rule.ends, rule.keys)):
+            options["mask"] = rule.seen_keys(device)[:, None, None, :]
+        return options
     if rule.starts is not None:
         options["k_starts"] = rule.starts
     if rule.ends is not None:

@@ -233,7 +233,8 @@ def attention_mask(
     """
     device = torch.device(device)
     pattern = None if use_vmap else read_pattern(mask_function)
-    if pattern is None or (pattern.documents is not None and q_length != kv_length):
+    within = pattern is not None and (pattern.documents is not None or pattern.chunk is not None)
+    if pattern is None or (within and not (q_length == kv_length and _start_together(q_offset, kv_offset))):
         allowed = masking_utils.sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -257,13 +258,18 @@ def attention_mask(
         right=_within(pattern.right, q_length, kv_length),
         offset=q_offset - kv_offset,
     )
-    if pattern.documents is not None:
-        rule = replace(rule, documents=pattern.documents.expand(batch_size, -1))
+    if within:
+        rule = replace(rule, documents=pattern.segments(batch_size, kv_length, device))
     if padding is not None:
         seen: dict[str, Any] = _padded(padding[:, kv_offset : kv_offset + kv_length])
         rule = replace(rule, **seen)
     hides = rule.causal or any(x is not None for x in (rule.left, rule.right, rule.starts, rule.keys, rule.documents))
     return AttentionMask(rule, dtype, device) if hides or not allow_is_bidirectional_skip else None
+
+
+def _start_together(q_offset: int | Tensor, kv_offset: int) -> bool:
+    """Whether queries and keys are the same tokens, as far as that is known: those of a sequence's start."""
+    return not isinstance(q_offset, Tensor) and q_offset == 0 and kv_offset == 0
 
 
 def _within(reach: int | None, q_length: int, kv_length: int) -> int | None:
