@@ -383,7 +383,8 @@ def scaled_dot_product_attention(
         key: [..., H, S, E]; H is Hq, or 1, or with enable_gqa a divisor of Hq.
         value: [..., H, S, Ev].
         attn_mask: broadcasts to [..., Hq, L, S]; bool, True where a key is seen, or float32 or query's dtype, added; or
-            torch.nn.attention.bias.causal_upper_left or causal_lower_right.
+            torch.nn.attention.bias.causal_upper_left or causal_lower_right. One that rows share, [B, 1, Hq, L, S] for
+            queries [B, N, Hq, L, E], is read as it is, and its gradient summed in a fixed order.
         dropout_p: share of the softmax weights dropped, 0 <= dropout_p <= 1, seeded from torch.manual_seed.
         is_causal: as above; together with attn_mask, both hold.
         scale: multiplies the products of queries and keys; 1 / sqrt(E) by default.
@@ -414,6 +415,14 @@ def scaled_dot_product_attention(
         return documents.unpacked(_attend(q, k, v, position, mask, scale=scale, bias=None, dropout_p=dropout_p)[0])
     validation.check_qkv(query, key, value, ("query", "key", "value"), None)
     validation.check_attn_mask(attn_mask, query)
+    parts = sdpa_shapes.parts(query, key, value, attn_mask)
+    if parts is not None:
+        dim, pieces = parts
+        results = [
+            scaled_dot_product_attention(*piece, dropout_p, is_causal, scale, enable_gqa, position=position)
+            for piece in pieces
+        ]
+        return torch.stack(results, dim)
     q, k, v, attn_mask, shape = sdpa_shapes.fold(query, key, value, attn_mask, enable_gqa)
     boolean = bias = None
     if attn_mask is not None:

@@ -39,6 +39,30 @@ def fold(
     return q, k, v, attn_mask, shape[-rank:] if rank < len(shape) else shape
 
 
+# A mask that rows share is never copied for them up to so many calls; past it, one call over a copy.
+MOST_PARTS = 64
+
+
+def parts(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] | None:
+    """query, key, value and attn_mask cut along a leading dimension, and that dimension, where the mask differs along it
+    and is shared along another: [B, 1, H, L, S] for [B, N, H, L, E], AlphaFold's pair bias. Folding both into a batch
+    would copy it N times, where each part, a batch of N, reads its own as it is. None where folding copies nothing.
+    """
+    rank = max(query.dim(), key.dim(), value.dim())
+    if attn_mask is None or rank < 5 or attn_mask.dim() > rank:
+        return None
+    q, k, v, mask = (_pad(tensor, rank) for tensor in (query, key, value, attn_mask))
+    lead = _broadcast((q.shape[:-3], k.shape[:-3], v.shape[:-3]), query, key, value)
+    own = [dim for dim, length in enumerate(mask.shape[:-3]) if length > 1]
+    shared = any(length == 1 and lead[dim] > 1 for dim, length in enumerate(mask.shape[:-3]))
+    if not own or not shared or math.prod(mask.shape[:-3]) > MOST_PARTS or any(mask.shape[d] != lead[d] for d in own):
+        return None
+    wide = (tensor.expand(*lead, *tensor.shape[-3:]) for tensor in (q, k, v))
+    return own[0], list(zip(*(tensor.unbind(own[0]) for tensor in (*wide, mask))))
+
+
 def _pad(tensor: Tensor, rank: int) -> Tensor:
     return tensor if tensor.dim() == rank else tensor[(None,) * (rank - tensor.dim())]
 

@@ -187,11 +187,11 @@ def test_wide_heads(padding):
         **SMALL, sliding_window=6, layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=8
     )
     output, gradient = disagreement(*pair(config), input_ids=IDS, attention_mask=PADDINGS[padding])
-    assert output < 2 * OUTPUT  # sums of 512 products round more
+    assert output < 3 * OUTPUT  # sums of 512 products round more, on both sides in orders of their own
     assert gradient < GRADIENT
     softcapped = Gemma2Config(**{**SMALL, "head_dim": 320}, attn_logit_softcapping=5.0)
     output, gradient = disagreement(*pair(softcapped), input_ids=IDS, attention_mask=PADDINGS[padding])
-    assert output < 2 * OUTPUT  # sums of 512 products round more
+    assert output < 3 * OUTPUT  # sums of 512 products round more, on both sides in orders of their own
     assert gradient < GRADIENT
 
 
