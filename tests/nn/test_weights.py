@@ -15,7 +15,10 @@ from posattn.plot import plot_weights
 from tests.nn.test_paging import scattered
 
 B, HEADS, KV_HEADS, DIM, TQ, TK = 2, 4, 2, 8, 6, 9
-EXAMPLES = posattn.parity.examples(HEADS, DIM, 12)
+EXAMPLES = {
+    **posattn.parity.examples(HEADS, DIM, 12),
+    "AxialRoPE mixed": posattn.AxialRoPE(DIM, width=4, mixed=True, num_heads=HEADS, kv_heads=KV_HEADS),
+}
 ROWS, CHOSEN = [4, 0, -1], [3, 1]
 
 

@@ -106,7 +106,7 @@ def measure_cuda(architectures: list[str], match: str) -> Iterator[tuple[str, Fi
 
 def _cuda_launches(case: cuda.Case, arch: str) -> list[Noted]:
     try:
-        return cuda.launches(case, arch, backward=not case.decode)
+        return cuda.launches(case, arch, backward=not (case.decode or case.page))
     except ValueError:  # the backward kernel says that it cannot run here; Triton's will
         return cuda.launches(case, arch)
 

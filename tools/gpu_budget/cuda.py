@@ -35,13 +35,14 @@ HEADS, TOKENS = 12, 2048
 @dataclass(frozen=True)
 class Case:
     """A call whose launches are measured: causal self-attention, or one query with `decode`; with `dense`, a bias
-    tensor as well."""
+    tensor as well; with `page`, over keys in pages of so many tokens, forward alone."""
 
     label: str
     dim: int
     position: Callable[[int], Encoding | None]
     decode: bool = False
     dense: bool = False
+    page: int = 0
 
 
 def cases() -> Iterator[Case]:
@@ -64,6 +65,9 @@ def cases() -> Iterator[Case]:
         if dim in (64, 128):
             yield Case(f"dense, D = {dim}", dim, none, dense=True)
         yield Case(f"decoding, slope, D = {dim}", dim, slope, decode=True)
+        for page in (16, 128) if dim in (64, 128) else ():
+            yield Case(f"pages of {page}, plain, D = {dim}", dim, none, page=page)
+            yield Case(f"pages of {page}, decoding, slope, D = {dim}", dim, slope, decode=True, page=page)
     inner = {"nothing": lambda: None, "slope": lambda: slope(64), "table": lambda: posattn.Kerple(HEADS)}
     for name, make in inner.items():
         yield Case(f"mixed heads over {name}, D = 64", 64, lambda dim, make=make: posattn.DAPE(make(), HEADS))
@@ -97,13 +101,17 @@ def launches(case: Case, arch: str, backward: bool = False, dtype: torch.dtype =
     q = torch.zeros(1, HEADS, q_len, case.dim, dtype=dtype, requires_grad=backward)
     k, v = (torch.zeros(1, HEADS, TOKENS, case.dim, dtype=dtype, requires_grad=backward) for _ in range(2))
     bias = torch.zeros(1, HEADS, q_len, TOKENS, requires_grad=backward) if case.dense else None
+    pages: dict[str, torch.Tensor] = {}
+    if case.page:
+        k, v = (x.view(HEADS, -1, case.page, case.dim).permute(1, 2, 0, 3) for x in (k, v))
+        pages = {"block_table": torch.arange(k.shape[0])[None], "k_lengths": torch.tensor([TOKENS])}
     # One multiprocessor: keys are not split, so a call is one launch of the kernel in question.
     device = {"has_device": lambda _: True, "architecture": lambda _: arch, "processors": lambda _: 1}
     with (
         mock.patch.object(compiler, "compile_kernel", compile_),
         mock.patch.multiple(seam, launch=launch, **device),
     ):
-        out = posattn.attention(q, k, v, case.position(case.dim), bias=bias, causal=True, backend="cuda")
+        out = posattn.attention(q, k, v, case.position(case.dim), bias=bias, causal=True, backend="cuda", **pages)
         if backward:
             out.sum().backward()
     return noted
