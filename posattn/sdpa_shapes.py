@@ -46,7 +46,7 @@ MOST_PARTS = 64
 def parts(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> tuple[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] | None:
-    """query, key, value and attn_mask cut along a leading dimension, and that dimension, where the mask differs along it
+    """query, key, value and attn_mask cut along a leading dimension, and which, where the mask differs along it
     and is shared along another: [B, 1, H, L, S] for [B, N, H, L, E], AlphaFold's pair bias. Folding both into a batch
     would copy it N times, where each part, a batch of N, reads its own as it is. None where folding copies nothing.
     """
