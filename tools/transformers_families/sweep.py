@@ -21,7 +21,7 @@ from posattn.integrations.transformers import attention, masks
 from tools.transformers_families.tiny import FITS, tiny_config
 
 BATCH, TOKENS = 2, 13
-ATTEMPTS = 1.0  # after so many seconds of the processor no other size is tried, after twice as many no other input
+ATTEMPTS = 2.0  # after so many seconds of the processor no other size is tried, after twice as many no other input
 MOST_PARAMETERS = 40_000_000
 TOLERANCE = 2e-5  # of outputs in float32 through two to eight layers of random weights
 
@@ -169,7 +169,38 @@ def spread(model: PreTrainedModel) -> None:
 
 
 def sample_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Inputs by the names that the model takes, the likeliest first: token ids padded on the left, images, sound."""
+    """Inputs by the names that the model takes, the likeliest first; what else it needs is made up by its name."""
+    for inputs in _likely_inputs(model):
+        if inputs:
+            yield _completed(model, inputs)
+
+
+def _completed(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, and what the model needs beside them that its name tells."""
+    generator = torch.Generator().manual_seed(2)
+    main = inputs.get("input_ids", next(iter(inputs.values())))
+    images = inputs.get("pixel_values", torch.zeros(BATCH, 3, 32, 32))
+    made: dict[str, Any] = {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.default is not parameter.empty or name in inputs:
+            continue
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if name.endswith("_ids"):
+            made[name] = torch.randint(4, 100, (BATCH, TOKENS), generator=generator)
+        elif name == "pixel_values_videos":
+            made[name] = torch.randn(BATCH, 2, *images.shape[1:], generator=generator)
+        elif "pixel_values" in name:
+            made[name] = torch.randn(images.shape, generator=generator)
+        elif name in ("input_features_mask", "padding_mask"):
+            made[name] = torch.ones(main.shape[:2], dtype=torch.long)
+        elif name == "inputs_embeds":
+            made[name] = torch.randn(BATCH, TOKENS, model.config.hidden_size, generator=generator)
+    return made | inputs
+
+
+def _likely_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Token ids padded on the left, images, sound."""
     takes = inspect.signature(model.forward).parameters
     needs = {
         n for n, p in takes.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
@@ -197,12 +228,15 @@ def sample_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     image = {"pixel_values": normal(BATCH, channels, height, width)}
     if model.main_input_name == "pixel_values" and "input_ids" not in needs:
         yield image
+    if "inputs_embeds" in needs:
+        yield {"inputs_embeds": normal(BATCH, TOKENS, model.config.hidden_size)}
     if text:
         yield text
         if "pixel_values" in takes:
             yield text | image
         if "decoder_input_ids" in text:
             yield {name: x for name, x in text.items() if name != "decoder_input_ids"}
+    if "input_ids" in text:
         # A recurrent hybrid may know no padding, a cache of tiny layers no length.
         yield {"input_ids": text["input_ids"], "use_cache": False}
         yield {"input_ids": text["input_ids"]}

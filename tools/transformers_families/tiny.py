@@ -41,13 +41,14 @@ SIZES: tuple[tuple[str, int, str], ...] = (
 # Fields of configs whose layers are of several kinds.
 MIXED = ("layer_types", "layers_block_type", "full_attention_interval", "block_types")
 # Ways to be small, tried in turn: hybrids of attention and recurrence need a few layers to have both, and sections of
-# M-RoPE ask for the head dimension that they sum to.
+# M-RoPE ask for the head dimension that they sum to; a few make none of their width.
 FITS: tuple[dict[str, int | None], ...] = (
     {},
     {"layers": 4},
     {"heads": 2, "head": 16, "layers": 4},
     {"layers": 8, "experts": 8},
     {"head": None, "width": None},
+    {"own head": 8},
 )
 
 
@@ -77,6 +78,8 @@ def _fields(kind: type[PreTrainedConfig], fit: dict[str, int | None]) -> dict[st
             pairs = int((fit.get("head", 8) or 0) * (rope.get("partial_rotary_factor") or 1.0)) // 2
             if pairs >= 4:
                 chosen[name] = {**rope, "mrope_section": [pairs // 2, pairs // 4, pairs // 4]}
+        elif name == "head_dim" and given is None and "own head" in fit:
+            chosen[name] = fit["own head"]
         elif name == "attention_types" and kind.model_type == "gpt_neo":
             chosen[name] = [[["global", "local"], (fit.get("layers", 2) or 2) // 2]]
         elif isinstance(given, int) and not isinstance(given, bool):
