@@ -191,3 +191,17 @@ def test_what_a_graph_reads_is_what_closures_say(function):
 )
 def test_what_symbols_do_not_say_is_not_read(function):
     assert symbols.run(function, patterns.Pattern) is None
+
+
+def test_factories_that_take_or_say_something_else_stay(monkeypatch):
+    def taking_more(packed_sequence_mask, other):
+        return packed_sequence_mask
+
+    def saying_else(mask_function, position_ids):
+        return lambda b, h, q, k: mask_function(b, h, position_ids[b, k], position_ids[b, q])
+
+    monkeypatch.setattr(masking_utils, "packed_sequence_mask_function", taking_more)
+    monkeypatch.setattr(masking_utils, "remap_positions_for_packed_sequence", saying_else)
+    patterns.adopt()
+    assert masking_utils.packed_sequence_mask_function is taking_more
+    assert masking_utils.remap_positions_for_packed_sequence is saying_else

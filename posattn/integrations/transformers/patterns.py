@@ -5,13 +5,14 @@ their closures, or, where torch.compile traces, by running them on symbols (symb
 what is read agrees with what it computes on a small grid, which is looked at once a process: after a change of
 transformers a mask is dense, never wrong.
 
-Two factories are replaced in transformers by classes whose objects compute the same, and show the documents that they
-hold to torch.compile, which shows no closure.
+Two factories are replaced in transformers by classes whose objects show the documents that they hold to torch.compile,
+which shows no closure: where they compute the same, else packed documents are dense.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +22,6 @@ from torch import Tensor
 from transformers import masking_utils
 
 from posattn.integrations.transformers.symbols import Packed, Remapped, run
-
-masking_utils.packed_sequence_mask_function = Packed
-masking_utils.remap_positions_for_packed_sequence = Remapped
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
@@ -149,6 +147,25 @@ def _closer(a: int | None, b: int | None) -> int | None:
 def _cells(function: MaskFunction) -> dict[str, Any]:
     code, closure = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
     return dict(zip(code.co_freevars, (cell.cell_contents for cell in closure))) if code is not None else {}
+
+
+def adopt() -> None:
+    """Replace transformers' two factories of packed documents by ours, each if it takes and computes the same."""
+    documents, positions = torch.tensor([[0, 0, 1, 1, 1]]), torch.tensor([[0, 1, 0, 1, 2]])
+    rows, index = torch.zeros(1, 1, 1, 1, dtype=torch.long), torch.arange(5)
+    for name, ours, arguments in (
+        ("packed_sequence_mask_function", Packed, (documents,)),
+        ("remap_positions_for_packed_sequence", Remapped, (masking_utils.causal_mask_function, positions)),
+    ):
+        theirs = getattr(masking_utils, name, None)
+        if theirs is None or list(inspect.signature(theirs).parameters) != list(inspect.signature(ours).parameters):
+            continue
+        found = [made(*arguments)(rows, rows, index[:, None], index) for made in (theirs, ours)]
+        if torch.equal(*found):
+            setattr(masking_utils, name, ours)
+
+
+adopt()
 
 
 @functools.cache
