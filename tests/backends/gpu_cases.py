@@ -396,6 +396,29 @@ PLAIN: dict[str, Case] = {
         BF16, {"heads": 1, "kv_heads": 1, "dim": 200, "dim_v": 256, "q_len": 40, "k_len": 70}, lambda: kerple(1),
         causal(), on=TRITON,
     ),
+    "D = 320": Case(
+        BF16, {"heads": 2, "kv_heads": 1, "dim": 320, "q_len": 21, "k_len": 37}, None, causal(), on=TRITON,
+        quick=(("triton", 80),),
+    ),
+    "D = 512, table and rotation": Case(
+        BF16, {"heads": 1, "kv_heads": 1, "dim": 512, "q_len": 21, "k_len": 37},
+        lambda: kerple(1) + posattn.RoPE(512), causal(), on=TRITON,
+    ),
+    "D = 512 and 300, profile": Case(
+        HALF, {"heads": 1, "kv_heads": 1, "dim": 512, "dim_v": 300, "q_len": 37, "k_len": 53}, lambda: fire(1),
+        on=TRITON,
+    ),
+    "D = 512, float32, slope": Case(
+        FULL, {"heads": 1, "kv_heads": 1, "dim": 512, "q_len": 19, "k_len": 20}, lambda: alibi(1), causal(), on=TRITON,
+    ),
+    "D = 512, few queries": Case(
+        BF16, {"heads": 2, "kv_heads": 1, "dim": 512, "q_len": 3, "k_len": 70}, lambda: posattn.RoPE(512), causal(),
+        on=TRITON, backward=False,
+    ),
+    "D = 512, dense": Case(
+        BF16, {"heads": 1, "kv_heads": 1, "dim": 512, "q_len": 21, "k_len": 37}, None,
+        lambda: {"bias": torch.randn(1, 1, 21, 37)}, on=TRITON,
+    ),
     "D = 256, slope": Case(HALF, {**SHORT, "dim": 256}, alibi, on=CUDA, quick=(("cuda", 80),)),
     "D = 256, profile": Case(BF16, {**SHORT, "dim": 256}, fire, causal(), on=CUDA),
     "D = 256, grouped heads, window": Case(

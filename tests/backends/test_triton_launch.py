@@ -146,3 +146,24 @@ def test_members_of_tuples_are_specialised_as_the_launcher_does(monkeypatch: pyt
         assert len(passed) == (4 if number == 1 else 5)
         found.launch((1,), passed)
         assert torch.equal(out[:32], torch.full((32,), number + 97.0))
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "dim", "widest"),
+    [
+        ("sm_80", torch.float32, 512, None),
+        ("sm_80", torch.bfloat16, 513, 512),
+        ("sm_86", torch.bfloat16, 512, None),
+        ("sm_120", torch.float32, 257, 256),
+        ("gfx942", torch.bfloat16, 257, 256),
+    ],
+)
+def test_wide_heads_are_refused_where_their_tiles_do_not_fit(monkeypatch, arch, dtype, dim, widest):
+    from posattn.backends import triton
+    from posattn.plan import Bias, Call, Mask, Plan
+
+    monkeypatch.setattr(triton.seam, "has_device", lambda device: True)
+    monkeypatch.setattr(triton.seam, "architecture", lambda device: arch)
+    q = torch.zeros(1, 1, 2, dim, dtype=dtype)
+    reason = triton.unsupported(Call(q, q, q, Plan(bias=Bias()), Mask(max_q=2, max_k=2), 1.0))
+    assert reason == (None if widest is None else f"it takes head dimensions up to {widest} here, got {dim}")

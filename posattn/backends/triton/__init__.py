@@ -14,10 +14,14 @@ from posattn.backends.triton import attention_backward, attention_forward, headm
 from posattn.backends.triton import launch as seam
 from posattn.backends.triton.arguments import has_unit_stride
 from posattn.backends.triton.configs import headmix
+from posattn.backends.triton.configs.launch_config import family
 from posattn.plan import Call
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+# Where tiles of 16 rows of q, k, v and dO at 512 do not fit in a block's memory: AMD's 64 KiB, and, for float32's 129
+# KiB, the 99 KB of sm_86 and its like.
+MAX_HEAD_DIM_SMALL = 256
 # The kernels take tuples and hand them on, which older releases cannot.
 OLDEST_TRITON = (3, 6)
 
@@ -37,8 +41,12 @@ def unsupported(call: Call) -> str | None:
         return f"it needs a CUDA or HIP device, got {q.device.type} tensors"
     if q.dtype not in _DTYPES:
         return f"it computes float16, bfloat16 and float32, got {q.dtype}"
-    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
-        return f"it takes head dimensions up to {MAX_HEAD_DIM}, got {max(q.shape[3], v.shape[3])}"
+    if (dim := max(q.shape[3], v.shape[3])) > MAX_HEAD_DIM_SMALL:
+        of = family(seam.architecture(q.device))
+        small = of == "gfx942" or (of == "sm_86" and q.dtype == torch.float32)
+        widest = MAX_HEAD_DIM_SMALL if small else MAX_HEAD_DIM
+        if dim > widest:
+            return f"it takes head dimensions up to {widest} here, got {dim}"
     return segments.unsupported(call) or mixes.unsupported(call) or headmix.unsupported(call)
 
 

@@ -19,7 +19,7 @@ from posattn.plan import Bias, Plan, Table
 
 logger = logging.get_logger(__name__)
 
-MAX_HEAD_DIM = {"cpu": 1024}  # of posattn's kernels, by device; 256 on others
+MAX_HEAD_DIM = {"cpu": 1024, "cuda": 256 if torch.version.hip else 512}  # of posattn's kernels, by device
 # Arguments of families' own eager functions that are understood here, or that say nothing about the result.
 _UNDERSTOOD = frozenset(
     (

@@ -22,6 +22,11 @@ _SPREAD_128 = _spread(
 )
 _PROFILE_128 = _spread(32, 128, 8, 1, "2P 5954; before runs of tiles 7026, and 10228 with warps along 64 keys")
 _SPREAD_256 = _spread(32, 64, 8, 1, "2P 10172, no spills; 64 queries 9592 and spills; 61256 with warps along 32 keys")
+# At D = 512, K, V, Q and dO of 16 rows are 64 KiB, and dK and dV take 64 registers a thread. Not modelled.
+_WIDER = {
+    "plain": _spread(16, 16, 8, 1, "64 KiB of shared memory, which every architecture has"),
+    "float32": LaunchConfig(16, 16, 8, 1, "exact float32 at D = 512"),
+}
 # In 99 KB of shared memory; "2P" is sm_80's.
 _SMALL_128 = _spread(32, 128, 8, 1, "2P 4298; 64 queries need 128 KB")
 _SMALL_256 = _spread(32, 32, 8, 1, "64 keys need 104 KB")
@@ -52,6 +57,7 @@ MAIN: Table = {
         },
         128: {"plain": _SPREAD_128, "profile": _PROFILE_128, "float32": _FLOAT32},
         256: {"plain": _SPREAD_256, "float32": _FLOAT32_WIDE},
+        512: _WIDER,
     },
     "sm_90": {
         **_NARROW_90,
@@ -69,6 +75,7 @@ MAIN: Table = {
             "profile": _WIDE_90,
             "float32": _FLOAT32_WIDE,
         },
+        512: _WIDER,
     },
     "gfx942": {
         **_NARROW,
@@ -101,6 +108,7 @@ BIASES: Table = {
         64: {"plain": _SMALL, "float32": _FLOAT32},
         128: {"plain": LaunchConfig(64, 64, 8, 1, "square; 4 warps spill at D = 128"), "float32": _FLOAT32},
         256: {"plain": _BIAS_WIDE, "float32": _FLOAT32_WIDE},
+        512: {"plain": LaunchConfig(16, 16, 8, 1, "square; shared memory at D = 512"), "float32": _FLOAT32_WIDE},
     }
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
 }

@@ -21,6 +21,12 @@ _SM90 = LaunchConfig(
 )
 _AMD = LaunchConfig(128, 64, 4, 1, "K, V and P tiles within 64 KiB of LDS")
 
+# At D = 512 a row of the output takes as many registers as four do at 128. Not modelled.
+_WIDER = {
+    "plain": LaunchConfig(32, 16, 4, 1, "within 64 KiB of shared memory, which every architecture has"),
+    "float32": LaunchConfig(16, 16, 4, 1, "exact float32, as above"),
+}
+
 FORWARD: Table = {
     "sm_80": {
         64: {
@@ -37,6 +43,7 @@ FORWARD: Table = {
             "dense": LaunchConfig(64, 32, 4, 2, "registers"),
             "float32": _FLOAT32,
         },
+        512: _WIDER,
         256: {
             "plain": LaunchConfig(64, 32, 4, 2, "96 KiB of shared memory, so that sm_86 and sm_89 hold it too"),
             "float32": LaunchConfig(32, 16, 4, 1, "exact float32, as above"),
@@ -55,6 +62,7 @@ FORWARD: Table = {
             "dense": LaunchConfig(128, 64, 8, 2, "registers"),
             "float32": _FLOAT32,
         },
+        512: _WIDER,
         256: {
             "plain": LaunchConfig(128, 64, 8, 2, "64 + 2 x 64 KiB of shared memory"),
             "dense and boolean": LaunchConfig(64, 64, 4, 2, "both with 128 queries take 240 KiB; 32 keys are slower"),
@@ -97,6 +105,8 @@ def _forward_config(arch: str, call: Call) -> LaunchConfig:
     config = look_up(FORWARD, arch, call)
     if q_max(call) <= FEW_ROWS and config.block_m > 32:
         dim = head_dim(call)
+        if dim > 256:
+            return config
         if dim <= 32:
             return _DECODE_NARROW
         if call.plan.rotary is not None:
