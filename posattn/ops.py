@@ -71,6 +71,19 @@ def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def attend_known(call: Call, backend: str, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """As `attend`, where out and lse are known: those of the call's rows over its keys and more. Gradients are the
+    share that these keys have in them; nothing is computed before. For eager calls on plain tensors, not the reference.
+    """
+    if call.plan.rotary is not None and in_front(call.plan.rotary):
+        call = turned(call)
+    flat = flatten(call, backend)
+    numbers = (call.scale, call.softcap, call.dropout_p, flat.spec)
+    tensors = (call.q, call.k, call.v, *flat.operands)
+    found: Any = _KnownAttend.apply(out, lse, flat.ints, numbers, *tensors)  # type: ignore[no-untyped-call]
+    return found[0], found[1]
+
+
 def _is_bare(call: Call) -> bool:
     """Whether a call has no tensor but q, k and v, so that an eager one needs no flat form to be looked at."""
     plan, mask = call.plan, call.mask
@@ -182,6 +195,22 @@ class _EagerAttend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None, None, None, *_gradients(ctx, grad_out, grad_lse, ctx.needs_input_grad[3:]))
+
+
+class _KnownAttend(torch.autograd.Function):
+    """The backward pass alone of attention_forward, for an output that is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, lse: Tensor, ints: list[int], numbers: Numbers, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        output = out.view_as(out), lse.view_as(lse)
+        _save(ctx, ints, numbers, tensors, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, None, None, *_gradients(ctx, grad_out, grad_lse, ctx.needs_input_grad[4:]))
 
 
 class _Attend(torch.autograd.Function):

@@ -38,7 +38,7 @@ LAYERS = (
     ("posattn.parity",),
     ("posattn.checking",),
     ("posattn",),
-    ("posattn.targets",),
+    ("posattn.distributed", "posattn.targets"),
     ("posattn.integrations",),
     ("posattn.bench", "posattn.check_command", "posattn.plot"),
     ("posattn.demo",),

@@ -1,0 +1,365 @@
+"""Attention over a sequence that is cut over several machines, for every encoding over distances and for DAPE.
+
+from posattn.distributed import attention, shard
+
+q, k, v = (shard(x, group) for x in (q, k, v))                    # [B, H, T / P, D] of [B, H, T, D]
+out = attention(q, k, v, posattn.DAPE(posattn.Kerple(12), 12), causal=True, group=group)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+import posattn
+from posattn import validation
+from posattn.distributed import blocks
+from posattn.distributed.blocks import Settings
+from posattn.distributed.gathered import GatherTokens, SumGradients, SummedParameters
+from posattn.distributed.group import Group, check_agreement, group_of
+from posattn.distributed.layout import LAYOUTS as LAYOUTS
+from posattn.distributed.layout import Span as Span
+from posattn.distributed.layout import spans
+from posattn.distributed.ring import RingAttention
+from posattn.distributed.ulysses import TokensOfHeads
+from posattn.encodings.base import Encoding
+from posattn.errors import ArgumentTypeError, ArgumentValueError
+
+__all__ = ["all_gather_attention", "attention", "ring_attention", "shard", "ulysses_attention", "unshard"]
+
+METHODS = ("auto", "ring", "all_gather", "ulysses")
+Meshes = Group | DeviceMesh | None
+Window = int | tuple[int | None, int | None] | None
+
+
+def shard(x: Tensor, group: Meshes = None, layout: str = "zigzag", dim: int = 2) -> Tensor:
+    """This rank's tokens of x.
+
+    Args:
+        x: a tensor with the tokens of the whole sequence along `dim`.
+        group: a process group, a mesh of one dimension, or None for all ranks.
+        layout: "zigzag" or "contiguous", as in `ring_attention`.
+        dim: of the tokens; 2 for [B, H, T, D].
+
+    Returns:
+        x with T / P tokens along `dim`.
+
+    Raises:
+        ValueError: a number of tokens that the ranks (and for "zigzag" two pieces each) do not divide.
+    """
+    found = group_of(group)
+    ranks = found.size()
+    if x.shape[dim] % ranks:
+        raise ArgumentValueError(f"x: expected a number of tokens that {ranks} ranks divide, got {x.shape[dim]}")
+    mine = spans(layout, x.shape[dim] // ranks, found.rank(), ranks)
+    return torch.cat([x.narrow(dim, span.first, span.length) for span in mine], dim)
+
+
+def unshard(x: Tensor, group: Meshes = None, layout: str = "zigzag") -> Tensor:
+    """The whole sequence on every rank; differentiable.
+
+    Args:
+        x: this rank's [B, H, T / P, D], of the same shape on every rank.
+        group, layout: as in `shard`.
+
+    Returns:
+        [B, H, T, D].
+    """
+    gathered: Tensor = GatherTokens.apply(group_of(group), layout, x)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Encoding | None = None,
+    *,
+    group: Meshes = None,
+    layout: str = "zigzag",
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    documents: Sequence[int] | Tensor | None = None,
+    dropout_p: float = 0.0,
+    sum_gradients: bool = True,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which keys and values go round the ranks while each attends from its own queries.
+
+    Partial results are merged by their log-sum-exps in float32; the backward pass goes round again with the rows' own
+    log-sum-exp and nothing computed twice. Memory is O(T / P). Pairs of shards that the mask empties are skipped. Every
+    rank of the group has to call it, with the same options.
+
+    Args:
+        q: queries [B, Hq, T / P, D] of this rank; `shard` gives them.
+        k, v: keys [B, Hkv, T / P, D] and values [B, Hkv, T / P, Dv] of the same tokens.
+        position: an encoding, a sum of them, or None; DAPE too. It is placed by the tokens' indices in the whole
+            sequence, and its tables are made for the distances of a pair of shards alone.
+        group: a process group, a mesh of one dimension, or None for all ranks.
+        layout: "zigzag" (rank r holds pieces r and 2 P - 1 - r of 2 P: equal work under a causal mask) or "contiguous".
+        causal, window, scale, softcap, deterministic, backend: as in `posattn.attention`.
+        sinks: a logit a head [Hq], the same on every rank.
+        documents: bounds [0, ..., T] of packed documents in the whole sequence, with B = 1.
+        dropout_p: 0. Kernels draw by the index in a call, which for a shard is not the one in the sequence.
+        sum_gradients: sum the gradients of the encoding's parameters and of the sinks over the group. False leaves each
+            rank its own share, for DDP or FSDP to reduce.
+        return_lse: also return the log-sum-exp [B, Hq, T / P].
+
+    Returns:
+        [B, Hq, T / P, Dv], or that and the log-sum-exp.
+
+    Raises:
+        TypeError, ValueError: as `posattn.attention`; shapes, dtypes or options that differ between the ranks, on every
+            rank; an encoding that a shard cannot have (a dense bias, positions of its own, a scaling by the call's
+            length).
+    """
+    found = group_of(group)
+    settings = _settings(
+        found, layout, (q, k, v), position, causal, window, scale, softcap, sinks, documents, dropout_p, deterministic,
+        backend, sum_gradients,
+    )  # fmt: skip
+    parameters = [] if position is None else [p for p in position.parameters() if p.requires_grad]
+    results: Any = RingAttention.apply(  # type: ignore[no-untyped-call]
+        found, layout, settings, position, sum_gradients, q, k, v, sinks, *parameters
+    )
+    return tuple(results) if return_lse else results[0]
+
+
+def all_gather_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Encoding | None = None,
+    *,
+    group: Meshes = None,
+    layout: str = "zigzag",
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    documents: Sequence[int] | Tensor | None = None,
+    dropout_p: float = 0.0,
+    sum_gradients: bool = True,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention from this rank's queries to the keys and values of all ranks, gathered at once.
+
+    One collective each way and O(T) memory for keys and values: best where there are few key heads, or few ranks.
+
+    Args:
+        q, k, v, position, group, layout, causal, window, scale, softcap, sinks, documents: as in `ring_attention`.
+        dropout_p, sum_gradients, return_lse, deterministic, backend: as there.
+
+    Returns:
+        [B, Hq, T / P, Dv] of this rank's tokens, or that and the log-sum-exp [B, Hq, T / P].
+
+    Raises:
+        TypeError, ValueError: as `ring_attention`.
+    """
+    found = group_of(group)
+    settings = _settings(
+        found, layout, (q, k, v), position, causal, window, scale, softcap, sinks, documents, dropout_p, deterministic,
+        backend, sum_gradients,
+    )  # fmt: skip
+    keys, values = (GatherTokens.apply(found, layout, x) for x in (k, v))  # type: ignore[no-untyped-call]
+    whole = Span(0, keys.shape[2], 0)
+    if sum_gradients and sinks is not None:
+        (sinks,) = SumGradients.apply(found, sinks)  # type: ignore[no-untyped-call]
+    if sum_gradients and position is not None:
+        position = SummedParameters(position, found)
+    parts, lses = [], []
+    for span in spans(layout, q.shape[2], found.rank(), found.size()):
+        block = blocks.block_of(span, whole, settings, q.device)
+        assert block is not None  # a token sees itself
+        options: dict[str, Any] = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+        options["sinks"] = sinks
+        options |= {"deterministic": deterministic, "backend": backend, "return_lse": True, **block.options}
+        one = q[:, :, block.queries], keys[:, :, block.keys], values[:, :, block.keys]
+        part, lse = posattn.attention(*one, position, **options)
+        parts.append(part)
+        lses.append(lse)
+    out, lse = torch.cat(parts, 2), torch.cat(lses, 2)
+    return (out, lse) if return_lse else out
+
+
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Encoding | None = None,
+    *,
+    group: Meshes = None,
+    layout: str = "zigzag",
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    documents: Sequence[int] | Tensor | None = None,
+    dropout_p: float = 0.0,
+    sum_gradients: bool = True,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of this rank's share of the heads over the whole sequence: two exchanges of tokens for heads each way.
+
+
+    Args:
+        q, k, v, position, group, layout, causal, window, scale, softcap, sinks, documents: as in `ring_attention`.
+        dropout_p, sum_gradients, return_lse, deterministic, backend: as there.
+
+    Returns:
+        [B, Hq, T / P, Dv] of this rank's tokens, or that and the log-sum-exp [B, Hq, T / P].
+
+    Raises:
+        TypeError, ValueError: as `ring_attention`; key heads that P does not divide; a DAPE, which mixes the
+            logits of all heads.
+    """
+    found = group_of(group)
+    ranks, rank = found.size(), found.rank()
+    _settings(
+        found, layout, (q, k, v), position, causal, window, scale, softcap, sinks, documents, dropout_p, deterministic,
+        backend, sum_gradients,
+    )  # fmt: skip
+    if k.shape[1] % ranks:
+        raise ArgumentValueError(f"k, v: expected a number of heads that {ranks} ranks divide, got {k.shape[1]}")
+    if position is not None and any(isinstance(module, posattn.DAPE) for module in position.modules()):
+        raise ArgumentValueError(
+            "position: expected an encoding whose heads are apart, got a DAPE, which mixes the logits of all heads; "
+            "ring_attention and all_gather_attention take it"
+        )
+    heads = q.shape[1] // ranks
+    mine = slice(rank * heads, (rank + 1) * heads)
+    if sum_gradients and sinks is not None:
+        (sinks,) = SumGradients.apply(found, sinks)  # type: ignore[no-untyped-call]
+    if sum_gradients and position is not None:
+        position = SummedParameters(position, found)
+    own = None if position is None else position.shard(rank * heads, heads)
+    options: dict[str, Any] = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+    options |= {"sinks": None if sinks is None else sinks[mine], "return_lse": True}
+    options |= {"deterministic": deterministic, "backend": backend}
+    if documents is not None:
+        bounds = torch.as_tensor(documents, dtype=torch.int32).to(q.device)
+        options |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+    tensors = [TokensOfHeads.apply(found, layout, False, x) for x in (q, k, v)]  # type: ignore[no-untyped-call]
+    out, lse = posattn.attention(tensors[0], tensors[1], tensors[2], own, **options)
+    result: Tensor = TokensOfHeads.apply(found, layout, True, out)  # type: ignore[no-untyped-call]
+    if not return_lse:
+        return result
+    lses: Tensor = TokensOfHeads.apply(found, layout, True, lse[..., None])  # type: ignore[no-untyped-call]
+    return result, lses[..., 0]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Encoding | None = None,
+    *,
+    group: Meshes = None,
+    method: str = "auto",
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the ranks of a group by the method that fits.
+
+    Args:
+        q, k, v, position, group: as in `ring_attention`.
+        method: "ring", "all_gather", "ulysses", or "auto", which gathers where the gathered keys and values are at most
+            twice the size of this rank's queries and their result (few ranks, or few key heads), and goes round a ring
+            otherwise, whose memory does not grow with the sequence.
+        options: the other arguments of `ring_attention`.
+
+    Returns:
+        [B, Hq, T / P, Dv] of this rank's tokens, or that and the log-sum-exp [B, Hq, T / P].
+
+    Raises:
+        TypeError, ValueError: as the method that is taken; an unknown method.
+    """
+    if method not in METHODS:
+        raise ArgumentValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if method == "auto":
+        method = chosen(q, k, v, group_of(group).size())
+    by_name = {"ring": ring_attention, "all_gather": all_gather_attention, "ulysses": ulysses_attention}
+    return by_name[method](q, k, v, position, group=group, **options)
+
+
+def chosen(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> str:
+    """What "auto" takes, by sizes alone."""
+    gathered = ranks * k.shape[1] * (k.shape[3] + v.shape[3])
+    own = q.shape[1] * (q.shape[3] + v.shape[3])
+    return "all_gather" if gathered <= 2 * own else "ring"
+
+
+def _settings(
+    group: Group,
+    layout: str,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    position: Encoding | None,
+    causal: bool,
+    window: Window,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    documents: Sequence[int] | Tensor | None,
+    dropout_p: float,
+    deterministic: bool,
+    backend: str,
+    sum_gradients: bool,
+) -> Settings:
+    """The checked options, the same on every rank; nothing was sent before but one number."""
+    q, k, v = tensors
+    facts: list[object] = [tuple(x.shape) for x in tensors] + [str(x.dtype) for x in tensors]
+    bounds = None if documents is None else tuple(torch.as_tensor(documents).tolist())
+    facts += [layout, causal, window, scale, softcap, None if sinks is None else tuple(sinks.shape), bounds, dropout_p]
+    facts += [sum_gradients, type(position).__name__]
+    check_agreement(group, facts, q.device)
+    validation.check_qkv(q, k, v, ("q", "k", "v"), 4)
+    validation.check_heads(q, k, v)
+    if q.shape[2] != k.shape[2]:
+        raise ArgumentValueError(
+            f"k, v: expected keys of the same {q.shape[2]} tokens as the queries, got {k.shape[2]}"
+        )
+    spans(layout, q.shape[2], 0, group.size())
+    causal = validation.check_flag("causal", causal)
+    left, right = validation.check_window(window)
+    if dropout_p:
+        raise ArgumentValueError(
+            f"dropout_p: expected 0.0, got {dropout_p}: kernels draw by a token's index in the call, and a shard's is "
+            "not that in the sequence"
+        )
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise ArgumentTypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+    validation.check_sinks(sinks, q)
+    total = q.shape[2] * group.size()
+    if bounds is not None and (
+        q.shape[0] != 1 or bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in pairwise(bounds))
+    ):
+        raise ArgumentValueError(
+            f"documents: expected ascending bounds from 0 to {total}, with a batch of 1, got {list(bounds)} and a "
+            f"batch of {q.shape[0]}"
+        )
+    return Settings(
+        causal=causal,
+        left=left,
+        right=right,
+        scale=None if scale is None else float(scale),
+        softcap=validation.check_softcap(softcap),
+        deterministic=validation.check_flag("deterministic", deterministic),
+        backend=validation.check_backend(backend),
+        documents=bounds,
+        absolute=blocks.is_absolute(position, q.shape[1], q.shape[3], q.device),
+    )
