@@ -75,6 +75,7 @@ def attend_known(call: Call, backend: str, out: Tensor, lse: Tensor) -> tuple[Te
     """As `attend`, where out and lse are known: those of the call's rows over its keys and more. Gradients are the
     share that these keys have in them; nothing is computed before. For eager calls on plain tensors, not the reference.
     """
+    call = scaled(call)
     if call.plan.rotary is not None and in_front(call.plan.rotary):
         call = turned(call)
     flat = flatten(call, backend)

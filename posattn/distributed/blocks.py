@@ -194,9 +194,15 @@ def is_absolute(position: Encoding | None, heads: int, head_dim: int, device: to
             )
     with torch.enable_grad():
         plan = position.lower(Context(2, 2, heads, head_dim, device, torch.float32, causal=True))
+    if plan.mix is not None and plan.mix.w1.dim() == 3:
+        raise ArgumentValueError(
+            "position: expected a mix of one key at a time, got one with a kernel over keys, which would end where a "
+            "shard's do"
+        )
     biases = [plan.bias, *([] if plan.mix is None else [plan.mix.inner])]
     if any(bias.dense is not None for bias in biases):
         raise ArgumentValueError(
             "position: expected no dense bias, got one, whose queries and keys are the whole sequence's"
         )
-    return any(bias.profile is not None for bias in biases)
+    placed = plan.places is not None or plan.amplitude is not None
+    return placed or any(bias.profile is not None for bias in biases)

@@ -29,6 +29,9 @@ POSITIONS: dict[str, Callable[[], Encoding | None]] = {
     "FIRE": lambda: posattn.FIRE(HEADS, width=8, initial_length=9.0),
     "RoPE + ALiBi": lambda: posattn.RoPE(DIM) + posattn.ALiBi(HEADS, learnable=True),
     "YaRN": lambda: posattn.RoPE(DIM, scaling=posattn.YaRN(4.0, 8)),
+    "RelativeTable2D": lambda: posattn.RelativeTable2D(HEADS, (24, 4)),
+    "LogitScale": lambda: posattn.RoPE(DIM) + posattn.LogitScale("log", num_heads=HEADS),
+    "learned RoPE": lambda: posattn.RoPE(DIM, learnable=True),
     "DAPE-Kerple": lambda: posattn.DAPE(posattn.Kerple(HEADS), HEADS, width=8),
     "DAPE-FIRE": lambda: posattn.DAPE(posattn.FIRE(HEADS, width=8, initial_length=9.0), HEADS, width=8),
 }
@@ -119,6 +122,8 @@ def refused(case: dict[str, Any]) -> str:
     position: Encoding | None = None
     if case.get("position") == "dynamic":
         position = posattn.RoPE(DIM, scaling=posattn.DynamicNTK(2.0, 8))
+    if case.get("position") == "DAPE V2":
+        position = posattn.DAPE(posattn.Kerple(HEADS), HEADS, kernel=3)
     if case.get("position") == "DAPE":
         position = posattn.DAPE(posattn.Kerple(HEADS), HEADS)
     function = getattr(distributed, f"{case.get('method', 'ring')}_attention")

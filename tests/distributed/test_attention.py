@@ -76,6 +76,7 @@ OTHERS: list[Case] = [
     {"method": "ring", "position": "ALiBi", "options": {"causal": True, "kv_heads": 2}},
     {"method": "ulysses", "position": "ALiBi", "options": {"causal": True, "kv_heads": 2}},
     {"method": "ring", "position": "T5", "options": {}},
+    {"method": "all_gather", "position": "RelativeTable2D", "options": {"causal": True}},
 ]
 WRONG: list[tuple[Case, str]] = [
     (
@@ -94,6 +95,7 @@ WRONG: list[tuple[Case, str]] = [
         {"tokens": [6, 6], "position": "DAPE", "method": "ulysses"},
         "position: expected an encoding whose heads are apart",
     ),
+    ({"tokens": [6, 6], "position": "DAPE V2"}, "position: expected a mix of one key at a time"),
     ({"tokens": [6, 6], "options": {"window": -1}}, "window"),
 ]
 

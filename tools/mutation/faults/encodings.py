@@ -7,6 +7,7 @@ from ..fault import Fault
 ADDITIVE = "tests/encodings/test_additive.py"
 OWN = "tests/encodings/test_own_tables.py"
 PLACES = "tests/backends/test_parity_places.py"
+PLACED = "tests/encodings/test_placed_tables.py"
 DAPE = "tests/encodings/test_dape.py"
 FIRE = "tests/encodings/test_fire.py"
 ROPE = "tests/encodings/test_rope.py"
@@ -77,10 +78,10 @@ FAULTS: list[Fault] = [
     ),
     *of(
         "relative_2d.py",
-        ("+ self.height «- 1» right", "- 2", (ADDITIVE,)),
-        ("down * (2 * self.width «- 1») + right", "", (ADDITIVE,)),
-        ("q_positions % self.width, «k_positions % self.width»", "k_positions // self.width", (ADDITIVE,)),
-        ("max(q_last, k_last) «>=» cells", ">", (ADDITIVE,)),
+        ("self._steps[0] * (2 * length «- 1»))", "", (ADDITIVE, PLACED)),
+        ("for length, step in zip(reversed(self.window), «reversed(self._steps)»):", "self._steps", (ADDITIVE, PLACED)),
+        ("q = torch.where(q_positions == 0, «3 * self._last + 2», q)", "self._last + 1", (PLACED,)),
+        ("max(q_last, k_last) «>=» self.tokens", ">", (ADDITIVE, PLACED)),
         ("if «min(q_first, k_first) < 0» or", "False", (ADDITIVE,)),
     ),
     *of(
@@ -108,8 +109,9 @@ FAULTS: list[Fault] = [
         ("threshold)) «+ self.eps»)", "", (FIRE,)),
         ("on_at_start = ((a < 0) | («(a == 0) & (b > 0)»)).double()", "a != a", (FIRE,)),
         ("torch.where(«a < 0», below, knots).sort()", "a > 0", (FIRE,)),
-        ("prefix(weight @ (b * on_at_start) «+ bias», weight", "", (FIRE,)),
-        ("weight * (b * «side»))", "1.0", (FIRE,)),
+        ("prefix(weight @ (b * start) «+ bias», weight", "", (FIRE,)),
+        ("rest = on_at_start + leak * (1.0 - on_at_start), (1.0 - leak) * «side»", "1.0", (FIRE,)),
+        ("on_at_start + leak * («1.0 - on_at_start»), (1.0", "1.0", (FIRE,)),
         ("return torch.log1p((c * y)«.abs()»)", "", (FIRE,)),
         ("psi, context.distance_range[0], row_scale, «row_first», knots", "row_first + 1", (FIRE, EVERY)),
         ("psi, «context.distance_range[0]», row_scale", "context.distance_range[0] + 1", (FIRE, EVERY)),
@@ -118,7 +120,7 @@ FAULTS: list[Fault] = [
         "dape.py",
         ('both = inner is not None and inner.has_bias «and form != "add"»', "", (DAPE,)),
         ("self.form, «inner.bias», self.edge", "Bias()", (DAPE,)),
-        ("return Plan(«inner.rotary», mix, Bias())", "None", (DAPE,)),
+        ("return replace(«inner», mix=mix, bias=Bias())", "Plan()", (DAPE,)),
         ("w2.to(dtype), «b2.to(dtype)»,", "b1.to(dtype)[: self.num_heads]", (DAPE,)),
     ),
     *of(
@@ -146,7 +148,7 @@ FAULTS: list[Fault] = [
         ('k_cos, k_sin, self.layout == «"interleaved"»)', '"half"', (ROPE,)),
         ("if self.rotary_dim > head_dim «or self.rotary_dim % 2»:", "", (ROPE,)),
         (
-            "q_theta, _ = self.scaling.frequencies(self.rotary_dim, self.base, «q_lengths», context.device)",
+            "q_theta, q_factor = self.scaling.frequencies(self.rotary_dim, self.base, «q_lengths», context.device)",
             "k_lengths",
             (ROPE, "tests/encodings/test_rope.py -k documents"),
         ),
@@ -187,11 +189,11 @@ FAULTS: list[Fault] = [
         ("return self._mscale(self.mscale) / «self._mscale(self.mscale_all_dim)»", "1.0", (ROPE,)),
         ("turns = self.original_length * theta / («2.0» * math.pi)", "1.0", (ROPE,)),
         ("keep + («1.0 - keep») / self.factor", "1.0", (ROPE,)),
-        ("is_long = length.to(device) «>» self.original_length", ">=", (ROPE,)),
-        ("long if length «>» self.original_length else short", ">=", (ROPE,)),
+        ("is_long = (length.to(device) «>» self.original_length)", ">=", (ROPE,)),
+        ("is_longer = length «>» self.original_length", ">=", (ROPE,)),
         ("math.sqrt(«1.0» + max(math.log", "2.0", (ROPE,)),
         ("max(math.log(self.factor), 0.0) / math.log(«self.original_length»)", "self.factor", (ROPE,)),
-        ("torch.where(is_long[..., None], «long, short»)", "short, long", (ROPE,)),
+        ("theta / torch.where(is_long, «long, short»), factors", "short, long", (ROPE,)),
     ),
     *of(
         "context.py",
@@ -230,7 +232,7 @@ FAULTS: list[Fault] = [
         ("Dense(a.dense.bias «+ b.dense.bias»)", "", (MODULES, EVERY)),
         ("return head_slice(plan, «self.first», context.num_heads)", "0", (SHARD,)),
         ("if not 0 <= first «<=» heads - count:", "<", (SHARD,)),
-        ("Plan(rotary=«a.rotary or b.rotary», mix", "a.rotary", (DAPE,)),
+        ("rotary=«a.rotary or b.rotary»,", "a.rotary", (DAPE,)),
         ("bias=_add_biases(«a.bias, b.bias», context)", "a.bias, a.bias", (MODULES, EVERY)),
     ),
     *of(

@@ -110,7 +110,11 @@ FAULTS: list[Fault] = [
     ),
     *of(
         "posattn/sdpa_shapes.py",
-        ("rank = max(query.dim(), «key.dim(), »value.dim())", "", (SDPA, "tests/api/test_opinfo.py -k values")),
+        (
+            "rank = max(query.dim(), «key.dim(), »value.dim())\n    q, k, v = (",
+            "",
+            (SDPA, "tests/api/test_opinfo.py -k values"),
+        ),
         ("attn_mask is not None and attn_mask.dim() > 3 and «len(lead) != 1»", "len(lead) > 2", (SDPA,)),
         ("q, k, v = (tensor.expand(*tensor.shape[:-3], «heads», -1, -1)", "-1", (SDPA,)),
         ("tensor.repeat_interleave(«heads // tensor.shape[-3]», -3)", "1", (SDPA,)),
@@ -122,8 +126,8 @@ FAULTS: list[Fault] = [
     ),
     *of(
         "posattn/validation.py",
-        ("if low «<=» -_POSITION_LIMIT or high", "<", (BAD,)),
-        ("or high «>=» _POSITION_LIMIT:", ">", (BAD,)),
+        ("if not -_POSITION_LIMIT «<» low <= high", "<=", (BAD,)),
+        ("low <= high «<» _POSITION_LIMIT:  # nor", "<=", (BAD,)),
         ("if not -_POSITION_LIMIT «<» first <= last < _POSITION_LIMIT:", "<=", (BAD,)),
         ("first <= last «<» _POSITION_LIMIT:", "<=", (BAD,)),
         (
@@ -219,7 +223,7 @@ FAULTS: list[Fault] = [
         ('inputs = 2 * self.heads if inner «and mix.form != "add"» else', "", ("tests/encodings/test_dape.py",)),
         ("lines = knots.shape[0] «+ 1»", "", ("tests/encodings/test_fire.py",)),
         ("tensor.expand(«self.heads», -1)", "2", (PLANS,)),
-        ("if tensor.device «!=» self.device:", "is", (PLANS,)),
+        ("if tensor.device «!=» self.device:\n            raise ArgumentValueError(\n", "is", (PLANS,)),
         ("«size >= 1» if isinstance(want, str)", "True", (PLANS,)),
         ('self.shaped("mix.w2", mix.w2, «self.heads, width», *kernel)', '"heads", width', (PLANS,)),
     ),
