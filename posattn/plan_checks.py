@@ -148,7 +148,12 @@ class _Checks:
                 raise ArgumentTypeError(f"{self._what(name)} a torch.Tensor of int64, got {got}")
             if tensor.device != self.device:
                 raise ArgumentValueError(f"{self._what(name)} on {self.device} like q, got {tensor.device}")
-            if tensor.dim() != 2 or tensor.shape[1] != tokens or (tensor.shape[0] not in (1, self.batch)):
+            # Compared one by one: `in` is no comparison of sizes that a compiler knows by name.
+            if (
+                tensor.dim() != 2
+                or tensor.shape[1] != tokens
+                or (tensor.shape[0] != 1 and tensor.shape[0] != self.batch)
+            ):
                 raise self._wrong_shape(name, tensor, f"{self.batch} or 1", tokens)
 
     def bias(self, name: str, bias: object) -> Bias:

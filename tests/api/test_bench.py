@@ -35,8 +35,8 @@ def test_every_encoding_is_found() -> None:
     )
     for name in found[1:]:
         assert isinstance(encodings.build(name, 4, 16, 32), posattn.encodings.Encoding)
-    # Segments are of their caller's making, and a table over pixels is a dense bias.
-    assert not {"BiPE-RoPE", "BiPE-ALiBi", "RelativeTable2D"} & set(found)
+    # Segments are of their caller's making.
+    assert not {"BiPE-RoPE", "BiPE-ALiBi"} & set(found)
 
 
 def test_an_unknown_encoding_is_an_error() -> None:
