@@ -149,11 +149,8 @@ class _Checks:
             if tensor.device != self.device:
                 raise ArgumentValueError(f"{self._what(name)} on {self.device} like q, got {tensor.device}")
             # Compared one by one: `in` is no comparison of sizes that a compiler knows by name.
-            if (
-                tensor.dim() != 2
-                or tensor.shape[1] != tokens
-                or (tensor.shape[0] != 1 and tensor.shape[0] != self.batch)
-            ):
+            fits = tensor.dim() == 2 and tensor.shape[1] == tokens
+            if not fits or not (tensor.shape[0] == 1 or tensor.shape[0] == self.batch):
                 raise self._wrong_shape(name, tensor, f"{self.batch} or 1", tokens)
 
     def bias(self, name: str, bias: object) -> Bias:
