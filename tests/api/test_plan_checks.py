@@ -14,7 +14,9 @@ from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Dense, HeadMix, Plan, Profile, Rotary, Slope, Table
 
 BATCH, HEADS, Q_LEN, K_LEN, DIM = 2, 4, 5, 7, 8
-Q, K = torch.randn(BATCH, HEADS, Q_LEN, DIM), torch.randn(BATCH, HEADS, K_LEN, DIM)
+SEEDED = torch.Generator().manual_seed(0)
+Q = torch.randn(BATCH, HEADS, Q_LEN, DIM, generator=SEEDED)
+K = torch.randn(BATCH, HEADS, K_LEN, DIM, generator=SEEDED)
 
 
 class Given(Encoding):
@@ -160,7 +162,9 @@ SHARED: dict[str, Callable[[Tensor], Plan]] = {
     "table": lambda x: bias(table=Table(x * torch.arange(11.0)[None], -4)),
     "slope": lambda x: bias(slope=Slope(x)),
     "lines": lambda x: profile(segment_slope=x * torch.ones(1, 4), segment_intercept=x * torch.ones(1, 4)),
-    "inner table": lambda x: mix(w1=torch.ones(6, 8), inner=bias(table=Table(x * torch.arange(11.0)[None], -4)).bias),
+    "inner table": lambda x: mix(
+        w1=torch.full((6, 8), 0.1), inner=bias(table=Table(x * torch.arange(11.0)[None], -4)).bias
+    ),
 }
 
 
