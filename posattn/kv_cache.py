@@ -17,6 +17,7 @@ from torch import Tensor
 from posattn.attention import Options, attention
 from posattn.encodings.base import Encoding
 from posattn.errors import ArgumentTypeError, ArgumentValueError
+from posattn.validation import check_flag
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -215,6 +216,7 @@ class StaticCache(KVCache):
         sizes = {"batch": batch, "kv_heads": kv_heads, "tokens": tokens, "head_dim": head_dim}
         for name, size in {**sizes, "value_dim": head_dim if value_dim is None else value_dim}.items():
             check_size(name, size)
+        check_flag("positions", positions)
         self.tokens = tokens
         # One slot more than tokens: what is not kept goes there, so that shapes do not depend on lengths.
         k = torch.zeros(batch, kv_heads, tokens + 1, head_dim, dtype=dtype, device=device)

@@ -28,6 +28,7 @@ from posattn.kv_cache import (
     uncompiled,
 )
 from posattn.paging import gathered
+from posattn.validation import check_flag
 
 NO_PAGE = -1
 
@@ -83,10 +84,11 @@ class PagedCache(KVCache):
         device: torch.device | str | None = None,
     ) -> None:
         value_dim = head_dim if value_dim is None else value_dim
-        row_tokens = pages * page if row_tokens is None else row_tokens
         sizes = {"pages": pages, "page": page, "rows": rows, "kv_heads": kv_heads, "head_dim": head_dim}
-        for name, size in {**sizes, "value_dim": value_dim, "row_tokens": row_tokens}.items():
+        for name, size in {**sizes, "value_dim": value_dim}.items():
             check_size(name, size)
+        row_tokens = pages * page if row_tokens is None else check_size("row_tokens", row_tokens)
+        check_flag("positions", positions)
         self.page = page
         self.rotation = None if rotation is None else _checked_rotation(rotation, head_dim)
         self.k = torch.zeros(pages, page, kv_heads, head_dim, dtype=dtype, device=device)

@@ -124,6 +124,8 @@ def _number(name: str, value: object) -> float:
             raise ArgumentTypeError(
                 f"{name}: expected a number, got a tensor that requires grad, which it has none for"
             )
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ArgumentTypeError(f"{name}: expected a number, got a tensor of shape {list(value.shape)}")
         if isinstance(value, str) or not hasattr(value, "__float__"):
             raise ArgumentTypeError(f"{name}: expected a number, got {value!r}")
     number = float(value)
@@ -171,10 +173,10 @@ def check_softcap(softcap: float | None) -> float:
     return number
 
 
-def check_dropout(dropout_p: float) -> float:
-    number = _number("dropout_p", _no_flag("dropout_p", dropout_p))
+def check_dropout(dropout_p: float, name: str = "dropout_p") -> float:
+    number = _number(name, _no_flag(name, dropout_p))
     if not 0.0 <= number <= 1.0:
-        raise ArgumentValueError(f"dropout_p: expected 0 <= dropout_p <= 1, got {dropout_p}")
+        raise ArgumentValueError(f"{name}: expected 0 <= {name} <= 1, got {dropout_p}")
     return number
 
 

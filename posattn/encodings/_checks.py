@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
+
+from posattn.errors import described
 
 
 def check_positive_int(name: str, value: int) -> int:
@@ -56,6 +59,19 @@ def check_float32(name: str, value: float) -> float:
     if not abs(value) <= limit:
         raise ValueError(f"{name}: expected a finite number within float32's range of +/-{limit:.3g}, got {value}")
     return float(value)
+
+
+def check_flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {described(value)}")
+    return value
+
+
+def check_sequence(name: str, value: Iterable[Any], expected: str) -> tuple[Any, ...]:
+    """Its items, which the caller checks; `expected` says what they are to be."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected {expected}, got {described(value)}")
+    return tuple(value)
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> str:

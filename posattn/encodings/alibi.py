@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posattn.encodings._checks import check_float32, check_positive_int
+from posattn.encodings._checks import check_flag, check_float32, check_positive_int
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Plan, Slope
 
@@ -48,8 +48,8 @@ class ALiBi(Encoding):
     ) -> None:
         super().__init__()
         self.num_heads = check_positive_int("num_heads", num_heads)
-        self.learnable = learnable
-        self.signed = signed
+        self.learnable = check_flag("learnable", learnable)
+        self.signed = check_flag("signed", signed)
         self.initial_slopes = _numbers(alibi_slopes(num_heads) if slopes is None else slopes, num_heads)
         by_sequence = isinstance(self.initial_slopes[0], tuple)
         shape = (len(self.initial_slopes), num_heads) if by_sequence else (num_heads,)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from posattn import plan
+from posattn.encodings._checks import check_flag
 from posattn.encodings._initial import copied, remembered, restore
 from posattn.encodings.base import Context, Encoding
 from posattn.errors import ArgumentTypeError, ArgumentValueError
@@ -47,7 +48,7 @@ class Bias(Encoding):
             raise ArgumentValueError(f"values: expected [heads, distances], got {list(values.shape)}{hint}")
         if isinstance(first, bool) or not isinstance(first, int):
             raise ArgumentTypeError(f"first: expected an int, got {type(first).__name__}")
-        if learnable and values.requires_grad:
+        if check_flag("learnable", learnable) and values.requires_grad:
             raise ArgumentValueError(
                 "learnable: expected False for values that require grad, got True, which copies them"
             )

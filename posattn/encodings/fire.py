@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posattn.encodings._checks import check_choice, check_positive_float32, check_positive_int
+from posattn.encodings._checks import check_choice, check_flag, check_positive_float32, check_positive_int
 from posattn.encodings._linear import weight_and_bias
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Plan, Profile
@@ -44,7 +44,7 @@ class FIRE(Encoding):
         super().__init__()
         self.num_heads = check_positive_int("num_heads", num_heads)
         self.width = check_positive_int("width", width)
-        self.bidirectional = bidirectional
+        self.bidirectional = check_flag("bidirectional", bidirectional)
         self.initial_length = check_positive_float32("initial_length", initial_length)
         self.eps = check_positive_float32("eps", eps)
         self.activation = check_choice("activation", activation, ("relu", "leaky_relu"))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from posattn.encodings._checks import check_positive_int
+from posattn.encodings._checks import check_flag, check_positive_int
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Plan, Table
 
@@ -24,7 +24,7 @@ class RelativeTable(Encoding):
         super().__init__()
         self.num_heads = check_positive_int("num_heads", num_heads)
         self.max_distance = check_positive_int("max_distance", max_distance)
-        self.symmetric = symmetric
+        self.symmetric = check_flag("symmetric", symmetric)
         self.weight = nn.Parameter(torch.empty(num_heads, max_distance + 1 if symmetric else 2 * max_distance + 1))
         self.reset_parameters()
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from posattn.encodings._checks import check_positive_int
+from posattn.encodings._checks import check_flag, check_positive_int, check_sequence
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Places, Plan, Table
 
@@ -34,10 +34,12 @@ class RelativeTable2D(Encoding):
     def __init__(self, num_heads: int, window: Sequence[int], class_token: bool = False) -> None:
         super().__init__()
         self.num_heads = check_positive_int("num_heads", num_heads)
-        if len(window) != self._axes:
+        self.window = check_sequence("window", window, _NAMES[self._axes])
+        if len(self.window) != self._axes:
             raise ValueError(f"window: expected {_NAMES[self._axes]}, got {window}")
-        self.window = tuple(check_positive_int(f"window[{i}]", n) for i, n in enumerate(window))
-        self.class_token = class_token
+        for i, n in enumerate(self.window):
+            check_positive_int(f"window[{i}]", n)
+        self.class_token = check_flag("class_token", class_token)
         # How far a step along each axis moves the number of a cell.
         self._steps = [1]
         for length in reversed(self.window[1:]):

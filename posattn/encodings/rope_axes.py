@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from posattn.encodings._checks import check_choice, check_positive_int
+from posattn.encodings._checks import check_choice, check_flag, check_positive_int, check_sequence
 from posattn.encodings.base import Context, Encoding
 from posattn.encodings.rope import Factor, RotaryEncoding
 from posattn.encodings.scaling import Scaling, rotary_frequencies
@@ -91,7 +91,7 @@ class AxialRoPE(_AxesRoPE):
         num_heads: int | None = None,
         kv_heads: int | None = None,
     ) -> None:
-        super().__init__(head_dim, (10.0 if mixed else 10000.0) if base is None else base, layout, rotary_dim)
+        super().__init__(head_dim, (10.0 if check_flag("mixed", mixed) else 10000.0) if base is None else base, layout, rotary_dim)
         self.width = check_positive_int("width", width)
         if self.rotary_dim % 4:
             raise ValueError(f"rotary_dim: expected a multiple of 4 for two axes, got {self.rotary_dim}")
@@ -186,7 +186,9 @@ class MRoPE(_AxesRoPE):
         scaling: Scaling | None = None,
     ) -> None:
         super().__init__(head_dim, base, layout, rotary_dim, scaling)
-        self.sections = tuple(check_positive_int(f"sections[{i}]", n) for i, n in enumerate(sections))
+        self.sections = check_sequence("sections", sections, "pairs of each axis, e.g. (16, 24, 24)")
+        for i, n in enumerate(self.sections):
+            check_positive_int(f"sections[{i}]", n)
         if sum(self.sections) != self.rotary_dim // 2:
             raise ValueError(
                 f"sections: expected numbers that sum to rotary_dim / 2 = {self.rotary_dim // 2}, got {self.sections}"

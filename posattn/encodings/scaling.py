@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posattn.encodings._checks import check_factor, check_float32, check_positive, check_positive_int
+from posattn.encodings._checks import (
+    check_factor,
+    check_flag,
+    check_float32,
+    check_positive,
+    check_positive_int,
+    check_sequence,
+)
 
 
 def rotary_frequencies(rotary_dim: int, base: float, device: torch.device | str) -> Tensor:
@@ -132,6 +139,7 @@ class YaRN(Scaling):
 
     def __post_init__(self) -> None:
         check_factor(self.factor)
+        check_flag("truncate", self.truncate)
         check_positive_int("original_length", self.original_length)
         check_positive("beta_fast", self.beta_fast)
         check_positive("beta_slow", self.beta_slow)
@@ -264,7 +272,8 @@ class LongRoPE(Scaling):
 
     def __post_init__(self) -> None:
         for name in ("short_factor", "long_factor"):
-            values = tuple(check_positive(f"{name}[{i}]", x) for i, x in enumerate(getattr(self, name)))
+            given = check_sequence(name, getattr(self, name), "numbers, one per pair")
+            values = tuple(check_positive(f"{name}[{i}]", x) for i, x in enumerate(given))
             object.__setattr__(self, name, values)
         check_factor(self.factor)
         if isinstance(self.attention_factor, (tuple, list)):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from posattn.encodings._checks import check_positive_int
+from posattn.encodings._checks import check_flag, check_positive_int
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Plan, Table
 
@@ -31,7 +31,7 @@ class T5Bias(Encoding):
         self.num_heads = check_positive_int("num_heads", num_heads)
         self.num_buckets = check_positive_int("num_buckets", num_buckets)
         self.max_distance = check_positive_int("max_distance", max_distance)
-        self.bidirectional = bidirectional
+        self.bidirectional = check_flag("bidirectional", bidirectional)
         smallest = 4 if bidirectional else 2
         if num_buckets < smallest or (bidirectional and num_buckets % 2):
             raise ValueError(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from posattn.attention import attention
 from posattn.encodings.base import Encoding
 from posattn.errors import ArgumentTypeError, ArgumentValueError
+from posattn.kv_cache import check_size
+from posattn.validation import check_dropout, check_flag
 from posattn.weights import weights
 
 # Rows of attention weights made at a time, so that those of all heads are never held where their mean is wanted.
@@ -51,6 +53,16 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         if position is not None and not isinstance(position, Encoding):
             raise ArgumentTypeError(f"position: expected an encoding or None, got {type(position).__name__}")
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
+        for name, size in sizes.items():
+            if size is not None or name in ("embed_dim", "num_heads"):
+                check_size(name, size)
+        if embed_dim % num_heads:
+            raise ArgumentValueError(f"num_heads: expected a divisor of embed_dim={embed_dim}, got {num_heads}")
+        flags = {"bias": bias, "add_bias_kv": add_bias_kv, "add_zero_attn": add_zero_attn, "batch_first": batch_first}
+        for name, flag in flags.items():
+            check_flag(name, flag)
+        check_dropout(dropout, "dropout")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )

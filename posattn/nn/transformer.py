@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posattn.encodings.base import Encoding
+from posattn.errors import ArgumentValueError
+from posattn.kv_cache import check_size
 from posattn.nn.multihead import MultiheadAttention
+from posattn.validation import check_dropout, check_flag
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -43,6 +46,13 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         position: Encoding | None = None,
         backend: str = "auto",
     ) -> None:
+        for name, size in {"d_model": d_model, "nhead": nhead, "dim_feedforward": dim_feedforward}.items():
+            check_size(name, size)
+        if d_model % nhead:
+            raise ArgumentValueError(f"nhead: expected a divisor of d_model={d_model}, got {nhead}")
+        for name, flag in {"batch_first": batch_first, "norm_first": norm_first, "bias": bias}.items():
+            check_flag(name, flag)
+        check_dropout(dropout, "dropout")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             d_model,
