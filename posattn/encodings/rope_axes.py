@@ -91,7 +91,8 @@ class AxialRoPE(_AxesRoPE):
         num_heads: int | None = None,
         kv_heads: int | None = None,
     ) -> None:
-        super().__init__(head_dim, (10.0 if check_flag("mixed", mixed) else 10000.0) if base is None else base, layout, rotary_dim)
+        usual = 10.0 if check_flag("mixed", mixed) else 10000.0
+        super().__init__(head_dim, usual if base is None else base, layout, rotary_dim)
         self.width = check_positive_int("width", width)
         if self.rotary_dim % 4:
             raise ValueError(f"rotary_dim: expected a multiple of 4 for two axes, got {self.rotary_dim}")
