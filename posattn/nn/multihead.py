@@ -53,10 +53,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         if position is not None and not isinstance(position, Encoding):
             raise ArgumentTypeError(f"position: expected an encoding or None, got {type(position).__name__}")
-        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
-        for name, size in sizes.items():
-            if size is not None or name in ("embed_dim", "num_heads"):
-                check_size(name, size)
+        for name, size in {"embed_dim": embed_dim, "num_heads": num_heads}.items():
+            check_size(name, size)
+        for name, width in {"kdim": kdim, "vdim": vdim}.items():
+            check_size(name, embed_dim if width is None else width)
         if embed_dim % num_heads:
             raise ArgumentValueError(f"num_heads: expected a divisor of embed_dim={embed_dim}, got {num_heads}")
         flags = {"bias": bias, "add_bias_kv": add_bias_kv, "add_zero_attn": add_zero_attn, "batch_first": batch_first}
