@@ -104,7 +104,8 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert_right([*EVERY, *OPTIONS, *OTHERS], 2, tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3, 4, 8])
 def test_more_ranks(ranks: int, tmp_path: Path) -> None:
     cases = [
         case for case in EVERY + OTHERS[:2] if ranks > 3 or case["position"] in ("RoPE + ALiBi", "DAPE-FIRE", "FIRE")

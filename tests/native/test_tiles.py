@@ -18,7 +18,7 @@ import posattn
 from posattn import _cpu
 from posattn.backends import cpu
 from posattn.parity import examples
-from tests.native.builds import ALWAYS_TILES, driver, module, run
+from tests.native.builds import ALWAYS_TILES, PLAINLY, driver, module, run
 from tests.tolerance import assert_parity
 
 pytestmark = [
@@ -29,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def emulated() -> ModuleType:
-    built = module(f"tiles-{sysconfig.get_platform()}", "-DPOSATTN_ISAS=amx_emulated", ALWAYS_TILES)
+    built = module(f"tiles-{sysconfig.get_platform()}", "-DPOSATTN_ISAS=amx_emulated", ALWAYS_TILES, *PLAINLY)
     built.set_isa("amx_emulated")
     return built
 
