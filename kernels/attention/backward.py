@@ -28,11 +28,11 @@ from ..common.codegen import apart, hidden, opaque
 from ..common.diagonals import SLOTS, add_bands, finish_bands, start_bands, store_bands
 from ..common.dq_semaphore import publish, wait_for
 from ..common.dropout import keep_tile
-from ..common.masks import query_spans
+from ..common.masks import query_spans, within
 from ..common.mma_layout import by_query, fragments, load_fragments, load_shared_inside, store_fragments, store_shared
 from ..common.profile import Line, common_line, line_on, next_line, no_line, psi_tile, row_scales, runs
 from ..common.scores import LOG2E, load_rows, logits_tile, rows_ahead, start_logits
-from ..common.sequences import SeqlenInfo, TileCoord, open_sequence
+from ..common.sequences import SeqlenInfo, TileCoord, block_number, open_sequence
 from .logit_gradient import softmax_gradient
 from .profile_gradient import (
     SPLIT,
@@ -598,8 +598,13 @@ def attention_backward(
     lo, full_lo, full_hi, hi = query_spans(j0, last, seq, mask, BLOCK_M, CONFIG)
     if j0 + BLOCK_N > seq.k_len:
         full_hi = full_lo  # keys past the end are masked everywhere: their logits must not reach dq
-    spans = Spans(lo, full_lo, full_hi, hi)
     for h in range(kv * shape.group, (kv + 1) * shape.group):
+        spans = Spans(lo, full_lo, full_hi, hi)
+        if mask.reach is not None:
+            # Later keys have no less in reach, so the order in which blocks add to dq stays.
+            at = block_number(index, j0, seq.k_start, tl.cdiv(k_max, BLOCK_N), BLOCK_N, PACKED) * shape.heads + h
+            lo_h, full_lo_h, full_hi_h, hi_h = within(mask.reach, at, lo, full_lo, full_hi, hi, BLOCK_M)
+            spans = Spans(lo_h, full_lo_h, full_hi_h, hi_h)
         queue = Queue(progress, awaited, next_lo, done)
         dk, dv = _walk(
             dk, dv, h, keys, spans, queue, seq, inputs, upstream, to, of_table, of_psi, of_profile, shape,

@@ -11,25 +11,12 @@ import triton.language as tl
 from ..common.arguments import DROPOUT_BITS, Angles, Dropout, Inputs, Mask, Operands, Output, Positions, Shape
 from ..common.codegen import hidden
 from ..common.dropout import keep_tile
-from ..common.masks import key_spans
+from ..common.masks import key_spans, within
 from ..common.pages import Pages, paged_rows
 from ..common.profile import common_line, next_line, no_line, row_scales
-from ..common.rotary import load_rotary
+from ..common.rotary import load_turned
 from ..common.scores import LN2, LOG2E, LOWEST, load_rows, logits_tile, start_logits
-from ..common.sequences import TileCoord, open_sequence
-
-
-@triton.jit
-def _load(
-    x, angles: Angles, rows, stride, at_angle,
-    HALF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    """[rows, BLOCK_D] of queries or keys at x, rotated if there are angles."""
-    if angles.cos is not None:
-        cos, sin = angles.cos + at_angle, angles.sin + at_angle
-        return load_rotary(x, rows, stride, cos, sin, HALF, D, BLOCK_D, INTERLEAVED, 1).to(x.dtype.element_ty)
-    else:
-        return load_rows(x, rows, stride, D, BLOCK_D)
+from ..common.sequences import TileCoord, block_number, open_sequence
 
 
 @triton.jit(do_not_specialize=DROPOUT_BITS)
@@ -76,7 +63,7 @@ def attention_forward(
     row0 = (seq.q_start + i0).to(tl.int64)
     q_base = inputs.q + b64 * inputs.q_strides.batch + h64 * inputs.q_strides.head + row0 * q_stride
     q_angle = b64 * q_angles.batch + row0 * HALF
-    q = _load(q_base, q_angles, rows, q_stride, q_angle, HALF, D, BLOCK_D, INTERLEAVED)  # [BLOCK_M, BLOCK_D]
+    q = load_turned(q_base, q_angles, rows, q_stride, q_angle, HALF, D, BLOCK_D, INTERLEAVED)  # [BLOCK_M, BLOCK_D]
     k_base = inputs.k + kv64 * inputs.k_strides.head
     v_base = inputs.v + kv64 * inputs.v_strides.head
     if K_PAGE == 0:
@@ -108,6 +95,9 @@ def attention_forward(
     factor = LOG2E if CONFIG.scale_before_bias else scale * LOG2E
 
     lo, full_lo, full_hi, hi = key_spans(i0, last, seq, mask, BLOCK_N, CONFIG)
+    if mask.reach is not None:
+        at = block_number(bh // shape.heads, i0, seq.q_start, blocks, BLOCK_M, mask.cu_q is not None)
+        lo, full_lo, full_hi, hi = within(mask.reach, at * shape.heads + h, lo, full_lo, full_hi, hi, BLOCK_N)
     share_lo = 0
     share_hi = seq.k_len
     if SPLITS > 1:
@@ -140,7 +130,7 @@ def attention_forward(
                     )
                 else:
                     k_tile = k_base + col0 * k_stride
-                k = _load(k_tile, k_angles, cols, k_stride, k_angle, HALF, D, BLOCK_D, INTERLEAVED)
+                k = load_turned(k_tile, k_angles, cols, k_stride, k_angle, HALF, D, BLOCK_D, INTERLEAVED)
                 pj = j_in
                 if CONFIG.explicit:
                     pj = tl.load(positions.k + b64 * positions.k_batch + seq.k_start + col0 + cols)[None, :]

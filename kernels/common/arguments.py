@@ -72,7 +72,8 @@ class Positions(NamedTuple):
 
 class Mask(NamedTuple):
     """What hides keys: bounds of sequences and of packed documents, the window around i + offset, and booleans. An
-    offset is given by sequence, for all, or by neither: then the last query meets the last key."""
+    offset is given by sequence, for all, or by neither: then the last query meets the last key. `reach` has what each
+    block of the kernel's own cannot do without (attention/reach.py), or is None."""
 
     k_lengths: Any
     k_starts: Any
@@ -84,6 +85,7 @@ class Mask(NamedTuple):
     right: Any
     boolean: Any
     boolean_strides: PairStrides
+    reach: Any
 
 
 class Operands(NamedTuple):

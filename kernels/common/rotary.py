@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .arguments import Angles, Strides
 from .pages import Pages, paged_rows
+from .scores import load_rows
 
 
 @triton.jit
@@ -46,6 +47,19 @@ def load_rotary(
     cos = tl.load(Cos + angle, mask=paired, other=1.0)
     sin = tl.load(Sin + angle, mask=paired, other=0.0) * SIGN
     return x * cos + tl.where(is_first[None, :], -y, y) * sin
+
+
+@triton.jit
+def load_turned(
+    x, angles: Angles, rows, stride, at_angle,
+    HALF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """[rows, BLOCK_D] of queries or keys at x, rotated if there are angles."""
+    if angles.cos is not None:
+        cos, sin = angles.cos + at_angle, angles.sin + at_angle
+        return load_rotary(x, rows, stride, cos, sin, HALF, D, BLOCK_D, INTERLEAVED, 1).to(x.dtype.element_ty)
+    else:
+        return load_rows(x, rows, stride, D, BLOCK_D)
 
 
 @triton.jit

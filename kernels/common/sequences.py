@@ -72,3 +72,13 @@ def open_sequence(index, mask: Mask, shape: Shape):
     if mask.k_starts is not None and (mask.offsets is not None or mask.offset is not None):
         offset -= k_start
     return SeqlenInfo(b, q_start, k_start, q_len, k_len, offset)
+
+
+@triton.jit
+def block_number(index, first, start, blocks, BLOCK: tl.constexpr, PACKED: tl.constexpr):
+    """Which block of all sequences' the one is that begins at `first` of sequence `index`, which begins at token
+    `start` and has `blocks` at most. As many as operands.all_blocks: one document may be far longer than the others."""
+    if PACKED:
+        return start // BLOCK + index + first // BLOCK
+    else:
+        return index * blocks + first // BLOCK

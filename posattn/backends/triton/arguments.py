@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -154,6 +154,10 @@ class Arguments:
     config: AttentionConfig
     constexprs: Mapping[str, Any]
 
+    def reaching(self, reach: Tensor | None) -> Arguments:
+        """The same with what is in reach of the blocks of a kernel."""
+        return replace(self, mask=self.mask._replace(reach=reach))
+
     def launch(
         self,
         launch: Launch,
@@ -213,6 +217,7 @@ def attention_arguments(call: Call, block_m: int, block_n: int) -> Arguments:
             mask.right,
             mask.boolean,
             PairStrides(*mask.boolean_strides),
+            None,
         ),
         positions=_positions(call),
         dropout=_dropout(call),

@@ -30,6 +30,7 @@ from posattn.backends.triton.arguments import (
 from posattn.backends.triton.attention_forward import rotated
 from posattn.backends.triton.configs.backward import by_tile_config, main_config
 from posattn.backends.triton.configs.launch_config import LaunchConfig
+from posattn.backends.triton.reach import queries_in_reach
 from posattn.kernels.attention.backward import DistanceSums, Gradients, Order, ProfileSums, attention_backward
 from posattn.kernels.attention.backward_bias import DenseGradient, EntrySums, gradient_by_tile
 from posattn.kernels.attention.bwd_preprocess import prepare
@@ -212,7 +213,8 @@ def _gradients(
         )
     warps = parts(config.block_n, config.num_warps)
     arguments = attention_arguments(call, config.block_m, config.block_n)
-    arguments.launch(
+    reach = queries_in_reach(call, launch, given.q, given.k, config.block_n, arguments)
+    arguments.reaching(reach).launch(
         launch,
         attention_backward,
         (blocks * count * kv_heads,),

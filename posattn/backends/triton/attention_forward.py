@@ -22,6 +22,7 @@ from posattn.backends.triton.arguments import (
 )
 from posattn.backends.triton.configs.forward import FEW_ROWS, FORWARD, forward_config
 from posattn.backends.triton.configs.launch_config import LaunchConfig
+from posattn.backends.triton.reach import keys_in_reach
 from posattn.kernels.attention.combine import combine
 from posattn.kernels.attention.forward import attention_forward
 from posattn.kernels.common.arguments import Output
@@ -112,7 +113,9 @@ def _forward(call: Call, launch: Launch, config: LaunchConfig, processors: int) 
         "K_PAGE": k_page,
         "V_PAGE": page,
     }
-    attention_arguments(call, config.block_m, config.block_n).launch(
+    arguments = attention_arguments(call, config.block_m, config.block_n)
+    reach = keys_in_reach(call, launch, q, k, config.block_m, arguments, q_angles, k_angles, table, k_page)
+    arguments.reaching(reach).launch(
         launch,
         attention_forward,
         (programs, splits),
