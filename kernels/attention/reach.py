@@ -131,9 +131,7 @@ def find_reach(
     at_angle = b64 * angles.batch + token * HALF
     largest = tl.zeros([ROWS], tl.float32)
     for first in tl.static_range(0, BLOCK, ROWS):
-        of_rows = _norms(
-            x, angles, at_angle, first, last + 1 - i0, strides.token, HALF, D, BLOCK_D, INTERLEAVED, ROWS
-        )
+        of_rows = _norms(x, angles, at_angle, first, last + 1 - i0, strides.token, HALF, D, BLOCK_D, INTERLEAVED, ROWS)
         largest = tl.maximum(largest, of_rows)
     q_norm = tl.max(largest)
     norms += (h // shape.group).to(tl.int64) * cells
@@ -161,7 +159,7 @@ def find_reach(
     if falling.table is not None:
         least += tl.load(falling.table + h64 * falling.table_head + _entry(d, falling), mask=seen, other=0.0)
     least -= _product(q_norm, tl.load(norms + near // CELL, mask=seen, other=0.0), scale, softcap)
-    least = tl.where(least == least, least, float("-inf"))  # noqa: PLR0124 - NaN
+    least = tl.where(least == least, least, float("-inf"))  # NaN
     limit = tl.min(tl.where(seen, least, float("inf"))) - NATS - tl.log(tl.maximum(seq.k_len, 1).to(tl.float32))
 
     first = index * 0 + seq.k_len
@@ -193,9 +191,7 @@ def find_reach(
 
 
 @triton.jit
-def turn_reach(
-    of_queries, Reach, shape: Shape, mask: Mask, q_max, k_max, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def turn_reach(of_queries, Reach, shape: Shape, mask: Mask, q_max, k_max, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Reach of blocks of BLOCK_N keys, from that of blocks of BLOCK_M queries: what a block of queries has in reach is
     a range, so of two blocks of keys the one whose first query is later has the later end too."""
     PACKED: tl.constexpr = mask.cu_q is not None

@@ -10,8 +10,14 @@ from torch import Tensor
 
 import posattn
 from posattn.backends.common import reach
+from posattn.backends.triton import launch as seam
+from posattn.backends.triton.arguments import attention_arguments
+from posattn.backends.triton.reach import keys_in_reach
+from posattn.plan import Bias, Call, Dense, Mask, Plan, Slope, Table
+from tests.backends.gpu_cases import in_pages
 from tests.ptxsim.seam import Machine, behind_launch
 from tests.tolerance import assert_forward_parity, assert_parity
+from tools.gpu_budget.reach import first_keys
 
 BF16, FULL = torch.bfloat16, torch.float32
 
@@ -39,7 +45,7 @@ def looked(machine: Machine) -> bool:
     return "find_reach" in {launched.kernel for launched in machine.launches}
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
 def test_far_tiles_are_not_read_and_a_huge_key_among_them_is(arch: int) -> None:
     """Forward, backward and decoding: one kernel each for all that differs in data alone."""
     q, k, v = tensors()
@@ -59,3 +65,131 @@ def test_far_tiles_are_not_read_and_a_huge_key_among_them_is(arch: int) -> None:
         assert_parity(q, k, v, steep(), {"causal": True}, "triton")
         reached = posattn.attention(q, k, far, steep(), causal=True, backend="triton")
         assert reached[:, :, 150].isnan().all()
+
+
+def rising() -> posattn.RelativeTable:
+    """A table that falls with the distance, and has a peak beyond."""
+    encoding = posattn.RelativeTable(2, 700)
+    distance = torch.arange(-700.0, 701.0)
+    encoding.weight.data = (-0.5 * distance.abs() + 250.0 * ((distance - 500.0).abs() < 8.0)).expand(2, -1).clone()
+    return encoding
+
+
+def packed() -> dict[str, Any]:
+    bounds = torch.tensor([0, 300, 310, 700], dtype=torch.int32)
+    return {"causal": True, "cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+
+
+def shared() -> posattn.ALiBi:
+    return posattn.ALiBi(4, slopes=[2.0, 0.5, 0.1, 1.0], learnable=True)
+
+
+def beyond() -> dict[str, Any]:
+    """Row i stands at key i + 790, behind the last of its keys, 5 to 649: that is its nearest."""
+    return {"causal": True, "offset": 790, "k_starts": torch.tensor([5]), "k_lengths": torch.tensor([650])}
+
+
+CASES: dict[str, Any] = {
+    "both sides": (tensors, steep, dict),
+    "signed, window, softcap": (tensors, lambda: steep(1.0, signed=True), lambda: {"window": (600, 0), "softcap": 3.0}),
+    "a table that rises again": (tensors, rising, lambda: {"causal": True}),
+    "packed documents": (lambda: tensors(q_len=700), steep, packed),
+    "shared keys, rotary, lengths": (
+        lambda: tensors(heads=4, kv_heads=2),
+        lambda: posattn.RoPE(32, scaling=posattn.YaRN(4.0, 64)) + shared(),
+        lambda: {"causal": True, "k_lengths": torch.tensor([650])},
+    ),
+    "behind the last key": (tensors, steep, beyond),
+    "slopes that rise, dropout, sinks": (
+        tensors,
+        lambda: steep(-0.3),
+        lambda: {"causal": True, "dropout_p": 0.2, "sinks": torch.tensor([1.0, -3.0])},
+    ),
+    "float32, table, slope": (
+        lambda: tensors(FULL, dim=16),
+        lambda: steep() + posattn.Kerple(2, form="power"),
+        lambda: {"causal": True, "scale": -0.5},
+    ),
+}
+
+
+# The others compile two kernels each.
+QUICK = ("both sides", "packed documents")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_parity(name: str) -> None:
+    make, position, options = CASES[name]
+    with behind_launch(80 + 10 * (list(CASES).index(name) % 2)) as machine:
+        assert_parity(*make(), position(), options(), "triton")
+        assert looked(machine)
+
+
+def test_decoding_from_pages() -> None:
+    """One kernel of few rows, whose keys are turned in it, in parts."""
+    torch.manual_seed(0)
+    q, k, v = tensors(q_len=3)
+    k[:, 0, 40] = 100.0 * q[:, 0, 1].sign()
+    (q, k, v), options = in_pages(24, [q, k, v], {"causal": True, "k_lengths": torch.tensor([650])})
+    with behind_launch(80) as machine:
+        assert_forward_parity(q, k, v, posattn.RoPE(32) + steep(), options, "triton")
+        assert looked(machine)
+
+
+def found(q: Tensor, k: Tensor, slopes: Tensor, block: int) -> Tensor:
+    """[blocks of queries, H, 2] of a causal call, from the kernels."""
+    tokens = {"max_q": q.shape[2], "max_k": k.shape[2]}
+    call = Call(q, k, k, Plan(bias=Bias(slope=Slope(slopes))), Mask(causal=True, **tokens), q.shape[3] ** -0.5)
+    with behind_launch(80):
+        kept = keys_in_reach(call, seam.launch, q, k, block, attention_arguments(call, block, 64))
+    assert kept is not None
+    return kept
+
+
+def test_the_model_is_what_the_kernels_do() -> None:
+    q, k, _ = tensors(q_len=700)
+    slopes = torch.tensor([1.0, 0.3])
+    kept = found(q, k, slopes, 64)
+    for h in range(2):
+        expected = first_keys(q[0, h], k[0, h], float(slopes[h]), 64)
+        assert torch.equal(kept[:, h, 0], expected.int())
+        assert 0 < expected[-1] < 640
+
+
+def test_what_is_left_out_weighs_less_than_rounding_at_worst() -> None:
+    """Near keys point away from the queries, far ones towards them: no bound of norms can be tighter, and this one is
+    not far from it."""
+    q, k = torch.full((1, 2, 64, 32), 1.5), torch.full((1, 2, 1200, 32), -1.5)
+    k[:, :, :1000] *= -1.0
+    slopes = torch.tensor([0.2, 0.07])
+    kept = found(q.bfloat16(), k.bfloat16(), slopes, 64)
+    i, j = torch.arange(1136, 1200)[:, None], torch.arange(1200)[None, :]
+    for h in range(2):
+        logits = (q[0, h].double() @ k[0, h].double().T) * 32**-0.5 - slopes[h] * (i - j).abs()
+        weights = logits.masked_fill(j > i, -torch.inf).softmax(1)
+        first = int(kept[0, h, 0])
+        left = 0.0 if first == 0 else float(weights[:, :first].sum(1).max())
+        assert left < 2.0**-40
+        assert weights[:, : first + 128].sum(1).max() > 2.0**-66
+    assert kept[0, 0, 0] > 64
+
+
+def test_reach_asks_for_near_keys_that_are_seen() -> None:
+    """A mask may hide any of them, a dense bias too; positions need not be in order; short calls gain nothing."""
+    q, k, v = tensors()
+    slope, mask = Slope(torch.ones(2)), Mask(causal=True, max_q=200, max_k=700)
+    positions = torch.arange(700)[None]
+
+    def asked(bias: Bias, mask: Mask = mask, keys: Tensor = k, **options: Any) -> bool:
+        return reach.worthwhile(Call(q, keys, v, Plan(bias=bias), mask, 1.0, **options), 16)
+
+    falling = Bias(slope=slope)
+    assert asked(falling)
+    assert asked(Bias(table=Table(torch.ones(2, 9), 0)))
+    assert not asked(Bias())
+    assert not asked(Bias(slope=slope, dense=Dense(torch.ones(1, 1, 1, 700))))
+    assert not asked(falling, Mask(boolean=torch.ones(1, 1, 200, 700, dtype=torch.bool)))
+    assert not asked(falling, q_positions=positions[:, :200], k_positions=positions)
+    assert not asked(falling, Mask(max_q=64, max_k=64))
