@@ -28,7 +28,7 @@ from ..common.codegen import apart, hidden, opaque
 from ..common.diagonals import SLOTS, add_bands, finish_bands, start_bands, store_bands
 from ..common.dq_semaphore import publish, wait_for
 from ..common.dropout import keep_tile
-from ..common.masks import query_spans, within
+from ..common.masks import query_spans
 from ..common.mma_layout import by_query, fragments, load_fragments, load_shared_inside, store_fragments, store_shared
 from ..common.profile import Line, common_line, line_on, next_line, no_line, psi_tile, row_scales, runs
 from ..common.scores import LOG2E, load_rows, logits_tile, rows_ahead, start_logits
@@ -527,6 +527,14 @@ def _walk(
     return dk, dv
 
 
+@triton.jit
+def _spans_in_reach(mask: Mask, index, j0, h, seq: SeqlenInfo, k_max, shape: Shape, BLOCK_N: tl.constexpr):
+    """Spans of head h, which reach.py has found: what every head shares need not be kept from one to the next."""
+    at = block_number(index, j0, seq.k_start, tl.cdiv(k_max, BLOCK_N), BLOCK_N, mask.cu_q is not None)
+    spans = mask.reach + 4 * (tl.cast(at, tl.int64) * shape.heads + h)
+    return Spans(tl.load(spans), tl.load(spans + 1), tl.load(spans + 2), tl.load(spans + 3))
+
+
 @triton.jit(do_not_specialize=DROPOUT_BITS)
 def attention_backward(
     inputs: Inputs, upstream: OutputGradient, to: Gradients, of_table: DistanceSums, of_psi: DistanceSums,
@@ -601,10 +609,7 @@ def attention_backward(
     for h in range(kv * shape.group, (kv + 1) * shape.group):
         spans = Spans(lo, full_lo, full_hi, hi)
         if mask.reach is not None:
-            # Later keys have no less in reach, so the order in which blocks add to dq stays.
-            at = block_number(index, j0, seq.k_start, tl.cdiv(k_max, BLOCK_N), BLOCK_N, PACKED) * shape.heads + h
-            lo_h, full_lo_h, full_hi_h, hi_h = within(mask.reach, at, lo, full_lo, full_hi, hi, BLOCK_M)
-            spans = Spans(lo_h, full_lo_h, full_hi_h, hi_h)
+            spans = _spans_in_reach(mask, index, j0, h, seq, k_max, shape, BLOCK_N)
         queue = Queue(progress, awaited, next_lo, done)
         dk, dv = _walk(
             dk, dv, h, keys, spans, queue, seq, inputs, upstream, to, of_table, of_psi, of_profile, shape,

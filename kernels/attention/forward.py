@@ -97,7 +97,8 @@ def attention_forward(
     lo, full_lo, full_hi, hi = key_spans(i0, last, seq, mask, BLOCK_N, CONFIG)
     if mask.reach is not None:
         at = block_number(bh // shape.heads, i0, seq.q_start, blocks, BLOCK_M, mask.cu_q is not None)
-        lo, full_lo, full_hi, hi = within(mask.reach, at * shape.heads + h, lo, full_lo, full_hi, hi, BLOCK_N)
+        pair = mask.reach + 2 * (tl.cast(at, tl.int64) * shape.heads + h)
+        lo, full_lo, full_hi, hi = within(tl.load(pair), tl.load(pair + 1), lo, full_lo, full_hi, hi, BLOCK_N)
     share_lo = 0
     share_hi = seq.k_len
     if SPLITS > 1:

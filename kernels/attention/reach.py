@@ -6,8 +6,8 @@ the logarithm of their number below the second weigh, all together, less than 2^
 rounding. Norms are the largest of CELL keys and of a block's queries, so that one large key keeps its own cell in reach
 and what lies before it, but nothing else.
 
-Reach is an int32 pair for each block and head, [blocks of all sequences, H, 2]: of keys (of queries in a backward pass)
-the first that is in reach, and the end.
+Reach is int32, [blocks of queries of all sequences, H, 2], the first key that is in reach and the end; of a backward
+pass [blocks of keys, H, 4], the spans of queries that walk them (common/masks.py).
 """
 
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..common.arguments import Angles, Mask, Shape, Strides
+from ..common.masks import query_spans, within
 from ..common.pages import Pages, paged_rows
 from ..common.rotary import load_turned
 from ..common.sequences import block_number, open_sequence
@@ -110,7 +111,7 @@ def find_reach(
     q, Reach, norms, cells, strides: Strides, angles: Angles, falling: Falling, shape: Shape, mask: Mask,
     q_max, k_max, scale, softcap,
     HALF: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, SIGNED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    BLOCK: tl.constexpr, SIGNED: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Reach of blocks of BLOCK queries, from the `norms` of keys. `scale` is not negative."""
     PACKED: tl.constexpr = mask.cu_q is not None
@@ -145,9 +146,9 @@ def find_reach(
     i = tl.minimum(i0 + tl.arange(0, BLOCK), last)
     low = tl.zeros([BLOCK], tl.int32)
     high = low + seq.k_len
-    if HAS_LEFT:
+    if CONFIG.has_left:
         low = tl.maximum(i + (seq.offset - mask.left), low)
-    if HAS_RIGHT:
+    if CONFIG.has_right:
         high = tl.minimum(i + (seq.offset + mask.right + 1), high)
     seen = low < high
     near = tl.minimum(tl.maximum(tl.minimum(tl.maximum(i + seq.offset, low), high - 1), 0), seq.k_len - 1)
@@ -191,9 +192,14 @@ def find_reach(
 
 
 @triton.jit
-def turn_reach(of_queries, Reach, shape: Shape, mask: Mask, q_max, k_max, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Reach of blocks of BLOCK_N keys, from that of blocks of BLOCK_M queries: what a block of queries has in reach is
-    a range, so of two blocks of keys the one whose first query is later has the later end too."""
+def turn_reach(
+    of_queries, Reach, shape: Shape, mask: Mask, q_max, k_max,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CONFIG: tl.constexpr,
+):  # fmt: skip
+    """Reach of blocks of BLOCK_N keys, in tiles of BLOCK_M queries, from that of blocks of ROWS queries.
+
+    What a block of queries has in reach is a range, so of two blocks of keys the later one's queries neither begin nor
+    end before the other's: on that rests the order in which blocks of keys add to dq."""
     PACKED: tl.constexpr = mask.cu_q is not None
     STEP: tl.constexpr = 128  # blocks of queries at a time
     blocks = tl.cdiv(k_max, BLOCK_N)
@@ -204,20 +210,26 @@ def turn_reach(of_queries, Reach, shape: Shape, mask: Mask, q_max, k_max, BLOCK_
     j0 = pid % blocks * BLOCK_N
     if j0 >= seq.k_len:
         return
-    j_end = tl.minimum(j0 + BLOCK_N, seq.k_len)
-    start = block_number(index, 0, seq.q_start, tl.cdiv(q_max, BLOCK_M), BLOCK_M, PACKED)
-    rows = tl.cdiv(seq.q_len, BLOCK_M)
+    last = tl.minimum(j0 + BLOCK_N, seq.k_len) - 1
+    start = block_number(index, 0, seq.q_start, tl.cdiv(q_max, ROWS), ROWS, PACKED)
+    rows = tl.cdiv(seq.q_len, ROWS)
     first = index * 0 + rows
     end = first * 0
     for r0 in tl.range(0, rows, STEP):
         r = r0 + tl.arange(0, STEP)
         there = r < rows
         pair = of_queries + 2 * ((start + r).to(tl.int64) * shape.heads + h)
-        begins = tl.load(pair, mask=there, other=0) < j_end
+        begins = tl.load(pair, mask=there, other=0) <= last
         ends = tl.load(pair + 1, mask=there, other=0) > j0
         first = tl.minimum(first, tl.min(tl.where(there & ends, r, rows)))
         end = tl.maximum(end, tl.max(tl.where(there & begins, r + 1, 0)))
+    lo, full_lo, full_hi, hi = query_spans(j0, last, seq, mask, BLOCK_M, CONFIG)
+    if j0 + BLOCK_N > seq.k_len:
+        full_hi = full_lo  # as attention_backward has it
+    lo, full_lo, full_hi, hi = within(first * ROWS, end * ROWS, lo, full_lo, full_hi, hi, BLOCK_M)
     at_block = block_number(index, j0, seq.k_start, blocks, BLOCK_N, PACKED)
-    to = Reach + 2 * (tl.cast(at_block, tl.int64) * shape.heads + h)
-    tl.store(to, first * BLOCK_M)
-    tl.store(to + 1, end * BLOCK_M)
+    spans = Reach + 4 * (tl.cast(at_block, tl.int64) * shape.heads + h)
+    tl.store(spans, lo)
+    tl.store(spans + 1, full_lo)
+    tl.store(spans + 2, full_hi)
+    tl.store(spans + 3, hi)

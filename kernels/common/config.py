@@ -15,6 +15,14 @@ class BiasConfig:
 
 
 @dataclass(frozen=True)
+class SidesConfig:
+    """On which sides a mask bounds the keys of a query."""
+
+    has_left: bool
+    has_right: bool
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """A call of plain attention: dim and value_dim with their padded sizes; its bias; whether the slope is linear along
     the keys, and whether the logits are multiplied by the scale before anything is added to them (the host's

@@ -49,12 +49,10 @@ def query_spans(first, last, seq: SeqlenInfo, mask: Mask, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
-def within(reach, at, lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
-    """Spans, in tiles of BLOCK, less what is out of reach: `reach` has at `at` the first of what is not, and the end
-    (attention/reach.py)."""
-    pair = reach + 2 * tl.cast(at, tl.int64)
-    lo = tl.maximum(lo, tl.load(pair) // BLOCK * BLOCK)
-    end = tl.cdiv(tl.load(pair + 1), BLOCK) * BLOCK
+def within(first, end, lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
+    """Spans, in tiles of BLOCK, less what is out of reach: what is not begins at `first` and ends before `end`."""
+    lo = tl.maximum(lo, first // BLOCK * BLOCK)
+    end = tl.cdiv(end, BLOCK) * BLOCK
     hi = tl.minimum(hi, end)
     full_lo = tl.minimum(tl.maximum(full_lo, lo), tl.cdiv(hi, BLOCK) * BLOCK)
     return lo, full_lo, tl.maximum(full_lo, tl.minimum(full_hi, end)), hi

@@ -2,10 +2,10 @@
 
 A fused backend is a module with `unsupported(call) -> reason | None`, `forward` and `backward` (see posattn/plan.py for
 what they are given). One whose backward pass runs fewer calls than its forward pass says so in `unsupported_backward`.
-`unsupported_pages` likewise says why keys in pages have to be gathered for it, and a module without that
-reads none. Each is imported when first asked for, and one that fails to import has that failure as its
-reason. The backend named "reference" is no such module: it is posattn.reference, plain PyTorch that autograd and
-torch.compile see through, so ops.py calls it by itself.
+`unsupported_pages` likewise says why keys in pages have to be gathered for it, and a module without that reads none.
+One that does worse than another for some calls says so in `gives_way`. Each is imported when first asked for, and one that
+fails to import has that failure as its reason. The backend named "reference" is no such module: it is
+posattn.reference, plain PyTorch that autograd and torch.compile see through, so ops.py calls it by itself.
 """
 
 from __future__ import annotations
@@ -77,12 +77,22 @@ def reason_to_gather(backend: Backend, call: Call) -> str | None:
     return "it reads no pages" if reads is None else cast("str | None", reads(call))
 
 
+def _gives_way(name: str, call: Call) -> bool:
+    asks = getattr(load(name), "gives_way", None)
+    return asks is not None and bool(asks(call))
+
+
+def _in_turn(call: Call) -> list[str]:
+    """What "auto" tries for a call: those that give way to others last."""
+    return sorted(_AUTO.get(call.q.device.type, ()), key=lambda name: _gives_way(name, call))
+
+
 def choose(call: Call, name: str, backward: bool = False) -> Backend:
     """The fused backend that runs `call`. Raises ValueError with every reason if there is none.
 
     `backward` asks for its backward pass, which with "auto" may be another backend's than the forward pass was.
     """
-    candidates = (name,) if name != "auto" else _AUTO.get(call.q.device.type, ())
+    candidates = (name,) if name != "auto" else _in_turn(call)
     reasons = []
     for candidate in candidates:
         backend = load(candidate)

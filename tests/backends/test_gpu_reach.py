@@ -114,7 +114,7 @@ CASES: dict[str, Any] = {
 
 
 # The others compile two kernels each.
-QUICK = ("both sides", "packed documents")
+QUICK = ("both sides",)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from posattn.backends.cuda import (
     launch,
 )
 from posattn.backends.cuda.configs import headmix
+from posattn.backends.cuda.configs.forward import decode_config
 from posattn.backends.cuda.operands import DTYPES, HEAD_DIMS, lies_in_chunks
 from posattn.plan import Call
 
@@ -35,6 +36,20 @@ def unsupported(call: Call) -> str | None:
     if call.plan.mix is not None:
         return headmix.forward_unsupported(call, call.plan.mix, launch.architecture(q.device))
     return None
+
+
+# Whose fifth-generation tensor cores these kernels do not use, as Triton's do: theirs are a fraction of its rate.
+_BY_TENSOR_MEMORY = ("sm_100", "sm_103")
+
+
+def gives_way(call: Call) -> bool:
+    """Whether "auto" takes another backend for a call, if one runs it. Few queries wait for memory, not for products;
+    heads are mixed by small ones, which the older instructions do."""
+    return (
+        launch.architecture(call.q.device) in _BY_TENSOR_MEMORY
+        and call.plan.mix is None
+        and decode_config(call) is None
+    )
 
 
 def unsupported_pages(call: Call) -> str | None:

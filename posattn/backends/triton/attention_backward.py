@@ -213,7 +213,7 @@ def _gradients(
         )
     warps = parts(config.block_n, config.num_warps)
     arguments = attention_arguments(call, config.block_m, config.block_n)
-    reach = queries_in_reach(call, launch, given.q, given.k, config.block_n, arguments)
+    reach = queries_in_reach(call, launch, given.q, given.k, config.block_m, config.block_n, arguments)
     arguments.reaching(reach).launch(
         launch,
         attention_backward,

@@ -11,6 +11,7 @@ from posattn.backends.triton.arguments import NO_PAGES, Arguments, Launch, angle
 from posattn.backends.triton.configs.forward import FEW_ROWS
 from posattn.kernels.attention.reach import Falling, find_reach, largest_norms, turn_reach
 from posattn.kernels.common.arguments import Angles
+from posattn.kernels.common.config import SidesConfig
 from posattn.kernels.common.pages import Pages
 from posattn.plan import Call
 
@@ -71,8 +72,7 @@ def keys_in_reach(
             "ROWS": min(block, rows),
             "BLOCK": block,
             "SIGNED": call.plan.bias.slope is not None and call.plan.bias.slope.signed,
-            "HAS_LEFT": arguments.config.has_left,
-            "HAS_RIGHT": arguments.config.has_right,
+            "CONFIG": _sides(arguments),
         },
         4,
         1,
@@ -82,26 +82,30 @@ def keys_in_reach(
 
 
 def queries_in_reach(
-    call: Call, launch: Launch, q: Tensor, k: Tensor, block_n: int, arguments: Arguments
+    call: Call, launch: Launch, q: Tensor, k: Tensor, block_m: int, block_n: int, arguments: Arguments
 ) -> Tensor | None:
-    """keys_in_reach the other way round, [blocks of `block_n` keys, H, 2] of queries in whole tiles. q and k are
-    turned already."""
+    """keys_in_reach the other way round, [blocks of `block_n` keys, H, 4]: spans of tiles of `block_m` queries. q and k
+    are turned already."""
     of_queries = keys_in_reach(call, launch, q, k, CELL, arguments)
     if of_queries is None:
         return None
     heads = q.shape[1]
     blocks = all_blocks(call, k.shape[2], k_max(call), block_n)
-    reach = torch.empty((blocks, heads, 2), dtype=torch.int32, device=q.device)
+    reach = torch.empty((blocks, heads, 4), dtype=torch.int32, device=q.device)
     launch(
         turn_reach,
         (-(-k_max(call) // block_n) * heads * sequences(call),),
         (of_queries, reach, arguments.shape, arguments.mask, q_max(call), k_max(call)),
-        {"BLOCK_M": CELL, "BLOCK_N": block_n},
+        {"ROWS": CELL, "BLOCK_M": block_m, "BLOCK_N": block_n, "CONFIG": _sides(arguments)},
         1,
         1,
         None,
     )
     return reach
+
+
+def _sides(arguments: Arguments) -> SidesConfig:
+    return SidesConfig(arguments.config.has_left, arguments.config.has_right)
 
 
 def _falling(call: Call) -> Falling:
