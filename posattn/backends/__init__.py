@@ -3,8 +3,8 @@
 A fused backend is a module with `unsupported(call) -> reason | None`, `forward` and `backward` (see posattn/plan.py for
 what they are given). One whose backward pass runs fewer calls than its forward pass says so in `unsupported_backward`.
 `unsupported_pages` likewise says why keys in pages have to be gathered for it, and a module without that reads none.
-One that does worse than another for some calls says so in `gives_way`. Each is imported when first asked for, and one that
-fails to import has that failure as its reason. The backend named "reference" is no such module: it is
+One that does worse than another for some calls says so in `gives_way`. Each is imported when first asked for, and one
+that fails to import has that failure as its reason. The backend named "reference" is no such module: it is
 posattn.reference, plain PyTorch that autograd and torch.compile see through, so ops.py calls it by itself.
 """
 
