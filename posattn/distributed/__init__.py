@@ -25,12 +25,15 @@ from posattn.distributed.group import Group, check_agreement, group_of
 from posattn.distributed.layout import LAYOUTS as LAYOUTS
 from posattn.distributed.layout import Span as Span
 from posattn.distributed.layout import spans
+from posattn.distributed.pairs import Pairs as Pairs
+from posattn.distributed.pairs import count_pairs
+from posattn.distributed.reach import falls
 from posattn.distributed.ring import RingAttention
 from posattn.distributed.ulysses import TokensOfHeads
 from posattn.encodings.base import Encoding
 from posattn.errors import ArgumentTypeError, ArgumentValueError
 
-__all__ = ["all_gather_attention", "attention", "ring_attention", "shard", "ulysses_attention", "unshard"]
+__all__ = ["all_gather_attention", "attention", "count_pairs", "ring_attention", "shard", "ulysses_attention", "unshard"]
 
 METHODS = ("auto", "ring", "all_gather", "ulysses")
 Meshes = Group | DeviceMesh | None
@@ -325,7 +328,8 @@ def _settings(
     facts: list[object] = [tuple(x.shape) for x in tensors] + [str(x.dtype) for x in tensors]
     bounds = None if documents is None else tuple(torch.as_tensor(documents).tolist())
     facts += [layout, causal, window, scale, softcap, None if sinks is None else tuple(sinks.shape), bounds, dropout_p]
-    facts += [sum_gradients, type(position).__name__]
+    parts = [] if position is None else list(position.modules())
+    facts += [sum_gradients, *(type(part).__name__ for part in parts)]
     check_agreement(group, facts, q.device)
     validation.check_qkv(q, k, v, ("q", "k", "v"), 4)
     validation.check_heads(q, k, v)
@@ -352,6 +356,7 @@ def _settings(
             f"documents: expected ascending bounds from 0 to {total}, with a batch of 1, got {list(bounds)} and a "
             f"batch of {q.shape[0]}"
         )
+    plan, absolute = blocks.probe(position, q.shape[1], q.shape[3], q.device)
     return Settings(
         causal=causal,
         left=left,
@@ -361,5 +366,6 @@ def _settings(
         deterministic=validation.check_flag("deterministic", deterministic),
         backend=validation.check_backend(backend),
         documents=bounds,
-        absolute=blocks.is_absolute(position, q.shape[1], q.shape[3], q.device),
+        absolute=absolute,
+        falls=falls(plan) and not absolute,
     )

@@ -15,7 +15,7 @@ from posattn.attention import Run, checked_attention
 from posattn.distributed.layout import Span
 from posattn.encodings.base import Context, Encoding
 from posattn.errors import ArgumentValueError
-from posattn.plan import Call
+from posattn.plan import Bias, Call, Plan
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Settings:
     backend: str
     documents: tuple[int, ...] | None
     absolute: bool  # the encoding asks where in the whole sequence a token sits, not only how far apart two are
+    falls: bool  # its bias is one of the distance alone, which may put keys out of reach
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,11 @@ def _reweighted(call: Call, backend: str, whole: tuple[Tensor, Tensor]) -> tuple
     return share[..., None] * out + centred * seen[..., None], share * seen
 
 
-def is_absolute(position: Encoding | None, heads: int, head_dim: int, device: torch.device) -> bool:
-    """Whether a plan depends on where tokens sit, not only on how far apart they are. ValueError for one that a shard
-    cannot have by itself."""
+def probe(position: Encoding | None, heads: int, head_dim: int, device: torch.device) -> tuple[Plan, bool]:
+    """The plan of two tokens, and whether it depends on where tokens sit, not only on how far apart they are.
+    ValueError for one that a shard cannot have by itself."""
     if position is None:
-        return False
+        return Plan(bias=Bias()), False
     if position.needs_positions:
         raise ArgumentValueError(
             f"position: expected an encoding over indices, got {type(position).__name__}, which needs its own positions"
@@ -205,4 +206,4 @@ def is_absolute(position: Encoding | None, heads: int, head_dim: int, device: to
             "position: expected no dense bias, got one, whose queries and keys are the whole sequence's"
         )
     placed = plan.places is not None or plan.amplitude is not None
-    return placed or any(bias.profile is not None for bias in biases)
+    return plan, placed or any(bias.profile is not None for bias in biases)

@@ -53,18 +53,17 @@ def check_agreement(group: Group, facts: Sequence[object], device: torch.device)
 
 
 class Ring:
-    """Passes tensors to the next rank and takes those of the one before, while the caller computes."""
+    """Passes tensors to a later rank and takes those of the rank as far before, while the caller computes."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        rank, ranks = group.rank(), group.size()
-        self.after = dist.get_global_rank(group, (rank + 1) % ranks)
-        self.before = dist.get_global_rank(group, (rank - 1) % ranks)
 
-    def start(self, tensors: Sequence[Tensor]) -> Passing:
+    def start(self, tensors: Sequence[Tensor], hop: int = 1) -> Passing:
+        rank, ranks = self.group.rank(), self.group.size()
+        after, before = (dist.get_global_rank(self.group, (rank + by) % ranks) for by in (hop, -hop))
         received = [torch.empty_like(tensor) for tensor in tensors]
-        operations = [dist.P2POp(dist.isend, tensor, self.after, self.group) for tensor in tensors]
-        operations += [dist.P2POp(dist.irecv, tensor, self.before, self.group) for tensor in received]
+        operations = [dist.P2POp(dist.isend, tensor, after, self.group) for tensor in tensors]
+        operations += [dist.P2POp(dist.irecv, tensor, before, self.group) for tensor in received]
         return Passing(dist.batch_isend_irecv(operations), received, tensors)
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,23 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from posattn.distributed import blocks
-from posattn.distributed.blocks import Block, Settings
+from posattn.distributed.blocks import Settings
 from posattn.distributed.group import Group, Passing, Ring
-from posattn.distributed.layout import spans
 from posattn.distributed.merge import Rows, sink_gradient
+from posattn.distributed.pairs import Schedule
 from posattn.encodings.base import Encoding
-
-
-def pairs(
-    group: Group, layout: str, tokens: int, step: int, settings: Settings, device: torch.device
-) -> Iterator[Block]:
-    """The blocks of this rank's queries and of the keys that are here in a step, without those that see nothing."""
-    rank, ranks = group.rank(), group.size()
-    for queries in spans(layout, tokens, rank, ranks):
-        for keys in spans(layout, tokens, (rank - step) % ranks, ranks):
-            block = blocks.block_of(queries, keys, settings, device)
-            if block is not None:
-                yield block
 
 
 class RingAttention(torch.autograd.Function):
@@ -49,10 +36,10 @@ class RingAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = Rows.empty(q, v.shape[3])
         here = [k.contiguous(), v.contiguous()]
-        ring, ranks = Ring(group), group.size()
-        for step in range(ranks):
-            coming = ring.start(here) if step + 1 < ranks else None
-            for block in pairs(group, layout, q.shape[2], step, settings, q.device):
+        ring, schedule = Ring(group), Schedule(group, layout, settings, position, q, k)
+        for step in range(schedule.steps):
+            coming = ring.start(here) if step + 1 < schedule.steps else None
+            for block in schedule.blocks(step):
                 part = [here[0][:, :, block.keys], here[1][:, :, block.keys]]
                 found = blocks.forward(q[:, :, block.queries], part[0], part[1], position, block, settings)
                 rows.add(block.queries, *found)
@@ -62,13 +49,13 @@ class RingAttention(torch.autograd.Function):
             rows.add_sinks(sinks)
         out = rows.out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sinks, out, rows.lse, *parameters)
-        ctx.rest = group, layout, settings, position, sum_gradients
+        ctx.rest = group, settings, position, sum_gradients, schedule
         ctx.set_materialize_grads(False)
         return out, rows.lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        group, layout, settings, position, sum_gradients = ctx.rest
+        group, settings, position, sum_gradients, schedule = ctx.rest
         q, k, v, sinks, out, lse, *parameters = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
@@ -78,12 +65,12 @@ class RingAttention(torch.autograd.Function):
         here = [k.contiguous(), v.contiguous()]
         # The gradients of the keys that are here, so far; they travel a step behind them.
         gradients = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in here]
-        ring, ranks = Ring(group), group.size()
+        ring, last = Ring(group), schedule.steps - 1
         travelling: Passing | None = None
-        for step in range(ranks):
-            coming = ring.start(here) if step + 1 < ranks else None
+        for step in range(last + 1):
+            coming = ring.start(here) if step < last else None
             own = [torch.zeros_like(x) for x in gradients] if step else gradients
-            for block in pairs(group, layout, q.shape[2], step, settings, q.device):
+            for block in schedule.blocks(step):
                 rows, keys = block.queries, block.keys
                 tensors = q[:, :, rows], here[0][:, :, keys], here[1][:, :, keys]
                 whole = out[:, :, rows], lse[:, :, rows]
@@ -97,7 +84,8 @@ class RingAttention(torch.autograd.Function):
                 gradients = travelling.wait()  # those of the ranks before, for the keys that are here
                 for total, more in zip(gradients, own):
                     total += more
-            travelling = ring.start(gradients) if ranks > 1 else None
+            # On with their keys, and from the last step straight home.
+            travelling = ring.start(gradients, 1 if step < last else -last) if last else None
             if coming is not None:
                 here = coming.wait()
         dk, dv = gradients if travelling is None else travelling.wait()

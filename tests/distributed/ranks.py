@@ -32,9 +32,19 @@ POSITIONS: dict[str, Callable[[], Encoding | None]] = {
     "RelativeTable2D": lambda: posattn.RelativeTable2D(HEADS, (24, 4)),
     "LogitScale": lambda: posattn.RoPE(DIM) + posattn.LogitScale("log", num_heads=HEADS),
     "learned RoPE": lambda: posattn.RoPE(DIM, learnable=True),
+    "steep ALiBi": lambda: posattn.RoPE(DIM) + posattn.ALiBi(HEADS, learnable=True, slopes=[20.0] * HEADS),
+    "steep Kerple": lambda: steep_kerple(),
     "DAPE-Kerple": lambda: posattn.DAPE(posattn.Kerple(HEADS), HEADS, width=8),
     "DAPE-FIRE": lambda: posattn.DAPE(posattn.FIRE(HEADS, width=8, initial_length=9.0), HEADS, width=8),
 }
+
+
+def steep_kerple() -> Encoding:
+    kerple = posattn.Kerple(HEADS, form="power")
+    with torch.no_grad():
+        kerple.p.fill_(1.0)
+        kerple.a.fill_(20.0)
+    return kerple
 
 
 def leaves(tokens: int, dtype: torch.dtype, kv_heads: int = KV_HEADS) -> list[Tensor]:
@@ -73,6 +83,10 @@ def compare(case: dict[str, Any]) -> dict[str, float]:
     if options.pop("sinks", False):
         options["sinks"] = torch.linspace(-1.0, 1.0, HEADS)
     documents = options.pop("documents", None)
+    if case.get("huge"):
+        # A key of the first piece that the last tokens see, for all the bias takes from it, in one head.
+        key = tensors[1].shape[1] - 1
+        tensors[1][:, key, 1] = 300.0 * tensors[0][:, -1, -1]
     generator = torch.Generator().manual_seed(4)
     grad_out = torch.randn(1, HEADS, tokens, DIM, generator=generator).to(dtype)
     grad_lse = torch.randn(1, HEADS, tokens, generator=generator)
@@ -94,10 +108,14 @@ def compare(case: dict[str, Any]) -> dict[str, float]:
     function = getattr(distributed, f"{method}_attention")
     given = dict(options) | ({} if documents is None else {"documents": documents})
     mine = [distributed.shard(x, None, layout) for x in (*tensors, grad_out, grad_lse)]
-    got = gradients(
-        function, mine[:3], made[2], (mine[3], mine[4]), layout=layout, backend=case.get("backend", "auto"), **given
-    )
+    with distributed.count_pairs() as pairs:
+        got = gradients(
+            function, mine[:3], made[2], (mine[3], mine[4]), layout=layout, backend=case.get("backend", "auto"), **given
+        )
     over = {}
+    if "pairs" in case:
+        counted = [pairs.computed, pairs.masked, pairs.out_of_reach]
+        over["pairs"] = 0.0 if counted == case["pairs"][dist.get_rank()] else 2.0
     for name, value in got.items():
         if name in ("out", "lse", "dq", "dk", "dv"):
             pair = [distributed.shard(one[name], None, layout) for one in (exact, naive)]

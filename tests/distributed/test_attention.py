@@ -78,6 +78,20 @@ OTHERS: list[Case] = [
     {"method": "ring", "position": "T5", "options": {}},
     {"method": "all_gather", "position": "RelativeTable2D", "options": {"causal": True}},
 ]
+# Pieces of a zigzag on two ranks: 0 and 3, 1 and 2. By rank: pairs computed, masked, out of reach.
+REACH: list[Case] = [
+    {"position": "steep ALiBi", "pairs": [[3, 3, 2], [4, 3, 1]]},
+    {"position": "steep Kerple", "pairs": [[3, 3, 2], [4, 3, 1]]},
+    {"position": "steep ALiBi", "huge": True, "pairs": [[4, 3, 1], [5, 3, 0]]},
+    {"position": "steep Kerple", "huge": True, "pairs": [[4, 3, 1], [5, 3, 0]]},
+    {"position": "ALiBi", "pairs": [[5, 3, 0], [5, 3, 0]]},
+]
+REACH = [{"method": "ring", "options": {"causal": True}, **case} for case in REACH]
+# Rings that stop early: no rank sees more than one or two shards back.
+SHORT: list[Case] = [
+    {"method": "ring", "position": "RoPE + ALiBi", "layout": "contiguous", "options": options}
+    for options in ({"causal": True, "window": [4, 0]}, {"window": [15, 0], "sinks": True}, {"window": [0, 3]})
+]
 WRONG: list[tuple[Case, str]] = [
     (
         {"tokens": [6, 8]},
@@ -101,7 +115,11 @@ WRONG: list[tuple[Case, str]] = [
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    assert_right([*EVERY, *OPTIONS, *OTHERS], 2, tmp_path)
+    assert_right([*EVERY, *OPTIONS, *OTHERS, *REACH], 2, tmp_path)
+
+
+def test_rings_that_stop_early(tmp_path: Path) -> None:
+    assert_right(SHORT, 3, tmp_path)
 
 
 @pytest.mark.slow
@@ -185,7 +203,7 @@ def test_blocks_that_see_nothing_are_left_out() -> None:
 
     def settings(**given: Any) -> Settings:
         base = {"causal": False, "left": None, "right": None, "scale": None, "softcap": 0.0, "deterministic": False}
-        return Settings(**{**base, "backend": "auto", "documents": None, "absolute": False, **given})
+        return Settings(**{**base, "backend": "auto", "documents": None, "absolute": False, "falls": False, **given})
 
     early, late = Span(0, 8, 0), Span(8, 8, 0)
     cpu = torch.device("cpu")
