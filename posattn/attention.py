@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
+from importlib import import_module
 from inspect import signature
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, TypeVar, overload
 
@@ -24,11 +25,13 @@ from posattn.positions import offset_bounds
 from posattn.turning import turn
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
 
 
 class Options(TypedDict, total=False):
-    """The keywords of attention() but return_lse, which decides what it returns."""
+    """The keywords of attention() but mesh and return_lse, which decides what it returns."""
 
     causal: bool
     window: int | tuple[int | None, int | None] | None
@@ -86,6 +89,7 @@ def attention(
     position: Encoding | None = None,
     *,
     return_lse: Literal[False] = False,
+    mesh: DeviceMesh | ProcessGroup | None = None,
     **options: Unpack[Options],
 ) -> Tensor: ...
 
@@ -98,6 +102,7 @@ def attention(
     position: Encoding | None = None,
     *,
     return_lse: Literal[True],
+    mesh: DeviceMesh | ProcessGroup | None = None,
     **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -131,6 +136,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
+    mesh: DeviceMesh | ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(logits) v, with logits = scale * q k^T as the encoding `position` changes them, in O(N) memory.
 
@@ -180,6 +186,11 @@ def attention(
         return_lse: also return the logits' log-sum-exp, natural log, float32 [B, Hq, Tq]; differentiable.
         deterministic: sum parameter gradients in a fixed order; so does torch.use_deterministic_algorithms.
         backend: "auto", or "cpu", "cuda", "triton" or "reference", which runs or raises its reason not to.
+        mesh: the sequence is cut over the ranks of this mesh of one dimension, or process group, and q, k and v are
+            this rank's tokens, as `posattn.distributed.shard` gives them: the call goes by
+            `posattn.distributed.attention`, whose way it chooses. DTensors go there by themselves. Options that place
+            tokens (bias, mask, offset, lengths, positions, pages) are refused there; cu_seqlens, both the same, are the
+            whole sequence's.
 
     Returns:
         [B, Hq, Tq, Dv] in q's dtype, or that and the log-sum-exp. Under autocast q, k and v are cast as torch casts
@@ -214,8 +225,40 @@ def attention(
         "deterministic": deterministic,
         "backend": backend,
     }
+    if mesh is not None or (type(q) not in _PLAIN_TYPES and hasattr(q, "device_mesh")):
+        return _over_mesh(q, k, v, position, options, mesh, return_lse)
     out, lse = checked_attention(q, k, v, position, options, ops.attend)
     return (out, lse) if return_lse else out
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_OVER_RANKS = ("causal", "window", "scale", "softcap", "sinks", "dropout_p", "deterministic", "backend")
+
+
+def _over_mesh(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Encoding | None,
+    options: Options,
+    mesh: object,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """By posattn.distributed, which stands on top of this module and is imported when it is first asked for."""
+    given: dict[str, object] = {name: value for name, value in options.items() if name in _OVER_RANKS}
+    bounds = options["cu_seqlens_q"]
+    if bounds is not None:
+        if options["cu_seqlens_k"] is not bounds:
+            raise ArgumentValueError("cu_seqlens_q, cu_seqlens_k: expected one tensor for both over a mesh, got two")
+        given["documents"] = bounds
+    for name, value in options.items():
+        if name not in (*_OVER_RANKS, "cu_seqlens_q", "cu_seqlens_k") and value is not None and value is not False:
+            raise ArgumentValueError(f"{name}: expected none over the ranks of a mesh, got one")
+    distributed = import_module("posattn.distributed")
+    found: Tensor | tuple[Tensor, Tensor] = distributed.attention(
+        q, k, v, position, group=mesh, return_lse=return_lse, **given
+    )
+    return found
 
 
 def checked_attention(

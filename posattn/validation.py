@@ -19,6 +19,7 @@ from posattn.encodings.base import Encoding
 from posattn.errors import SWAPPED, ArgumentTypeError, ArgumentValueError, described
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _INTEGERS = (torch.int32, torch.int64)
 _POSITION_LIMIT = 2**31
 _OFFSET_LIMIT = 2**28  # sums with lengths and a window's sides stay within int32
@@ -41,6 +42,10 @@ def _readable(tensor: Tensor) -> bool:
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if type(value) not in _PLAIN_TYPES and hasattr(value, "device_mesh"):
+        raise ArgumentTypeError(
+            f"{name}: expected a torch.Tensor, got a DTensor; posattn.attention takes q, k and v as DTensors, all three"
+        )
     if value.layout != torch.strided or value.is_nested:
         layout = "a nested tensor" if value.is_nested else str(value.layout)
         raise ArgumentTypeError(f"{name}: expected a dense tensor with strides, got {layout}")

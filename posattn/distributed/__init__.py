@@ -8,7 +8,9 @@ out = attention(q, k, v, posattn.DAPE(posattn.Kerple(12), 12), causal=True, grou
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,23 +21,35 @@ from torch.distributed.device_mesh import DeviceMesh
 import posattn
 from posattn import validation
 from posattn.distributed import blocks
+from posattn.distributed import cost as costs
 from posattn.distributed.blocks import Settings
-from posattn.distributed.gathered import GatherTokens, SumGradients, SummedParameters
+from posattn.distributed.cost import LINKS, MACHINES, Work
+from posattn.distributed.cost import Link as Link
+from posattn.distributed.gathered import GatherTokens, SumGradients
 from posattn.distributed.group import Group, check_agreement, group_of
 from posattn.distributed.layout import LAYOUTS as LAYOUTS
 from posattn.distributed.layout import Span as Span
 from posattn.distributed.layout import spans
 from posattn.distributed.pairs import Pairs as Pairs
 from posattn.distributed.pairs import count_pairs
+from posattn.distributed.parameters import check_whole, differentiated, summed
 from posattn.distributed.reach import falls
 from posattn.distributed.ring import RingAttention
 from posattn.distributed.ulysses import TokensOfHeads
 from posattn.encodings.base import Encoding
 from posattn.errors import ArgumentTypeError, ArgumentValueError
 
-__all__ = ["all_gather_attention", "attention", "count_pairs", "ring_attention", "shard", "ulysses_attention", "unshard"]
+__all__ = [
+    "all_gather_attention",
+    "attention",
+    "count_pairs",
+    "ring_attention",
+    "shard",
+    "ulysses_attention",
+    "unshard",
+]
 
-METHODS = ("auto", "ring", "all_gather", "ulysses")
+METHODS = ("auto", *costs.METHODS)
 Meshes = Group | DeviceMesh | None
 Window = int | tuple[int | None, int | None] | None
 
@@ -113,7 +127,7 @@ def ring_attention(
         causal, window, scale, softcap, deterministic, backend: as in `posattn.attention`.
         sinks: a logit a head [Hq], the same on every rank.
         documents: bounds [0, ..., T] of packed documents in the whole sequence, with B = 1.
-        dropout_p: 0. Kernels draw by the index in a call, which for a shard is not the one in the sequence.
+        dropout_p: 0. Kernels count their random numbers by the row and column in a call, which are not the sequence's.
         sum_gradients: sum the gradients of the encoding's parameters and of the sinks over the group. False leaves each
             rank its own share, for DDP or FSDP to reduce.
         return_lse: also return the log-sum-exp [B, Hq, T / P].
@@ -128,12 +142,11 @@ def ring_attention(
     """
     found = group_of(group)
     settings = _settings(
-        found, layout, (q, k, v), position, causal, window, scale, softcap, sinks, documents, dropout_p, deterministic,
-        backend, sum_gradients,
+        "ring", found, layout, (q, k, v), position, causal, window, scale, softcap, sinks, documents,
+        dropout_p, deterministic, backend, sum_gradients,
     )  # fmt: skip
-    parameters = [] if position is None else [p for p in position.parameters() if p.requires_grad]
     results: Any = RingAttention.apply(  # type: ignore[no-untyped-call]
-        found, layout, settings, position, sum_gradients, q, k, v, sinks, *parameters
+        found, layout, settings, position, sum_gradients, q, k, v, sinks, *differentiated(position)
     )
     return tuple(results) if return_lse else results[0]
 
@@ -174,15 +187,15 @@ def all_gather_attention(
     """
     found = group_of(group)
     settings = _settings(
-        found, layout, (q, k, v), position, causal, window, scale, softcap, sinks, documents, dropout_p, deterministic,
-        backend, sum_gradients,
+        "all_gather", found, layout, (q, k, v), position, causal, window, scale, softcap, sinks, documents,
+        dropout_p, deterministic, backend, sum_gradients,
     )  # fmt: skip
     keys, values = (GatherTokens.apply(found, layout, x) for x in (k, v))  # type: ignore[no-untyped-call]
     whole = Span(0, keys.shape[2], 0)
     if sum_gradients and sinks is not None:
         (sinks,) = SumGradients.apply(found, sinks)  # type: ignore[no-untyped-call]
     if sum_gradients and position is not None:
-        position = SummedParameters(position, found)
+        position = summed(position, found)
     parts, lses = [], []
     for span in spans(layout, q.shape[2], found.rank(), found.size()):
         block = blocks.block_of(span, whole, settings, q.device)
@@ -220,7 +233,6 @@ def ulysses_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of this rank's share of the heads over the whole sequence: two exchanges of tokens for heads each way.
 
-
     Args:
         q, k, v, position, group, layout, causal, window, scale, softcap, sinks, documents: as in `ring_attention`.
         dropout_p, sum_gradients, return_lse, deterministic, backend: as there.
@@ -235,8 +247,8 @@ def ulysses_attention(
     found = group_of(group)
     ranks, rank = found.size(), found.rank()
     _settings(
-        found, layout, (q, k, v), position, causal, window, scale, softcap, sinks, documents, dropout_p, deterministic,
-        backend, sum_gradients,
+        "ulysses", found, layout, (q, k, v), position, causal, window, scale, softcap, sinks, documents,
+        dropout_p, deterministic, backend, sum_gradients,
     )  # fmt: skip
     if k.shape[1] % ranks:
         raise ArgumentValueError(f"k, v: expected a number of heads that {ranks} ranks divide, got {k.shape[1]}")
@@ -250,7 +262,7 @@ def ulysses_attention(
     if sum_gradients and sinks is not None:
         (sinks,) = SumGradients.apply(found, sinks)  # type: ignore[no-untyped-call]
     if sum_gradients and position is not None:
-        position = SummedParameters(position, found)
+        position = summed(position, found)
     own = None if position is None else position.shard(rank * heads, heads)
     options: dict[str, Any] = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
     options |= {"sinks": None if sinks is None else sinks[mine], "return_lse": True}
@@ -275,39 +287,117 @@ def attention(
     *,
     group: Meshes = None,
     method: str = "auto",
+    link: str | Link | None = None,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over the ranks of a group by the method that fits.
+    """Attention over the ranks of a group, by the way that takes the least time there.
 
     Args:
-        q, k, v, position, group: as in `ring_attention`.
-        method: "ring", "all_gather", "ulysses", or "auto", which gathers where the gathered keys and values are at most
-            twice the size of this rank's queries and their result (few ranks, or few key heads), and goes round a ring
-            otherwise, whose memory does not grow with the sequence.
+        q, k, v, position, group: as in `ring_attention`. Or q, k and v are DTensors [B, H, T, D] of one mesh, which
+            says the ranks: cut along the batch, along the heads (the encoding and the sinks are cut with them; k and v
+            may be replicated, for few key heads) or along the tokens (contiguous shards, over which the methods below
+            go), each by a dimension of the mesh of its own. The encoding's parameters and the sinks may be DTensors of
+            that mesh.
+        method: "ring", "all_gather", "ulysses", or "auto": what `posattn.distributed.cost` says takes the least time
+            for these sizes, this mask, this encoding (a DAPE cannot exchange heads) and this link. Gathering is
+            considered where the gathered keys and values are at most twice the size of this rank's queries and their
+            result, for its memory grows with the sequence.
+        link: between the ranks: "nvlink", "infiniband", "ethernet", "gloo", or a `Link` of a latency and a bandwidth.
+            None: gloo's for a group of gloo; else NVLink's for a group within a node (as torchrun's LOCAL_WORLD_SIZE
+            says) and InfiniBand's beyond.
         options: the other arguments of `ring_attention`.
 
     Returns:
-        [B, Hq, T / P, Dv] of this rank's tokens, or that and the log-sum-exp [B, Hq, T / P].
+        [B, Hq, T / P, Dv] of this rank's tokens, or that and the log-sum-exp [B, Hq, T / P]. Of DTensors, DTensors
+        placed as q is.
 
     Raises:
-        TypeError, ValueError: as the method that is taken; an unknown method.
+        TypeError, ValueError: as the method that is taken; an unknown method or link; placements of other kinds, or
+            lengths that the ranks do not divide.
     """
     if method not in METHODS:
         raise ArgumentValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if any(hasattr(x, "device_mesh") for x in (q, k, v)):
+        return _of_dtensors(q, k, v, position, group, method, link, options)
     if method == "auto":
-        method = chosen(q, k, v, group_of(group).size())
+        method = chosen(q, k, v, position, group_of(group), link, options)
     by_name = {"ring": ring_attention, "all_gather": all_gather_attention, "ulysses": ulysses_attention}
     return by_name[method](q, k, v, position, group=group, **options)
 
 
-def chosen(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> str:
-    """What "auto" takes, by sizes alone."""
-    gathered = ranks * k.shape[1] * (k.shape[3] + v.shape[3])
-    own = q.shape[1] * (q.shape[3] + v.shape[3])
-    return "all_gather" if gathered <= 2 * own else "ring"
+def _of_dtensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Encoding | None,
+    group: Meshes,
+    method: str,
+    link: str | Link | None,
+    options: dict[str, Any],
+) -> Any:
+    # Here, for torch.distributed.tensor takes a while to import, and who has DTensors has imported it.
+    from posattn.distributed import sharded
+
+    if group is not None and group != getattr(q, "device_mesh", None):
+        raise ArgumentValueError("group: expected None or the mesh of q, k and v, which are DTensors, got another")
+    if "layout" in options:
+        raise ArgumentValueError("layout: expected none for DTensors, whose shards are contiguous, got one")
+
+    def alone(q: Tensor, k: Tensor, v: Tensor, position: Encoding | None, **options: Any) -> Any:
+        documents = options.pop("documents", None)
+        if documents is not None:
+            bounds = torch.as_tensor(documents, dtype=torch.int32).to(q.device)
+            options |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+        return posattn.attention(q, k, v, position, **options)
+
+    over_tokens = partial(attention, method=method, link=link)
+    return sharded.attention(q, k, v, position, dict(options), over_tokens, alone)
+
+
+def chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Encoding | None,
+    group: Group,
+    link: str | Link | None,
+    options: dict[str, Any],
+) -> str:
+    """What "auto" takes."""
+    if isinstance(link, str) and link not in LINKS:
+        raise ArgumentValueError(f"link: expected one of {', '.join(map(repr, LINKS))} or a Link, got {link!r}")
+    if link is None:
+        link = _link_of(group, q.device)
+    elif not isinstance(link, (str, Link)):
+        raise ArgumentTypeError(f"link: expected a name, a Link or None, got {type(link).__name__}")
+    left, right = validation.check_window(options.get("window"))
+    causal = bool(options.get("causal", False))
+    work = Work(
+        ranks=group.size(),
+        batch=q.shape[0],
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        tokens=q.shape[2] * group.size(),
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        element=q.element_size(),
+        causal=causal,
+        window=None if left is None or not (causal or right is not None) else left + 1 + (0 if causal else right or 0),
+        mixes=position is not None and any(isinstance(module, posattn.DAPE) for module in position.modules()),
+        layout=options.get("layout", "zigzag"),
+    )
+    machine = MACHINES.get(q.device.type, MACHINES["cuda"])
+    return costs.shortest(work, LINKS[link] if isinstance(link, str) else link, machine)
+
+
+def _link_of(group: Group, device: torch.device) -> str:
+    if device.type == "cpu":
+        return "gloo"
+    return "nvlink" if group.size() <= int(os.environ.get("LOCAL_WORLD_SIZE", "0")) else "infiniband"
 
 
 def _settings(
+    method: str,
     group: Group,
     layout: str,
     tensors: tuple[Tensor, Tensor, Tensor],
@@ -327,12 +417,23 @@ def _settings(
     q, k, v = tensors
     facts: list[object] = [tuple(x.shape) for x in tensors] + [str(x.dtype) for x in tensors]
     bounds = None if documents is None else tuple(torch.as_tensor(documents).tolist())
-    facts += [layout, causal, window, scale, softcap, None if sinks is None else tuple(sinks.shape), bounds, dropout_p]
+    facts += [
+        method,
+        layout,
+        causal,
+        window,
+        scale,
+        softcap,
+        None if sinks is None else tuple(sinks.shape),
+        bounds,
+        dropout_p,
+    ]
     parts = [] if position is None else list(position.modules())
     facts += [sum_gradients, *(type(part).__name__ for part in parts)]
     check_agreement(group, facts, q.device)
     validation.check_qkv(q, k, v, ("q", "k", "v"), 4)
     validation.check_heads(q, k, v)
+    check_whole(position)
     if q.shape[2] != k.shape[2]:
         raise ArgumentValueError(
             f"k, v: expected keys of the same {q.shape[2]} tokens as the queries, got {k.shape[2]}"
@@ -342,8 +443,8 @@ def _settings(
     left, right = validation.check_window(window)
     if dropout_p:
         raise ArgumentValueError(
-            f"dropout_p: expected 0.0, got {dropout_p}: kernels draw by a token's index in the call, and a shard's is "
-            "not that in the sequence"
+            f"dropout_p: expected 0.0, got {dropout_p}: kernels count their random numbers by the row, the column and "
+            "the head in a call and take no first ones to count from, so that ranks would drop others than one call"
         )
     if scale is not None and not isinstance(scale, (int, float)):
         raise ArgumentTypeError(f"scale: expected a number or None, got {type(scale).__name__}")

@@ -8,12 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.func import functional_call
 
 from posattn.distributed.group import Group
 from posattn.distributed.layout import order
-from posattn.encodings.base import Context, Encoding
-from posattn.plan import Plan
 
 
 class GatherTokens(torch.autograd.Function):
@@ -64,22 +61,3 @@ class SumGradients(torch.autograd.Function):
         for grad in found:
             dist.all_reduce(grad, group=ctx.group)
         return None, *found
-
-
-class SummedParameters(Encoding):
-    """An encoding whose parameters' gradients are summed over a group."""
-
-    def __init__(self, inner: Encoding, group: Group) -> None:
-        super().__init__()
-        self.inner, self.group = inner, group
-        self.num_heads, self.needs_positions = inner.num_heads, inner.needs_positions
-        self.has_bias, self.sole_operands = inner.has_bias, inner.sole_operands
-
-    def build(self, context: Context) -> Plan:
-        named = {name: parameter for name, parameter in self.inner.named_parameters() if parameter.requires_grad}
-        if not named or not torch.is_grad_enabled():
-            plan: Plan = self.inner(context)
-            return plan
-        summed: tuple[Tensor, ...] = SumGradients.apply(self.group, *named.values())  # type: ignore[no-untyped-call]
-        found: Plan = functional_call(self.inner, dict(zip(named, summed)), (context,))
-        return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,16 @@ def compare(case: dict[str, Any]) -> dict[str, float]:
         return gradients(posattn.attention, moved, position, grads, backend="reference", **given)
 
     exact, naive = whole(torch.float64, made[0]), whole(dtype, made[1])
-    function = getattr(distributed, f"{method}_attention")
+    function = getattr(distributed, f"{method}_attention", partial(posattn.attention, mesh=dist.group.WORLD))
+    placed = {} if method == "auto" else {"layout": layout}
     given = dict(options) | ({} if documents is None else {"documents": documents})
+    if method == "auto" and documents is not None:
+        given.pop("documents")
+        given["cu_seqlens_q"] = given["cu_seqlens_k"] = torch.tensor(documents, dtype=torch.int32)
     mine = [distributed.shard(x, None, layout) for x in (*tensors, grad_out, grad_lse)]
     with distributed.count_pairs() as pairs:
         got = gradients(
-            function, mine[:3], made[2], (mine[3], mine[4]), layout=layout, backend=case.get("backend", "auto"), **given
+            function, mine[:3], made[2], (mine[3], mine[4]), **placed, backend=case.get("backend", "auto"), **given
         )
     over = {}
     if "pairs" in case:
@@ -127,7 +132,7 @@ def compare(case: dict[str, Any]) -> dict[str, float]:
         over[name] = error / (2 * allowed + 8 * eps * max(scale, 1.0))
     if case.get("twice"):
         again = gradients(
-            function, mine[:3], made[2], (mine[3], mine[4]), layout=layout, backend=case.get("backend", "auto"), **given
+            function, mine[:3], made[2], (mine[3], mine[4]), **placed, backend=case.get("backend", "auto"), **given
         )
         over |= {f"{name} again": 0.0 if torch.equal(again[name], value) else 2.0 for name, value in got.items()}
     return over

@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 Case = dict[str, Any]
 
 
-def on_ranks(cases: list[Case], ranks: int, folder: Path) -> list[list[Any]]:
+def on_ranks(cases: list[Case], ranks: int, folder: Path, script: str = "tests.distributed.ranks") -> list[list[Any]]:
     """What each rank found of each case."""
     (folder / "cases.json").write_text(json.dumps(cases))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.ranks", str(folder), str(rank), str(ranks)],
+            [sys.executable, "-m", script, str(folder), str(rank), str(ranks)],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
@@ -37,8 +37,8 @@ def on_ranks(cases: list[Case], ranks: int, folder: Path) -> list[list[Any]]:
     return [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def assert_right(cases: list[Case], ranks: int, folder: Path) -> None:
-    found = on_ranks(cases, ranks, folder)
+def assert_right(cases: list[Case], ranks: int, folder: Path, script: str = "tests.distributed.ranks") -> None:
+    found = on_ranks(cases, ranks, folder, script)
     wrong = [
         (case, rank, name, share)
         for rank, results in enumerate(found)
@@ -77,6 +77,8 @@ OTHERS: list[Case] = [
     {"method": "ulysses", "position": "ALiBi", "options": {"causal": True, "kv_heads": 2}},
     {"method": "ring", "position": "T5", "options": {}},
     {"method": "all_gather", "position": "RelativeTable2D", "options": {"causal": True}},
+    {"method": "auto", "position": "DAPE-Kerple", "options": {"causal": True, "sinks": True}},
+    {"method": "auto", "position": "ALiBi", "options": {"window": [5, 2], "documents": [0, 7, 24], "kv_heads": 1}},
 ]
 # Pieces of a zigzag on two ranks: 0 and 3, 1 and 2. By rank: pairs computed, masked, out of reach.
 REACH: list[Case] = [
