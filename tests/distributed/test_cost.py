@@ -24,9 +24,9 @@ def test_without_links_every_way_takes_the_kernels_time() -> None:
 
 
 def test_a_ring_hides_its_messages_where_shards_are_long_and_cannot_where_they_are_short() -> None:
-    long, short = (cost("ring", replace(LONG, tokens=t), LINKS["infiniband"], GPU) for t in (2**22, 2**14))
+    long, short = (cost("ring", replace(LONG, tokens=t), LINKS["ethernet"], GPU) for t in (2**22, 2**13))
     assert long.hidden > 0.9
-    assert short.hidden < 0.2
+    assert short.hidden < 0.3
     assert long.seconds < 1.02 * long.kernels
 
 
@@ -41,9 +41,10 @@ def test_memory_grows_with_the_whole_sequence_for_gathering_alone() -> None:
 def test_what_is_chosen() -> None:
     link = LINKS["infiniband"]
     assert shortest(LONG, link, GPU) == "ring"  # 16 ranks do not divide 8 heads, and O(T) is too much
-    assert shortest(replace(LONG, ranks=8, tokens=2**16), link, GPU) == "ulysses"
-    assert shortest(replace(LONG, ranks=8, tokens=2**16, mixes=True), link, GPU) != "ulysses"
-    assert shortest(replace(LONG, ranks=4, kv_heads=1, tokens=2**14), link, GPU) == "all_gather"
+    assert shortest(replace(LONG, ranks=8), link, GPU) == "ring"  # it hides its messages
+    assert shortest(replace(LONG, ranks=8, tokens=2**13), link, GPU) == "ulysses"
+    assert shortest(replace(LONG, ranks=8, tokens=2**13, mixes=True), link, GPU) != "ulysses"
+    assert shortest(replace(LONG, ranks=4, kv_heads=1, tokens=2**12), link, GPU) == "all_gather"
     # With a link so slow that bytes are all that counts, the fewest of them.
     slow = Link(0.0, 1e8)
     eight = replace(LONG, ranks=8)
