@@ -119,6 +119,34 @@ struct ForwardParams {
   float softcap;
   int32_t split_tiles;  // tiles of keys for one split
   PageParams pages;
+  const int32_t* reach;  // ReachParams.reach, of blocks of REACH_ROWS queries
+};
+
+// Which keys blocks of BLOCK_M queries cannot do without, from the largest norms of BLOCK_N keys each.
+struct ReachParams {
+  const void* q;
+  const void* k;
+  const float* q_amplitude;  // [1], by how much rotating may lengthen a row; or null
+  const float* k_amplitude;
+  float* norms;    // [Hkv, cells]
+  int32_t* reach;  // [blocks of queries of all sequences, H, 2]: the first key, and the end
+  const float* slope;
+  const float* table;   // [H, entries]
+  const float* behind;  // [H, table_cells]: the highest value from a cell's beginning on, BLOCK_N entries each
+  const float* before;  // [H, table_cells]: up to a cell's end
+  int64_t slope_batch;
+  int64_t table_head;
+  Strides q_strides;
+  Strides k_strides;
+  ShapeParams shape;
+  MaskParams mask;
+  PageParams pages;
+  int32_t table_first;
+  int32_t table_last;
+  int32_t table_cells;
+  int32_t cells;  // of all sequences
+  float scale;    // not negative
+  float softcap;
 };
 
 struct CombineParams {

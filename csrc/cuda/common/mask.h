@@ -86,6 +86,25 @@ struct KeySpans {
   }
 };
 
+// The keys that `pairs` pairs of reach at `reach` have, of one block of queries: the first, and the end, in tiles of
+// KEYS.
+template <int KEYS>
+struct KeysInReach {
+  int first;
+  int end;
+
+  __device__ __forceinline__ KeysInReach(const int32_t* reach, int pairs) {
+    first = reach[0];
+    end = reach[1];
+    for (int n = 1; n < pairs; ++n) {
+      first = min(first, reach[2 * n]);
+      end = max(end, reach[2 * n + 1]);
+    }
+    first = first / KEYS * KEYS;
+    end = ceil_div(end, KEYS) * KEYS;
+  }
+};
+
 // The columns of row i that are allowed, from least to most, counted from column j0.
 struct Allowed {
   int least;

@@ -236,6 +236,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const __g
   const int last = min(r0 + BLOCK_M, sequence.q_len * p.shape.group) - 1;
   if (last < r0) return;
   KeySpans spans(sequence, p.mask, r0 / p.shape.group, last / p.shape.group);
+  if constexpr (REACH_ROWS > 0) {
+    // All queries are one block of it; heads that share the keys walk them together.
+    const int index = head / kv_heads;
+    const int64_t at = PACKED ? sequence.q_start / REACH_ROWS + index : index;
+    const int first_head = head % kv_heads * p.shape.group;
+    const KeysInReach<BLOCK_N> keys(p.reach + 2 * (at * p.shape.heads + first_head), p.shape.group);
+    spans.clip(keys.first, keys.end);
+  }
   if constexpr (SPLIT) {
     const int from = blockIdx.y * p.split_tiles * BLOCK_N;
     spans.clip(from, from + p.split_tiles * BLOCK_N);

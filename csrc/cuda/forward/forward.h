@@ -74,6 +74,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const int i0 = block * BLOCK_M;
   if (i0 >= sequence.q_len) return;
   KeySpans spans(sequence, p.mask, i0, min(i0 + BLOCK_M, sequence.q_len) - 1);
+  if constexpr (REACH_ROWS > 0) {
+    const int64_t at = first_query_block<REACH_ROWS>(p.shape, sequence, bh / p.shape.heads) + block;
+    const KeysInReach<BLOCK_N> keys(p.reach + 2 * (at * p.shape.heads + bh % p.shape.heads), 1);
+    spans.clip(keys.first, keys.end);
+  }
   if constexpr (SPLIT) {
     const int from = blockIdx.y * p.split_tiles * BLOCK_N;
     spans.clip(from, from + p.split_tiles * BLOCK_N);

@@ -9,8 +9,9 @@ from posattn.backends.common.arch import MAX_SPLITS, key_splits
 from posattn.backends.common.operands import k_max, q_max, sequences
 from posattn.backends.common.strides import narrowed_rows, rows_like
 from posattn.backends.cuda import launch, operands
-from posattn.backends.cuda.configs.forward import DecodeConfig, decode_config, forward_config
+from posattn.backends.cuda.configs.forward import DECODE_ROWS, DecodeConfig, decode_config, forward_config
 from posattn.backends.cuda.constants import CombineConstants, DecodeConstants, ForwardConstants, PrefillConstants
+from posattn.backends.cuda.reach import keys_in_reach
 from posattn.backends.cuda.rotary import rotated
 from posattn.plan import Call
 
@@ -49,6 +50,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if rotary is not None and not rotate_here:
         k = rotated(k, rotary.k_cos, rotary.k_sin, rotary, paged=call if page else None)
         k_page = 0
+    rows = DECODE_ROWS if decoding else config.block_m
+    reach = keys_in_reach(call, q, k, rows, rotary, rotary if rotate_here else None, table, k_page)
     head_dim, head_dim_v = config.padded(q.shape[3]), config.padded(v.shape[3])
     explicit, has = call.q_positions is not None, bias_constants.operands
     shared = config.shared_bytes(head_dim, head_dim_v, not explicit and (has.has_table or has.has_profile))
@@ -74,6 +77,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         shared_bytes=shared,
         k_page=k_page,
         v_page=page,
+        reach_rows=0 if reach is None else rows,
     )
     constants: DecodeConstants | PrefillConstants
     if isinstance(config, DecodeConfig):
@@ -107,6 +111,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         "softcap": call.softcap,
         "split_tiles": -(-shape["k_blocks"] // splits),
         "pages": table,
+        "reach": reach,
     }
     entry = "attention_decode" if decoding else "attention_forward"
     launch.run(

@@ -120,6 +120,23 @@ class ForwardConstants(NamedTuple):
     shared_bytes: int
     k_page: int  # tokens a page of keys, 0 where they lie side by side
     v_page: int
+    reach_rows: int  # queries that share what is in reach, 0 where all is
+
+
+class ReachConstants(NamedTuple):
+    """Of reach/find.cu."""
+
+    bf16: bool
+    dim: int
+    sequence: SequenceConstants
+    has_slope: bool
+    signed: bool
+    has_table: bool
+    has_softcap: bool
+    block_m: int
+    block_n: int
+    page: int
+    threads: int
 
 
 class DecodeConstants(NamedTuple):
