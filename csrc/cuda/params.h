@@ -162,6 +162,15 @@ struct CombineParams {
   int32_t splits;
 };
 
+// The same for blocks of BLOCK_N keys, in blocks of BLOCK_M queries.
+struct TurnParams {
+  const int32_t* of_queries;  // ReachParams.reach
+  int32_t* reach;             // [blocks of keys of all sequences, Hkv, 2]: the first block of queries, and the end
+  int32_t* first;             // [blocks of queries, Hkv]: the first block of keys that walks them
+  ShapeParams shape;
+  MaskParams mask;
+};
+
 // DAPE's MLP, contiguous: w1 [WIDTH, INPUTS], b1 [WIDTH], w2 [HEADS, WIDTH], b2 [HEADS].
 struct HeadMixParams {
   const float* w1;
@@ -318,6 +327,8 @@ struct BackwardParams {
   float scale2;  // times log2(e)
   float softcap;
   int32_t first_distance;  // of the first diagonal
+  const int32_t* reach;    // TurnParams.reach
+  const int32_t* first;    // TurnParams.first, if ordered
 };
 
 // The accumulated gradient of the queries, scaled, rotated back and rounded.

@@ -1,4 +1,5 @@
-"""Keys that a falling bias puts out of reach are left out, and only those, on GPUs: kernels/attention/reach.py."""
+"""Keys that a falling bias puts out of reach are left out, and only those, on GPUs: kernels/attention/reach.py and
+csrc/cuda/reach."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import posattn
 from posattn.backends.common import reach
+from posattn.backends.cuda import reach as cuda_reach
 from posattn.backends.triton import launch as seam
 from posattn.backends.triton.arguments import attention_arguments
 from posattn.backends.triton.reach import keys_in_reach
@@ -20,6 +22,13 @@ from tests.tolerance import assert_forward_parity, assert_parity
 from tools.gpu_budget.reach import first_keys
 
 BF16, FULL = torch.bfloat16, torch.float32
+BACKENDS = {"cuda": "cuda.core", "triton": "triton"}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip(BACKENDS[request.param])
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +55,14 @@ def looked(machine: Machine) -> bool:
 
 
 @pytest.mark.parametrize("arch", [80, pytest.param(90, marks=pytest.mark.slow)])
-def test_far_tiles_are_not_read_and_a_huge_key_among_them_is(arch: int) -> None:
+def test_far_tiles_are_not_read_and_a_huge_key_among_them_is(backend: str, arch: int) -> None:
     """Forward, backward and decoding: one kernel each for all that differs in data alone."""
     q, k, v = tensors()
     with behind_launch(arch) as machine:
         far = v.clone()
         far[:, :, :128] = torch.nan  # of weight zero, which times NaN would be NaN
         far.requires_grad_()
-        out = posattn.attention(q, k, far, steep(), causal=True, backend="triton")
+        out = posattn.attention(q, k, far, steep(), causal=True, backend=backend)
         assert looked(machine)
         assert not out.isnan().any()
         out.sum().backward()
@@ -62,8 +71,9 @@ def test_far_tiles_are_not_read_and_a_huge_key_among_them_is(arch: int) -> None:
         assert far.grad[:, :, -1].all()
 
         k[:, :, 3] = 200.0 * q[:, :, 150].sign()  # its logit outweighs the distance in that row
-        assert_parity(q, k, v, steep(), {"causal": True}, "triton")
-        reached = posattn.attention(q, k, far, steep(), causal=True, backend="triton")
+        k[:, :, 300] = -k[:, :, 3]  # and keeps the cells behind it from being the first
+        assert_parity(q, k, v, steep(), {"causal": True, "deterministic": True}, backend)
+        reached = posattn.attention(q, k, far, steep(), causal=True, backend=backend)
         assert reached[:, :, 150].isnan().all()
 
 
@@ -115,56 +125,64 @@ CASES: dict[str, Any] = {
 
 # The others compile two kernels each.
 QUICK = ("both sides",)
+PLACES = [
+    pytest.param(name, backend, marks=[] if name in QUICK else [pytest.mark.slow])
+    for name in CASES
+    for backend in BACKENDS
+    if backend == "triton" or not name.startswith("float32")
+]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
-def test_parity(name: str) -> None:
+@pytest.mark.parametrize(("name", "backend"), PLACES)
+def test_parity(name: str, backend: str) -> None:
+    pytest.importorskip(BACKENDS[backend])
     make, position, options = CASES[name]
     with behind_launch(80 + 10 * (list(CASES).index(name) % 2)) as machine:
-        assert_parity(*make(), position(), options(), "triton")
+        assert_parity(*make(), position(), options(), backend)
         assert looked(machine)
 
 
-def test_decoding_from_pages() -> None:
+def test_decoding_from_pages(backend: str) -> None:
     """One kernel of few rows, whose keys are turned in it, in parts."""
     torch.manual_seed(0)
     q, k, v = tensors(q_len=3)
     k[:, 0, 40] = 100.0 * q[:, 0, 1].sign()
     (q, k, v), options = in_pages(24, [q, k, v], {"causal": True, "k_lengths": torch.tensor([650])})
     with behind_launch(80) as machine:
-        assert_forward_parity(q, k, v, posattn.RoPE(32) + steep(), options, "triton")
+        assert_forward_parity(q, k, v, posattn.RoPE(32) + steep(), options, backend)
         assert looked(machine)
 
 
-def found(q: Tensor, k: Tensor, slopes: Tensor, block: int) -> Tensor:
+def found(q: Tensor, k: Tensor, slopes: Tensor, block: int, backend: str) -> Tensor:
     """[blocks of queries, H, 2] of a causal call, from the kernels."""
     tokens = {"max_q": q.shape[2], "max_k": k.shape[2]}
     call = Call(q, k, k, Plan(bias=Bias(slope=Slope(slopes))), Mask(causal=True, **tokens), q.shape[3] ** -0.5)
     with behind_launch(80):
-        kept = keys_in_reach(call, seam.launch, q, k, block, attention_arguments(call, block, 64))
+        if backend == "triton":
+            kept = keys_in_reach(call, seam.launch, q, k, block, attention_arguments(call, block, 64))
+        else:
+            kept = cuda_reach.keys_in_reach(call, q, k, block)
     assert kept is not None
     return kept
 
 
-def test_the_model_is_what_the_kernels_do() -> None:
+def test_the_model_is_what_the_kernels_do(backend: str) -> None:
     q, k, _ = tensors(q_len=700)
     slopes = torch.tensor([1.0, 0.3])
-    kept = found(q, k, slopes, 64)
+    kept = found(q, k, slopes, 64, backend)
     for h in range(2):
         expected = first_keys(q[0, h], k[0, h], float(slopes[h]), 64)
         assert torch.equal(kept[:, h, 0], expected.int())
         assert 0 < expected[-1] < 640
 
 
-def test_what_is_left_out_weighs_less_than_rounding_at_worst() -> None:
+def test_what_is_left_out_weighs_less_than_rounding_at_worst(backend: str) -> None:
     """Near keys point away from the queries, far ones towards them: no bound of norms can be tighter, and this one is
     not far from it."""
     q, k = torch.full((1, 2, 64, 32), 1.5), torch.full((1, 2, 1200, 32), -1.5)
     k[:, :, :1000] *= -1.0
     slopes = torch.tensor([0.2, 0.07])
-    kept = found(q.bfloat16(), k.bfloat16(), slopes, 64)
+    kept = found(q.bfloat16(), k.bfloat16(), slopes, 64, backend)
     i, j = torch.arange(1136, 1200)[:, None], torch.arange(1200)[None, :]
     for h in range(2):
         logits = (q[0, h].double() @ k[0, h].double().T) * 32**-0.5 - slopes[h] * (i - j).abs()

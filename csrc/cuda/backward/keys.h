@@ -31,7 +31,14 @@ struct KeyBlock {
         thread(threadIdx.x),
         warp(thread / WARP),
         lane(thread % WARP),
-        first_row(first_query_block<BLOCK_M>(p.shape, sequence, index) * BLOCK_M) {}
+        first_row(first_query_block<BLOCK_M>(p.shape, sequence, index) * BLOCK_M) {
+    if constexpr (REACH) {
+      const int64_t at = block_of_all<BLOCK_N>(p.shape, sequence, index, key_block);
+      const int32_t* reach = p.reach + 2 * (at * (p.shape.heads / p.shape.group) + key_head);
+      spans.lo = max(spans.lo, reach[0]);
+      spans.hi = min(spans.hi, reach[1]);
+    }
+  }
 
   __device__ __forceinline__ Cursor first_block(int head) const {
     return {head, spans.lo, head * static_cast<uint32_t>(p.rows) + first_row + spans.lo * BLOCK_M};
@@ -62,8 +69,14 @@ struct KeyBlock {
   __device__ __forceinline__ void in_order(const Cursor& at, int thread, Add add) const {
     int32_t* added = p.dq_semaphore + 1 + at.row / BLOCK_M;
     if constexpr (ORDERED) {
-      const int before = blocks_before<BLOCK_N>(key_block, sequence, p.mask, at.block * BLOCK_M);
-      if (thread == 0) wait_for_earlier(added, before);
+      int before = blocks_before<BLOCK_N>(key_block, sequence, p.mask, at.block * BLOCK_M);
+      if (thread == 0) {
+        if constexpr (REACH) {
+          const int64_t block = first_row / BLOCK_M + at.block;
+          before = min(before, key_block - p.first[block * (p.shape.heads / p.shape.group) + key_head]);
+        }
+        wait_for_earlier(added, before);
+      }
       ptx::bar_sync();
     }
     add();

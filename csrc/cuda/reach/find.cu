@@ -1,10 +1,17 @@
 // Which keys each block of queries cannot do without, where a bias falls with the distance: ahead of the forward pass,
 // and of the backward pass (turn.cu). BLOCK_N keys share their largest norm: a cell.
+//
+// The argument is the one of docs/design/triton.md: keys whose logits lie far enough below the nearest visible one's
+// weigh, all together, less than 2^-40 of a row.
+#include "common/element.h"
 #include "common/pages.h"
 #include "reach/reach.h"
 
 namespace posattn {
 
+constexpr float REACH_NATS = 27.7258872f;  // 2^40
+// What rounding the operands (rotated ones, say) may add to their norms.
+constexpr float NORM_SLACK = 1.01f;
 constexpr int LANES = DIM <= 32 ? 4 : DIM <= 64 ? 8 : DIM <= 128 ? 16 : 32;  // of a row, eight elements each
 
 __shared__ float of_warps[THREADS / WARP];

@@ -1,16 +1,9 @@
-// What the kernels that look for reach share: sums over a block's threads, and the largest norms of rows.
-//
-// The argument is the one of kernels/attention/reach.py: keys whose logits lie far enough below the nearest visible
-// one's weigh, all together, less than 2^-40 of a row.
+// What the kernels that look for reach share: the greatest number of a block's threads.
 #pragma once
-#include "common/element.h"
 #include "common/mask.h"
+#include "ptx/ptx.h"
 
 namespace posattn {
-
-constexpr float REACH_NATS = 27.7258872f;  // 2^40
-// What rounding the operands (rotated ones, say) may add to their norms.
-constexpr float NORM_SLACK = 1.01f;
 
 __device__ __forceinline__ int shfl_bfly(int x, int mask) {
   return static_cast<int>(ptx::shfl_bfly(static_cast<uint32_t>(x), mask));

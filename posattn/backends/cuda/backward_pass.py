@@ -18,9 +18,11 @@ from posattn.backends.cuda.constants import (
     BackwardSm90Constants,
     RowsConstants,
     TilesConstants,
+    TurnConstants,
     WantConstants,
 )
 from posattn.backends.cuda.operands import LOG2E, Members
+from posattn.backends.cuda.reach import THREADS, keys_in_reach, queries_in_reach
 from posattn.backends.cuda.rotary import rotated_pair
 from posattn.plan import Call
 
@@ -140,6 +142,7 @@ def prepared(call: Call, grad_out: Tensor, needs: frozenset[str]) -> Pass:
     config = sm90_config(arch, dim, staging) or backward_config(arch, dim, staging)
     warps = config.constants(dim)
     bias, bias_constants = operands.bias(call, plan, config.warp_queries, config.warp_keys)
+    of_queries = keys_in_reach(call, q, k, config.block_m)
     constants = BackwardSm90Constants(
         element=operands.element(call),
         mask=mask_constants,
@@ -155,6 +158,7 @@ def prepared(call: Call, grad_out: Tensor, needs: frozenset[str]) -> Pass:
         strip_rows=config.strip_rows,
         blocks_per_sm=config.blocks,
         shared_bytes=(sm90_shared_bytes if config.sm90 else shared_bytes)(config, warps.padded, staging),
+        reach=of_queries is not None,
     )
     values = {
         "q": q,
@@ -175,4 +179,7 @@ def prepared(call: Call, grad_out: Tensor, needs: frozenset[str]) -> Pass:
         "scale2": call.scale * LOG2E,
         "softcap": call.softcap,
     }
+    if of_queries is not None:
+        turned = TurnConstants(mask_constants.sequence, config.block_m, config.block_n, THREADS)
+        values["reach"], values["first"] = queries_in_reach(call, of_queries, values["shape"], mask, turned)
     return Pass(call, needs, q, k, v, grad_out, config, constants, values)

@@ -139,6 +139,15 @@ class ReachConstants(NamedTuple):
     threads: int
 
 
+class TurnConstants(NamedTuple):
+    """Of reach/turn.cu."""
+
+    sequence: SequenceConstants
+    block_m: int
+    block_n: int
+    threads: int
+
+
 class DecodeConstants(NamedTuple):
     """Of forward/decode.cu."""
 
@@ -223,6 +232,7 @@ class BackwardSm90Constants(NamedTuple):
     strip_rows: int
     blocks_per_sm: int
     shared_bytes: int
+    reach: bool  # whether there are queries that blocks of keys do not walk, and a list of those that they do
 
 
 class BackwardConstants(NamedTuple):

@@ -9,11 +9,11 @@ from posattn.backends.common.operands import all_blocks, k_max, q_max, sequences
 from posattn.backends.common.reach import CELL, falling_operands, worthwhile
 from posattn.backends.cuda import launch, operands
 from posattn.backends.cuda.configs.forward import DECODE_ROWS
-from posattn.backends.cuda.constants import ReachConstants
+from posattn.backends.cuda.constants import ReachConstants, TurnConstants
 from posattn.plan import Call, Rotary
 
 _SOURCE = "reach/find.cu"
-_THREADS = 128
+THREADS = 128
 
 
 def keys_in_reach(
@@ -72,12 +72,29 @@ def keys_in_reach(
         block_m=rows,
         block_n=CELL,
         page=page,
-        threads=_THREADS,
+        threads=THREADS,
     )
     for entry, blocks in (("key_norms", shape["k_blocks"] * kv_heads), ("find_reach", shape["q_blocks"] * heads)):
         grid = (blocks * sequences(call),)
-        launch.run(_SOURCE, entry, "ReachParams", given, values, grid, _THREADS, 0, device)
+        launch.run(_SOURCE, entry, "ReachParams", given, values, grid, THREADS, 0, device)
     return reach
+
+
+def queries_in_reach(
+    call: Call, of_queries: Tensor, shape: operands.Members, mask: operands.Members, constants: TurnConstants
+) -> tuple[Tensor, Tensor | None]:
+    """The same the other way round, int32 [blocks of `block_n` keys, Hkv, 2] of blocks of `block_m` queries; and, for a
+    deterministic call, [blocks of queries, Hkv] of the first block of keys that walks them."""
+    kv_heads, device = call.k.shape[1], of_queries.device
+    blocks = all_blocks(call, call.k.shape[2], k_max(call), constants.block_n)
+    reach = torch.empty((blocks, kv_heads, 2), dtype=torch.int32, device=device)
+    first = torch.empty((of_queries.shape[0], kv_heads), dtype=torch.int32, device=device)
+    values = {"of_queries": of_queries, "reach": reach, "first": first, "shape": shape, "mask": mask}
+    entries = {"turn_reach": shape["k_blocks"], "first_in_reach": shape["q_blocks"] if call.deterministic else 0}
+    for entry, blocks in entries.items():
+        grid = (blocks * kv_heads * sequences(call),)
+        launch.run("reach/turn.cu", entry, "TurnParams", constants, values, grid, THREADS, 0, device)
+    return reach, first if call.deterministic else None
 
 
 def _amplitude(cos: Tensor, sin: Tensor) -> Tensor:
