@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import posattn
+from posattn.backends.common import reach
 from posattn.backends.cuda import compiler, launch
 from posattn.backends.cuda.constants import definitions
 
@@ -47,6 +48,9 @@ def launched() -> dict[str, dict[tuple[Any, ...], str]]:
                     )
                     options = {"causal": True, "softcap": 5.0, "bias": torch.zeros(1, 4, q_len, 600)}
                     posattn.attention(q, k, v, position, backend="cuda", **options).sum().backward()
+            with mock.patch.multiple(reach, LEAST_KEYS_TABLE=600):
+                falling = posattn.ALiBi(4) + posattn.Kerple(4)
+                posattn.attention(q, k, v, falling, softcap=5.0, deterministic=True, backend="cuda").sum().backward()
     return found
 
 

@@ -69,7 +69,7 @@ APART = (
     ("posattn.integrations", "posattn.kernels"),
 )
 # The same of csrc/cuda, whose `common` and `ptx` and `bias` are one layer below the families. A .cu file stands on top.
-DEVICE_LAYERS = (("params.h", "common", "ptx", "bias"), ("forward", "backward", "headmix"))
+DEVICE_LAYERS = (("params.h", "common", "ptx", "bias"), ("forward", "backward", "headmix", "reach"))
 BELOW_FAMILIES = ("params.h", "common", "ptx", "bias")
 
 

@@ -111,7 +111,7 @@ __device__ __forceinline__ void Backward::run() {
   while (at.head < end_head) {
     ptx::cp_async_wait_group<0>();
     ptx::bar_sync();  // this step's queries are there, and nobody needs the last step's
-    const bool last = at.block + 1 == spans.hi;
+    const bool last = at.block + 1 == end();
     if (last) load_next_head();
     const Cursor next = last ? first_block(at.head + 1) : Cursor{at.head, at.block + 1, at.row + BLOCK_M};
     const bool more = next.head < end_head;

@@ -51,7 +51,7 @@ struct BackwardBlock : KeyBlock {
 
   // Blocks are loaded in the order in which they are walked; after the last one of a head:
   __device__ __forceinline__ void load_next_head() {
-    const int64_t back = (spans.hi - spans.lo) * BLOCK_M;
+    const int64_t back = (end() - first()) * BLOCK_M;
     q += p.q_strides.head - back * p.q_strides.token;
     grad_out += p.grad_out_strides.head - back * p.grad_out_strides.token;
   }

@@ -33,15 +33,33 @@ struct KeyBlock {
         lane(thread % WARP),
         first_row(first_query_block<BLOCK_M>(p.shape, sequence, index) * BLOCK_M) {
     if constexpr (REACH) {
-      const int64_t at = block_of_all<BLOCK_N>(p.shape, sequence, index, key_block);
-      const int32_t* reach = p.reach + 2 * (at * (p.shape.heads / p.shape.group) + key_head);
-      spans.lo = max(spans.lo, reach[0]);
-      spans.hi = min(spans.hi, reach[1]);
+      spans.lo = max(spans.lo, reach()[0]);
+      spans.hi = min(spans.hi, reach()[1]);
     }
   }
 
+  // Volatile, so that it is read again rather than kept.
+  __device__ __forceinline__ const volatile int32_t* reach() const {
+    const int64_t at = block_of_all<BLOCK_N>(p.shape, sequence, index, key_block);
+    return p.reach + 2 * (at * (p.shape.heads / p.shape.group) + key_head);
+  }
+
+  // spans.lo and spans.hi.
+  __device__ __forceinline__ int first() const {
+    if constexpr (!REACH) return spans.lo;
+    const QuerySpans seen(sequence, p.mask, key_block * BLOCK_N, key_block * BLOCK_N + BLOCK_N - 1);
+    return max(seen.lo, reach()[0]);
+  }
+  __device__ __forceinline__ int end() const {
+    if constexpr (!REACH) return spans.hi;
+    if constexpr (!HAS_LEFT) return reach()[1];
+    const QuerySpans seen(sequence, p.mask, key_block * BLOCK_N, key_block * BLOCK_N + BLOCK_N - 1);
+    return min(seen.hi, reach()[1]);
+  }
+
   __device__ __forceinline__ Cursor first_block(int head) const {
-    return {head, spans.lo, head * static_cast<uint32_t>(p.rows) + first_row + spans.lo * BLOCK_M};
+    const int block = first();
+    return {head, block, head * static_cast<uint32_t>(p.rows) + first_row + block * BLOCK_M};
   }
 
   // Starts the copies of the block's keys and values.

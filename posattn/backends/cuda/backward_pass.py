@@ -181,5 +181,6 @@ def prepared(call: Call, grad_out: Tensor, needs: frozenset[str]) -> Pass:
     }
     if of_queries is not None:
         turned = TurnConstants(mask_constants.sequence, config.block_m, config.block_n, THREADS)
-        values["reach"], values["first"] = queries_in_reach(call, of_queries, values["shape"], mask, turned)
+        shape = operands.shape(call, config.block_m, config.block_n)
+        values["reach"], values["first"] = queries_in_reach(call, of_queries, shape, mask, turned)
     return Pass(call, needs, q, k, v, grad_out, config, constants, values)
