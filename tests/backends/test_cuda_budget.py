@@ -21,7 +21,7 @@ LIMITS = {
 
 @pytest.mark.parametrize(("arch", "label"), LIMITS)
 def test_forward_keeps_its_figures(arch, label):
-    (noted,) = launches(CASES[label], arch)
+    *_, noted = launches(CASES[label], arch)  # behind those that look for reach
     found = figures(noted, arch)
     assert (noted.kernel.name, found.loop_spills) == ("attention_forward", 0)
     assert found.two_phase <= LIMITS[arch, label]
@@ -30,7 +30,7 @@ def test_forward_keeps_its_figures(arch, label):
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_100", "sm_120"])
 @pytest.mark.parametrize("label", ["profile, D = 128", "decoding, slope, D = 64"])
 def test_other_architectures_spill_in_no_loop(arch, label):
-    (noted,) = launches(CASES[label], arch)
+    *_, noted = launches(CASES[label], arch)  # behind those that look for reach
     found = figures(noted, arch)
     assert found.loop_spills == 0
     assert noted.shared <= 99 * 1024  # what the least of them grants a block
