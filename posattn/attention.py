@@ -563,6 +563,10 @@ def _turned_queries(q: Tensor, plan: Plan) -> tuple[Tensor, Plan]:
     rotary = plan.rotary
     if rotary is None:
         raise ArgumentValueError("k_rotated: expected a position that rotates, got one that does not, or none")
+    if plan.gated is not None:
+        raise ArgumentValueError(
+            "k_rotated: expected no CoPE beside a rotation, got one, which reads q before its turn"
+        )
     return turn(q, rotary.q_cos, rotary.q_sin, rotary.interleaved), replace(plan, rotary=None)
 
 

@@ -194,12 +194,13 @@ def _double_options(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def examples(num_heads: int, head_dim: int, tokens: int) -> dict[str, Encoding]:
-    """Every exported encoding, in the variants that its class shows, for calls of at most `tokens` tokens."""
+def examples(num_heads: int, head_dim: int, tokens: int, every: bool = False) -> dict[str, Encoding]:
+    """Every exported encoding, in the variants that its class shows, for calls of at most `tokens` tokens; with `every`
+    those too that no kernel computes."""
     found: dict[str, Encoding] = {}
     for name in encodings.__all__:
         found.update(getattr(encodings, name).examples(num_heads, head_dim, tokens))
-    return found
+    return found if every else {name: encoding for name, encoding in found.items() if encoding.fused}
 
 
 def positions_for(position: Encoding | None, q_len: int, k_len: int) -> dict[str, Any]:

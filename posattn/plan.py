@@ -124,16 +124,30 @@ class Places:
 
 
 @dataclass(frozen=True)
+class Gated:
+    """Add q_i . e at the position p_ij = min(sum of sigmoid(x_ij') over the keys j' >= j that i sees, L - 1) (CoPE).
+
+    x are the logits before any bias, e is linear between the rows of `weight`, [H or 1, L, D] float32, and q is as it
+    came, before any turn; its products with e are not scaled, unless `scaled`. Keys count as they lie in memory,
+    whatever their positions; one that a mask or a bias of -inf hides counts nothing. Not together with a mix.
+    """
+
+    weight: Tensor
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """logits = mix(softcap(scale * <amplitude * rotary q, rotary k>)) + bias; without `mix` the first term stands as it
     is. amplitude is [B or 1, H or 1, Tq] float32, and q is multiplied by it in front of the kernel (turning.py).
-    `places` are the positions of the biases, where these are not the call's."""
+    `places` are the positions of the biases, where these are not the call's. `gated` adds what it says."""
 
     rotary: Rotary | None = None
     mix: HeadMix | None = None
     bias: Bias = field(default_factory=Bias)
     amplitude: Tensor | None = None
     places: Places | None = None
+    gated: Gated | None = None
 
 
 @dataclass(frozen=True)

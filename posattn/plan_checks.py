@@ -13,7 +13,7 @@ import torch
 from torch import SymInt, Tensor
 
 from posattn.errors import ArgumentTypeError, ArgumentValueError
-from posattn.plan import EDGES, FORMS, Bias, Dense, HeadMix, Places, Plan, Profile, Rotary, Slope, Table
+from posattn.plan import EDGES, FORMS, Bias, Dense, Gated, HeadMix, Places, Plan, Profile, Rotary, Slope, Table
 
 _Operand = TypeVar("_Operand")
 
@@ -22,6 +22,7 @@ _PLACES: dict[type, str] = {
     Rotary: "Plan(rotary=...)",
     HeadMix: "Plan(mix=...)",
     Places: "Plan(places=...)",
+    Gated: "Plan(gated=...)",
     Bias: "Plan(bias=...)",
     Slope: "Plan(bias=Bias(slope=...))",
     Table: "Plan(bias=Bias(table=...))",
@@ -57,6 +58,8 @@ def checked(plan: Plan, source: str, q: Tensor, k: Tensor) -> Plan:
         checks.amplitude(plan.amplitude)
     if plan.places is not None:
         checks.places(checks.kind("places", plan.places, Places))
+    if plan.gated is not None:
+        checks.gated(checks.kind("gated", plan.gated, Gated), mix is not None)
     if bias is plan.bias and mix is plan.mix:
         return plan
     return replace(plan, mix=mix, bias=bias)
@@ -152,6 +155,13 @@ class _Checks:
             fits = tensor.dim() == 2 and tensor.shape[1] == tokens
             if not fits or not (tensor.shape[0] == 1 or tensor.shape[0] == self.batch):
                 raise self._wrong_shape(name, tensor, f"{self.batch} or 1", tokens)
+
+    def gated(self, gated: Gated, mixed: bool) -> None:
+        weight = self.tensor("gated.weight", gated.weight)
+        shared = weight.dim() == 3 and weight.shape[0] == 1
+        self.shaped("gated.weight", weight, 1 if shared else self.heads, "positions", self.dim)
+        if mixed:
+            raise ArgumentValueError(f"{self._what('gated')} None beside a mix of heads, got {type(gated).__name__}")
 
     def bias(self, name: str, bias: object) -> Bias:
         bias = self.kind(name, bias, Bias)

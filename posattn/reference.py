@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posattn.plan import Bias, Call, Dense, HeadMix, Profile, Slope, Table
+from posattn.plan import Bias, Call, Dense, Gated, HeadMix, Profile, Slope, Table
 from posattn.positions import document_index, token_indices
 
 NEG_INF = float("-inf")
@@ -154,9 +154,32 @@ def _logits(call: Call, rows: Tensor | None) -> Tensor:
         if plan.mix.inner:
             inner = dense_bias(_bias_of(rows, plan.mix.inner), q_positions, k_positions).to(logits.dtype)
         logits = _mix_heads(plan.mix, logits, inner, call, rows)
+    bias = None
     if plan.bias:
-        logits = logits + dense_bias(_bias_of(rows, plan.bias), q_positions, k_positions).to(logits.dtype)
-    return logits
+        bias = dense_bias(_bias_of(rows, plan.bias), q_positions, k_positions).to(logits.dtype)
+    if plan.gated is not None:
+        logits = logits + _at_gated_positions(plan.gated, logits, bias, call, rows)
+    return logits if bias is None else logits + bias
+
+
+def _at_gated_positions(gated: Gated, logits: Tensor, bias: Tensor | None, call: Call, rows: Tensor | None) -> Tensor:
+    """q . e [B, H, Tq, Tk] at the positions that the gates of these logits add up to, in float32 at least: sums of
+    gates in bfloat16 would be whole numbers from 128 on."""
+    gates = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    allowed = _allowed(call, rows)
+    if allowed is not None:
+        gates = gates.masked_fill(~allowed, 0.0)
+    if bias is not None:
+        gates = gates.masked_fill(bias == NEG_INF, 0.0)
+    last = gated.weight.shape[1] - 1
+    positions = gates.flip(-1).cumsum(-1).flip(-1).clamp(max=last)
+    below, above = positions.floor().long(), positions.ceil().long()
+    share = positions - below
+    products = _of(rows, call.q, 2).to(share.dtype) @ gated.weight.to(share.dtype).mT  # [B, H, Tq, L]
+    added = products.gather(-1, below) * (1.0 - share) + products.gather(-1, above) * share
+    if gated.scaled:
+        added = added * (call.scale if call.scale_tensor is None else call.scale_tensor.to(added.device, added.dtype))
+    return added.to(logits.dtype)
 
 
 def _mix_heads(mix: HeadMix, logits: Tensor, inner: Tensor | None, call: Call, rows: Tensor | None) -> Tensor:

@@ -12,15 +12,14 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from posattn.plan import Bias, Call, Dense, HeadMix, Mask, Plan, Profile, Rotary, Slope, Table
+from posattn.plan import Bias, Call, Dense, Gated, HeadMix, Mask, Plan, Profile, Rotary, Slope, Table
 from posattn.positions import offset_bounds
 
 _BIAS_GRADS = ("slope", "table", "psi", "row_scale", "segment_slope", "segment_intercept", "dense")
 
 # The names that a backend's backward may be asked for.
-DIFFERENTIABLE = frozenset(
-    ("q", "k", "v", "scale", "w1", "b1", "w2", "b2", "sinks", *_BIAS_GRADS, *(f"inner.{name}" for name in _BIAS_GRADS))
-)
+_OWN_GRADS = ("q", "k", "v", "scale", "w1", "b1", "w2", "b2", "sinks", "gated")
+DIFFERENTIABLE = frozenset((*_OWN_GRADS, *_BIAS_GRADS, *(f"inner.{name}" for name in _BIAS_GRADS)))
 
 MAX_K = 3  # where `ints` holds it
 _NO_LIMIT = -1  # a window side of None, which `ints` cannot hold
@@ -104,6 +103,10 @@ def flatten(call: Call, backend: str) -> Flat:
         put("w2", plan.mix.w2)
         put("b2", plan.mix.b2)
         put_bias(plan.mix.inner, "inner.")
+    if plan.gated is not None:
+        put("gated", plan.gated.weight)
+        if plan.gated.scaled:
+            flags.append("gated_scaled")
     if mask.causal:
         flags.append("causal")
     if mask.offset is not None:
@@ -179,6 +182,7 @@ def unflatten(
         edge = "paper" if "paper_edge" in flags else "causal"
         weights = named["w1"], named["b1"], named["w2"], named["b2"]
         mix = HeadMix(*weights, layout.form, take_bias("inner."), edge)
+    gated = Gated(named["gated"], "gated_scaled" in flags) if "gated" in named else None
     mask = Mask(
         causal="causal" in flags,
         offset=offset,
@@ -200,7 +204,7 @@ def unflatten(
         q=q,
         k=k,
         v=v,
-        plan=Plan(rotary, mix, bias),
+        plan=Plan(rotary, mix, bias, gated=gated),
         mask=mask,
         scale=scale if scale_tensor is None else float(scale_tensor),
         softcap=softcap,

@@ -26,7 +26,7 @@ def chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict
             return load(options.encoding, options.heads, options.head_dim, options.tokens)
         except (ArgumentValueError, ArgumentTypeError) as error:
             parser.error(str(error))
-    catalogue = examples_of(options, parser)
+    catalogue = examples_of(options, parser, every=True)
     found = {name.lower(): name for name in catalogue}
     name = found.get(options.encoding.lower())
     if name is None:
@@ -34,10 +34,13 @@ def chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict
     return {name: catalogue[name]}
 
 
-def examples_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Encoding]:
-    """The examples for a command line's sizes; sizes that an encoding refuses end the program with a usage error."""
+def examples_of(
+    options: argparse.Namespace, parser: argparse.ArgumentParser, every: bool = False
+) -> dict[str, Encoding]:
+    """The examples for a command line's sizes, with `every` those too that no kernel computes; sizes that an encoding
+    refuses end the program with a usage error."""
     try:
-        return parity.examples(options.heads, options.head_dim, options.tokens)
+        return parity.examples(options.heads, options.head_dim, options.tokens, every)
     except ValueError as error:
         parser.error(f"--heads {options.heads} --head-dim {options.head_dim} --tokens {options.tokens}: {error}")
 

@@ -200,6 +200,8 @@ def probe(position: Encoding | None, heads: int, head_dim: int, device: torch.de
             "position: expected a mix of one key at a time, got one with a kernel over keys, which would end where a "
             "shard's do"
         )
+    if plan.gated is not None:
+        raise ArgumentValueError("position: expected no CoPE, got one, whose positions count the keys of all shards")
     biases = [plan.bias, *([] if plan.mix is None else [plan.mix.inner])]
     if any(bias.dense is not None for bias in biases):
         raise ArgumentValueError(

@@ -7,6 +7,7 @@ from posattn.encodings.base import Sum as Sum
 from posattn.encodings.bias import Bias
 from posattn.encodings.bipe import BiPE
 from posattn.encodings.bipe import segment_positions as segment_positions
+from posattn.encodings.cope import CoPE
 from posattn.encodings.dape import DAPE
 from posattn.encodings.embeddings import LearnedEmbedding as LearnedEmbedding
 from posattn.encodings.embeddings import SinusoidalEmbedding as SinusoidalEmbedding
@@ -37,6 +38,7 @@ __all__ = [
     "AxialRoPE",
     "BiPE",
     "Bias",
+    "CoPE",
     "Kerple",
     "LogitScale",
     "MRoPE",

@@ -38,8 +38,10 @@ class Encoding(nn.Module):
     fractional: bool = False
     """Whether positions may be fractions: they may where nothing is looked up by a distance."""
     sole_operands: frozenset[str] = frozenset()
-    """Those of "rotary", "mix" and "profile", of which a plan holds one each, that it is known to set: a sum with two
-    of one is refused when it is made, where this says so, and else when it is lowered."""
+    """Those of "rotary", "mix", "profile" and "gated", of which a plan holds one each, that it is known to set: a sum
+    with two of one is refused when it is made, where this says so, and else when it is lowered."""
+    fused: bool = True
+    """Whether kernels compute it; what none does is for backend="reference" alone."""
 
     if TYPE_CHECKING:
 
@@ -127,6 +129,10 @@ class Encoding(nn.Module):
                 f"{type(self).__name__} multiplies the logits and is no additive bias; take .bias of the additive part "
                 "alone"
             )
+        if plan.gated is not None:
+            raise TypeError(
+                f"{type(self).__name__} goes by the logits and has no fixed bias; take .bias of the additive part alone"
+            )
         sizes = {operand.shape[0] for operand in _by_sequence(plan.bias)} - {1}
         batch = sizes.pop() if sizes else 1
         q, k = (torch.empty(1, device=device).expand(batch, context.num_heads, n, 1) for n in (q_len, k_len))
@@ -177,6 +183,7 @@ class Sum(Encoding):
         self.has_bias = any(p.has_bias for p in flat)
         self.fractional = all(p.fractional for p in flat)
         self.needs_positions = any(p.needs_positions for p in flat)
+        self.fused = all(p.fused for p in flat)
 
     def build(self, context: Context) -> Plan:
         plan = Plan(bias=Bias())
@@ -208,6 +215,7 @@ class Shard(Encoding):
         self.fractional = whole.fractional
         self.needs_positions = whole.needs_positions
         self.sole_operands = whole.sole_operands
+        self.fused = whole.fused
 
     def build(self, context: Context) -> Plan:
         plan = self.whole(replace(context, num_heads=self._whole_heads, kv_heads=None))  # the whole's own key heads
@@ -218,8 +226,9 @@ class Shard(Encoding):
 
 
 def add_plans(a: Plan, b: Plan, context: Context) -> Plan:
-    """The plan of a sum of encodings. ValueError for two rotary or two head-mixing parts, or two profiles."""
-    _check_sole({name for name in ("rotary", "mix") if getattr(a, name) is not None and getattr(b, name) is not None})
+    """The plan of a sum of encodings. ValueError for two rotary, head-mixing or gated parts, or two profiles."""
+    sole = ("rotary", "mix", "gated")
+    _check_sole({name for name in sole if getattr(a, name) is not None and getattr(b, name) is not None})
     if a.places is not None or b.places is not None:
         a, b = _in_one_place(a, b, context)
     amplitude = a.amplitude if b.amplitude is None else b.amplitude
@@ -231,6 +240,7 @@ def add_plans(a: Plan, b: Plan, context: Context) -> Plan:
         bias=_add_biases(a.bias, b.bias, context),
         amplitude=amplitude,
         places=a.places or b.places,
+        gated=a.gated or b.gated,
     )
 
 
@@ -306,6 +316,7 @@ _SOLE = {
     "rotary": "one rotary encoding, got two; q and k can be turned only once",
     "mix": "one DAPE, got two; the heads can be mixed only once",
     "profile": "one FIRE, got two; a plan holds a single profile",
+    "gated": "one CoPE, got two; a plan holds a single set of gated positions",
 }
 
 

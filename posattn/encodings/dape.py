@@ -66,6 +66,7 @@ class DAPE(Encoding):
         self.sole_operands = frozenset({"mix"}) | (frozenset() if inner is None else inner.sole_operands - {"profile"})
         both = inner is not None and inner.has_bias and form != "add"
         self.kernel, self.edge = check_positive_int("kernel", kernel), check_choice("edge", edge, EDGES)
+        self.fused = kernel == 1
         if kernel % 2 == 0:
             raise ValueError(f"kernel: expected an odd number of keys, got {kernel}")
         inputs = 2 * num_heads if both else num_heads

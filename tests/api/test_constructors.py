@@ -19,6 +19,7 @@ CASES: dict[Callable[..., Any], dict[str, object]] = {
     posattn.AxialRoPE: {"head_dim": 16, "width": 4},
     posattn.BiPE: {"inter": posattn.RoPE(16), "dim": 16, "max_segment_length": 4},
     posattn.Bias: {"values": torch.zeros(H, 5), "first": 0},
+    posattn.CoPE: {"num_heads": H, "head_dim": 16, "max_positions": 8},
     posattn.DAPE: {"inner": None, "num_heads": H},
     posattn.FIRE: {"num_heads": H},
     posattn.Kerple: {"num_heads": H},

@@ -49,6 +49,7 @@ class Layer(nn.Module):
 
     def forward(self, q):
         options = {"q_positions": self.places, "k_positions": self.places, "causal": True}
+        options["backend"] = "auto" if self.position.fused else "reference"
         q = posattn.attention(q, q, q, self.position, **options)
         return posattn.attention(self.project(q), q, q, self.position, **options)
 
