@@ -101,7 +101,8 @@ def _choose(arguments: argparse.Namespace, device: str) -> list[Case]:
 
 
 def _heading(case: Case) -> str:
-    shape = f"B={case.batch} H={case.heads} Tq={case.q_len} Tk={case.k_len} D={case.head_dim}"
+    heads = f"H={case.heads}" + (f" Hkv={case.kv_heads}" if case.kv_heads else "")
+    shape = f"B={case.batch} {heads} Tq={case.q_len} Tk={case.k_len} D={case.head_dim}"
     return f"{case.name}: {case.mode}, {case.dtype}, {shape}, {'causal' if case.causal else 'full'}"
 
 

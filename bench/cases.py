@@ -71,6 +71,7 @@ class Case:
     dtype: str = "float32"
     batch: int = 1
     heads: int = 12
+    kv_heads: int | None = None  # as many as heads
     q_len: int = 2048
     k_len: int = 2048
     head_dim: int = 64
@@ -98,6 +99,8 @@ def standard() -> tuple[Case, ...]:
         *_head_mixing(),
         _decoding("float32"),
         _decoding("bfloat16"),
+        *_decoding_batch(),
+        *_encoders(),
         *_threads(),
         _growth(),
         *_memory(),
@@ -130,7 +133,9 @@ def quick() -> tuple[Case, ...]:
     for case in standard():
         # torch.compile takes longer than everything else together.
         variants = tuple(_shorten(variant) for variant in case.variants if variant.peer != "flex")
-        tiny = replace(case, heads=4, batch=min(case.batch, 2), q_len=min(case.q_len, 96), k_len=96, head_dim=32)
+        kv_heads = None if case.kv_heads is None else 2
+        tiny = replace(case, heads=4, kv_heads=kv_heads, batch=min(case.batch, 2), head_dim=32)
+        tiny = replace(tiny, q_len=min(case.q_len, 96), k_len=96)
         small.append(replace(tiny, variants=variants, targets=(), seconds=0.05))
     return tuple(small)
 
@@ -203,6 +208,25 @@ def _decoding(dtype: str) -> Case:
     target = Target("share", _name("none"), 0.80)
     variants = (*_posattn("none", "ALiBi"), Variant("sdpa"))
     return Case(f"decode-{dtype}", variants, (target,), dtype=dtype, q_len=1, k_len=32768, seconds=8.0)
+
+
+def _decoding_batch() -> tuple[Case, ...]:
+    """A server's step: 32 sequences, four heads to a key head."""
+    variants = (*_posattn("none", "RoPE", "ALiBi"), Variant("sdpa"))
+    shape = Case("", variants, batch=32, heads=32, kv_heads=8, q_len=1, k_len=1024, head_dim=128, seconds=8.0)
+    return tuple(replace(shape, name=f"decode-batch-{dtype}", dtype=dtype) for dtype in ("float32", "bfloat16"))
+
+
+def _encoders() -> tuple[Case, ...]:
+    """The base sizes of T5's encoder, whose peer has its bias as a mask already built, and of BERT."""
+    t5 = (*_posattn("T5Bias", "none"), Variant("sdpa"), Variant("sdpa-mask", "T5Bias"))
+    bert = (*_posattn("none"), Variant("sdpa"))
+    shape = Case("", (), batch=8, q_len=512, k_len=512, causal=False, seconds=6.0)
+    return tuple(
+        replace(shape, name=f"{name}-{dtype}", variants=variants, dtype=dtype)
+        for name, variants in (("t5-encoder", t5), ("bert", bert))
+        for dtype in ("float32", "bfloat16")
+    )
 
 
 def _threads() -> tuple[Case, ...]:

@@ -50,10 +50,11 @@ def make_inputs(case: Case, encoding: str, device: str) -> Inputs:
     torch.manual_seed(0)
     dtype: torch.dtype = getattr(torch, case.dtype)
 
-    def draw(length: int) -> Tensor:
-        return torch.randn(case.batch, case.heads, length, case.head_dim, device=device).to(dtype)
+    def draw(length: int, heads: int = case.heads) -> Tensor:
+        return torch.randn(case.batch, heads, length, case.head_dim, device=device).to(dtype)
 
-    q, k, v = (draw(n).requires_grad_(case.mode != "forward") for n in (case.q_len, case.k_len, case.k_len))
+    keys = case.k_len, case.kv_heads or case.heads
+    q, k, v = (x.requires_grad_(case.mode != "forward") for x in (draw(case.q_len), draw(*keys), draw(*keys)))
     position = build(encoding, case.heads, case.head_dim, max(case.q_len, case.k_len))
     if position is not None:
         position = position.to(device).requires_grad_(case.mode != "forward")
@@ -90,12 +91,17 @@ def _eager(inputs: Inputs, variant: Variant) -> Peer:
     return forward, ()
 
 
+def _torch(inputs: Inputs, **options: Any) -> Tensor:
+    grouped = inputs.q.shape[1] != inputs.k.shape[1]
+    return F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, enable_gqa=grouped, **options)
+
+
 def _sdpa(inputs: Inputs, variant: Variant) -> Peer:
     q_len, k_len = inputs.q.shape[2], inputs.k.shape[2]
     if inputs.causal and 1 < q_len != k_len:
         raise Unavailable("its causal mask is aligned top-left")
     causal = inputs.causal and q_len == k_len  # a single query at the end sees every key
-    return lambda: F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, is_causal=causal), ()
+    return lambda: _torch(inputs, is_causal=causal), ()
 
 
 def _dense_mask(inputs: Inputs) -> Tensor:
@@ -112,17 +118,17 @@ def _dense_mask(inputs: Inputs) -> Tensor:
 
 def _sdpa_mask(inputs: Inputs, variant: Variant) -> Peer:
     mask = _dense_mask(inputs).detach()
-    return lambda: F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, attn_mask=mask), ()
+    return lambda: _torch(inputs, attn_mask=mask), ()
 
 
 def _sdpa_mask_build(inputs: Inputs, variant: Variant) -> Peer:
-    return lambda: F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, attn_mask=_dense_mask(inputs)), ()
+    return lambda: _torch(inputs, attn_mask=_dense_mask(inputs)), ()
 
 
 def _sdpa_mask_grad(inputs: Inputs, variant: Variant) -> Peer:
     """The mask itself is the leaf: what a trained bias costs before its own parameters are reached."""
     mask = _dense_mask(inputs).detach().requires_grad_()
-    return lambda: F.scaled_dot_product_attention(inputs.q, inputs.k, inputs.v, attn_mask=mask), (mask,)
+    return lambda: _torch(inputs, attn_mask=mask), (mask,)
 
 
 def _flex(inputs: Inputs, variant: Variant) -> Peer:
@@ -146,8 +152,11 @@ def _flex(inputs: Inputs, variant: Variant) -> Peer:
         return j <= i + offset
 
     block_mask = create_block_mask(sees, None, None, q_len, k_len, inputs.q.device) if inputs.causal else None
+    grouped = inputs.q.shape[1] != inputs.k.shape[1]
     compiled: Any = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(inputs.q, inputs.k, inputs.v, score_mod=alibi, block_mask=block_mask), ()
+    return lambda: compiled(
+        inputs.q, inputs.k, inputs.v, score_mod=alibi, block_mask=block_mask, enable_gqa=grouped
+    ), ()
 
 
 def _flash_attn(inputs: Inputs, variant: Variant) -> Peer:

@@ -29,6 +29,7 @@ class Row:
     dtype: str
     batch: int
     heads: int
+    kv_heads: int
     q_len: int
     k_len: int
     head_dim: int

@@ -161,6 +161,7 @@ def _blank(case: Case, variant: Variant, threads: int) -> Row:
         dtype=case.dtype,
         batch=shape.batch,
         heads=shape.heads,
+        kv_heads=shape.kv_heads or shape.heads,
         q_len=shape.q_len,
         k_len=shape.k_len,
         head_dim=shape.head_dim,

@@ -32,7 +32,8 @@ def work(case: Case, encoding: str) -> Work:
     """
     dtype = getattr(torch, case.dtype)
     if case.q_len <= DECODING and case.mode == "forward":
-        return Work(2.0 * case.batch * case.heads * case.k_len * case.head_dim * dtype.itemsize, "read")
+        kv_heads = case.kv_heads or case.heads
+        return Work(2.0 * case.batch * kv_heads * case.k_len * case.head_dim * dtype.itemsize, "read")
     pairs = case.batch * case.heads * _visible(case)
     products = {"forward": 2, "backward": 5, "both": 7}[case.mode]
     # The network forward; its recomputation and two products for its backward.

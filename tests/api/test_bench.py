@@ -23,7 +23,16 @@ TINY = Case("tiny", (Variant("posattn", "ALiBi"),), mode="both", heads=2, q_len=
 
 
 def row(variant: str, **figures: float | int | str) -> report.Row:
-    shape = {"batch": 1, "heads": 2, "q_len": 64, "k_len": 64, "head_dim": 16, "causal": True, "threads": 1}
+    shape = {
+        "batch": 1,
+        "heads": 2,
+        "kv_heads": 2,
+        "q_len": 64,
+        "k_len": 64,
+        "head_dim": 16,
+        "causal": True,
+        "threads": 1,
+    }
     values = {**shape, "case": "c", "encoding": "none", "peer": "p", "mode": "forward", "dtype": "float32", **figures}
     return report.Row(variant=variant, **values)  # type: ignore[arg-type]
 
@@ -72,6 +81,22 @@ def test_work_counts_the_visible_pairs(q_len: int, k_len: int) -> None:
     width, inputs = 32, 4
     network = 2 * visible * (width * inputs + width * 2)
     assert work.work(case, "DAPE-Kerple").amount == flop + network
+
+
+def test_fewer_key_heads_are_read_once_and_reach_every_peer() -> None:
+    case = replace(TINY, mode="forward", heads=4, kv_heads=2, q_len=1)
+    assert work.work(case, "none") == work.Work(2 * 2 * 33 * 16 * 4, "read")  # keys and values of two heads
+    for variant in (
+        Variant("posattn", "ALiBi"),
+        Variant("eager", "ALiBi"),
+        Variant("sdpa"),
+        Variant("sdpa-mask", "ALiBi"),
+    ):
+        inputs = peers.make_inputs(case, variant.encoding, "cpu")
+        assert inputs.q.shape[1] == 4
+        assert inputs.k.shape[1] == inputs.v.shape[1] == 2
+        out = peers.contender(variant, case, "cpu").forward()
+        assert parity.outputs_differ(variant, case, "cpu", out) is None
 
 
 @pytest.mark.parametrize(("mode", "products", "passes"), [("forward", 2, 1), ("backward", 5, 3), ("both", 7, 4)])
