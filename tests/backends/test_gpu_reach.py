@@ -15,7 +15,7 @@ from posattn.backends.cuda import reach as cuda_reach
 from posattn.backends.triton import launch as seam
 from posattn.backends.triton.arguments import attention_arguments
 from posattn.backends.triton.reach import keys_in_reach
-from posattn.plan import Bias, Call, Dense, Mask, Plan, Slope, Table
+from posattn.plan import Bias, Call, Dense, Gated, Mask, Plan, Slope, Table
 from tests.backends.gpu_cases import in_pages
 from tests.ptxsim.seam import Machine, behind_launch
 from tests.tolerance import assert_forward_parity, assert_parity
@@ -200,13 +200,14 @@ def test_reach_asks_for_near_keys_that_are_seen() -> None:
     slope, mask = Slope(torch.ones(2)), Mask(causal=True, max_q=200, max_k=700)
     positions = torch.arange(700)[None]
 
-    def asked(bias: Bias, mask: Mask = mask, keys: Tensor = k, **options: Any) -> bool:
-        return reach.worthwhile(Call(q, keys, v, Plan(bias=bias), mask, 1.0, **options), 16)
+    def asked(bias: Bias, mask: Mask = mask, gated: Gated | None = None, **options: Any) -> bool:
+        return reach.worthwhile(Call(q, k, v, Plan(bias=bias, gated=gated), mask, 1.0, **options), 16)
 
     falling = Bias(slope=slope)
     assert asked(falling)
     assert asked(Bias(table=Table(torch.ones(2, 9), 0)))
     assert not asked(Bias())
+    assert not asked(falling, gated=Gated(torch.ones(1, 3, 32)))
     assert not asked(Bias(slope=slope, dense=Dense(torch.ones(1, 1, 1, 700))))
     assert not asked(falling, Mask(boolean=torch.ones(1, 1, 200, 700, dtype=torch.bool)))
     assert not asked(falling, q_positions=positions[:, :200], k_positions=positions)

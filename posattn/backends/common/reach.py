@@ -4,13 +4,13 @@ know of a bias that falls with the distance. The argument is in docs/design/trit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from posattn.backends.common.operands import k_max, q_max, sequences, slopes
-from posattn.plan import Call
+from posattn.plan import Bias, Call, Plan
 
 # Entries of a table that one of its bounds covers, and keys that one of their norms does.
 CELL = 64
@@ -20,6 +20,15 @@ LEAST_KEYS = 2048
 LEAST_KEYS_TABLE = 4096
 # Norms take half of what decoding reads. Below so many bytes of keys and values a launch takes longer than the rest.
 LEAST_BYTES_DECODING = 64 << 20
+
+
+# What a bias and a plan may have. Whatever else they come to hold adds to logits what the bound does not know.
+_BOUNDED = frozenset(("slope", "table"))
+_HARMLESS = frozenset(("rotary", "bias", "amplitude", "places"))
+
+
+def _more_than(parts: Bias | Plan, known: frozenset[str]) -> bool:
+    return any(getattr(parts, part.name) is not None for part in fields(parts) if part.name not in known)
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,9 @@ def worthwhile(call: Call, few_rows: int) -> bool:
     """Whether the kernels look for what is out of reach of `call`: its only bias is one of the distance alone, no mask
     may hide the near keys unseen, and it is long enough. Up to `few_rows` queries are decoding."""
     bias, mask = call.plan.bias, call.mask
-    if bias.slope is None and bias.table is None:
+    if (bias.slope is None and bias.table is None) or _more_than(bias, _BOUNDED) or _more_than(call.plan, _HARMLESS):
         return False
-    if bias.profile is not None or bias.dense is not None or mask.boolean is not None:
-        return False
-    if call.q_positions is not None or call.plan.mix is not None:
+    if call.q_positions is not None or mask.boolean is not None:
         return False
     keys = k_max(call)
     if keys < (LEAST_KEYS if bias.table is None else LEAST_KEYS_TABLE):
