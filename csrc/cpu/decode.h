@@ -1,7 +1,13 @@
 // Decoding: a few queries against many keys, bound by reading the keys once. Keys are split into runs of a fixed length
 // (so that the result does not depend on threads), every run is read as it lies in memory for all queries and heads
 // that share it, and a second pass combines the runs.
+//
+// Where a bias may fall with the distance, the logits of the keys near the queries are computed first. Keys are read
+// all the same, a bound by their norms would have to read them too, but the values of a tile whose every logit is too
+// far below those of the near keys to count are not.
 #pragma once
+
+#include <cmath>
 
 #include "forward.h"
 
@@ -10,6 +16,7 @@ namespace posattn::POSATTN_ISA {
 constexpr int64_t DECODE_ROWS = 16;       // queries up to which packing keys does not pay
 constexpr int64_t KEYS_PER_SPLIT = 1024;  // half a megabyte of K and V at D = 64: some hundred tasks at 32768 keys
 constexpr int64_t DECODE_KEYS = 128;      // a tile: K and V stay in the first-level caches for all queries
+constexpr int64_t LIMITS_FROM = 4096;     // keys from which looking at a tile of near ones first costs 1% at most
 static_assert(KEYS_PER_SPLIT % DECODE_KEYS == 0 && DECODE_KEYS % (2 * VL) == 0);
 
 inline bool is_decoding(const Problem& p) {
@@ -157,53 +164,105 @@ inline void add_values(F32, float* out, const float* weights, const Scattered& v
 }
 
 template <class M>
-inline void decode_split(const Problem& p, const Sequence& s, int64_t kv_head, int64_t j_begin, float* out, float* most,
-                         float* sum, DecodeScratch& t) {
-  const int64_t group = p.heads / p.kv_heads, rows = group * s.q_len, j_end = imin(j_begin + KEYS_PER_SPLIT, s.k_len);
-  const Source keys = key_source(p, s, kv_head), values = value_source(p, s, kv_head);
-  const int64_t depth = round_up(elements<M>(p.head_dim), VL);
+inline void pack_queries(const Problem& p, const Sequence& s, int64_t kv_head, DecodeScratch& t) {
+  const int64_t group = p.heads / p.kv_heads;
   // Half-precision queries keep their bits, so the scale waits for the product.
   const float q_scale = M::pack == 1 ? p.scale : 1.0F;
-  const Dropout dropout(p);
   for (int64_t g = 0; g < group; ++g)
     pack_rows<M>(t.q + g * s.q_len * t.q_stride, t.q_stride, query_source(p, s, kv_head * group + g, q_scale), 0,
                  s.q_len, s.q_len);
+}
+
+// Calls use(r, h, i, top, mul) for each row r of a key head, i of its head h, with its logits over keys j .. j + n in
+// t.logits, whole pairs of vectors, still to be multiplied with mul; top is the greatest of them, multiplied.
+template <class M, class Use>
+inline void for_logits(const Problem& p, const Sequence& s, int64_t kv_head, int64_t j, int64_t n, DecodeScratch& t,
+                       const Use& use) {
+  const int64_t group = p.heads / p.kv_heads, padded = round_up(n, 2 * VL);
+  const int64_t depth = round_up(elements<M>(p.head_dim), VL);
+  const Source keys = key_source(p, s, kv_head);
+  const float* rows[DECODE_KEYS];
+  const bool paged = scattered<M>(rows, keys, j, n);
+  Strided k{in_place<M>(keys, j, n), p.k.row / M::pack};
+  if (!k.first && !paged) pack_rows<F32>(t.k, t.q_stride, keys, j, n, n), k = {t.k, t.q_stride};
+  for (int64_t g = 0; g < group; ++g) {
+    const int64_t h = kv_head * group + g;
+    t.bias.prepare(p, p.bias, s, h, {0, s.q_len, j, j + n});
+    for (int64_t i = 0; i < s.q_len; ++i) {
+      const int64_t r = g * s.q_len + i;
+      const float* q = t.q + r * t.q_stride;
+      paged ? dot_keys<M>(t.logits, q, Scattered{rows}, n, depth) : dot_keys<M>(t.logits, q, k, n, depth);
+      fill(t.logits + round_up(n, VL), 0.0F, padded - round_up(n, VL));
+      float mul = M::pack == 1 ? 1.0F : p.scale;
+      const vf top = finish_row(p, s, t.bias, t.logits, i, allowed(p, s, i), j, padded, mul);
+      use(r, h, i, reduce_max(top) * mul, mul);
+    }
+  }
+}
+
+// What keys may weigh together, over the weight of a near key, and be left out: each row's logit below which all k_len
+// of them do. The near keys end DECODE_ROWS past the first query's own.
+template <class M>
+inline void find_limits(const Problem& p, const Sequence& s, int64_t kv_head, float* limits, DecodeScratch& t) {
+  const Interval any = allowed_by_any(p, s, 0, s.q_len);
+  if (any.lo >= any.hi) return;
+  pack_queries<M>(p, s, kv_head, t);
+  const int64_t own = iclamp(s.offset, any.lo, any.hi - 1), j = imax(0, own + 1 + DECODE_ROWS - DECODE_KEYS);
+  const float least = REACH_NATS + ::logf(static_cast<float>(s.k_len));
+  for_logits<M>(p, s, kv_head, j, imin(DECODE_KEYS, s.k_len - j), t,
+                [&](int64_t r, int64_t, int64_t, float top, float) { limits[r] = top - least; });
+}
+
+// Whether all of x (times mul) is below the limit: NaN is not, and a maximum need not show one.
+inline bool all_below(const float* x, int64_t n, float mul, float limit) {
+  for (int64_t c = 0; c < n; c += VL) {
+    const vi not_below = ~(load(x + c) * mul < limit);
+    int32_t any = 0;
+    for (int i = 0; i < VL; ++i) any |= not_below[i];
+    if (any) return false;
+  }
+  return true;
+}
+
+template <class M>
+inline void decode_split(const Problem& p, const Sequence& s, int64_t kv_head, int64_t j_begin, const float* limits,
+                         float* out, float* most, float* sum, DecodeScratch& t) {
+  const int64_t rows = p.heads / p.kv_heads * s.q_len, j_end = imin(j_begin + KEYS_PER_SPLIT, s.k_len);
+  const Source keys = key_source(p, s, kv_head), values = value_source(p, s, kv_head);
+  const Dropout dropout(p);
+  pack_queries<M>(p, s, kv_head, t);
   fill(out, 0.0F, rows * t.v_stride);
   fill(most, NEG_INF, rows);
   fill(sum, 0.0F, rows);
 
-  const float *k_rows[DECODE_KEYS], *v_rows[DECODE_KEYS];
+  const float* v_rows[DECODE_KEYS];
   const Interval any = allowed_by_any(p, s, 0, s.q_len);
+  bool reached = true;  // by any row, in the last tile
   for (int64_t j = j_begin; j < j_end; j += DECODE_KEYS) {
     const int64_t n = imin(DECODE_KEYS, j_end - j), padded = round_up(n, 2 * VL);
     if (any.lo >= j + n || any.hi <= j) continue;
     if (M::pack == 2) {
       const int64_t ahead = imin(DECODE_KEYS, s.k_len - j - n);  // perhaps the next task's
       prefetch_rows(keys, j + n, ahead);
-      prefetch_rows(values, j + n, ahead);
+      if (reached) prefetch_rows(values, j + n, ahead);
     }
-    const bool k_paged = scattered<M>(k_rows, keys, j, n), v_paged = scattered<M>(v_rows, values, j, n);
-    Strided k{in_place<M>(keys, j, n), p.k.row / M::pack}, v{in_place<M>(values, j, n), p.v.row / M::pack};
-    if (!k.first && !k_paged) pack_rows<F32>(t.k, t.q_stride, keys, j, n, n), k = {t.k, t.q_stride};
-    if (!v.first && !v_paged) pack_depth<F32>(t.v, t.v_stride, values, j, n, n), v = {t.v, t.v_stride};
-    for (int64_t g = 0; g < group; ++g) {
-      const int64_t h = kv_head * group + g;
-      t.bias.prepare(p, p.bias, s, h, {0, s.q_len, j, j + n});
-      for (int64_t i = 0; i < s.q_len; ++i) {
-        const int64_t r = g * s.q_len + i;
-        const float* q = t.q + r * t.q_stride;
-        k_paged ? dot_keys<M>(t.logits, q, Scattered{k_rows}, n, depth) : dot_keys<M>(t.logits, q, k, n, depth);
-        fill(t.logits + round_up(n, VL), 0.0F, padded - round_up(n, VL));
-        float mul = M::pack == 1 ? 1.0F : p.scale;
-        const vf top = finish_row(p, s, t.bias, t.logits, i, allowed(p, s, i), j, padded, mul);
-        add_tile<F32>(t.logits, t.logits, padded, reduce_max(top) * mul, mul, most[r], sum[r], out + r * t.v_stride,
-                      t.v_stride);
-        if (p.dropout_p > 0.0) drop_row<F32>(p, s, dropout, t.keep, t.logits, h, i, j, n);
-        float* o = out + r * t.v_stride;
-        v_paged ? add_values(M{}, o, t.logits, Scattered{v_rows}, n, t.v_stride)
-                : add_values(M{}, o, t.logits, v, n, t.v_stride);
+    bool v_paged = false;
+    Strided v{nullptr, 0};
+    reached = false;
+    for_logits<M>(p, s, kv_head, j, n, t, [&](int64_t r, int64_t h, int64_t i, float top, float mul) {
+      if (top < limits[r] && all_below(t.logits, padded, mul, limits[r])) return;
+      if (!reached) {
+        reached = true;
+        v_paged = scattered<M>(v_rows, values, j, n);
+        v = {in_place<M>(values, j, n), p.v.row / M::pack};
+        if (!v.first && !v_paged) pack_depth<F32>(t.v, t.v_stride, values, j, n, n), v = {t.v, t.v_stride};
       }
-    }
+      float* o = out + r * t.v_stride;
+      add_tile<F32>(t.logits, t.logits, padded, top, mul, most[r], sum[r], o, t.v_stride);
+      if (p.dropout_p > 0.0) drop_row<F32>(p, s, dropout, t.keep, t.logits, h, i, j, n);
+      v_paged ? add_values(M{}, o, t.logits, Scattered{v_rows}, n, t.v_stride)
+              : add_values(M{}, o, t.logits, v, n, t.v_stride);
+    });
   }
 }
 
@@ -232,6 +291,16 @@ void decode_as(const Problem& p) {
   const int64_t groups = p.n_sequences * p.kv_heads, rows = p.heads / p.kv_heads * p.q_len;
   Partials partials{nullptr, ceil_div(p.max_k_len, KEYS_PER_SPLIT), rows, round_up(p.value_dim, VL)};
   partials.memory = static_cast<float*>(allocate(static_cast<size_t>(groups * partials.splits * partials.each()) * 4));
+  auto* limits = static_cast<float*>(allocate(static_cast<size_t>(imax(1, groups * rows)) * 4));
+  fill(limits, NEG_INF, groups * rows);
+  const bool biased = p.bias.relative() || p.bias.psi || p.bias.dense;
+  if (biased && p.max_k_len >= LIMITS_FROM)
+    run_tasks(
+        p.threads, groups, [&](Arena& arena) { DecodeScratch(arena, p, rows); },
+        [&](Arena& arena, int64_t n) {
+          DecodeScratch scratch(arena, p, rows);
+          find_limits<M>(p, p.sequences[n / p.kv_heads], n % p.kv_heads, limits + n * rows, scratch);
+        });
   run_tasks(
       p.threads, groups * partials.splits, [&](Arena& arena) { DecodeScratch(arena, p, rows); },
       [&](Arena& arena, int64_t task) {
@@ -239,12 +308,13 @@ void decode_as(const Problem& p) {
         const Sequence& s = p.sequences[n / p.kv_heads];
         if (split * KEYS_PER_SPLIT >= s.k_len) return;
         DecodeScratch scratch(arena, p, rows);
-        decode_split<M>(p, s, n % p.kv_heads, split * KEYS_PER_SPLIT, partials.out(n, split), partials.most(n, split),
-                        partials.sum(n, split), scratch);
+        decode_split<M>(p, s, n % p.kv_heads, split * KEYS_PER_SPLIT, limits + n * rows, partials.out(n, split),
+                        partials.most(n, split), partials.sum(n, split), scratch);
       });
   run_tasks(
       p.threads, groups, [](Arena&) {},
       [&](Arena&, int64_t n) { combine_splits(p, p.sequences[n / p.kv_heads], n % p.kv_heads, n, partials); });
+  release(limits);
   release(partials.memory);
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import posattn
-from tests.tolerance import assert_parity
+from tests.tolerance import assert_forward_parity, assert_parity
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -108,3 +108,57 @@ def test_shared_keys(isa: str) -> None:
     q, k, v = tensors(torch.bfloat16, heads=4)
     encoding = posattn.ALiBi(4, slopes=[2.0, 0.5, 0.1, 1.0], learnable=True)
     assert_parity(q, k[:, :2], v[:, :2], encoding, {"causal": True}, "cpu")
+
+
+def decoding(dtype: torch.dtype, kv_heads: int = 2, q_len: int = 2) -> list[Tensor]:
+    """More keys than from which decoding looks for values that it need not read, and not whole tiles."""
+    return [torch.randn(1, heads, n, 16).to(dtype) for heads, n in ((2, q_len), (kv_heads, 5000), (kv_heads, 5000))]
+
+
+@DTYPES
+@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("options", [{}, {"window": (4800, 0)}, {"softcap": 1e4}], ids=str)
+def test_decoding_leaves_far_values(isa: str, dtype: torch.dtype, options: dict[str, Any], kv_heads: int) -> None:
+    q, k, v = decoding(dtype, kv_heads)
+    assert_forward_parity(q, k, v, steep(), {**options, "causal": True}, "cpu")
+    v[:, :, :4096] = torch.nan
+    assert not posattn.attention(q, k, v, steep(), **{**options, "causal": True}, backend="cpu").isnan().any()
+
+
+@DTYPES
+@pytest.mark.parametrize("far", [3, 2000, 4095])
+def test_decoding_reaches_a_huge_key(isa: str, dtype: torch.dtype, far: int) -> None:
+    q, k, v = decoding(dtype)
+    k[:, :, far] = 1000.0 * q[:, :, 1].sign()  # its logit outweighs the distance in that row
+    out = posattn.attention(q, k, v, steep(), causal=True, backend="cpu")
+    v[:, :, far] += 1.0
+    assert (posattn.attention(q, k, v, steep(), causal=True, backend="cpu") - out)[:, :, 1].abs().min() > 0.5
+    assert_forward_parity(q, k, v, steep(), {"causal": True}, "cpu")
+
+
+@DTYPES
+def test_decoding_shows_nan_in_a_far_key(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = decoding(dtype)
+    k[:, 0, 3] = torch.nan
+    out = posattn.attention(q, k, v, steep(), causal=True, backend="cpu")
+    assert out[:, 0].isnan().all()
+    assert not out[:, 1].isnan().any()
+
+
+@DTYPES
+def test_decoding_where_near_keys_are_hidden(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = decoding(dtype)
+    mask = torch.ones(2, 5000, dtype=torch.bool)
+    mask[0, 4800:] = mask[1, 1000:] = False  # of what is looked at first, the latter leaves neither row anything
+    assert_forward_parity(q, k, v, steep(), {"causal": True, "mask": mask}, "cpu")
+
+
+def test_decoding_has_the_same_bits_on_any_threads(isa: str) -> None:
+    q, k, v = decoding(torch.float32)
+    threads = torch.get_num_threads()
+    found = []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        found.append(posattn.attention(q, k, v, steep(0.02), causal=True, backend="cpu"))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
