@@ -29,6 +29,9 @@ TRITON: tuple[Place, ...] = (("triton", 80), ("triton", 90))
 EVERYWHERE = CUDA + TRITON
 SM_80: tuple[Place, ...] = (("cuda", 80), ("triton", 80))
 SM_90: tuple[Place, ...] = (("cuda", 90), ("triton", 90))
+# Blackwell's tensor memory, where the forward pass alone is held: see what the machine found in the backward one's PTX,
+# docs/lab/gpu-proof.md.
+TENSOR_MEMORY: Place = ("triton", 100)
 # Triton's kernels take longest to compile.
 BUT_TRITON_80: tuple[Place, ...] = (*CUDA, ("triton", 90))
 BUT_TRITON_90: tuple[Place, ...] = (*CUDA, ("triton", 80))
@@ -60,6 +63,11 @@ class Case:
     quick: tuple[Place, ...] = ()
     backward: bool = True  # False: too large for a backward kernel, or too long to compile
     page: int = 0  # tokens a page of keys; they take no gradient then
+
+    @property
+    def forward_on(self) -> tuple[Place, ...]:
+        """Where only its forward pass runs."""
+        return (TENSOR_MEMORY,) if "triton" in dict(self.on) else ()
 
     def inputs(self) -> tuple[list[Tensor], Encoding | None, dict[str, Any]]:
         qkv = tensors(self.dtype, **self.sizes)

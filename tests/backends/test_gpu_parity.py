@@ -6,6 +6,7 @@ The kernels' real PTX runs on the PTX machine, as sm_80 or sm_90. Where there is
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -56,6 +57,26 @@ def test_on_the_machine(name: str, backend: str, arch: int, request: pytest.Fixt
     torch.manual_seed(0)
     with behind_launch(arch):
         check(case, backend)
+
+
+# Of every family of kernels: a plain tile, scores with operands of all kinds, mixed heads.
+QUICK_FORWARD = ("causal window, grouped heads, softcap, sinks", "mix, packed documents, dropout, sinks")
+
+
+def _forward_places() -> Iterator[Any]:
+    for number, (name, case) in enumerate(CASES.items()):
+        mark = [] if name in QUICK_FORWARD else [pytest.mark.sweep if number % 8 else pytest.mark.slow]
+        for backend, arch in case.forward_on:
+            yield pytest.param(name, backend, arch, id=f"{name}-{backend}-sm_{arch}", marks=mark)
+
+
+@pytest.mark.parametrize(("name", "backend", "arch"), list(_forward_places()))
+@pytest.mark.usefixtures("poisoned")
+def test_forward_on_the_machine(name: str, backend: str, arch: int) -> None:
+    pytest.importorskip(BACKENDS[backend])
+    torch.manual_seed(0)
+    with behind_launch(arch):
+        check(dataclasses.replace(CASES[name], backward=False), backend)
 
 
 ON_A_GPU = [(name, backend) for name, case in CASES.items() for backend in dict(case.on)]

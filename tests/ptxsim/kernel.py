@@ -29,7 +29,9 @@ class Options:
     race, global_race: check shared and global memory for races. late: asynchronous copies land at their wait (the
     latest moment the ISA allows) instead of at once (the earliest). poison: fill shared memory with NaN patterns before
     each block. stats: count bank conflicts and sectors. perturb: move approximate functions by up to 2 ulp and let
-    tensor cores truncate. reverse: run the blocks from the last to the first. tensor_core: 0 lets mma sum in float64;
+    tensor cores truncate. reverse: run the blocks from the last to the first. tensor_strict: look for
+    what the ISA asks of tcgen05 and Triton's kernels do without: fences beside barriers, wait::ld before a loaded
+    register is used, no load of what nothing wrote. tensor_core: 0 lets mma sum in float64;
     80 or 90 lets it align, cut and round as measured on A100 and H100. limit: warp instructions until the launch is
     given up as endless (the default takes about a minute); 0 for none. seed: the order in which warps run.
     """
@@ -41,6 +43,7 @@ class Options:
     stats: bool = True
     perturb: bool = False
     reverse: bool = False
+    tensor_strict: bool = False
     tensor_core: int = 0
     limit: int = 1_000_000_000
     seed: int = 1

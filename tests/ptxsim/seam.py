@@ -24,8 +24,8 @@ from .cuda_run import CompiledCuda, parsed, ptx_alone, run_cuda
 from .kernel import Findings, Options, Report
 from .triton_run import Compiled, compile_triton
 
-# Multiprocessors of an A100 and of an H100 (SXM): what wrappers see when they choose how to split work.
-_PROCESSORS = {80: 108, 90: 132}
+# Multiprocessors of an A100, an H100 and a B200 (SXM): what wrappers see when they choose how to split work.
+_PROCESSORS = {80: 108, 90: 132, 100: 148}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Launched:
 
 @dataclass
 class Machine:
-    """Stands in for a GPU of architecture `arch` (80 or 90). ignore: kinds of findings that are let through."""
+    """Stands in for a GPU of architecture `arch` (80, 90 or 100). ignore: kinds of findings that are let through."""
 
     arch: int
     options: Options = field(default_factory=lambda: Options(stats=False))

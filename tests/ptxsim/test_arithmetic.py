@@ -1,5 +1,6 @@
 """Integer and floating-point arithmetic of the PTX machine, bit for bit against exact integers and fractions."""
 
+import itertools
 import math
 import operator
 import random
@@ -317,3 +318,31 @@ def test_functions_at_the_edges() -> None:
 def test_what_is_not_modelled_is_refused(instruction: str) -> None:
     with pytest.raises(Unsupported, match="not modelled"):
         run(instruction, [([1], 32), ([2], 32)], 32)
+
+
+def test_pairs_of_floats_in_one_register() -> None:
+    """sm_100's .f32x2: each half as the instruction for one float32 has it."""
+    a, b, c = (torch.randn(64, 2) for _ in range(3))
+    inputs = [x.view(torch.int64).flatten() for x in (a, b, c)]
+    wide = (a.double() * b.double() + c.double()).float()  # no double rounding shows in so few random numbers
+    for body, want in (
+        ("add.rn.f32x2 %d0, %a0, %a1;", a + b),
+        ("sub.rn.f32x2 %d0, %a0, %a1;", a - b),
+        ("mul.rn.f32x2 %d0, %a0, %a1;", a * b),
+        ("fma.rn.f32x2 %d0, %a0, %a1, %a2;", wide),
+    ):
+        out = torch.zeros(64, dtype=torch.int64)
+        snippet(body, inputs, [out]).check()
+        assert torch.equal(out.view(torch.float32).view(64, 2), want), body
+
+
+def test_the_least_and_greatest_of_three() -> None:
+    values = [math.nan, -math.inf, -1.0, -0.0, 0.0, 2.0]
+    a, b, c = (torch.tensor(x) for x in zip(*itertools.product(values, repeat=3)))
+    for name in ("min", "max"):
+        for nan in ("", ".NaN"):
+            pair, three = torch.zeros_like(a), torch.zeros_like(a)
+            two = f"{name}{nan}.f32 %d0, %a0, %a1; {name}{nan}.f32 %d0, %d0, %a2;"
+            snippet(two, [a, b, c], [pair]).check()
+            snippet(f"{name}{nan}.f32 %d0, %a0, %a1, %a2;", [a, b, c], [three]).check()
+            assert torch.equal(pair.view(torch.int32), three.view(torch.int32))

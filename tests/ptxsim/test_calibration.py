@@ -1,4 +1,4 @@
-"""The machine on kernels that real GPUs have proved: right numbers, no finding, on sm_80 and sm_90."""
+"""The machine on kernels that real GPUs have proved: right numbers, no finding, on sm_80, sm_90 and sm_100."""
 
 import itertools
 import math
@@ -46,6 +46,17 @@ def test_matmul_of_every_swizzle(tile: tuple[int, int, int]) -> None:
     """Rows of 32, 64 and 128 bytes have descriptors of their own on sm_90."""
     a, b = torch.randn(130, 70, dtype=torch.float16), torch.randn(70, 136, dtype=torch.float16)
     torch.testing.assert_close(run_matmul(a, b, 90, tile).double(), a.double() @ b.double(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("a_t", "b_t"), list(itertools.product([False, True], repeat=2)))
+def test_matmul_by_tensor_memory(dtype: torch.dtype, a_t: bool, b_t: bool) -> None:
+    """Products of 64 and of 128 rows on sm_100; float32 by tf32, in which these numbers are exact."""
+    m, n, k = 96, 80, 112
+    a, b = (torch.randint(-8, 9, shape).to(dtype) for shape in ((m, k), (k, n)))
+    a, b = (x.T.contiguous().T if transposed else x for x, transposed in ((a, a_t), (b, b_t)))
+    out = run_matmul(a, b, 100, (128 if a_t else 64, 64, 32), late=b_t)
+    assert torch.equal(out.double(), a.double() @ b.double())
 
 
 @pytest.mark.parametrize("core", [80, 90])
@@ -118,15 +129,29 @@ def run_attention(
 def test_fused_attention(arch: int, dtype: torch.dtype, tokens: int) -> None:
     q, k, v = (torch.randn(2, tokens, 64, dtype=dtype) for _ in range(3))
     for causal, late in ((True, True), (False, False)):
-        report, out, lse = run_attention(q, k, v, arch, causal, late=late, seed=tokens)
-        report.check()
-        scores = q.double() @ k.double().mT / 8
-        if causal:
-            scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -math.inf)
-        want = scores.softmax(-1) @ v.double()
-        naive = (scores.to(dtype).softmax(-1) @ v).double()
-        assert (out.double() - want).abs().max() <= 2 * (naive - want).abs().max() + torch.finfo(dtype).eps
-        torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+        check_attention(q, k, v, arch, causal, late)
+
+
+def test_fused_attention_by_tensor_memory() -> None:
+    """Scores and weights in tensor memory: the second product's A operand is there."""
+    q, k, v = (torch.randn(2, 97, 64, dtype=torch.float16) for _ in range(3))
+    for late in (True, False):
+        report = check_attention(q, k, v, 100, True, late)
+        assert any(name.startswith("tcgen05.mma") for name in report.opcodes)
+
+
+def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arch: int, causal: bool, late: bool) -> Report:
+    tokens, dtype = q.shape[1], q.dtype
+    report, out, lse = run_attention(q, k, v, arch, causal, late=late, seed=tokens)
+    report.check()
+    scores = q.double() @ k.double().mT / 8
+    if causal:
+        scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -math.inf)
+    want = scores.softmax(-1) @ v.double()
+    naive = (scores.to(dtype).softmax(-1) @ v).double()
+    assert (out.double() - want).abs().max() <= 2 * (naive - want).abs().max() + torch.finfo(dtype).eps
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    return report
 
 
 def test_the_tensor_cores_of_each_architecture_are_used() -> None:

@@ -1,5 +1,6 @@
 """Lanes together: shuffles, votes, divergence, atomics, matrix fragments, each against its definition lane by lane."""
 
+import math
 import random
 from fractions import Fraction
 
@@ -268,3 +269,18 @@ def test_a_tensor_core_truncates() -> None:
         outputs = [torch.zeros(32) for _ in range(4)]
         snippet(body, operands, outputs, options=Options(tensor_core=core))
         assert patterns(outputs[0])[0] == want
+
+
+@pytest.mark.parametrize("name", ["min", "max"])
+def test_redux_of_floats(name: str) -> None:
+    """sm_100's: a NaN gives way to a number, unless .NaN is given."""
+    values = torch.randn(32)
+    values[3] = math.nan
+    out = torch.zeros(32)
+    snippet(f"redux.sync.{name}.f32 %d0, %a0, 0xffffffff;", [values], [out]).check()
+    kept = values[~values.isnan()]
+    assert (out == getattr(kept, name)()).all()
+    snippet(f"redux.sync.{name}.abs.f32 %d0, %a0, 0xffffffff;", [values], [out]).check()
+    assert (out == getattr(kept.abs(), name)()).all()
+    snippet(f"redux.sync.{name}.NaN.f32 %d0, %a0, 0xffffffff;", [values], [out]).check()
+    assert out.isnan().all()

@@ -108,6 +108,7 @@ void Block::start_warp(Warp& warp, int id, Dim at) {
     warp.pending.assign(static_cast<size_t>(program.registers), 0);
     warp.written_epoch.assign(static_cast<size_t>(program.registers), 0);
   }
+  if (program.uses_tensor_memory) warp.tensor_fenced.assign(agents, 0);
   for (int lane = 0; lane < kLanes; ++lane) {
     if (id * kLanes + lane < static_cast<int>(threads_.count())) warp.live |= LaneMask{1} << lane;
   }
@@ -124,6 +125,7 @@ void Block::start(Dim at) {
   turns_ = idle_ = 0;
   barriers_.reset();
   mbarriers.reset(static_cast<size_t>(count));
+  if (program.uses_tensor_memory) tensor.reset(static_cast<size_t>(count), options);
   warps.assign(static_cast<size_t>(count), Warp{});
   for (int id = 0; id < count; ++id) start_warp(warps[static_cast<size_t>(id)], id, at);
 }
@@ -157,9 +159,16 @@ bool Block::turn() {
 }
 
 void Block::finish() {
+  if (program.uses_tensor_memory && tensor.allocated()) {
+    report.add(Finding::TensorAllocation, [] { return "tensor memory that is not freed when the block ends"; });
+  }
   report.unwaited_copies += mbarriers.unwaited();
   for (const Warp& warp : warps) {
     report.unwaited_copies += warp.copies.size();
+    if (!warp.tensor_operations.empty()) {
+      report.add(Finding::TensorInFlight,
+                 [&] { return "the block ends before it is complete, " + warp.tensor_operations.front().in->where(); });
+    }
     for (const BulkStore& store : warp.bulk_stores) {
       if (store.read) continue;
       report.add(Finding::InFlight,
@@ -227,6 +236,7 @@ bool Block::step(Warp& warp) {
   set_pc(warp, active, pc + 1);
   if (!mask || !in.handler) return true;
   if (program.uses_wgmma) check_wgmma_registers(warp, in);
+  if (!warp.tensor_registers.empty()) check_tensor_registers(warp, in);
   in.handler(*this, warp, in, mask);
   return !warp.waits;
 }
@@ -268,6 +278,18 @@ void Block::check_wgmma_registers(Warp& warp, const Instruction& in) {
   for (const int reg : in.writes) {
     warp.written_epoch[static_cast<size_t>(reg)] =
         copy ? warp.written_epoch[static_cast<size_t>(in.operands[1].reg)] : warp.fence_epoch;
+  }
+}
+
+void Block::check_tensor_registers(Warp& warp, const Instruction& in) {
+  const auto touch = [&](int reg) {
+    const auto& loading = warp.tensor_registers;
+    if (reg < 0 || std::find(loading.begin(), loading.end(), reg) == loading.end()) return;
+    report.add(Finding::TensorWait, [&] { return "a loaded register before tcgen05.wait::ld, " + in.where(); });
+  };
+  for (const Operand& op : in.operands) {
+    touch(op.reg);
+    for (const int reg : op.elements) touch(reg);
   }
 }
 

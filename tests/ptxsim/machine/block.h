@@ -10,6 +10,7 @@
 #include "program.h"
 #include "report.h"
 #include "shared_memory.h"
+#include "tensor_memory.h"
 #include "warp.h"
 
 namespace ptxsim {
@@ -49,6 +50,7 @@ public:
   Report& report;
   SharedMemory shared;
   Mbarriers mbarriers;
+  TensorMemory tensor;
   std::vector<Warp> warps;
 
 private:
@@ -61,6 +63,7 @@ private:
   bool exit_lanes(Warp& warp, LaneMask active, LaneMask leaving);
   void set_pc(Warp& warp, LaneMask active, uint32_t pc);
   void check_wgmma_registers(Warp& warp, const Instruction& in);
+  void check_tensor_registers(Warp& warp, const Instruction& in);
 
   std::vector<uint8_t>& params_;
   const Dim grid_, threads_;

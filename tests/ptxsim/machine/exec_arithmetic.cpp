@@ -94,7 +94,7 @@ struct Negate {
 template <Arithmetic op>
 Handler select_binary(Instruction& in) {
   require_operands(in, 3);
-  if (is_float(in.type) || is_packed(in.type)) return select_float_binary(in, op);
+  if (is_float(in.type) || is_packed(in.type) || in.type == Type::F32x2) return select_float_binary(in, op);
   if (in.saturate) unsupported(in, ".sat of integers is not modelled");
   if (Handler handler = for_integer<IntegerBinary<op>::template Choice>(in.type)) return handler;
   unsupported(in, "type is not modelled");
@@ -108,6 +108,7 @@ uint64_t at_least_zero(uint64_t a, uint64_t b) {
 }
 template <Arithmetic op>
 Handler select_extreme(Instruction& in) {
+  if (in.operands.size() == 4) return select_float_extreme(in, op);
   if (!in.has("relu")) return select_binary<op>(in);
   require_operands(in, 3);
   if (in.type != Type::S32) unsupported(in, ".relu of this type is not modelled");

@@ -65,6 +65,22 @@ uint64_t f16_binary(uint64_t a, uint64_t b) {
   return Format::from_float(apply<op>(x, y));
 }
 
+// add, sub, mul and fma of two float32 in one register (sm_100).
+template <Binary f>
+uint64_t pair(uint64_t a, uint64_t b) {
+  return f(a & 0xffffffffu, b & 0xffffffffu) | f(a >> 32, b >> 32) << 32;
+}
+template <Ternary f>
+uint64_t pair(uint64_t a, uint64_t b, uint64_t c) {
+  return f(a & 0xffffffffu, b & 0xffffffffu, c & 0xffffffffu) | f(a >> 32, b >> 32, c >> 32) << 32;
+}
+
+// min and max of three (sm_100).
+template <Binary f>
+uint64_t of_three(uint64_t a, uint64_t b, uint64_t c) {
+  return f(f(a, b), c);
+}
+
 template <Binary f>
 uint64_t packed(uint64_t a, uint64_t b) {
   return f(a & 0xffff, b & 0xffff) | f(a >> 16 & 0xffff, b >> 16 & 0xffff) << 16;
@@ -86,7 +102,8 @@ void directed_rounding(Block& block, Warp& warp, const Instruction& in, LaneMask
 
 Handler rounded(Instruction& in, Handler handler) {
   if (in.rounding == Rounding::Nearest) return handler;
-  if (in.type != Type::F32 && in.type != Type::F64) unsupported(in, "directed rounding of this type is not modelled");
+  if (in.type != Type::F32 && in.type != Type::F64 && in.type != Type::F32x2)
+    unsupported(in, "directed rounding of this type is not modelled");
   in.inner = handler;
   return directed_rounding;
 }
@@ -99,6 +116,9 @@ Handler float_binary(Instruction& in) {
       if (nan) return in.flush ? binary<f32_nan<op, true>> : binary<f32_nan<op, false>>;
       if (in.saturate) return in.flush ? binary<f32_binary<op, true, true>> : binary<f32_binary<op, false, true>>;
       return in.flush ? binary<f32_binary<op, true, false>> : binary<f32_binary<op, false, false>>;
+    case Type::F32x2:
+      if (nan || in.saturate || op == Arithmetic::Min || op == Arithmetic::Max) break;
+      return in.flush ? binary<pair<f32_binary<op, true, false>>> : binary<pair<f32_binary<op, false, false>>>;
     case Type::F64:
       return binary<f64_binary<op>>;
     default:
@@ -180,6 +200,9 @@ Handler select_float_fma(Instruction& in) {
     case Type::F32:
       if (in.saturate) return rounded(in, in.flush ? ternary<fma_f32<true, true>> : ternary<fma_f32<false, true>>);
       return rounded(in, in.flush ? ternary<fma_f32<true, false>> : ternary<fma_f32<false, false>>);
+    case Type::F32x2:
+      if (relu || in.saturate) break;
+      return rounded(in, in.flush ? ternary<pair<fma_f32<true, false>>> : ternary<pair<fma_f32<false, false>>>);
     case Type::F64:
       return rounded(in, ternary<fma_f64>);
     default:
@@ -206,6 +229,17 @@ Handler select_float_division(Instruction& in) {
   if (in.type == Type::F32) return rounded(in, in.flush ? binary<div_f32<true>> : binary<div_f32<false>>);
   if (in.type == Type::F64) return rounded(in, binary<div_f64>);
   unsupported(in, "type is not modelled");
+}
+
+template <Arithmetic op>
+Handler extreme_of_three(Instruction& in) {
+  if (in.has("NaN")) return in.flush ? ternary<of_three<f32_nan<op, true>>> : ternary<of_three<f32_nan<op, false>>>;
+  return in.flush ? ternary<of_three<f32_binary<op, true, false>>> : ternary<of_three<f32_binary<op, false, false>>>;
+}
+
+Handler select_float_extreme(Instruction& in, Arithmetic op) {
+  if (in.type != Type::F32 || in.has("relu")) unsupported(in, "three operands of this type are not modelled");
+  return op == Arithmetic::Min ? extreme_of_three<Arithmetic::Min>(in) : extreme_of_three<Arithmetic::Max>(in);
 }
 
 Handler select_float_binary(Instruction& in, Arithmetic op) {

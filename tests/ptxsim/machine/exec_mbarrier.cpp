@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "handlers.h"
+#include "tensor_memory.h"
 
 namespace ptxsim {
 namespace {
@@ -83,9 +84,10 @@ void wait(Block& block, Warp& warp, const Instruction& in, LaneMask mask) {
     if (&object != last || wanted[lane] != last_wanted) {  // the lanes of a warp ask as one
       last = &object;
       last_wanted = wanted[lane];
-      over = block.mbarriers.test(object, block.shared, [&](uint64_t phase) {
+      const auto done = [&](uint64_t phase) {
         return in.mode & kByParity ? (phase & 1) != (last_wanted & 1) : phase > last_wanted;
-      });
+      };
+      over = block.mbarriers.test(object, block.shared, done) || (land_commits(block, object) && done(object.phase));
     }
     operand(warp, in, 0)[lane] = over;
     all_over &= over;

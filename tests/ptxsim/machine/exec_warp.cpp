@@ -98,6 +98,7 @@ Handler select_match(Instruction& in) {
 }
 
 enum Reduction : uint8_t { Add, Min, Max, And, Or, Xor };
+enum FloatReduction : uint8_t { kGreatest = 1, kAbsolute = 2 };  // as bits
 constexpr const char* kReductions[] = {"add", "min", "max", "and", "or", "xor"};
 
 void reduce(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
@@ -137,9 +138,33 @@ void reduce(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
   uint64_t* d = operand(warp, in, 0);
   for_lanes(mask, [&](int lane) { d[lane] = result; });
 }
+
+// min and max of float32 (sm_100). A NaN gives way to a number, unless .NaN is given.
+void reduce_floats(Block&, Warp& warp, const Instruction& in, LaneMask mask) {
+  require_members(warp, in, first_lane_value(warp, in, 2, mask), mask);
+  const uint64_t* a = operand(warp, in, 1);
+  float result = std::nanf("");
+  bool nan = false;
+  for_lanes(mask, [&](int lane) {
+    const float value = in.mode & kAbsolute ? std::fabs(as_float(a[lane])) : as_float(a[lane]);
+    nan |= value != value;
+    const bool below = value < result || (value == result && std::signbit(value) && !std::signbit(result));
+    const bool above = value > result || (value == result && !std::signbit(value) && std::signbit(result));
+    if (result != result || (in.mode & kGreatest ? above : below)) result = value;
+  });
+  const uint64_t bits = result != result || (nan && in.has("NaN")) ? 0x7fffffffu : bits_of(result);
+  uint64_t* d = operand(warp, in, 0);
+  for_lanes(mask, [&](int lane) { d[lane] = bits; });
+}
+
 Handler select_redux(Instruction& in) {
   require_operands(in, 3);
-  if (is_float(in.type)) unsupported(in, "redux of floats is not modelled");
+  if (is_float(in.type)) {
+    if (in.type != Type::F32 || !(in.has("min") || in.has("max"))) unsupported(in, "redux of this is not modelled");
+    in.mode = static_cast<uint8_t>((in.has("max") ? kGreatest : 0) | (in.has("abs") ? kAbsolute : 0));
+    return reduce_floats;
+  }
+  if (in.has("abs") || in.has("NaN")) unsupported(in, "modifier of an integer redux is not modelled");
   const auto found =
       std::find_if(std::begin(kReductions), std::end(kReductions), [&](const char* name) { return in.has(name); });
   if (found == std::end(kReductions)) unsupported(in, "reduction is not modelled");
@@ -199,7 +224,7 @@ const OpcodeRows& warp_opcodes() {
       {"shfl.sync", "up down bfly idx", select_shuffle},
       {"vote.sync", "all any uni ballot", select_vote},
       {"match", "any all sync", select_match},
-      {"redux.sync", "add min max and or xor", select_redux},
+      {"redux.sync", "add min max and or xor abs NaN", select_redux},
       {"activemask", "", plain<active_mask, 1>},
       {"elect.sync", "", plain<elect, 2>},
       {"movmatrix", "sync aligned m8n8 trans", select_movmatrix},

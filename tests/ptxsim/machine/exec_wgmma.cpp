@@ -5,48 +5,21 @@
 #include <algorithm>
 
 #include "handlers.h"
+#include "matrix_layout.h"
 #include "tensor_core.h"
 
 namespace ptxsim {
 namespace {
 
 constexpr int kDepth = 16;  // 16-bit elements along k
-constexpr int kUnit = 16;   // bytes that stay together under any swizzle
 constexpr int kUnitElements = 8;
 constexpr int kWarpRows = 16;  // of the warpgroup's 64
 constexpr int kMaxColumns = 256;
 
-// The matrix descriptor: bits 0-13 start, 16-29 leading and 32-45 stride byte offsets (in units of 16), 62-63 swizzle.
-class Descriptor {
-public:
-  Descriptor(uint64_t bits, bool transposed)
-      : start_(field(bits, 0)), leading_(field(bits, 16)), stride_(field(bits, 32)), transposed_(transposed) {
-    // 0: none, 1: 128 bytes, 2: 64, 3: 32. A swizzled row spans `units_` units.
-    const int log = (bits >> 62) == 0 ? 0 : 4 - static_cast<int>(bits >> 62);
-    units_ = uint64_t{1} << log;
-  }
-
-  // The address of the unit that holds element (mn, k); elements follow one another along k, or along mn if transposed.
-  uint64_t unit(int mn, int k) const {
-    const auto row = static_cast<uint64_t>(transposed_ ? k % 8 : mn % 8);
-    uint64_t address = start_ + row * kUnit * units_;
-    if (!transposed_) {
-      const auto along = static_cast<uint64_t>(k) * 2 / kUnit;
-      address += static_cast<uint64_t>(mn / 8) * stride_ + along * (units_ == 1 ? leading_ : kUnit);
-    } else {
-      const auto along = static_cast<uint64_t>(mn / 8), down = static_cast<uint64_t>(k / 8);
-      address += units_ == 1 ? along * stride_ + down * leading_
-                             : along % units_ * kUnit + along / units_ * leading_ + down * stride_;
-    }
-    // The swizzle exchanges units by address bits 7 and up.
-    return address ^ ((address >> 7 & (units_ - 1)) << 4);
-  }
-
-private:
-  static uint64_t field(uint64_t bits, int shift) { return (bits >> shift & 0x3fff) << 4; }
-  uint64_t start_, leading_, stride_, units_;
-  bool transposed_;
-};
+// Bits 62-63 of a descriptor: 0 none, 1: 128 bytes, 2: 64, 3: 32.
+MatrixLayout layout_of(uint64_t bits, bool transposed) {
+  return MatrixLayout(bits, (bits >> 62) == 0 ? 0 : 4 - static_cast<int>(bits >> 62), 2, transposed);
+}
 
 struct Shape {
   bool a_in_registers;
@@ -63,21 +36,11 @@ Shape shape_of(Warp& warp, const Instruction& in) {
   return shape;
 }
 
-// Calls visit(unit address, first mn, first k, transposed) for every unit of a [size x 16] operand from `first` on.
-template <class Visit>
-void for_units(uint64_t bits, bool transposed, int first, int size, Visit visit) {
-  const Descriptor descriptor(bits, transposed);
-  const int mn_step = transposed ? kUnitElements : 1, k_step = transposed ? 1 : kUnitElements;
-  for (int mn = first; mn < first + size; mn += mn_step) {
-    for (int k = 0; k < kDepth; k += k_step) visit(descriptor.unit(mn, k), mn - first, k);
-  }
-}
-
 // Calls put(mn, k, value) for every element of an operand in shared memory, times its sign.
 template <class Put>
 void load_shared(Block& block, Warp& warp, const Instruction& in, uint64_t bits, bool transposed, int first, int size,
                  float scale, Put put) {
-  for_units(bits, transposed, first, size, [&](uint64_t address, int mn, int k) {
+  layout_of(bits, transposed).for_units(first, size, kDepth, [&](uint64_t address, int mn, int k) {
     block.shared.async_read(warp, in, address, kUnit, block.warps, block.report);
     for (int i = 0; i < kUnitElements; ++i) {
       uint16_t value;
@@ -134,8 +97,10 @@ void compute(Block& block, Warp& warp, const AsyncMatrix& op) {
 void hold(Block& block, Warp& warp, const AsyncMatrix& op, int change) {
   const Shape shape = shape_of(warp, *op.in);
   const auto mark = [&](uint64_t address, int, int) { block.shared.hold(address, kUnit, change); };
-  for_units(op.b_descriptor, shape.b_transposed, 0, op.in->n, mark);
-  if (!shape.a_in_registers) for_units(op.a_descriptor, shape.a_transposed, warp.id % 4 * kWarpRows, kWarpRows, mark);
+  layout_of(op.b_descriptor, shape.b_transposed).for_units(0, op.in->n, kDepth, mark);
+  if (!shape.a_in_registers) {
+    layout_of(op.a_descriptor, shape.a_transposed).for_units(warp.id % 4 * kWarpRows, kWarpRows, kDepth, mark);
+  }
 }
 
 void set_pending(Warp& warp, const AsyncMatrix& op) {

@@ -17,8 +17,9 @@ bool in_main_loop(const Program& program, size_t index) {
     found = true;
   }
   const auto at = [&](size_t i) { return program.code.begin() + static_cast<std::ptrdiff_t>(i); };
-  return found && std::any_of(at(first), at(last),
-                              [](const Instruction& in) { return in.name == "mma" || in.name == "wgmma.mma_async"; });
+  return found && std::any_of(at(first), at(last), [](const Instruction& in) {
+           return in.name == "mma" || in.name == "wgmma.mma_async" || in.name == "tcgen05.mma";
+         });
 }
 
 }  // namespace ptxsim

@@ -16,6 +16,10 @@ std::string at(uint64_t address) {
 
 void Mbarriers::init(Warp& warp, const Instruction& in, uint64_t address, uint64_t count) {
   if (count == 0 || count > kMaxCount) throw Fault("mbarrier count " + std::to_string(count) + ", " + in.where());
+  const auto before = objects_.find(address);
+  if (before != objects_.end() && before->second.commits) {
+    throw Fault(at(address) + " still awaits a tcgen05.commit, " + in.where());
+  }
   std::vector<bool> taken(kMost);
   for (const auto& [place, object] : objects_) taken[static_cast<size_t>(object.slot)] = place != address;
   const auto free = std::find(taken.begin(), taken.end(), false);
@@ -33,6 +37,7 @@ void Mbarriers::init(Warp& warp, const Instruction& in, uint64_t address, uint64
 void Mbarriers::invalidate(const Instruction& in, uint64_t address) {
   const auto found = objects_.find(address);
   if (found == objects_.end()) throw Fault(at(address) + " does not exist, " + in.where());
+  if (found->second.commits) throw Fault(at(address) + " still awaits a tcgen05.commit, " + in.where());
   if (!found->second.on_their_way.empty()) throw Fault(at(address) + " still awaits bulk copies, " + in.where());
   objects_.erase(found);
 }
@@ -61,6 +66,14 @@ uint64_t Mbarriers::arrive(Warp& warp, const Instruction& in, Mbarrier& object, 
   object.pending -= static_cast<uint32_t>(count);
   if (object.pending == 0 && object.bytes == 0) finish_phase(object);
   return phase;
+}
+
+void Mbarriers::arrive(const Instruction& in, Mbarrier& object, const std::vector<uint32_t>& clock) {
+  if (object.pending == 0) throw Fault("more arrivals in a phase than the mbarrier's count, " + in.where());
+  --object.commits;
+  object.commit_polls = 0;
+  join(object.arrived, clock);
+  if (--object.pending == 0 && object.bytes == 0) finish_phase(object);
 }
 
 void Mbarriers::complete(Mbarrier& object, int64_t bytes) {

@@ -29,6 +29,8 @@ struct Mbarrier {
   int64_t bytes = 0;      // expected less completed; below zero while copies are ahead of their expectation
   uint64_t phase = 0;     // complete ones
   uint32_t landings = 0;  // the clock of its slot
+  int commits = 0;        // of tcgen05, that have not arrived yet
+  int commit_polls = 0;   // waits that found them missing
   int polls = 0;          // waits that found nothing missing but copies on their way
   std::vector<BulkPiece> on_their_way;
   std::vector<uint32_t> arrived;    // clocks of this phase's arrivals, joined
@@ -53,6 +55,8 @@ public:
 
   // Counts arrivals in with what the warp has done so far, and returns the phase that they belong to.
   uint64_t arrive(Warp& warp, const Instruction& in, Mbarrier& object, uint64_t count);
+  // The same of a tcgen05.commit, whose thread had done what `clock` says when it issued it.
+  void arrive(const Instruction& in, Mbarrier& object, const std::vector<uint32_t>& clock);
   void expect(Mbarrier& object, int64_t bytes) { object.bytes += bytes; }
   void complete(Mbarrier& object, int64_t bytes);
   // Whether the wait is over. One that only lacks bytes on their way lets them land, at the second time of asking.

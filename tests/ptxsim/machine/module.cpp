@@ -32,6 +32,8 @@ Options options_from(const py::dict& given) {
       options.perturb = value.cast<bool>();
     else if (name == "reverse")
       options.reverse = value.cast<bool>();
+    else if (name == "tensor_strict")
+      options.tensor_strict = value.cast<bool>();
     else if (name == "tensor_core")
       options.tensor_core = value.cast<int>();
     else if (name == "limit")

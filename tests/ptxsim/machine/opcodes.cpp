@@ -21,7 +21,7 @@ const std::unordered_map<std::string, Row>& table() {
     for (const OpcodeRows* list :
          {&arithmetic_opcodes(), &bitwise_opcodes(), &compare_opcodes(), &convert_opcodes(), &function_opcodes(),
           &memory_opcodes(), &atomic_opcodes(), &async_opcodes(), &matrix_opcodes(), &wgmma_opcodes(), &warp_opcodes(),
-          &control_opcodes(), &mbarrier_opcodes(), &bulk_opcodes()}) {
+          &control_opcodes(), &mbarrier_opcodes(), &bulk_opcodes(), &tensor_memory_opcodes()}) {
       for (const Opcode& opcode : *list) {
         Row row{opcode, {}};
         std::istringstream words(opcode.modifiers);
@@ -115,7 +115,8 @@ void finish_instruction(const Opcode& opcode, Instruction& in, Program& program)
   }
   const bool touches_memory = std::any_of(in.operands.begin(), in.operands.end(),
                                           [](const Operand& op) { return op.kind == Operand::Kind::Address; });
-  if (touches_memory && in.name != "ldmatrix" && in.name != "stmatrix" && in.name != "cp.async") {
+  const bool tensor = in.name.rfind("tcgen05", 0) == 0;
+  if (touches_memory && !tensor && in.name != "ldmatrix" && in.name != "stmatrix" && in.name != "cp.async") {
     // The granule is the smallest access, so that neighbours written by two warps are no false race.
     const int bytes = size_of(in.type) * in.vector;
     const bool generic = in.space == Space::Generic;
@@ -128,6 +129,7 @@ void finish_instruction(const Opcode& opcode, Instruction& in, Program& program)
   in.is_wgmma = in.name == "wgmma.mma_async";
   in.is_copy = in.name == "mov";
   program.uses_wgmma |= in.is_wgmma;
+  program.uses_tensor_memory |= tensor;
   const bool strong = in.has("acquire") || in.has("relaxed") || in.has("volatile");
   program.polls |= in.space != Space::Shared && ((in.name == "ld" && strong) || in.name == "atom");
 }

@@ -29,6 +29,7 @@ const OpcodeRows& atomic_opcodes();
 const OpcodeRows& async_opcodes();
 const OpcodeRows& matrix_opcodes();
 const OpcodeRows& wgmma_opcodes();
+const OpcodeRows& tensor_memory_opcodes();
 const OpcodeRows& warp_opcodes();
 const OpcodeRows& control_opcodes();
 const OpcodeRows& mbarrier_opcodes();

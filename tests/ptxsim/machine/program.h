@@ -135,6 +135,7 @@ struct Program {
   int global_granule = 4;  // race checks may take as one cell
   bool uses_wgmma = false;
   bool uses_mbarriers = false;
+  bool uses_tensor_memory = false;
   bool polls = false;                                                // some load may wait for another block
   std::vector<std::pair<int, uint64_t>> constants;                   // register, value in every lane
   std::map<Special, int> specials;                                   // special register -> register

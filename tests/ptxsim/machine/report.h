@@ -17,8 +17,14 @@ enum class Finding : uint8_t {
   WgmmaPending,         // an accumulator touched between wgmma and its wait_group
   WgmmaFence,           // wgmma uses registers written since the last wgmma.fence
   GlobalRace,           // two blocks or two warps at one global address, one of them writing, unordered
+  TensorRace,           // tensor memory: a load or store of one warp, touched by another with no barrier between
+  TensorInFlight,       // touched before the mbarrier of a tcgen05.commit says that its product is complete
+  TensorWait,           // touched before tcgen05.wait::st, overwritten or its register read before wait::ld
+  TensorFence,          // no tcgen05.fence on a side of the synchronisation
+  TensorAllocation,     // not freed when the block ends
+  UninitialisedTensor,  // read, or added to, before anything was written
 };
-inline constexpr int kFindings = 8;
+inline constexpr int kFindings = 14;
 const char* name_of(Finding finding);
 
 struct Report {
@@ -51,16 +57,17 @@ struct Report {
 
 // How a launch runs and what it checks.
 struct Options {
-  bool race = true;         // shared-memory races
-  bool global_race = true;  // global-memory races, between blocks and inside one
-  bool late = true;         // asynchronous copies and wgmma take effect at their wait instead of at once
-  bool poison = true;       // shared memory starts as NaN patterns instead of zeros
-  bool stats = true;        // bank conflicts and sectors
-  bool perturb = false;     // approximate functions err by up to 2 ulp, tensor cores truncate
-  bool reverse = false;     // blocks run from the last to the first
-  int tensor_core = 0;      // 0: mma accumulates in float64; 80 or 90: as that architecture does, see tensor_core.h
-  uint64_t limit = 0;       // warp instructions a launch may run; 0: no limit
-  uint64_t seed = 1;        // the order in which warps run
+  bool race = true;            // shared-memory races
+  bool global_race = true;     // global-memory races, between blocks and inside one
+  bool late = true;            // asynchronous copies and wgmma take effect at their wait instead of at once
+  bool poison = true;          // shared memory starts as NaN patterns instead of zeros
+  bool stats = true;           // bank conflicts and sectors
+  bool perturb = false;        // approximate functions err by up to 2 ulp, tensor cores truncate
+  bool reverse = false;        // blocks run from the last to the first
+  bool tensor_strict = false;  // looks for what the ISA asks of tcgen05 and Triton's kernels do without
+  int tensor_core = 0;         // 0: mma accumulates in float64; 80 or 90: as that architecture does, see tensor_core.h
+  uint64_t limit = 0;          // warp instructions a launch may run; 0: no limit
+  uint64_t seed = 1;           // the order in which warps run
 };
 
 }  // namespace ptxsim

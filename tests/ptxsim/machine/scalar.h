@@ -30,6 +30,7 @@ enum class Type : uint8_t {
   F64,
   F16x2,
   BF16x2,
+  F32x2,
   TF32,
 };
 
@@ -53,6 +54,7 @@ constexpr int size_of(Type type) {
     case Type::U64:
     case Type::S64:
     case Type::F64:
+    case Type::F32x2:
       return 8;
     case Type::B128:
       return 16;

@@ -42,6 +42,25 @@ struct AsyncMatrix {
 
 inline constexpr uint32_t kBeforeAnyFence = 1;
 
+// Columns of tensor memory in some of its eight groups of 16 lanes.
+struct TensorRegion {
+  uint8_t groups;
+  int column, columns;
+};
+
+struct Mbarrier;
+
+// One tcgen05.mma, cp or commit of one lane, with its operands as they were at its issue.
+struct TensorOperation {
+  const Instruction* in;
+  int lane;
+  uint64_t a = 0, b = 0;  // descriptors; of an A in tensor memory, its address
+  uint32_t d = 0, shape = 0;
+  bool accumulate = false;
+  Mbarrier* commit = nullptr;
+  std::vector<uint32_t> clock;  // at a commit
+};
+
 struct Warp {
   enum class State : uint8_t { Running, AtBarrier, Done };
 
@@ -79,6 +98,12 @@ struct Warp {
   int pending_count = 0;
   std::vector<uint32_t> written_epoch;  // per register: the wgmma.fence epoch of its last ordinary write
   uint32_t fence_epoch = kBeforeAnyFence;
+
+  std::vector<TensorOperation> tensor_operations;         // in the order of their issue
+  std::vector<TensorRegion> tensor_loads, tensor_stores;  // not waited for
+  std::vector<TensorRegion> tensor_unpublished;           // stores before any tcgen05.fence
+  std::vector<uint32_t> tensor_fenced;                    // the clock at the last fence::after_thread_sync
+  std::vector<int> tensor_registers;                      // of loads that are not waited for
 
   // All lanes have met: what each did before is behind what any does next.
   void synchronise_lanes() {
