@@ -22,6 +22,7 @@ class LocalParameters(Encoding):
         self.inner, self.local = inner, local
         self.num_heads, self.needs_positions = inner.num_heads, inner.needs_positions
         self.has_bias, self.sole_operands = inner.has_bias, inner.sole_operands
+        self.fractional, self.fused = inner.fractional, inner.fused
 
     def build(self, context: Context) -> Plan:
         found: Plan = functional_call(self.inner, self.local, (context,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import posattn
+from posattn import distributed
 from tests.distributed.ranks import DIM, HEADS, POSITIONS, gradients
 
 BATCH, TOKENS = 2, 16
@@ -78,6 +81,37 @@ def compare(case: dict[str, Any], mesh: Any) -> dict[str, float]:
     return over
 
 
+class Layer(torch.nn.Module):
+    def __init__(self, position: Any, method: str) -> None:
+        super().__init__()
+        self.position, self.method = position, method
+        self.project = torch.nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Any:
+        q = self.project(x)
+        return distributed.attention(q, q, q, self.position, causal=True, method=self.method, sum_gradients=False)
+
+
+def under_fsdp(case: dict[str, Any]) -> dict[str, float]:
+    """0 by parameter where a model under fully_shard, its sequence cut over the same ranks, has the gradients that it
+    has
+    without: FSDP takes their mean."""
+    torch.manual_seed(5)
+    bare = Layer(POSITIONS[case["position"]](), case["method"])
+    model = copy.deepcopy(bare)
+    fully_shard(model)
+    x = distributed.shard(torch.randn(1, HEADS, TOKENS, DIM, generator=torch.Generator().manual_seed(3)))
+    over = {}
+    for layer in (bare, model):
+        layer(x).square().sum().backward()
+    for (name, one), other in zip(bare.named_parameters(), model.parameters()):
+        dist.all_reduce(one.grad)
+        mean = one.grad / dist.get_world_size()  # type: ignore[operator]
+        close = torch.allclose(other.grad.full_tensor(), mean, rtol=1e-6, atol=1e-6)  # type: ignore[union-attr]
+        over[name] = 0.0 if close and mean.abs().max() > 0 else 2.0
+    return over
+
+
 def refused(case: dict[str, Any], mesh: Any) -> str:
     """The error that this rank gets."""
     spread = [
@@ -107,6 +141,12 @@ def refused(case: dict[str, Any], mesh: Any) -> str:
     return "nothing"
 
 
+def found_of(case: dict[str, Any], meshes: dict[int, Any]) -> Any:
+    if "fsdp" in case:
+        return under_fsdp(case)
+    return refused(case, meshes[1]) if "cuts" in case else compare(case, meshes[len(case["cut"])])
+
+
 def main(folder: Path, rank: int, ranks: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
@@ -114,7 +154,7 @@ def main(folder: Path, rank: int, ranks: int) -> None:
     meshes = {1: init_device_mesh("cpu", (ranks,))}
     if ranks % 2 == 0:
         meshes[2] = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("outer", "inner"))
-    found = [refused(case, meshes[1]) if "cuts" in case else compare(case, meshes[len(case["cut"])]) for case in cases]
+    found = [found_of(case, meshes) for case in cases]
     (folder / f"found{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

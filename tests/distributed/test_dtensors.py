@@ -30,6 +30,11 @@ OTHERS: list[Case] = [
     {"cut": ["all"], "position": "Kerple", "parameters": ["all"]},
     {"cut": ["all"], "position": "FIRE"},
 ]
+FSDP: list[Case] = [
+    {"fsdp": True, "method": method, "position": name}
+    for name in ("FIRE", "DAPE-Kerple")
+    for method in ("ring", "all_gather")
+]
 TWO: list[Case] = [
     {"cut": ["T", "H"], "position": "Kerple", "sinks": True},
     {"cut": ["H", "T"], "position": "FIRE", "parameters": ["all", "all"]},
@@ -51,7 +56,7 @@ WRONG: list[tuple[Case, str]] = [
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    assert_right([*OF_HEADS, *OTHERS], 2, tmp_path, ALONE)
+    assert_right([*OF_HEADS, *OTHERS, *FSDP], 2, tmp_path, ALONE)
 
 
 @pytest.mark.slow
