@@ -92,6 +92,7 @@ def _is_bare(call: Call) -> bool:
         plan.rotary is None
         and plan.mix is None
         and plan.gated is None
+        and plan.relative is None
         and not plan.bias
         and mask.boolean is None
         and mask.k_lengths is None

@@ -137,10 +137,28 @@ class Gated:
 
 
 @dataclass(frozen=True)
+class RelativeKeys:
+    """Add <u_h, k_j> + <q_i + v_h, q_rows[h, r]> + <k_j, k_rows[h, r]> to <q_i, k_j>, before the scale, r the row of d.
+
+    q_rows and k_rows are [H or 1, L, D], either None (not both); u and v [H or 1, D], or None for zeros; h is a query
+    head on both sides; all float32. r = d - first, clamped to 0 .. L - 1; with `rows`, int64 [M], of numbers that are
+    clamped so too, r = rows[d - first]. Not together with a rotation, an amplitude or a mix.
+    """
+
+    q_rows: Tensor | None
+    k_rows: Tensor | None
+    first: int
+    rows: Tensor | None = None
+    u: Tensor | None = None
+    v: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """logits = mix(softcap(scale * <amplitude * rotary q, rotary k>)) + bias; without `mix` the first term stands as it
     is. amplitude is [B or 1, H or 1, Tq] float32, and q is multiplied by it in front of the kernel (turning.py).
-    `places` are the positions of the biases, where these are not the call's. `gated` adds what it says."""
+    `places` are the positions of the biases, where these are not the call's. `gated` and
+    `relative` add what they say."""
 
     rotary: Rotary | None = None
     mix: HeadMix | None = None
@@ -148,6 +166,7 @@ class Plan:
     amplitude: Tensor | None = None
     places: Places | None = None
     gated: Gated | None = None
+    relative: RelativeKeys | None = None
 
 
 @dataclass(frozen=True)

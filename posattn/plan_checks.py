@@ -13,7 +13,21 @@ import torch
 from torch import SymInt, Tensor
 
 from posattn.errors import ArgumentTypeError, ArgumentValueError
-from posattn.plan import EDGES, FORMS, Bias, Dense, Gated, HeadMix, Places, Plan, Profile, Rotary, Slope, Table
+from posattn.plan import (
+    EDGES,
+    FORMS,
+    Bias,
+    Dense,
+    Gated,
+    HeadMix,
+    Places,
+    Plan,
+    Profile,
+    RelativeKeys,
+    Rotary,
+    Slope,
+    Table,
+)
 
 _Operand = TypeVar("_Operand")
 
@@ -23,6 +37,7 @@ _PLACES: dict[type, str] = {
     HeadMix: "Plan(mix=...)",
     Places: "Plan(places=...)",
     Gated: "Plan(gated=...)",
+    RelativeKeys: "Plan(relative=...)",
     Bias: "Plan(bias=...)",
     Slope: "Plan(bias=Bias(slope=...))",
     Table: "Plan(bias=Bias(table=...))",
@@ -60,6 +75,11 @@ def checked(plan: Plan, source: str, q: Tensor, k: Tensor) -> Plan:
         checks.places(checks.kind("places", plan.places, Places))
     if plan.gated is not None:
         checks.gated(checks.kind("gated", plan.gated, Gated), mix is not None)
+    if plan.relative is not None:
+        checks.relative(checks.kind("relative", plan.relative, RelativeKeys))
+        for other in ("rotary", "amplitude", "mix"):
+            if getattr(plan, other) is not None:
+                raise ArgumentValueError(f"position: expected no {other} beside relative keys, got both in {source}")
     if bias is plan.bias and mix is plan.mix:
         return plan
     return replace(plan, mix=mix, bias=bias)
@@ -162,6 +182,33 @@ class _Checks:
         self.shaped("gated.weight", weight, 1 if shared else self.heads, "positions", self.dim)
         if mixed:
             raise ArgumentValueError(f"{self._what('gated')} None beside a mix of heads, got {type(gated).__name__}")
+
+    def relative(self, relative: RelativeKeys) -> None:
+        self.first("relative.first", relative.first)
+        rows: int | str = "rows"
+        for name in ("q_rows", "k_rows"):
+            if (table := getattr(relative, name)) is not None:
+                rows = self._shared(f"relative.{name}", table, rows, self.dim).shape[1]
+        if rows == "rows":
+            raise ArgumentValueError(f"{self._what('relative.q_rows or relative.k_rows')} a torch.Tensor, got None")
+        for name in ("u", "v"):
+            if (shift := getattr(relative, name)) is not None:
+                self._shared(f"relative.{name}", shift, self.dim)
+        index = relative.rows
+        if index is not None:
+            if not isinstance(index, Tensor) or index.dtype != torch.int64:
+                got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+                raise ArgumentTypeError(f"{self._what('relative.rows')} a torch.Tensor of int64, got {got}")
+            if index.device != self.device:
+                raise ArgumentValueError(f"{self._what('relative.rows')} on {self.device} like q, got {index.device}")
+            if index.dim() != 1 or not index.shape[0]:
+                raise self._wrong_shape("relative.rows", index, "distances")
+
+    def _shared(self, name: str, tensor: object, *rest: int | str) -> Tensor:
+        """[heads or 1, *rest]."""
+        tensor = self.tensor(name, tensor)
+        shared = tensor.dim() == 1 + len(rest) and tensor.shape[0] == 1
+        return self.shaped(name, tensor, 1 if shared else self.heads, *rest)
 
     def bias(self, name: str, bias: object) -> Bias:
         bias = self.kind(name, bias, Bias)

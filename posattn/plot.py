@@ -42,7 +42,11 @@ def maps_of(position: Encoding, num_heads: int, head_dim: int, tokens: int, seed
     places = {name: value[None] for name, value in positions_for(position, tokens, tokens).items()}
     plan = position.lower(Context.of(q, k, Mask(), **places))
     where = "; segments of three tokens" if places else ""
-    if plan.rotary is not None and not (plan.mix or plan.gated or plan.bias) and plan.amplitude is None:
+    if (
+        plan.rotary is not None
+        and not (plan.mix or plan.gated or plan.relative or plan.bias)
+        and plan.amplitude is None
+    ):
         turns: tuple[Tensor, ...] = (plan.rotary.q_cos, plan.rotary.q_sin, plan.rotary.k_cos, plan.rotary.k_sin)
         count = turns[0].shape[-1]
         pairs = torch.linspace(0, count - 1, min(count, 4)).long()
@@ -65,7 +69,7 @@ def maps_of(position: Encoding, num_heads: int, head_dim: int, tokens: int, seed
     before = replace(call, plan=Plan(rotary=plan.rotary, bias=Bias()))
     added = reference.call_logits(call) - reference.call_logits(before)
     caption = "colour: what is added to the logit"
-    if plan.mix or plan.gated or plan.amplitude is not None:
+    if plan.mix or plan.gated or plan.relative or plan.amplitude is not None:
         caption += ", which depends on the logits: here of random q and k"
     if plan.rotary is not None:
         caption += "; not shown: q and k are turned too"

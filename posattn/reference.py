@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posattn.plan import Bias, Call, Dense, Gated, HeadMix, Profile, Slope, Table
+from posattn.plan import Bias, Call, Dense, Gated, HeadMix, Profile, RelativeKeys, Slope, Table
 from posattn.positions import document_index, token_indices
 
 NEG_INF = float("-inf")
@@ -145,10 +145,14 @@ def _logits(call: Call, rows: Tensor | None) -> Tensor:
         q = q * plan.amplitude[..., None].to(q.dtype)
     q = q if rows is None else q.index_select(2, rows)
     scale = call.scale if call.scale_tensor is None else call.scale_tensor.to(q.device, q.dtype)
-    logits = q @ _repeat_heads(k, q.shape[1]).transpose(-1, -2) * scale
+    q_positions, k_positions = _positions(call, rows)
+    k = _repeat_heads(k, q.shape[1])
+    logits = q @ k.transpose(-1, -2)
+    if plan.relative is not None:
+        logits = logits + _relative_keys(plan.relative, q, k, q_positions[:, :, None] - k_positions[:, None, :])
+    logits = logits * scale
     if call.softcap:
         logits = call.softcap * torch.tanh(logits / call.softcap)
-    q_positions, k_positions = _positions(call, rows)
     if plan.mix is not None:
         inner = None
         if plan.mix.inner:
@@ -160,6 +164,27 @@ def _logits(call: Call, rows: Tensor | None) -> Tensor:
     if plan.gated is not None:
         logits = logits + _at_gated_positions(plan.gated, logits, bias, call, rows)
     return logits if bias is None else logits + bias
+
+
+def _relative_keys(operand: RelativeKeys, q: Tensor, k: Tensor, distance: Tensor) -> Tensor:
+    """What relative keys add to q [B, H, Tq, D] times k [B, H, Tk, D], [B, H, Tq, Tk]; distance [B or 1, Tq, Tk]."""
+    index = distance - operand.first
+    if operand.rows is not None:
+        index = operand.rows[index.clamp(0, operand.rows.shape[0] - 1)]
+
+    def of(x: Tensor, table: Tensor, at: Tensor) -> Tensor:
+        products = x @ table.to(x.dtype).mT  # [B, H, T, L]
+        return products.gather(-1, at.clamp(0, table.shape[1] - 1)[:, None].expand(*x.shape[:3], -1))
+
+    terms = []
+    if operand.q_rows is not None:
+        shifted = q if operand.v is None else q + operand.v[:, None].to(q.dtype)
+        terms.append(of(shifted, operand.q_rows, index))
+    if operand.k_rows is not None:
+        terms.append(of(k, operand.k_rows, index.mT).mT)
+    if operand.u is not None:
+        terms.append((k @ operand.u[:, :, None].to(k.dtype)).mT)
+    return sum(terms[1:], start=terms[0])
 
 
 def _at_gated_positions(gated: Gated, logits: Tensor, bias: Tensor | None, call: Call, rows: Tensor | None) -> Tensor:

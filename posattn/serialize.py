@@ -12,13 +12,13 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from posattn.plan import Bias, Call, Dense, Gated, HeadMix, Mask, Plan, Profile, Rotary, Slope, Table
+from posattn.plan import Bias, Call, Dense, Gated, HeadMix, Mask, Plan, Profile, RelativeKeys, Rotary, Slope, Table
 from posattn.positions import offset_bounds
 
 _BIAS_GRADS = ("slope", "table", "psi", "row_scale", "segment_slope", "segment_intercept", "dense")
 
 # The names that a backend's backward may be asked for.
-_OWN_GRADS = ("q", "k", "v", "scale", "w1", "b1", "w2", "b2", "sinks", "gated")
+_OWN_GRADS = ("q", "k", "v", "scale", "w1", "b1", "w2", "b2", "sinks", "gated", "q_rows", "k_rows", "u", "v_shift")
 DIFFERENTIABLE = frozenset((*_OWN_GRADS, *_BIAS_GRADS, *(f"inner.{name}" for name in _BIAS_GRADS)))
 
 MAX_K = 3  # where `ints` holds it
@@ -52,7 +52,8 @@ def parse(spec: str) -> Layout:
 
 def flatten(call: Call, backend: str) -> Flat:
     """ints: window left, window right, max_q, max_k; the least and greatest offset, where one is given; then the firsts
-    of each bias that is there, outer before inner: of its table, of its profile's distances, of its profile's rows."""
+    of each bias that is there, outer before inner: of its table, of its profile's distances, of its profile's rows;
+    then that of relative keys."""
     mask, plan = call.mask, call.plan
     ints = [_NO_LIMIT if mask.left is None else mask.left, _NO_LIMIT if mask.right is None else mask.right]
     ints += [mask.max_q, mask.max_k]
@@ -107,6 +108,13 @@ def flatten(call: Call, backend: str) -> Flat:
         put("gated", plan.gated.weight)
         if plan.gated.scaled:
             flags.append("gated_scaled")
+    if plan.relative is not None:
+        put("q_rows", plan.relative.q_rows)
+        put("k_rows", plan.relative.k_rows)
+        put("rows", plan.relative.rows)
+        put("u", plan.relative.u)
+        put("v_shift", plan.relative.v)
+        ints.append(plan.relative.first)
     if mask.causal:
         flags.append("causal")
     if mask.offset is not None:
@@ -183,6 +191,10 @@ def unflatten(
         weights = named["w1"], named["b1"], named["w2"], named["b2"]
         mix = HeadMix(*weights, layout.form, take_bias("inner."), edge)
     gated = Gated(named["gated"], "gated_scaled" in flags) if "gated" in named else None
+    relative = None
+    if "q_rows" in named or "k_rows" in named:
+        shifts = named.get("u"), named.get("v_shift")
+        relative = RelativeKeys(named.get("q_rows"), named.get("k_rows"), next(rest), named.get("rows"), *shifts)
     mask = Mask(
         causal="causal" in flags,
         offset=offset,
@@ -204,7 +216,7 @@ def unflatten(
         q=q,
         k=k,
         v=v,
-        plan=Plan(rotary, mix, bias, gated=gated),
+        plan=Plan(rotary, mix, bias, gated=gated, relative=relative),
         mask=mask,
         scale=scale if scale_tensor is None else float(scale_tensor),
         softcap=softcap,

@@ -202,6 +202,10 @@ def probe(position: Encoding | None, heads: int, head_dim: int, device: torch.de
         )
     if plan.gated is not None:
         raise ArgumentValueError("position: expected no CoPE, got one, whose positions count the keys of all shards")
+    if plan.relative is not None:
+        raise ArgumentValueError(
+            "position: expected no relative keys, got some, which no fused kernel of a shard computes"
+        )
     biases = [plan.bias, *([] if plan.mix is None else [plan.mix.inner])]
     if any(bias.dense is not None for bias in biases):
         raise ArgumentValueError(

@@ -9,6 +9,7 @@ from posattn.encodings.bipe import BiPE
 from posattn.encodings.bipe import segment_positions as segment_positions
 from posattn.encodings.cope import CoPE
 from posattn.encodings.dape import DAPE
+from posattn.encodings.deberta import DeBERTa
 from posattn.encodings.embeddings import LearnedEmbedding as LearnedEmbedding
 from posattn.encodings.embeddings import SinusoidalEmbedding as SinusoidalEmbedding
 from posattn.encodings.fire import FIRE
@@ -28,7 +29,9 @@ from posattn.encodings.scaling import LongRoPE as LongRoPE
 from posattn.encodings.scaling import Proportional as Proportional
 from posattn.encodings.scaling import Scaling as Scaling
 from posattn.encodings.scaling import YaRN as YaRN
+from posattn.encodings.shaw import ShawRelative
 from posattn.encodings.t5 import T5Bias
+from posattn.encodings.transformer_xl import TransformerXL
 from posattn.encodings.xpos import XPos
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "BiPE",
     "Bias",
     "CoPE",
+    "DeBERTa",
     "Kerple",
     "LogitScale",
     "MRoPE",
@@ -48,6 +52,8 @@ __all__ = [
     "RelativeTable3D",
     "RoPE",
     "Sandwich",
+    "ShawRelative",
     "T5Bias",
+    "TransformerXL",
     "XPos",
 ]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from posattn.plan import Bias, Dense, Gated, HeadMix, Places, Plan, Profile, Rotary, Slope, Table
+from posattn.plan import Bias, Dense, Gated, HeadMix, Places, Plan, Profile, RelativeKeys, Rotary, Slope, Table
 
 # The fields of each part of a plan.
 _FIELDS: dict[type, tuple[str, ...]] = {
     kind: tuple(field.name for field in fields(kind))
-    for kind in (Rotary, Slope, Table, Profile, Dense, Bias, HeadMix, Places, Gated, Plan)
+    for kind in (Rotary, Slope, Table, Profile, Dense, Bias, HeadMix, Places, Gated, RelativeKeys, Plan)
 }
 
 # The one infinity that an operand may hold, by the name of its field: a bias that forbids, a knot that is not there.
@@ -62,8 +62,13 @@ def head_slice(plan: Plan, first: int, count: int) -> Plan:
         dense = Dense(of(dense.bias, 1))
     amplitude = None if plan.amplitude is None else of(plan.amplitude, 1)
     gated = None if plan.gated is None else replace(plan.gated, weight=of(plan.gated.weight, 0))
+    relative = plan.relative
+    if relative is not None:
+        tensors = (relative.q_rows, relative.k_rows, relative.u, relative.v)
+        q_rows, k_rows, u, v = (None if x is None else of(x, 0) for x in tensors)
+        relative = replace(relative, q_rows=q_rows, k_rows=k_rows, u=u, v=v)
     rotary, bias = _rotary_slice(plan.rotary, first, count), Bias(slope, table, profile, dense)
-    return replace(plan, rotary=rotary, bias=bias, amplitude=amplitude, gated=gated)
+    return replace(plan, rotary=rotary, bias=bias, amplitude=amplitude, gated=gated, relative=relative)
 
 
 def _rotary_slice(rotary: Rotary | None, first: int, count: int) -> Rotary | None:
@@ -88,7 +93,7 @@ def check_values(encoding: nn.Module, plan: Plan) -> None:
     """
     rotary = plan.rotary
     if rotary is not None and "_finite" in vars(rotary):
-        plan = Plan(mix=plan.mix, bias=plan.bias, gated=plan.gated)
+        plan = replace(plan, rotary=None, amplitude=None, places=None)
     named = encoding.named_parameters() if encoding._parameters or encoding._modules else ()
     with torch.no_grad():
         for name, parameter in named:

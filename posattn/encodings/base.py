@@ -38,8 +38,8 @@ class Encoding(nn.Module):
     fractional: bool = False
     """Whether positions may be fractions: they may where nothing is looked up by a distance."""
     sole_operands: frozenset[str] = frozenset()
-    """Those of "rotary", "mix", "profile" and "gated", of which a plan holds one each, that it is known to set: a sum
-    with two of one is refused when it is made, where this says so, and else when it is lowered."""
+    """Those of "rotary", "mix", "profile", "gated" and "relative", of which a plan holds one each, that it is known to
+    set: a sum with two of one is refused when it is made, where this says so, and else when it is lowered."""
     fused: bool = True
     """Whether kernels compute it; what none does is for backend="reference" alone."""
 
@@ -132,6 +132,10 @@ class Encoding(nn.Module):
         if plan.gated is not None:
             raise TypeError(
                 f"{type(self).__name__} goes by the logits and has no fixed bias; take .bias of the additive part alone"
+            )
+        if plan.relative is not None:
+            raise TypeError(
+                f"{type(self).__name__} depends on q and k and has no fixed bias; take .bias of the additive part alone"
             )
         sizes = {operand.shape[0] for operand in _by_sequence(plan.bias)} - {1}
         batch = sizes.pop() if sizes else 1
@@ -226,8 +230,8 @@ class Shard(Encoding):
 
 
 def add_plans(a: Plan, b: Plan, context: Context) -> Plan:
-    """The plan of a sum of encodings. ValueError for two rotary, head-mixing or gated parts, or two profiles."""
-    sole = ("rotary", "mix", "gated")
+    """The plan of a sum of encodings. ValueError for two of what a plan holds one of."""
+    sole = ("rotary", "mix", "gated", "relative")
     _check_sole({name for name in sole if getattr(a, name) is not None and getattr(b, name) is not None})
     if a.places is not None or b.places is not None:
         a, b = _in_one_place(a, b, context)
@@ -241,6 +245,7 @@ def add_plans(a: Plan, b: Plan, context: Context) -> Plan:
         amplitude=amplitude,
         places=a.places or b.places,
         gated=a.gated or b.gated,
+        relative=a.relative or b.relative,
     )
 
 
@@ -264,7 +269,9 @@ def _made_dense(plan: Plan, context: Context) -> Plan:
 
 def _goes_by_places(plan: Plan) -> bool:
     biases = (plan.bias, Bias() if plan.mix is None else plan.mix.inner)
-    return any(bias.slope is not None or bias.table is not None or bias.profile is not None for bias in biases)
+    return plan.relative is not None or any(
+        bias.slope is not None or bias.table is not None or bias.profile is not None for bias in biases
+    )
 
 
 def dense_bias(bias: Bias, q_positions: Tensor, k_positions: Tensor) -> Dense:
@@ -316,6 +323,7 @@ _SOLE = {
     "rotary": "one rotary encoding, got two; q and k can be turned only once",
     "mix": "one DAPE, got two; the heads can be mixed only once",
     "profile": "one FIRE, got two; a plan holds a single profile",
+    "relative": "one encoding of relative keys, got two; a plan holds a single set of them",
     "gated": "one CoPE, got two; a plan holds a single set of gated positions",
 }
 

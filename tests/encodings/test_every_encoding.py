@@ -215,7 +215,7 @@ def test_additive_encodings_show_their_bias_and_others_say_why_not(encoding):
     given = dict(zip(("q_positions", "k_positions"), positions_of(encoding, TOKENS, TOKENS), strict=True))
     given = {name: value[0] for name, value in given.items() if value is not None}
     assert encoding.has_bias == (bool(plan.bias) or plan.mix is not None)
-    if plan.mix is None and plan.rotary is None and plan.amplitude is None and plan.gated is None:
+    if plan.mix is None and plan.rotary is None and plan.amplitude is None and not (plan.gated or plan.relative):
         assert encoding.bias(TOKENS, TOKENS, **given).shape == (HEADS, TOKENS, TOKENS)
     else:
         with pytest.raises(TypeError, match=r"\.bias of"):

@@ -1,4 +1,4 @@
-"""What no fused kernel does with a mix of heads, or with positions that go by gates."""
+"""What no fused kernel does with a mix of heads, with positions that go by gates, or with relative keys."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from posattn.plan import Call
 
 
 def unsupported(call: Call) -> str | None:
-    """Why no kernel runs this call's mix or its gated positions; None if one may."""
+    """Why no kernel runs this call's mix, gated positions or relative keys; None if one may."""
     if call.plan.gated is not None:
         return (
             "its positions are sums of gates over the keys after each (CoPE), which a row's tiles would hand on from "
             "the last key to the first; that is written for the reference alone"
+        )
+    if call.plan.relative is not None:
+        return (
+            "its queries or keys meet a vector a distance (relative keys), a second product in each tile that is read "
+            "on a slant; that is written for the reference alone"
         )
     mix = call.plan.mix
     if mix is None or mix.w1.dim() == 2:
