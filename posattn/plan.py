@@ -76,16 +76,29 @@ class Dense:
 
 
 @dataclass(frozen=True)
+class Decay:
+    """bias = q[b, h, i] - k[b, h, j]: what is left of a running sum over tokens between key and query.
+
+    q is [B or 1, H or 1, Tq] and k [B or 1, H or 1, Tk], in float64, or in float32: a running sum grows with the text,
+    and only differences of near tokens matter, so they are taken in float64.
+    """
+
+    q: Tensor
+    k: Tensor
+
+
+@dataclass(frozen=True)
 class Bias:
-    """A sum of additive operands, at most one of each kind: slope, table, profile, dense; None for none."""
+    """A sum of additive operands, at most one of each kind: slope, table, profile, dense, decay; None for none."""
 
     slope: Slope | None = None
     table: Table | None = None
     profile: Profile | None = None
     dense: Dense | None = None
+    decay: Decay | None = None
 
     def __bool__(self) -> bool:
-        return any(x is not None for x in (self.slope, self.table, self.profile, self.dense))
+        return any(x is not None for x in (self.slope, self.table, self.profile, self.dense, self.decay))
 
 
 FORMS = ("concat-residual", "concat", "add")

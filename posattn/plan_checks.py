@@ -17,6 +17,7 @@ from posattn.plan import (
     EDGES,
     FORMS,
     Bias,
+    Decay,
     Dense,
     Gated,
     HeadMix,
@@ -43,6 +44,7 @@ _PLACES: dict[type, str] = {
     Table: "Plan(bias=Bias(table=...))",
     Profile: "Plan(bias=Bias(profile=...))",
     Dense: "Plan(bias=Bias(dense=...))",
+    Decay: "Plan(bias=Bias(decay=...))",
 }
 
 
@@ -221,9 +223,11 @@ class _Checks:
             profile = self._profile(f"{name}.profile", self.kind(f"{name}.profile", profile, Profile))
         if dense is not None:
             self._dense(f"{name}.dense.bias", self.kind(f"{name}.dense", dense, Dense).bias)
+        if bias.decay is not None:
+            self._decay(f"{name}.decay", self.kind(f"{name}.decay", bias.decay, Decay))
         if slope is bias.slope and table is bias.table and profile is bias.profile:
             return bias
-        return Bias(slope, table, profile, dense)
+        return Bias(slope, table, profile, dense, bias.decay)
 
     def _slope(self, name: str, slope: Slope) -> Slope:
         tensor = self.tensor(f"{name}.slope", slope.slope)
@@ -234,6 +238,15 @@ class _Checks:
         else:
             self.shaped(f"{name}.slope", tensor, self.heads)
         return slope
+
+    def _decay(self, name: str, decay: Decay) -> None:
+        for part, tokens in (("q", self.q_tokens), ("k", self.k_tokens)):
+            tensor = self.tensor(f"{name}.{part}", getattr(decay, part))
+            if tensor.dtype not in (torch.float32, torch.float64):
+                raise ArgumentTypeError(f"{self._what(f'{name}.{part}')} in float64 or float32, got {tensor.dtype}")
+            fits = tensor.dim() == 3 and tensor.shape[2] == tokens
+            if not fits or any(n != 1 and n != want for n, want in zip(tensor.shape, (self.batch, self.heads))):
+                raise self._wrong_shape(f"{name}.{part}", tensor, f"{self.batch} or 1", f"{self.heads} or 1", tokens)
 
     def _table(self, name: str, table: Table) -> Table:
         self.first(f"{name}.first", table.first)

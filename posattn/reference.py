@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posattn.plan import Bias, Call, Dense, Gated, HeadMix, Profile, RelativeKeys, Slope, Table
+from posattn.plan import Bias, Call, Decay, Dense, Gated, HeadMix, Profile, RelativeKeys, Slope, Table
 from posattn.positions import document_index, token_indices
 
 NEG_INF = float("-inf")
@@ -86,6 +86,8 @@ def dense_bias(bias: Bias, q_positions: Tensor, k_positions: Tensor) -> Tensor:
         terms.append(_profile_bias(bias.profile, distance, q_positions))
     if bias.dense is not None:
         terms.append(bias.dense.bias)
+    if bias.decay is not None:
+        terms.append(_decay_bias(bias.decay))
     if not terms:
         raise ValueError("dense_bias: expected a Bias with at least one operand, got an empty one")
     return sum(terms[1:], start=terms[0])
@@ -126,7 +128,11 @@ def _of(rows: Tensor | None, x: Tensor, dim: int) -> Tensor:
 
 
 def _bias_of(rows: Tensor | None, bias: Bias) -> Bias:
-    return bias if rows is None or bias.dense is None else replace(bias, dense=Dense(_of(rows, bias.dense.bias, 2)))
+    if rows is None:
+        return bias
+    dense = None if bias.dense is None else Dense(_of(rows, bias.dense.bias, 2))
+    decay = None if bias.decay is None else replace(bias.decay, q=bias.decay.q.index_select(2, rows))
+    return replace(bias, dense=dense, decay=decay)
 
 
 def call_logits(call: Call) -> Tensor:
@@ -244,6 +250,10 @@ def _slope_bias(operand: Slope, distance: Tensor) -> Tensor:
 def _table_bias(operand: Table, distance: Tensor) -> Tensor:
     index = (distance - operand.first).clamp(0, operand.values.shape[1] - 1)
     return operand.values[:, index].movedim(0, 1)
+
+
+def _decay_bias(operand: Decay) -> Tensor:
+    return operand.q.double()[:, :, :, None] - operand.k.double()[:, :, None, :]
 
 
 def _profile_bias(operand: Profile, distance: Tensor, q_positions: Tensor) -> Tensor:

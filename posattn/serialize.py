@@ -12,10 +12,20 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from posattn.plan import Bias, Call, Dense, Gated, HeadMix, Mask, Plan, Profile, RelativeKeys, Rotary, Slope, Table
+from posattn.plan import Bias, Call, Decay, Dense, Gated, HeadMix, Mask, Plan, Profile, RelativeKeys, Rotary, Slope, Table
 from posattn.positions import offset_bounds
 
-_BIAS_GRADS = ("slope", "table", "psi", "row_scale", "segment_slope", "segment_intercept", "dense")
+_BIAS_GRADS = (
+    "slope",
+    "table",
+    "psi",
+    "row_scale",
+    "segment_slope",
+    "segment_intercept",
+    "dense",
+    "decay_q",
+    "decay_k",
+)
 
 # The names that a backend's backward may be asked for.
 _OWN_GRADS = ("q", "k", "v", "scale", "w1", "b1", "w2", "b2", "sinks", "gated", "q_rows", "k_rows", "u", "v_shift")
@@ -85,6 +95,9 @@ def flatten(call: Call, backend: str) -> Flat:
             ints.extend((profile.first, profile.row_first))
         if bias.dense is not None:
             put(prefix + "dense", bias.dense.bias)
+        if bias.decay is not None:
+            put(prefix + "decay_q", bias.decay.q)
+            put(prefix + "decay_k", bias.decay.k)
 
     if plan.rotary is not None:
         put("q_cos", plan.rotary.q_cos)
@@ -164,6 +177,7 @@ def unflatten(
         table = named.get(prefix + "table")
         psi = named.get(prefix + "psi")
         dense = named.get(prefix + "dense")
+        decay_q = named.get(prefix + "decay_q")
         return Bias(
             None if slope is None else Slope(slope, prefix + "signed" in flags),
             None if table is None else Table(table, next(rest)),
@@ -179,6 +193,7 @@ def unflatten(
                 segment_intercept=named[prefix + "segment_intercept"],
             ),
             None if dense is None else Dense(dense),
+            None if decay_q is None else Decay(decay_q, named[prefix + "decay_k"]),
         )
 
     rotary = None

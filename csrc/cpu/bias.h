@@ -41,7 +41,8 @@ struct BiasTile {
   float *relative = nullptr, *psi = nullptr, *row = nullptr;
   float* scales = nullptr;                        // the profile's row scale of each row, the last one repeated
   float *psi_low = nullptr, *psi_high = nullptr;  // the extremes of psi over NR entries from each on
-  int64_t block_rows = MR;                        // rows that find_reaches takes together
+  int64_t block_rows = MR;                        // rows that find_reaches and decay_columns take together
+  float* decay = nullptr;                         // what decay_columns holds
 
   static int64_t capacity(int64_t rows, int64_t keys) { return rows + keys + PAD + MR; }
 
@@ -50,11 +51,12 @@ struct BiasTile {
     if (b.relative()) relative = arena.floats(FRONT + n) + FRONT;
     if (b.psi) psi = arena.floats(FRONT + n) + FRONT, psi_low = arena.floats(n), psi_high = arena.floats(n);
     if (b.psi) scales = arena.floats(rows + FRONT);
+    if (b.decay_k) decay = arena.floats(ROW_MAX);
     row = arena.floats(2 * ROW_MAX);
   }
 
   bool positions() const { return p->q_positions != nullptr; }
-  bool any() const { return bias->relative() || bias->psi || bias->dense; }
+  bool any() const { return bias->relative() || bias->psi || bias->dense || bias->decay_k; }
 
   int64_t query_position(int64_t i) const {
     return positions() ? p->q_positions[s->b * p->q_positions_batch + s->q0 + i] : i + offset;
@@ -89,7 +91,7 @@ struct BiasTile {
     offset = s->offset;
     base = area.j0 - (area.i1 - 1);
     length = area.j1 - area.j0 + area.i1 - area.i0 - 1;
-    reaches.block = -1;
+    reaches.block = decayed.block = -1;
     for (int64_t i = area.i0; b.psi && i < area.i1 + FRONT; ++i)
       scales[i - area.i0] = b.row_scale[iclamp(query_position(imin(i, area.i1 - 1)) - b.row_first, 0, b.row_len - 1)];
     if (positions()) return;
@@ -245,6 +247,48 @@ struct BiasTile {
     return most;
   }
 
+  // A decay c_i - c_j as two numbers that float32 can hold where their sum weighs anything: what keys j .. j + n have
+  // over the first row of row i's block, and what the row has over that. c itself may be large.
+  struct Decayed {
+    int64_t block = -1, j = -1, n = 0;
+  };
+  mutable Decayed decayed;
+
+  const double* decay_queries() const { return bias->decay_q + (s->b * p->heads + head) * p->q_len + s->q0; }
+  const double* decay_keys() const { return bias->decay_k + (s->b * p->heads + head) * p->k_len + s->k0; }
+
+  const float* decay_columns(int64_t i, int64_t j, int64_t n) const {
+    const int64_t block = i / block_rows * block_rows, ahead = j - decayed.j;
+    if (decayed.block == block && ahead >= 0 && ahead + n <= decayed.n) return decay + ahead;
+    const int64_t count = imax(imin(n, s->k_len - j), 0);
+    const double from = decay_queries()[block];
+    const double* keys = decay_keys() + j;
+    for (int64_t c = 0; c < count; ++c) decay[c] = static_cast<float>(from - keys[c]);
+    fill(decay + count, 0.0F, n - count);
+    decayed = {block, j, n};
+    return decay;
+  }
+  // Rows i .. i + n of one block; those past the sequence's last are as the last.
+  void decay_rows(float* rows, int64_t i, int64_t n) const {
+    const double *queries = decay_queries() + i, *from = decay_queries() + i / block_rows * block_rows;
+    const int64_t count = imin(n, s->q_len - i);
+    for (int64_t r = 0; r < count; ++r) rows[r] = static_cast<float>(queries[r] - *from);
+    fill(rows + count, rows[count - 1], n - count);
+  }
+
+  vf add_decay(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
+    const float* columns = decay_columns(i, j, n);
+    float of_row;
+    decay_rows(&of_row, i, 1);
+    vf most = set1(NEG_INF), times = set1(mul), row_part = set1(of_row);
+    for (int64_t c = 0; c < n; c += VL) {
+      const vf value = fma(load(x + c), times, load(columns + c) + row_part);
+      store(x + c, value);
+      most = max(most, value);
+    }
+    return most;
+  }
+
   vf add_relative(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
     const float* values = relative_row(i, j, n);
     vf most0 = set1(NEG_INF), most1 = most0, times = set1(mul);
@@ -287,6 +331,11 @@ struct BiasTile {
 
   // The same without the dense operand.
   vf add_smooth(float* x, int64_t i, int64_t j, int64_t n, float mul) const {
+    if (bias->decay_k) {
+      const vf most = add_decay(x, i, j, n, mul);
+      if (!bias->psi && !bias->relative()) return most;
+      mul = 1.0F;
+    }
     if (bias->psi && bias->relative()) add_profile(x, i, j, n, mul), mul = 1.0F;
     if (bias->relative()) return add_relative(x, i, j, n, mul);
     if (bias->psi) return add_profile(x, i, j, n, mul);

@@ -17,12 +17,14 @@ struct BiasGrad {
   int64_t touched_first = 0, touched_last = -1;
   double slope_sum = 0.0;
   float *dense_rows = nullptr, *dense_keys = nullptr;  // of a dense bias that broadcasts over keys, over rows
+  float* decay_keys = nullptr;                         // a head's, by key
 
   void layout(Arena& arena, const Problem& p, const Bias& b, int64_t n_rows, int64_t n_keys) {
     if (b.grad_dense && b.grad_dense_key == 0)
       dense_rows = arena.floats(n_rows);
     else if (b.grad_dense && b.grad_dense_row == 0)
       dense_keys = arena.floats(n_keys + PAD);
+    if (b.grad_decay_k) decay_keys = arena.floats(n_keys + PAD);
     const int64_t n = BiasTile::capacity(n_rows, n_keys);
     const bool positions = p.q_positions != nullptr;
     if (b.wants_relative() && !positions) relative = arena.floats(n);
@@ -59,9 +61,13 @@ struct BiasGrad {
     slope_sum = 0.0;
     if (dense_rows) fill(dense_rows, 0.0F, of.area.i1 - of.area.i0);
     if (dense_keys) fill(dense_keys, 0.0F, of.area.j1 - of.area.j0 + PAD);
+    if (decay_keys) fill(decay_keys, 0.0F, of.area.j1 - of.area.j0 + PAD);
   }
 
-  bool any() const { return tile->bias->wants_relative() || tile->bias->wants_profile() || tile->bias->grad_dense; }
+  bool any() const {
+    const Bias& b = *tile->bias;
+    return b.wants_relative() || b.wants_profile() || b.grad_dense || b.grad_decay_k;
+  }
 
   // dS over keys j .. j + n of row i, n a multiple of VL, zero where no key is allowed.
   void add(const float* ds, int64_t i, int64_t j, int64_t n) {
@@ -73,6 +79,10 @@ struct BiasGrad {
       add_relative_at_positions(ds, i, j, n);
     }
     if (profile) add_profile(ds, i, j, n);
+    if (decay_keys) {
+      float* sum = decay_keys + (j - tile->area.j0);
+      for (int64_t c = 0; c < n; c += VL) store(sum + c, load(sum + c) - load(ds + c));
+    }
     if (dense_rows) {
       vf sum = zero();
       for (int64_t c = 0; c < n; c += VL) sum += load(ds + c);
@@ -213,6 +223,10 @@ struct BiasGrad {
       for (int64_t i = area.i0; i < area.i1; ++i) *dense_at(i, area.j0) += dense_rows[i - area.i0];
     if (dense_keys)
       for (int64_t j = area.j0; j < area.j1; ++j) *dense_at(area.i0, j) += dense_keys[j - area.j0];
+    if (decay_keys) {
+      float* sums = b.grad_decay_k + (tile->s->b * tile->p->heads + head) * tile->p->k_len + tile->s->k0;
+      for (int64_t j = area.j0; j < area.j1; ++j) sums[j] += decay_keys[j - area.j0];
+    }
     if (b.grad_slope) b.grad_slope[tile->s->b * tile->p->heads + head] += static_cast<float>(slope_sum);
     if (!profile) return;
     settle();

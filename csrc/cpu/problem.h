@@ -99,6 +99,10 @@ struct Bias {
   int64_t grad_dense_row = 0;
   int64_t grad_dense_key = 1;
 
+  const double* decay_q = nullptr;  // [B, H, Tq] and [B, H, Tk]: the first of the query's minus the second of the key's
+  const double* decay_k = nullptr;
+  float* grad_decay_k = nullptr;
+
   bool relative() const { return slope || table; }
   bool wants_relative() const { return grad_slope || grad_table; }
   bool wants_profile() const { return grad_psi || grad_row_scale || grad_segment_slope || grad_segment_intercept; }

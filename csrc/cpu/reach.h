@@ -25,11 +25,14 @@ constexpr float NORM_SLACK = 1.01F;
 struct ReachScratch {
   BiasTile bias;
   float *before, *behind;  // the highest bias up to each entry of bias.relative, and from it on
+  double* decayed;         // the highest -c up to each key
 
   ReachScratch(Arena& arena, const Problem& p, int64_t longest_q) {
     bias.layout(arena, p.bias, longest_q, p.max_k_len);
-    before = arena.floats(longest_q + p.max_k_len);
-    behind = arena.floats(longest_q + p.max_k_len);
+    const int64_t distances = p.bias.relative() ? longest_q + p.max_k_len : 0;
+    before = arena.floats(distances);
+    behind = arena.floats(distances);
+    decayed = reinterpret_cast<double*>(arena.floats(p.bias.decay_k ? 2 * p.max_k_len : 0));
   }
 };
 
@@ -74,7 +77,7 @@ public:
             keys[b] = masked ? shown_keys(s, task % p.heads, b) : Interval{0, s.k_len};
           if (!falls(p)) return;
           ReachScratch scratch(arena, p, longest);
-          find(p, s, task % p.heads, keys, scratch);
+          (p.bias.decay_k ? find_decayed : find)(p, s, task % p.heads, keys, scratch);
         });
   }
   ~Reach() {
@@ -153,10 +156,10 @@ private:
     return {imin(lo * NR, s.k_len), imin(hi * NR, s.k_len)};
   }
 
-  // Whether the only bias is one of the distance alone, and no mask may hide the near keys.
+  // Whether the only bias is one of the distance alone or a decay, and no mask may hide the near keys.
   static bool falls(const Problem& p) {
-    return p.bias.relative() && !p.bias.psi && !p.bias.dense && !p.boolean && !p.q_positions && !p.mix &&
-           p.max_k_len > 2 * NR;
+    return p.bias.relative() != (p.bias.decay_k != nullptr) && !p.bias.psi && !p.bias.dense && !p.boolean &&
+           !p.q_positions && !p.mix && p.max_k_len > 2 * NR;
   }
 
   static void find(const Problem& p, const Sequence& s, int64_t h, Interval* keys, ReachScratch& t) {
@@ -178,7 +181,6 @@ private:
     const Interval all = allowed_by_any(p, s, 0, s.q_len);
     const float k_norm = largest_norm(key_source(p, s, h / (p.heads / p.kv_heads)), all.lo, all.hi - all.lo);
     const Source queries = query_source(p, s, h, 1.0F);
-    const float scale = p.scale < 0.0F ? -p.scale : p.scale;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t i0 = b * REACH_ROWS, i1 = imin(i0 + REACH_ROWS, s.q_len);
       float near = -NEG_INF;  // the lowest bias of a row's nearest visible key
@@ -188,8 +190,7 @@ private:
         near = fmin2(near, values[iclamp(i + t.bias.offset, visible.lo, visible.hi - 1) - i - base]);
       }
       if (!(near - lowest > least)) continue;
-      float product = scale * largest_norm(queries, i0, i1 - i0) * k_norm;
-      if (p.softcap > 0.0F && p.softcap < product) product = p.softcap;
+      const float product = largest_product(p, queries, i0, i1, k_norm);
       const float limit = near - 2.0F * product - least;
       if (!(limit >= lowest)) continue;
       keys[b] = {iclamp(first_above(t.before, n, limit) + i0 + base, 0, s.k_len),
@@ -197,8 +198,49 @@ private:
     }
   }
 
+  // No logit of rows i0 .. i1 - 1 is larger in size, biases apart.
+  static float largest_product(const Problem& p, const Source& queries, int64_t i0, int64_t i1, float k_norm) {
+    const float scale = p.scale < 0.0F ? -p.scale : p.scale;
+    float product = scale * largest_norm(queries, i0, i1 - i0) * k_norm;
+    if (p.softcap > 0.0F && p.softcap < product) product = p.softcap;
+    return product;
+  }
+
+  // Of a decay c_i - c_j, a row's own c is in all its logits, so keys are compared by -c_j alone. Only keys before the
+  // near ones are left out.
+  static void find_decayed(const Problem& p, const Sequence& s, int64_t h, Interval* keys, ReachScratch& t) {
+    if (s.k_len == 0 || s.q_len == 0) return;
+    const double* c = p.bias.decay_k + (s.b * p.heads + h) * p.k_len + s.k0;
+    double lowest = -c[0];
+    t.decayed[0] = -c[0];
+    for (int64_t j = 1; j < s.k_len; ++j) {
+      t.decayed[j] = -c[j] > t.decayed[j - 1] ? -c[j] : t.decayed[j - 1];
+      lowest = -c[j] < lowest ? -c[j] : lowest;
+    }
+    const double least = static_cast<double>(REACH_NATS) + ::log(static_cast<double>(s.k_len));
+    if (!(t.decayed[s.k_len - 1] - lowest > least)) return;
+    const Interval all = allowed_by_any(p, s, 0, s.q_len);
+    const float k_norm = largest_norm(key_source(p, s, h / (p.heads / p.kv_heads)), all.lo, all.hi - all.lo);
+    const Source queries = query_source(p, s, h, 1.0F);
+    for (int64_t i0 = 0; i0 < s.q_len; i0 += REACH_ROWS) {
+      const int64_t i1 = imin(i0 + REACH_ROWS, s.q_len);
+      double near = -static_cast<double>(NEG_INF);
+      for (int64_t i = i0; i < i1; ++i) {
+        const Interval visible = allowed(p, s, i);
+        if (visible.lo >= visible.hi) continue;
+        const double of_row = -c[iclamp(i + s.offset, visible.lo, visible.hi - 1)];
+        near = of_row < near ? of_row : near;
+      }
+      if (!(near - t.decayed[0] > least)) continue;
+      const float product = largest_product(p, queries, i0, i1, k_norm);
+      const double limit = near - 2.0 * static_cast<double>(product) - least;
+      if (limit >= t.decayed[0]) keys[i0 / REACH_ROWS] = {first_above(t.decayed, s.k_len, limit), s.k_len};
+    }
+  }
+
   // Of a rising array: the first entry above `limit`, or n.
-  static int64_t first_above(const float* rising, int64_t n, float limit) {
+  template <class T>
+  static int64_t first_above(const T* rising, int64_t n, T limit) {
     int64_t from = 0, to = n;
     while (from < to) {
       const int64_t middle = (from + to) / 2;

@@ -41,6 +41,13 @@ struct KnotBias {
   }
 };
 
+// columns: what each key has; rows [rows of a block]: what each row has.
+struct DecayBias {
+  const float *columns, *rows;
+  vf times;
+  POSATTN_INLINE vf operator()(int r, int c, vf x) const { return fma(x, times, load(columns + c) + set1(rows[r])); }
+};
+
 // One panel of keys whole, and the running maxima [MR][VL] of its logits.
 template <class M, class Finish>
 inline void finished_panel(const float* q, int64_t q_row, const float* k, float* x, int64_t x_row, int64_t depth,
@@ -60,9 +67,11 @@ inline void finished_panel(const float* q, int64_t q_row, const float* k, float*
   }
 }
 
-// Whether all that a product gets, beside masks, is a scale above zero and a bias along its diagonal.
+// Whether all that a product gets, beside masks, is a scale above zero and at most one bias, along its diagonal or of
+// its keys.
 inline bool is_simple(const Problem& p, float scale) {
-  return scale > 0.0F && !(p.softcap > 0.0F) && !p.bias.dense && !p.q_positions && !(p.bias.psi && p.bias.relative());
+  const int kinds = (p.bias.psi != nullptr) + p.bias.relative() + (p.bias.decay_k != nullptr);
+  return scale > 0.0F && !(p.softcap > 0.0F) && !p.bias.dense && !p.q_positions && kinds <= 1;
 }
 
 // Rows i .. i + count - 1 (at most M::rows) over keys j0 + begin .. j0 + end of a tile whose panels are `k`.
@@ -83,15 +92,18 @@ struct Scores {
 
   // x [M::rows][ROW_MAX] by tile, each row's maximum, and what the logits of all rows must still be multiplied with.
   float run(float* x, float* most) const {
-    alignas(64) float tops[M::rows * VL], steep[M::rows], scales[M::rows];
+    alignas(64) float tops[M::rows * VL], steep[M::rows], scales[M::rows], decayed[M::rows];
     fill(tops, NEG_INF, M::rows * VL);
-    const bool fast = !M::tiles && simple(), segments = fast && bias.bias->psi;
+    const bool decays = bias.bias->decay_k != nullptr;
+    const bool fast = !M::tiles && simple() && (!decays || i % bias.block_rows == 0), segments = fast && bias.bias->psi;
     const Interval first = allowed(p, s, i), last = allowed(p, s, i + count - 1);
     const float* psi = segments ? bias.psi_row(i, j0 + begin, end - begin) - begin : nullptr;
     const auto* reach = segments ? bias.find_reaches(psi + begin, i, j0 + begin, end - begin) : nullptr;
     const vf times = set1(scale);
     int64_t segment = -1;
     for (int r = 0; segments && r < M::rows; ++r) scales[r] = bias.row_scale(i + r);
+    const float* columns = decays ? bias.decay_columns(i, j0 + begin, end - begin) - begin : nullptr;
+    if (fast && decays) bias.decay_rows(decayed, i, M::rows);
     bool second[ROW_MAX / NR];  // panels that a second pass completes
 
     for (int64_t c = begin; c < end; c += NR) {
@@ -117,6 +129,8 @@ struct Scores {
             finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops,
                               KnotBias{before, scales, bias.bias->knots + segment, bias.segment_slope() + segment + 1,
                                        bias.segment_intercept() + segment + 1, knots});
+        } else if (decays) {
+          finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops, DecayBias{columns + c, decayed, times});
         } else if (bias.bias->relative()) {
           finished_panel<M>(q, q_row, keys, x + c, ROW_MAX, depth, tops,
                             RelativeBias{bias.relative_row(i, j0 + c, NR), times});

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from posattn.backends.common import mixes
-from posattn.backends.common.reductions import sink_gradient
+from posattn.backends.common.reductions import decay_row_gradient, sink_gradient
 from posattn.backends.common.strides import rows_like, steps
 from posattn.backends.common.structs import Header
 from posattn.plan import Bias, Call, HeadMix, Rotary
@@ -179,6 +179,10 @@ class _Binding:
             dense = bias.dense.bias.detach()
             dense = dense if dense.dtype in _DTYPES else dense.float()
             to.dense, to.dense_key = self.broadcast_view(dense, _DTYPES[dense.dtype])
+        if bias.decay is not None:
+            p = self.problem
+            to.decay_q = self.address(bias.decay.q.expand(p.batch, p.heads, -1), torch.float64)
+            to.decay_k = self.address(bias.decay.k.expand(p.batch, p.heads, -1), torch.float64)
 
     def _mix(self, to: Struct, mix: HeadMix) -> None:
         to.w1, to.b1, to.w2, to.b2 = (self.address(x) for x in (mix.w1, mix.b1, mix.w2, mix.b2))
@@ -283,6 +287,12 @@ def backward(
     native.backward(p)
     if "sinks" in needs and call.sinks is not None:
         grads["sinks"] = sink_gradient(call.sinks, lse, delta)
+    decay = call.plan.bias.decay
+    if decay is not None:
+        if "decay_q" in needs:
+            grads["decay_q"] = decay_row_gradient(lse, delta, grad_lse, call.sinks).sum_to_size(decay.q.shape)
+        if "decay_k" in needs:
+            grads["decay_k"] = grads["decay_k"].sum_to_size(decay.k.shape)
     for name, operand in (("slope", call.plan.bias.slope), ("inner.slope", _inner(call).slope)):
         if name in grads and operand is not None and operand.slope.dim() == 1:
             grads[name] = grads[name].sum(0)
@@ -313,6 +323,8 @@ def _bias_grads(
         want("row_scale", f.row_scale, f.row_scale.shape, "grad_row_scale")
         want("segment_slope", f.segment_slope, f.segment_slope.shape, "grad_segment_slope")
         want("segment_intercept", f.segment_intercept, f.segment_intercept.shape, "grad_segment_intercept")
+    if bias.decay is not None:
+        want("decay_k", bias.decay.k, (*call.q.shape[:2], bias.decay.k.shape[2]), "grad_decay_k")
     if bias.dense is not None:
         dense = bias.dense.bias
         want("dense", dense, dense.shape, "grad_dense")

@@ -211,5 +211,9 @@ def probe(position: Encoding | None, heads: int, head_dim: int, device: torch.de
         raise ArgumentValueError(
             "position: expected no dense bias, got one, whose queries and keys are the whole sequence's"
         )
+    if any(bias.decay is not None for bias in biases):
+        raise ArgumentValueError(
+            "position: expected no decay, got one, whose queries and keys are the whole sequence's"
+        )
     placed = plan.places is not None or plan.amplitude is not None
     return plan, placed or any(bias.profile is not None for bias in biases)

@@ -10,6 +10,7 @@ from posattn.encodings.bipe import segment_positions as segment_positions
 from posattn.encodings.cope import CoPE
 from posattn.encodings.dape import DAPE
 from posattn.encodings.deberta import DeBERTa
+from posattn.encodings.decay import Decay, ForgetGate
 from posattn.encodings.embeddings import LearnedEmbedding as LearnedEmbedding
 from posattn.encodings.embeddings import SinusoidalEmbedding as SinusoidalEmbedding
 from posattn.encodings.fire import FIRE
@@ -43,6 +44,8 @@ __all__ = [
     "Bias",
     "CoPE",
     "DeBERTa",
+    "Decay",
+    "ForgetGate",
     "Kerple",
     "LogitScale",
     "MRoPE",

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from posattn.plan import Bias, Dense, Gated, HeadMix, Places, Plan, Profile, RelativeKeys, Rotary, Slope, Table
+from posattn.plan import Bias, Decay, Dense, Gated, HeadMix, Places, Plan, Profile, RelativeKeys, Rotary, Slope, Table
 
 # The fields of each part of a plan.
 _FIELDS: dict[type, tuple[str, ...]] = {
     kind: tuple(field.name for field in fields(kind))
-    for kind in (Rotary, Slope, Table, Profile, Dense, Bias, HeadMix, Places, Gated, RelativeKeys, Plan)
+    for kind in (Rotary, Slope, Table, Profile, Dense, Decay, Bias, HeadMix, Places, Gated, RelativeKeys, Plan)
 }
 
 # The one infinity that an operand may hold, by the name of its field: a bias that forbids, a knot that is not there.
@@ -60,6 +60,9 @@ def head_slice(plan: Plan, first: int, count: int) -> Plan:
         profile = replace(profile, segment_slope=a, segment_intercept=c)
     if dense is not None:
         dense = Dense(of(dense.bias, 1))
+    decay = plan.bias.decay
+    if decay is not None:
+        decay = Decay(of(decay.q, 1), of(decay.k, 1))
     amplitude = None if plan.amplitude is None else of(plan.amplitude, 1)
     gated = None if plan.gated is None else replace(plan.gated, weight=of(plan.gated.weight, 0))
     relative = plan.relative
@@ -67,7 +70,7 @@ def head_slice(plan: Plan, first: int, count: int) -> Plan:
         tensors = (relative.q_rows, relative.k_rows, relative.u, relative.v)
         q_rows, k_rows, u, v = (None if x is None else of(x, 0) for x in tensors)
         relative = replace(relative, q_rows=q_rows, k_rows=k_rows, u=u, v=v)
-    rotary, bias = _rotary_slice(plan.rotary, first, count), Bias(slope, table, profile, dense)
+    rotary, bias = _rotary_slice(plan.rotary, first, count), Bias(slope, table, profile, dense, decay)
     return replace(plan, rotary=rotary, bias=bias, amplitude=amplitude, gated=gated, relative=relative)
 
 

@@ -19,7 +19,7 @@ from posattn.encodings._checks import check_positive_int
 from posattn.encodings._plans import check_values, copied, head_slice
 from posattn.encodings.context import Context as Context
 from posattn.errors import SWAPPED, ArgumentTypeError, ArgumentValueError, described
-from posattn.plan import Bias, Dense, Plan, Slope, Table
+from posattn.plan import Bias, Decay, Dense, Plan, Slope, Table
 
 
 class Encoding(nn.Module):
@@ -261,7 +261,8 @@ def _made_dense(plan: Plan, context: Context) -> Plan:
     places = context.token_positions() if plan.places is None else (plan.places.q, plan.places.k)
 
     def dense(bias: Bias) -> Bias:
-        return Bias(dense=dense_bias(bias, *places)) if bias else bias
+        by_places = replace(bias, decay=None)
+        return Bias(dense=dense_bias(by_places, *places), decay=bias.decay) if by_places else bias
 
     mix = None if plan.mix is None else replace(plan.mix, inner=dense(plan.mix.inner))
     return replace(plan, bias=dense(plan.bias), mix=mix, places=None)
@@ -305,7 +306,10 @@ def _add_biases(a: Bias, b: Bias, context: Context) -> Bias:
             slope, other = (a.slope, b.slope) if b.slope.slope.dim() == 1 else (b.slope, a.slope)
             extra = _slope_table(other, context)
             table = extra if table is None else Table(table.values + extra.values, table.first)
-    return Bias(slope, table, a.profile or b.profile, dense)
+    decay = a.decay or b.decay
+    if a.decay is not None and b.decay is not None:
+        decay = Decay(a.decay.q + b.decay.q, a.decay.k + b.decay.k)
+    return Bias(slope, table, a.profile or b.profile, dense, decay)
 
 
 def _slope_table(slope: Slope, context: Context) -> Table:
@@ -341,8 +345,9 @@ def _check_addend(other: object) -> None:
 
 def _by_sequence(bias: object) -> Iterator[Tensor]:
     """The operands of a bias that may have a batch; whether they are fit for one is checked later."""
-    slope, dense = getattr(bias, "slope", None), getattr(bias, "dense", None)
-    for operand, dims in ((getattr(slope, "slope", None), 2), (getattr(dense, "bias", None), 4)):
+    slope, dense, decay = (getattr(bias, name, None) for name in ("slope", "dense", "decay"))
+    operands = ((getattr(slope, "slope", None), 2), (getattr(dense, "bias", None), 4), (getattr(decay, "k", None), 3))
+    for operand, dims in operands:
         if isinstance(operand, Tensor) and operand.dim() == dims:
             yield operand
 

@@ -24,6 +24,8 @@ CASES: dict[Callable[..., Any], dict[str, object]] = {
     posattn.ShawRelative: {"num_heads": H, "head_dim": 16, "max_distance": 4},
     posattn.TransformerXL: {"num_heads": H, "head_dim": 16},
     posattn.DAPE: {"inner": None, "num_heads": H},
+    posattn.Decay: {"c": torch.zeros(1, H, 8)},
+    posattn.ForgetGate: {"f": torch.zeros(1, H, 8)},
     posattn.FIRE: {"num_heads": H},
     posattn.Kerple: {"num_heads": H},
     posattn.LogitScale: {},

@@ -62,7 +62,8 @@ def operands(value):
 def test_all_holds_encodings_with_examples():
     for kind in encodings.__all__:
         assert issubclass(getattr(encodings, kind), Encoding)
-        assert getattr(encodings, kind).examples(HEADS, DIM, TOKENS)
+        # Those that are made of one call's tokens have none: tests/native/test_decay.py.
+        assert getattr(encodings, kind).examples(HEADS, DIM, TOKENS) or kind in ("Decay", "ForgetGate")
     defined = {kind.__name__ for kind in Encoding.__subclasses__() if kind.__module__.startswith("posattn.encodings")}
     assert defined - {"Sum", "Shard", "RotaryEncoding"} <= set(encodings.__all__)
 

@@ -75,6 +75,14 @@ bool with_diagonal_bias(const BiasTile& bias, const float* slopes, const float* 
   const Bias& b = *bias.bias;
   const vf times = set1(mul);
   if (b.relative()) return use(RelativeBias{bias.relative_row(i, j, NR), times});
+  if (b.decay_k) {
+    alignas(64) float columns[NR], rows[ROWS];
+    const float* natural = bias.decay_columns(i, j, NR);
+    for (int64_t c = 0; c < NR; c += VL) store(columns + c, load(natural + c) * LOG2E);
+    bias.decay_rows(rows, i, ROWS);
+    scale_row(rows, LOG2E, ROWS);
+    return use(DecayBias{columns, rows, times});
+  }
   if (!b.psi) return use(Scaled{times});
   const float* psi = bias.psi_row(i, j, NR);
   const auto [first, last] = bias.find_reaches(psi, i, j, NR)[0];

@@ -1,8 +1,15 @@
-"""What no fused kernel does with a mix of heads, with positions that go by gates, or with relative keys."""
+"""What no fused kernel does: some mixes of heads, positions by gates, relative keys; and what the CPU's alone do."""
 
 from __future__ import annotations
 
 from posattn.plan import Call
+
+
+def unsupported_decay(call: Call) -> str | None:
+    """Why the kernels for GPUs do not run this call's decay; None if there is none."""
+    if call.plan.bias.decay is None:
+        return None
+    return "its bias is a decay, a difference of two numbers a token, which runs on the CPU and in the reference alone"
 
 
 def unsupported(call: Call) -> str | None:
@@ -18,7 +25,11 @@ def unsupported(call: Call) -> str | None:
             "on a slant; that is written for the reference alone"
         )
     mix = call.plan.mix
-    if mix is None or mix.w1.dim() == 2:
+    if mix is None:
+        return None
+    if mix.inner.decay is not None:
+        return "a decay inside a mix of heads is written for the reference alone; beside the mix, it is added after it"
+    if mix.w1.dim() == 2:
         return None
     return (
         f"its mix of heads convolves over {mix.w1.shape[2]} keys (DAPE V2), for which a tile would need its "

@@ -28,7 +28,8 @@ def unsupported(call: Call) -> str | None:
         return f"it computes float16 and bfloat16, got {q.dtype}"
     if max(q.shape[3], v.shape[3]) > HEAD_DIMS[-1]:
         return f"it takes head dimensions up to {HEAD_DIMS[-1]}, got {max(q.shape[3], v.shape[3])}"
-    if (reason := segments.unsupported(call) or mixes.unsupported(call)) is not None:
+    reason = segments.unsupported(call) or mixes.unsupported_decay(call) or mixes.unsupported(call)
+    if reason is not None:
         return reason
     missing = compiler.missing() or compiler.unsupported(launch.architecture(q.device))
     if missing is not None:

@@ -47,7 +47,8 @@ def unsupported(call: Call) -> str | None:
         widest = MAX_HEAD_DIM_SMALL if small else MAX_HEAD_DIM
         if dim > widest:
             return f"it takes head dimensions up to {widest} here, got {dim}"
-    return segments.unsupported(call) or mixes.unsupported(call) or headmix.unsupported(call)
+    reason = segments.unsupported(call) or mixes.unsupported_decay(call) or mixes.unsupported(call)
+    return reason or headmix.unsupported(call)
 
 
 def unsupported_pages(call: Call) -> str | None:
