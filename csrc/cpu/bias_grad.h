@@ -17,14 +17,14 @@ struct BiasGrad {
   int64_t touched_first = 0, touched_last = -1;
   double slope_sum = 0.0;
   float *dense_rows = nullptr, *dense_keys = nullptr;  // of a dense bias that broadcasts over keys, over rows
-  float* decay_keys = nullptr;                         // a head's, by key
+  float *decay_rows = nullptr, *decay_keys = nullptr;  // of a decay's two parts, a head's
 
   void layout(Arena& arena, const Problem& p, const Bias& b, int64_t n_rows, int64_t n_keys) {
     if (b.grad_dense && b.grad_dense_key == 0)
       dense_rows = arena.floats(n_rows);
     else if (b.grad_dense && b.grad_dense_row == 0)
       dense_keys = arena.floats(n_keys + PAD);
-    if (b.grad_decay_k) decay_keys = arena.floats(n_keys + PAD);
+    if (b.grad_decay_k) decay_rows = arena.floats(n_rows), decay_keys = arena.floats(n_keys + PAD);
     const int64_t n = BiasTile::capacity(n_rows, n_keys);
     const bool positions = p.q_positions != nullptr;
     if (b.wants_relative() && !positions) relative = arena.floats(n);
@@ -61,6 +61,7 @@ struct BiasGrad {
     slope_sum = 0.0;
     if (dense_rows) fill(dense_rows, 0.0F, of.area.i1 - of.area.i0);
     if (dense_keys) fill(dense_keys, 0.0F, of.area.j1 - of.area.j0 + PAD);
+    if (decay_rows) fill(decay_rows, 0.0F, of.area.i1 - of.area.i0);
     if (decay_keys) fill(decay_keys, 0.0F, of.area.j1 - of.area.j0 + PAD);
   }
 
@@ -81,7 +82,13 @@ struct BiasGrad {
     if (profile) add_profile(ds, i, j, n);
     if (decay_keys) {
       float* sum = decay_keys + (j - tile->area.j0);
-      for (int64_t c = 0; c < n; c += VL) store(sum + c, load(sum + c) - load(ds + c));
+      vf of_row = zero();
+      for (int64_t c = 0; c < n; c += VL) {
+        const vf d = load(ds + c);
+        of_row += d;
+        store(sum + c, load(sum + c) - d);
+      }
+      decay_rows[i - tile->area.i0] += reduce_add(of_row);
     }
     if (dense_rows) {
       vf sum = zero();
@@ -224,8 +231,13 @@ struct BiasGrad {
     if (dense_keys)
       for (int64_t j = area.j0; j < area.j1; ++j) *dense_at(area.i0, j) += dense_keys[j - area.j0];
     if (decay_keys) {
-      float* sums = b.grad_decay_k + (tile->s->b * tile->p->heads + head) * tile->p->k_len + tile->s->k0;
-      for (int64_t j = area.j0; j < area.j1; ++j) sums[j] += decay_keys[j - area.j0];
+      // A row's share is known (what moves its log-sum-exp), and yet it is summed: a gate's gradient is the difference
+      // of rows and keys on one side of it, in which the errors of the same dS cancel.
+      const int64_t sequence_head = tile->s->b * tile->p->heads + head;
+      float* to_keys = b.grad_decay_k + sequence_head * tile->p->k_len + tile->s->k0;
+      float* to_rows = b.grad_decay_q + sequence_head * tile->p->q_len + tile->s->q0;
+      for (int64_t j = area.j0; j < area.j1; ++j) to_keys[j] += decay_keys[j - area.j0];
+      for (int64_t i = area.i0; i < area.i1; ++i) to_rows[i] += decay_rows[i - area.i0];
     }
     if (b.grad_slope) b.grad_slope[tile->s->b * tile->p->heads + head] += static_cast<float>(slope_sum);
     if (!profile) return;

@@ -101,6 +101,7 @@ struct Bias {
 
   const double* decay_q = nullptr;  // [B, H, Tq] and [B, H, Tk]: the first of the query's minus the second of the key's
   const double* decay_k = nullptr;
+  float* grad_decay_q = nullptr;  // both or neither
   float* grad_decay_k = nullptr;
 
   bool relative() const { return slope || table; }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from posattn.backends.common import mixes
-from posattn.backends.common.reductions import decay_row_gradient, sink_gradient
+from posattn.backends.common.reductions import sink_gradient
 from posattn.backends.common.strides import rows_like, steps
 from posattn.backends.common.structs import Header
 from posattn.plan import Bias, Call, HeadMix, Rotary
@@ -289,10 +289,9 @@ def backward(
         grads["sinks"] = sink_gradient(call.sinks, lse, delta)
     decay = call.plan.bias.decay
     if decay is not None:
-        if "decay_q" in needs:
-            grads["decay_q"] = decay_row_gradient(lse, delta, grad_lse, call.sinks).sum_to_size(decay.q.shape)
-        if "decay_k" in needs:
-            grads["decay_k"] = grads["decay_k"].sum_to_size(decay.k.shape)
+        for name, operand in (("decay_q", decay.q), ("decay_k", decay.k)):
+            if name in needs:
+                grads[name] = grads[name].sum_to_size(operand.shape)
     for name, operand in (("slope", call.plan.bias.slope), ("inner.slope", _inner(call).slope)):
         if name in grads and operand is not None and operand.slope.dim() == 1:
             grads[name] = grads[name].sum(0)
@@ -323,8 +322,10 @@ def _bias_grads(
         want("row_scale", f.row_scale, f.row_scale.shape, "grad_row_scale")
         want("segment_slope", f.segment_slope, f.segment_slope.shape, "grad_segment_slope")
         want("segment_intercept", f.segment_intercept, f.segment_intercept.shape, "grad_segment_intercept")
-    if bias.decay is not None:
-        want("decay_k", bias.decay.k, (*call.q.shape[:2], bias.decay.k.shape[2]), "grad_decay_k")
+    if bias.decay is not None and needs & {prefix + "decay_q", prefix + "decay_k"}:
+        for name, operand in (("decay_q", bias.decay.q), ("decay_k", bias.decay.k)):
+            grads[prefix + name] = _zeros((*call.q.shape[:2], operand.shape[2]))
+            setattr(to, f"grad_{name}", grads[prefix + name].data_ptr())
     if bias.dense is not None:
         dense = bias.dense.bias
         want("dense", dense, dense.shape, "grad_dense")

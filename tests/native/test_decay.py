@@ -100,6 +100,26 @@ def test_parity_with_reach(dtype: torch.dtype, steepness: float, isa: str) -> No
     assert_parity(*tensors(130, 900, dtype), Gated(900, steepness=steepness), {"causal": True}, "cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda x: str(x)[6:])
+def test_a_gate_between_many_tokens(dtype: torch.dtype) -> None:
+    """Its gradient is a sum over all pairs that it lies between, in which errors that do not cancel would add up."""
+    q, k, v = (x.requires_grad_() for x in tensors(1500, 1500, dtype, batch=1, heads=1))
+    f = torch.randn(1, 1, 1500)
+
+    def gradient(backend: str, wide: bool) -> Tensor:
+        gate = f.double().requires_grad_() if wide else f.clone().requires_grad_()
+        inputs = [x.double() if wide else x for x in (q, k, v)]
+        out = posattn.attention(*inputs, posattn.ForgetGate(gate), causal=True, backend=backend)
+        torch.manual_seed(1)
+        (grad,) = torch.autograd.grad((out * torch.randn(out.shape).to(out.dtype)).sum(), gate)
+        return grad.double()
+
+    exact = gradient("reference", True)
+    naive = (gradient("reference", False) - exact).abs().max()
+    ours = (gradient("cpu", False) - exact).abs().max()
+    assert ours <= 2 * naive + 4e-5 * (dtype == torch.float32)
+
+
 def test_a_huge_key_far_away_is_reached(isa: str) -> None:
     q, k, v = tensors(130, 900)
     k[:, :, 5] *= 3000.0

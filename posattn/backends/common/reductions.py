@@ -24,15 +24,6 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(torch.where(lse.isinf(), 0.0, weight) * delta).sum((0, 2))
 
 
-def decay_row_gradient(lse: Tensor, delta: Tensor, grad_lse: Tensor | None, sinks: Tensor | None) -> Tensor:
-    """[B, H, Tq]: what all logits of a row have in common moves its log-sum-exp, and where there is a sink the row's
-    share beside it. delta is <dO, O> - dlse, which a row's dS / P fall short of dP by, so that dS adds up to this."""
-    moved = torch.zeros_like(delta) if grad_lse is None else grad_lse.float()
-    if sinks is not None:
-        moved = moved + torch.exp(sinks.detach().float()[:, None] - lse) * delta
-    return torch.where(lse.isinf(), 0.0, moved)
-
-
 def in_documents(call: Call, rows: Tensor) -> Tensor:
     """rows [B, H, T] with zeros at tokens of no document, which bounds that nobody read may leave before or behind."""
     bounds = call.mask.cu_seqlens_q
