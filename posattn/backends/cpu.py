@@ -289,9 +289,9 @@ def backward(
         grads["sinks"] = sink_gradient(call.sinks, lse, delta)
     decay = call.plan.bias.decay
     if decay is not None:
-        for name, operand in (("decay_q", decay.q), ("decay_k", decay.k)):
+        for name, part in (("decay_q", decay.q), ("decay_k", decay.k)):
             if name in needs:
-                grads[name] = grads[name].sum_to_size(operand.shape)
+                grads[name] = grads[name].sum_to_size(part.shape)
     for name, operand in (("slope", call.plan.bias.slope), ("inner.slope", _inner(call).slope)):
         if name in grads and operand is not None and operand.slope.dim() == 1:
             grads[name] = grads[name].sum(0)

@@ -29,13 +29,12 @@ class Decay(Encoding):
             do not count. The graph that made c gets the gradient.
     """
 
+    _name = "c"  # of the argument
+
     def __init__(self, c: Tensor) -> None:
         super().__init__()
-        self._set("c", c)
-
-    def _set(self, name: str, tokens: Tensor) -> None:
-        self._tokens = _checked(name, tokens)
-        self.num_heads = tokens.shape[1] if tokens.shape[1] > 1 else None
+        self._tokens = _checked(self._name, c)
+        self.num_heads = c.shape[1] if c.shape[1] > 1 else None
 
     def running_sum(self) -> Tensor:
         """c, [B or 1, H or 1, T]."""
@@ -99,9 +98,10 @@ class ForgetGate(Decay):
         f: [B or 1, H or 1, T], the logits of the gates of this call; with a cache, those of all its keys.
     """
 
+    _name = "f"
+
     def __init__(self, f: Tensor) -> None:
-        Encoding.__init__(self)
-        self._set("f", f)
+        super().__init__(f)
 
     def running_sum(self) -> Tensor:
         return F.logsigmoid(self._tokens.double()).cumsum(-1)
