@@ -12,7 +12,21 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from posattn.plan import Bias, Call, Decay, Dense, Gated, HeadMix, Mask, Plan, Profile, RelativeKeys, Rotary, Slope, Table
+from posattn.plan import (
+    Bias,
+    Call,
+    Decay,
+    Dense,
+    Gated,
+    HeadMix,
+    Mask,
+    Plan,
+    Profile,
+    RelativeKeys,
+    Rotary,
+    Slope,
+    Table,
+)
 from posattn.positions import offset_bounds
 
 _BIAS_GRADS = (
