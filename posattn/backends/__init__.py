@@ -77,14 +77,14 @@ def reason_to_gather(backend: Backend, call: Call) -> str | None:
     return "it reads no pages" if reads is None else cast("str | None", reads(call))
 
 
-def _gives_way(name: str, call: Call) -> bool:
+def _gives_way(name: str, call: Call, backward: bool) -> bool:
     asks = getattr(load(name), "gives_way", None)
-    return asks is not None and bool(asks(call))
+    return asks is not None and bool(asks(call, backward))
 
 
-def _in_turn(call: Call) -> list[str]:
-    """What "auto" tries for a call: those that give way to others last."""
-    return sorted(_AUTO.get(call.q.device.type, ()), key=lambda name: _gives_way(name, call))
+def _in_turn(call: Call, backward: bool) -> list[str]:
+    """What "auto" tries for a call, or for its backward pass: those that give way to others last."""
+    return sorted(_AUTO.get(call.q.device.type, ()), key=lambda name: _gives_way(name, call, backward))
 
 
 def choose(call: Call, name: str, backward: bool = False) -> Backend:
@@ -92,7 +92,7 @@ def choose(call: Call, name: str, backward: bool = False) -> Backend:
 
     `backward` asks for its backward pass, which with "auto" may be another backend's than the forward pass was.
     """
-    candidates = (name,) if name != "auto" else _in_turn(call)
+    candidates = (name,) if name != "auto" else _in_turn(call, backward)
     reasons = []
     for candidate in candidates:
         backend = load(candidate)

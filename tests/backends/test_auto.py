@@ -14,7 +14,7 @@ from posattn.backends.triton import launch as triton_launch
 from posattn.plan import Call, Mask, Plan
 
 
-def chosen(arch: str, q_len: int, *, triton: bool = True) -> str:
+def chosen(arch: str, q_len: int, *, triton: bool = True, backward: bool = False) -> str:
     q, k, v = (torch.empty(1, 2, n, 64, dtype=torch.bfloat16) for n in (q_len, 300, 300))
     call = Call(q, k, v, Plan(), Mask(max_q=q_len, max_k=300), 0.125)
     device = {"architecture": lambda device: arch, "has_device": lambda device: True}
@@ -23,7 +23,7 @@ def chosen(arch: str, q_len: int, *, triton: bool = True) -> str:
         mock.patch.multiple(triton_launch, **device | {"has_device": lambda device: triton}),
         mock.patch.dict(backends._AUTO, cpu=backends._AUTO["cuda"]),
     ):
-        return backends.choose(call, "auto").__name__.rpartition(".")[2]
+        return backends.choose(call, "auto", backward).__name__.rpartition(".")[2]
 
 
 @pytest.mark.skipif(compiler.missing() is not None, reason="the cuda backend needs cuda.core and NVRTC")
@@ -35,3 +35,4 @@ def test_triton_where_cuda_leaves_tensor_cores_unused() -> None:
     ]
     assert chosen("sm_100", 8) == "cuda"
     assert chosen("sm_100", 300, triton=False) == "cuda"
+    assert chosen("sm_100", 300, backward=True) == "cuda"
