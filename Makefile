@@ -10,7 +10,7 @@ BENCH_ARGS ?=
 GPU_ARGS ?=
 # A worker that is done takes over what another has waiting: what compiles takes a hundred times as long as the rest.
 TEST_ARGS ?= -n $(JOBS) --dist worksteal
-# Of the sweeps: 2/3 is the second of three parts.
+# Of the slow tests and the sweeps: 2/3 is the second of three parts.
 PART ?= 1/1
 
 NATIVE := $(shell find csrc/cpu -type f) CMakeLists.txt setup.py pyproject.toml
@@ -18,7 +18,7 @@ CPP := $(shell find csrc/cpu tests/native tests/ptxsim -name '*.cpp' -o -name '*
 CUDA := $(shell find csrc/cuda -name '*.cu' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sweep gpu bench docs lint format install clean
+.PHONY: help demo test test-all slow sweep gpu bench docs lint format install clean
 
 help:
 	@echo "make demo    train and compare five encodings on real text (about 6 minutes); DEMO_ARGS for more"
@@ -38,7 +38,10 @@ test: install
 	$(BIN)/python -m pytest -m "not slow and not sweep" $(TEST_ARGS)
 
 test-all: test
-	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+	$(MAKE) slow
+
+slow: install
+	$(BIN)/python -m pytest -m slow --part $(PART) $(TEST_ARGS)
 
 sweep: install
 	$(BIN)/python -m pytest -m sweep --part $(PART) $(TEST_ARGS)
