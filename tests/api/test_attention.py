@@ -250,7 +250,7 @@ def test_gradients_only_where_wanted(place):
 def test_the_typed_options_are_the_keywords():
     parameters = inspect.signature(posattn.attention).parameters.values()
     keywords = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    assert keywords == {"return_lse", *Options.__annotations__}
+    assert keywords == {"return_lse", "mesh", *Options.__annotations__}
 
 
 def test_only_the_log_sum_exp_is_used():

@@ -98,6 +98,7 @@ def kernels_of_auto(qkv, position, options, monkeypatch, arch=80):
     return of_cuda, {x.kernel for x in machine.launches if not isinstance(x.compiled, CompiledCuda)}
 
 
+@pytest.mark.slow
 def test_auto_hands_a_call_that_is_refused_to_triton(monkeypatch):
     """A case whose Triton kernels other quick tests compile, one hidden unit too wide for these."""
     monkeypatch.setattr(headmix, "MAX_WIDTH", 7)

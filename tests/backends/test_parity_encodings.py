@@ -37,8 +37,10 @@ def on(place, name, q_len, k_len, **options):
 
 
 def test_examples_show_every_exported_encoding():
-    shown = {type(module).__name__ for example in examples(HEADS, DIM, TOKENS).values() for module in example.modules()}
-    assert set(encodings.__all__) <= shown
+    found = examples(HEADS, DIM, TOKENS, every=True)
+    shown = {type(module).__name__ for example in found.values() for module in example.modules()}
+    # Decays are of one call's tokens: tests/native/test_decay.py.
+    assert set(encodings.__all__) - {"Decay", "ForgetGate"} <= shown
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

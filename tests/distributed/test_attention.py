@@ -120,6 +120,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert_right([*EVERY, *OPTIONS, *OTHERS, *REACH], 2, tmp_path)
 
 
+@pytest.mark.slow
 def test_rings_that_stop_early(tmp_path: Path) -> None:
     assert_right(SHORT, 3, tmp_path)
 

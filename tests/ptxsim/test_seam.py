@@ -34,7 +34,7 @@ def test_the_seam_closes() -> None:
 
 
 def test_an_unknown_architecture_is_named() -> None:
-    with pytest.raises(ValueError, match=r"expected one of \[80, 90\], got 75"), behind_launch(75):
+    with pytest.raises(ValueError, match=r"expected one of \[80, 90, 100\], got 75"), behind_launch(75):
         pass
 
 
