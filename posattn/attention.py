@@ -225,13 +225,12 @@ def attention(
         "deterministic": deterministic,
         "backend": backend,
     }
-    if mesh is not None or (type(q) not in _PLAIN_TYPES and hasattr(q, "device_mesh")):
+    if mesh is not None or validation.is_dtensor(q):
         return _over_mesh(q, k, v, position, options, mesh, return_lse)
     out, lse = checked_attention(q, k, v, position, options, ops.attend)
     return (out, lse) if return_lse else out
 
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _OVER_RANKS = ("causal", "window", "scale", "softcap", "sinks", "dropout_p", "deterministic", "backend")
 
 

@@ -159,29 +159,35 @@ class _Checks:
             raise self._wrong_shape(name, tensor, f"{self.batch} or 1", *by_head, tokens, half)
 
     def amplitude(self, amplitude: object) -> None:
-        tensor = self.tensor("amplitude", amplitude)
+        self._by_token("amplitude", self.tensor("amplitude", amplitude), self.q_tokens)
+
+    def _by_token(self, name: str, tensor: Tensor, tokens: int) -> None:
+        """[batch or 1, heads or 1, tokens]."""
         target = (self.batch, self.heads)
-        fits = tensor.dim() == 3 and tensor.shape[2] == self.q_tokens
+        fits = tensor.dim() == 3 and tensor.shape[2] == tokens
         if not fits or any(size != 1 and size != want for size, want in zip(tensor.shape, target)):
-            raise self._wrong_shape("amplitude", tensor, *(f"{n} or 1" for n in target), self.q_tokens)
+            raise self._wrong_shape(name, tensor, *(f"{n} or 1" for n in target), tokens)
+
+    def _integers(self, name: str, tensor: object) -> Tensor:
+        """Of any shape: int64 on q's device."""
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ArgumentTypeError(f"{self._what(name)} a torch.Tensor of int64, got {got}")
+        if tensor.device != self.device:
+            raise ArgumentValueError(f"{self._what(name)} on {self.device} like q, got {tensor.device}")
+        return tensor
 
     def places(self, places: Places) -> None:
         for name, tensor, tokens in (("q", places.q, self.q_tokens), ("k", places.k, self.k_tokens)):
             name = f"places.{name}"
-            if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
-                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise ArgumentTypeError(f"{self._what(name)} a torch.Tensor of int64, got {got}")
-            if tensor.device != self.device:
-                raise ArgumentValueError(f"{self._what(name)} on {self.device} like q, got {tensor.device}")
+            tensor = self._integers(name, tensor)
             # Compared one by one: `in` is no comparison of sizes that a compiler knows by name.
             fits = tensor.dim() == 2 and tensor.shape[1] == tokens
             if not fits or not (tensor.shape[0] == 1 or tensor.shape[0] == self.batch):
                 raise self._wrong_shape(name, tensor, f"{self.batch} or 1", tokens)
 
     def gated(self, gated: Gated, mixed: bool) -> None:
-        weight = self.tensor("gated.weight", gated.weight)
-        shared = weight.dim() == 3 and weight.shape[0] == 1
-        self.shaped("gated.weight", weight, 1 if shared else self.heads, "positions", self.dim)
+        self._shared("gated.weight", gated.weight, "positions", self.dim)
         if mixed:
             raise ArgumentValueError(f"{self._what('gated')} None beside a mix of heads, got {type(gated).__name__}")
 
@@ -196,13 +202,8 @@ class _Checks:
         for name in ("u", "v"):
             if (shift := getattr(relative, name)) is not None:
                 self._shared(f"relative.{name}", shift, self.dim)
-        index = relative.rows
-        if index is not None:
-            if not isinstance(index, Tensor) or index.dtype != torch.int64:
-                got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-                raise ArgumentTypeError(f"{self._what('relative.rows')} a torch.Tensor of int64, got {got}")
-            if index.device != self.device:
-                raise ArgumentValueError(f"{self._what('relative.rows')} on {self.device} like q, got {index.device}")
+        if relative.rows is not None:
+            index = self._integers("relative.rows", relative.rows)
             if index.dim() != 1 or not index.shape[0]:
                 raise self._wrong_shape("relative.rows", index, "distances")
 
@@ -241,12 +242,11 @@ class _Checks:
 
     def _decay(self, name: str, decay: Decay) -> None:
         for part, tokens in (("q", self.q_tokens), ("k", self.k_tokens)):
-            tensor = self.tensor(f"{name}.{part}", getattr(decay, part))
+            whole = f"{name}.{part}"
+            tensor = self.tensor(whole, getattr(decay, part))
             if tensor.dtype not in (torch.float32, torch.float64):
-                raise ArgumentTypeError(f"{self._what(f'{name}.{part}')} in float64 or float32, got {tensor.dtype}")
-            fits = tensor.dim() == 3 and tensor.shape[2] == tokens
-            if not fits or any(n != 1 and n != want for n, want in zip(tensor.shape, (self.batch, self.heads))):
-                raise self._wrong_shape(f"{name}.{part}", tensor, f"{self.batch} or 1", f"{self.heads} or 1", tokens)
+                raise ArgumentTypeError(f"{self._what(whole)} in float64 or float32, got {tensor.dtype}")
+            self._by_token(whole, tensor, tokens)
 
     def _table(self, name: str, table: Table) -> Table:
         self.first(f"{name}.first", table.first)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
 from posattn.backends import NAMES
+from posattn.encodings._checks import check_flag as check_flag
 from posattn.encodings.base import Encoding
 from posattn.errors import SWAPPED, ArgumentTypeError, ArgumentValueError, described
 
@@ -34,15 +35,20 @@ def _readable(tensor: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and tensor.device.type == "cpu"
-        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and type(tensor) in _PLAIN_TYPES
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
+
+
+def is_dtensor(value: object) -> bool:
+    """Asked of the attribute, for torch.distributed.tensor takes a while to import; of plain tensors by their type."""
+    return type(value) not in _PLAIN_TYPES and hasattr(value, "device_mesh")
 
 
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if type(value) not in _PLAIN_TYPES and hasattr(value, "device_mesh"):
+    if is_dtensor(value):
         raise ArgumentTypeError(
             f"{name}: expected a torch.Tensor, got a DTensor; posattn.attention takes q, k and v as DTensors, all three"
         )
@@ -51,10 +57,9 @@ def check_tensor(name: str, value: object) -> None:
         raise ArgumentTypeError(f"{name}: expected a dense tensor with strides, got {layout}")
 
 
-def check_flag(name: str, value: object) -> bool:
-    if not isinstance(value, (bool, torch.SymBool)):
-        raise ArgumentTypeError(f"{name}: expected True or False, got {value!r}")
-    return bool(value)
+def check_flags(**flags: object) -> None:
+    for name, value in flags.items():
+        check_flag(name, value)
 
 
 def check_same(name: str, tensor: Tensor, q: Tensor, q_name: str) -> None:

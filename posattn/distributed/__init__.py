@@ -317,7 +317,7 @@ def attention(
     """
     if method not in METHODS:
         raise ArgumentValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    if any(hasattr(x, "device_mesh") for x in (q, k, v)):
+    if any(map(validation.is_dtensor, (q, k, v))):
         return _of_dtensors(q, k, v, position, group, method, link, options)
     if method == "auto":
         method = chosen(q, k, v, position, group_of(group), link, options)

@@ -183,11 +183,10 @@ def impossible(method: str, work: Work) -> str | None:
 def shortest(work: Work, link: Link, machine: Machine) -> str:
     """The method that takes the least time of those whose memory does not grow with the sequence, and of gathering
     where the gathered keys and values are at most twice a rank's queries and result."""
-    own = work.heads
     allowed = [
         method
         for method in METHODS
-        if impossible(method, work) is None and (method != "all_gather" or work.ranks * work.kv_heads <= 2 * own)
+        if impossible(method, work) is None and (method != "all_gather" or work.ranks * work.kv_heads <= 2 * work.heads)
     ]
     return min(allowed, key=lambda method: cost(method, work, link, machine).seconds)
 

@@ -12,6 +12,7 @@ from posattn.distributed.group import Group
 from posattn.encodings.base import Context, Encoding
 from posattn.errors import ArgumentValueError
 from posattn.plan import Plan
+from posattn.validation import is_dtensor
 
 
 class LocalParameters(Encoding):
@@ -52,7 +53,7 @@ def check_whole(position: Encoding | None) -> None:
     if position is None or any(isinstance(module, LocalParameters) for module in position.modules()):
         return
     for name, parameter in position.named_parameters():
-        if hasattr(parameter, "device_mesh"):
+        if is_dtensor(parameter):
             raise ArgumentValueError(
                 f"position: expected parameters that are whole on this rank, got a DTensor in {name}: give q, k and v "
                 "as DTensors of its mesh, or, where fully_shard made it, apply that to the model and not to the "

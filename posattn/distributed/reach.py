@@ -10,26 +10,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from posattn.backends.common.reach import BOUNDED, more_than, stretch
 from posattn.distributed.blocks import Settings
 from posattn.distributed.group import Group
 from posattn.distributed.layout import Span
 from posattn.encodings.base import Context, Encoding
-from posattn.plan import Bias, Plan, Rotary
+from posattn.plan import Plan, Rotary
 
 NATS = 40.0 * math.log(2.0)
+# An amplitude or places make a plan absolute, which has no reach (blocks.probe).
+_HARMLESS = frozenset(("rotary", "bias"))
 NORM_SLACK = 1.01  # what rounding turned queries and keys may add to a norm
 
 
 def falls(plan: Plan) -> bool:
     """Whether a plan's bias is one of the distance alone, so that there may be keys out of reach."""
     return (plan.bias.slope is not None or plan.bias.table is not None) and not (
-        _others(plan, ("rotary", "bias")) or _others(plan.bias, ("slope", "table"))
+        more_than(plan, _HARMLESS) or more_than(plan.bias, BOUNDED)
     )
 
 
@@ -111,10 +113,4 @@ def _stretch(rotary: Rotary | None) -> float | Tensor:
     """By how much a rotation may lengthen a query times a key."""
     if rotary is None:
         return 1.0
-    tables = (rotary.q_cos, rotary.q_sin), (rotary.k_cos, rotary.k_sin)
-    q, k = ((cos.square() + sin.square()).amax().sqrt().clamp(min=1.0) for cos, sin in tables)
-    return q * k
-
-
-def _others(part: Plan | Bias, known: tuple[str, ...]) -> bool:
-    return any(getattr(part, field.name) is not None for field in fields(part) if field.name not in known)
+    return stretch(rotary.q_cos, rotary.q_sin) * stretch(rotary.k_cos, rotary.k_sin)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from posattn.errors import described
+from posattn.errors import ArgumentTypeError, described
 
 
 def check_positive_int(name: str, value: int) -> int:
@@ -61,10 +61,10 @@ def check_float32(name: str, value: float) -> float:
     return float(value)
 
 
-def check_flag(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {described(value)}")
-    return value
+def check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise ArgumentTypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
 
 
 def check_sequence(name: str, value: Iterable[Any], expected: str) -> tuple[Any, ...]:

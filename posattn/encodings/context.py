@@ -105,7 +105,8 @@ class Context:
         return all(place is None for place in places) and not isinstance(self.offset, Tensor)
 
     @property
-    def _tokens(self) -> tuple[int, int]:
+    def tokens(self) -> tuple[int, int]:
+        """The length of the q and of the k tensor."""
         return (
             self.q_len if self.q_tokens is None else self.q_tokens,
             self.k_len if self.k_tokens is None else self.k_tokens,
@@ -115,7 +116,7 @@ class Context:
         """The position of every query and key, int64 [B or 1, tokens] each; the same tensor where they agree."""
         if self.q_positions is not None and self.k_positions is not None:
             return self.q_positions, self.k_positions
-        q_tokens, k_tokens = self._tokens
+        q_tokens, k_tokens = self.tokens
         q_index, k_index, offset = token_indices(
             q_tokens,
             k_tokens,
@@ -137,7 +138,7 @@ class Context:
         """
         longest: Tensor
         if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:
-            q_tokens, k_tokens = self._tokens
+            q_tokens, k_tokens = self.tokens
             q_document = document_index(self.cu_seqlens_q, q_tokens)
             k_document = document_index(self.cu_seqlens_k, k_tokens)
             longest = self._longest(self.cu_seqlens_q.long().diff(), self.cu_seqlens_k.long().diff())

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from posattn.encodings._checks import check_flag, check_float32, check_positive_int
+from posattn.encodings._heads import check_head_dim
 from posattn.encodings.base import Context, Encoding
 from posattn.plan import Bias, Gated, Plan
 
@@ -70,8 +71,7 @@ class CoPE(Encoding):
             nn.init.normal_(self.weight, std=self.std)
 
     def build(self, context: Context) -> Plan:
-        if context.head_dim is not None and context.head_dim != self.head_dim:
-            raise ValueError(f"position: CoPE was made for head_dim={self.head_dim}, got {context.head_dim}")
+        check_head_dim(self, self.head_dim, context)
         weight = self.weight.to(context.table_dtype(self.weight))
         return Plan(bias=Bias(), gated=Gated(weight[None] if self.shared else weight, self.scaled))
 

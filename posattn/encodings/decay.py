@@ -10,8 +10,6 @@ from posattn.encodings.base import Context, Encoding
 from posattn.errors import ArgumentTypeError, ArgumentValueError, described
 from posattn.positions import document_index, segment_runs, token_indices
 
-_SIZES = "[batch, heads, tokens]"
-
 
 class Decay(Encoding):
     """A bias of two numbers a token, made for one call: key j is weighed down by what c lost from j to the query i.
@@ -20,8 +18,8 @@ class Decay(Encoding):
         out = attention(q, k, v, Decay(c), causal=True)
 
     The additive form of GRAPE (Zhang 2025) and context-aware biases (CABLE, Veisi 2025, arXiv 2503.08067) are running
-    sums of this kind. It is O(T) memory on every backend that runs it; where c falls far, keys
-    out of its reach are not computed.
+    sums of this kind. It is O(T) memory on every backend that runs it; where c falls far, keys out of its reach are not
+    computed.
 
     Args:
         c: [B or 1, H or 1, T] in float64 or float32, of the T keys of a call (all that a cache holds; entries past the
@@ -41,8 +39,7 @@ class Decay(Encoding):
         return self._tokens
 
     def build(self, context: Context) -> plan.Plan:
-        k_tokens = context.k_len if context.k_tokens is None else context.k_tokens
-        q_tokens = context.q_len if context.q_tokens is None else context.q_tokens
+        q_tokens, k_tokens = context.tokens
         c = self.running_sum()
         if c.shape[2] < k_tokens:
             raise ArgumentValueError(
@@ -113,5 +110,5 @@ def _checked(name: str, x: object) -> Tensor:
     if not x.is_floating_point():
         raise ArgumentTypeError(f"{name}: expected a floating dtype, got {x.dtype}")
     if x.dim() != 3:
-        raise ArgumentValueError(f"{name}: expected {_SIZES}, got {list(x.shape)}")
+        raise ArgumentValueError(f"{name}: expected [batch, heads, tokens], got {list(x.shape)}")
     return x

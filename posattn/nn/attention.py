@@ -11,7 +11,7 @@ from posattn.attention import attention
 from posattn.encodings.base import Encoding
 from posattn.errors import ArgumentTypeError, ArgumentValueError
 from posattn.kv_cache import KVCache, check_size
-from posattn.validation import check_dropout, check_flag
+from posattn.validation import check_dropout, check_flags
 
 
 class Attention(nn.Module):
@@ -78,18 +78,17 @@ class Attention(nn.Module):
         self.head_dim = check_size("head_dim", dim // heads if head_dim is None else head_dim)
         if position is not None and not isinstance(position, Encoding):
             raise ArgumentTypeError(f"position: expected an encoding or None, got {type(position).__name__}")
-        flags = {"bias": bias, "qk_norm": qk_norm, "causal": causal, "sinks": sinks, "cross": cross}
-        for name, flag in {**flags, "out_bias": bias if out_bias is None else out_bias}.items():
-            check_flag(name, flag)
+        check_flags(bias=bias, qk_norm=qk_norm, causal=causal, sinks=sinks, cross=cross)
+        check_flags(out_bias=bias if out_bias is None else out_bias)
         if cross and (causal or window is not None):
             raise ArgumentValueError(
                 "cross: expected no causal and no window with it, got one: memory has no order in x"
             )
         if memory_dim is not None and not cross:
             raise ArgumentValueError(f"memory_dim: expected None without cross, got {memory_dim}")
-        dropout = check_dropout(dropout, "dropout")
+        self.dropout = check_dropout(dropout, "dropout")
         self.causal, self.window, self.scale, self.softcap = causal, window, scale, softcap
-        self.dropout, self.cross, self.backend = float(dropout), cross, backend
+        self.cross, self.backend = cross, backend
         source = check_size("memory_dim", dim if memory_dim is None else memory_dim)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         kv_dim = self.kv_heads * self.head_dim

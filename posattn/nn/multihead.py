@@ -12,7 +12,7 @@ from posattn.attention import attention
 from posattn.encodings.base import Encoding
 from posattn.errors import ArgumentTypeError, ArgumentValueError
 from posattn.kv_cache import check_size
-from posattn.validation import check_dropout, check_flag
+from posattn.validation import check_dropout, check_flags
 from posattn.weights import weights
 
 # Rows of attention weights made at a time, so that those of all heads are never held where their mean is wanted.
@@ -59,9 +59,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             check_size(name, embed_dim if width is None else width)
         if embed_dim % num_heads:
             raise ArgumentValueError(f"num_heads: expected a divisor of embed_dim={embed_dim}, got {num_heads}")
-        flags = {"bias": bias, "add_bias_kv": add_bias_kv, "add_zero_attn": add_zero_attn, "batch_first": batch_first}
-        for name, flag in flags.items():
-            check_flag(name, flag)
+        check_flags(bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn, batch_first=batch_first)
         check_dropout(dropout, "dropout")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype

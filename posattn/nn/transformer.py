@@ -13,7 +13,7 @@ from posattn.encodings.base import Encoding
 from posattn.errors import ArgumentValueError
 from posattn.kv_cache import check_size
 from posattn.nn.multihead import MultiheadAttention
-from posattn.validation import check_dropout, check_flag
+from posattn.validation import check_dropout, check_flags
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -50,8 +50,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             check_size(name, size)
         if d_model % nhead:
             raise ArgumentValueError(f"nhead: expected a divisor of d_model={d_model}, got {nhead}")
-        for name, flag in {"batch_first": batch_first, "norm_first": norm_first, "bias": bias}.items():
-            check_flag(name, flag)
+        check_flags(batch_first=batch_first, norm_first=norm_first, bias=bias)
         check_dropout(dropout, "dropout")
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(

@@ -17,12 +17,11 @@ import torch.distributed as dist
 
 import posattn
 from posattn import distributed
-from posattn.distributed.cost import Link, Machine, Work, cost
+from posattn.distributed.cost import METHODS, Link, Machine, Work, cost
 from posattn.distributed.group import Ring, group_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS, DIM = 4, 64
-METHODS = ("ring", "all_gather", "ulysses")
 
 
 def check(ranks: int, lengths: list[int], rounds: int) -> list[dict[str, Any]]:

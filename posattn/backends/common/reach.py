@@ -23,12 +23,18 @@ LEAST_BYTES_DECODING = 64 << 20
 
 
 # What a bias and a plan may have. Whatever else they come to hold adds to logits what the bound does not know.
-_BOUNDED = frozenset(("slope", "table"))
+BOUNDED = frozenset(("slope", "table"))
 _HARMLESS = frozenset(("rotary", "bias", "amplitude", "places"))
 
 
-def _more_than(parts: Bias | Plan, known: frozenset[str]) -> bool:
+def more_than(parts: Bias | Plan, known: frozenset[str]) -> bool:
+    """Whether they hold anything beside what is `known`."""
     return any(getattr(parts, part.name) is not None for part in fields(parts) if part.name not in known)
+
+
+def stretch(cos: Tensor, sin: Tensor) -> Tensor:
+    """By how much turning by these may lengthen a row; 1 for dimensions that do not turn."""
+    return (cos.square() + sin.square()).amax().sqrt().clamp(min=1.0)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def worthwhile(call: Call, few_rows: int) -> bool:
     """Whether the kernels look for what is out of reach of `call`: its only bias is one of the distance alone, no mask
     may hide the near keys unseen, and it is long enough. Up to `few_rows` queries are decoding."""
     bias, mask = call.plan.bias, call.mask
-    if (bias.slope is None and bias.table is None) or _more_than(bias, _BOUNDED) or _more_than(call.plan, _HARMLESS):
+    if (bias.slope is None and bias.table is None) or more_than(bias, BOUNDED) or more_than(call.plan, _HARMLESS):
         return False
     if call.q_positions is not None or mask.boolean is not None:
         return False

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from posattn.backends.common.operands import all_blocks, k_max, q_max, sequences
-from posattn.backends.common.reach import CELL, falling_operands, worthwhile
+from posattn.backends.common.reach import CELL, falling_operands, stretch, worthwhile
 from posattn.backends.cuda import launch, operands
 from posattn.backends.cuda.configs.forward import DECODE_ROWS
 from posattn.backends.cuda.constants import ReachConstants, TurnConstants
@@ -98,5 +98,5 @@ def queries_in_reach(
 
 
 def _amplitude(cos: Tensor, sin: Tensor) -> Tensor:
-    """[1]: by how much turning by these may lengthen a row; 1 for dimensions that do not turn."""
-    return (cos.float().square() + sin.float().square()).amax().sqrt().clamp(min=1.0).view(1)
+    """The stretch of a rotation, [1]."""
+    return stretch(cos.float(), sin.float()).view(1)
