@@ -56,7 +56,6 @@ struct BiasTile {
   }
 
   bool positions() const { return p->q_positions != nullptr; }
-  bool any() const { return bias->relative() || bias->psi || bias->dense || bias->decay_k; }
 
   int64_t query_position(int64_t i) const {
     return positions() ? p->q_positions[s->b * p->q_positions_batch + s->q0 + i] : i + offset;

@@ -293,8 +293,7 @@ void decode_as(const Problem& p) {
   partials.memory = static_cast<float*>(allocate(static_cast<size_t>(groups * partials.splits * partials.each()) * 4));
   auto* limits = static_cast<float*>(allocate(static_cast<size_t>(imax(1, groups * rows)) * 4));
   fill(limits, NEG_INF, groups * rows);
-  const bool biased = p.bias.relative() || p.bias.psi || p.bias.dense;
-  if (biased && p.max_k_len >= LIMITS_FROM)
+  if (p.bias.any() && p.max_k_len >= LIMITS_FROM)
     run_tasks(
         p.threads, groups, [&](Arena& arena) { DecodeScratch(arena, p, rows); },
         [&](Arena& arena, int64_t n) {

@@ -86,7 +86,7 @@ inline vf finish_row(const Problem& p, const Sequence& s, const BiasTile& bias, 
   mask_interval(x, keys, j, n);
   if (p.boolean) mask_boolean(p, s, bias.head, x, i, j, n);
   vf most = bias.add_smooth(x, i, j, n, mul);
-  if (bias.any()) mul = 1.0F;
+  if (bias.bias->any()) mul = 1.0F;
   return most;
 }
 

@@ -105,6 +105,7 @@ struct Bias {
   float* grad_decay_k = nullptr;
 
   bool relative() const { return slope || table; }
+  bool any() const { return relative() || psi || dense || decay_k; }
   bool wants_relative() const { return grad_slope || grad_table; }
   bool wants_profile() const { return grad_psi || grad_row_scale || grad_segment_slope || grad_segment_intercept; }
 };

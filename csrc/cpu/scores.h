@@ -140,7 +140,7 @@ struct Scores {
       }
     }
 
-    float left = fast && bias.any() ? 1.0F : scale;
+    float left = fast && bias.bias->any() ? 1.0F : scale;
     for (int64_t r = 0; r < count; ++r) {
       vf top = load(tops + r * VL);
       for (int64_t c = begin; c < end;) {

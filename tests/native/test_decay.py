@@ -133,6 +133,14 @@ def test_far_keys_are_not_read(isa: str) -> None:
     assert not out.isnan().any()
 
 
+def test_decoding_leaves_far_values(isa: str) -> None:
+    """As for every other bias, from 4096 keys on."""
+    q, k, v = tensors(1, 5000)
+    v[:, :, :4000] = torch.nan
+    out = posattn.attention(q, k, v, Gated(5000, steepness=20.0), causal=True, backend="cpu")
+    assert not out.isnan().any()
+
+
 def test_a_sum_that_has_grown_large(isa: str) -> None:
     """With q = 0 attention is a recurrence, which float64 computes in O(N). c falls to -36000, of which float32 holds
     multiples of 1/256."""
